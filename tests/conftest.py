@@ -1,0 +1,176 @@
+"""Runs `async def` tests without a plug-in: debug mode, a real-time guard, nothing left behind, virtual time on request.
+
+`@pytest.mark.virtual_time` gives a test a loop whose clock stands still while anything is ready and jumps to the next timer
+when nothing is. Sockets between peers on that loop are real. Work outside the loop (executor jobs, or a `with loop.hold():`)
+keeps the clock from jumping.
+"""
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import selectors
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+GUARD_S = 30.0  # real time one coroutine test may take
+SETTLE_S = 1.0  # real time tasks and transports have for their last steps once a test has returned
+EPOCH_S = 10_000.0  # any start but 0, so that "never" and "now" differ
+# Loopback delivers inside the sender's system call, unless the kernel is busy: then a jump waits for what is under way.
+# A long jump is rare, and the harmful one when it comes too early, so it waits longer.
+GRACE_S, LONG_GRACE_S, LONG_JUMP_S = 0.002, 0.015, 1.0
+# A handshake a client refuses is the server's everyday life; debug mode reports it to the exception handler all the same.
+EVERYDAY = "Error on transport creation for incoming connection"
+
+
+class VirtualSelector(selectors.DefaultSelector):
+    """Advances a clock instead of waiting for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = EPOCH_S
+        self.holds = 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or timeout == 0:
+            return ready
+        if timeout is None or self.holds:
+            return super().select(None)
+        ready = super().select(LONG_GRACE_S if timeout >= LONG_JUMP_S else GRACE_S)
+        if not ready:
+            self.now_s += timeout
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop on a VirtualSelector's clock."""
+
+    def __init__(self) -> None:
+        self.clock = VirtualSelector()
+        super().__init__(self.clock)
+
+    def time(self) -> float:
+        return self.clock.now_s
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep the clock from jumping while something outside this loop (a thread, a process) is at work."""
+        self.clock.holds += 1
+        try:
+            yield
+        finally:
+            self.clock.holds -= 1
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        future = super().run_in_executor(executor, func, *args)
+        self.clock.holds += 1
+        future.add_done_callback(self._executor_done)
+        return future
+
+    def _executor_done(self, _future: asyncio.Future[Any]) -> None:
+        self.clock.holds -= 1
+
+    async def shutdown_default_executor(self, *args: Any, **kwargs: Any) -> None:
+        with self.hold():
+            await super().shutdown_default_executor(*args, **kwargs)
+
+
+class Guard:
+    """Cancels a test's task, after printing where every task is, when it takes too much real time."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.expired = False
+        self._task = task
+        self._timer = threading.Timer(GUARD_S, task.get_loop().call_soon_threadsafe, (self._expire,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        self._timer.join()
+
+    def _expire(self) -> None:
+        self.expired = True
+        for task in asyncio.all_tasks():
+            task.print_stack(file=sys.stderr)
+        self._task.cancel()
+
+
+def open_transports() -> list[asyncio.BaseTransport]:
+    """The running loop's transports nobody has closed, from its private registry as asyncio has no public one."""
+    return list(getattr(asyncio.get_running_loop(), "_transports", {}).values())
+
+
+async def settle() -> tuple[set[asyncio.Task[Any]], list[asyncio.BaseTransport]]:
+    """Let what is about to end do so; return the tasks and transports that did not."""
+    this = asyncio.current_task()
+    give_up = time.monotonic() + SETTLE_S
+    while True:
+        tasks = {task for task in asyncio.all_tasks() if task is not this}
+        transports = [transport for transport in open_transports() if getattr(transport, "_sock", None) is not None]
+        if not (tasks or transports) or time.monotonic() > give_up:
+            return tasks, transports
+        del transports
+        await asyncio.sleep(0)
+
+
+async def supervise(test: Callable[[], Any], problems: list[str]) -> None:
+    """Await a test under a guard; list what it left behind."""
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _loop, context: note_exception(context, problems))
+    task = asyncio.current_task()
+    assert task is not None
+    guard = Guard(task)
+    try:
+        await test()
+    except BaseException as failure:
+        for transport in open_transports():  # or their warnings would fail whichever test runs next
+            if isinstance(transport, asyncio.WriteTransport):
+                transport.abort()
+        if guard.expired and isinstance(failure, asyncio.CancelledError):
+            task.uncancel()
+            pytest.fail(f"still running after {GUARD_S:g} s of real time; its tasks are on stderr", pytrace=False)
+        raise
+    finally:
+        guard.stop()
+    tasks, transports = await settle()
+    problems += [f"task left running: {task!r}" for task in tasks]
+    for transport in transports:
+        problems.append(f"transport left open: {transport!r}")
+        if isinstance(transport, asyncio.WriteTransport):
+            transport.abort()
+    await asyncio.sleep(0)
+
+
+def note_exception(context: dict[str, Any], problems: list[str]) -> None:
+    """Keep what asyncio would only log."""
+    if context["message"] != EVERYDAY:
+        problems.append(f"{context['message']}: {context.get('exception')!r} {context.get('task') or ''}".rstrip())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "virtual_time: the loop's clock jumps to the next timer when nothing is ready")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a coroutine test in a loop of its own; leave the others to pytest."""
+    function = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(function):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(function).parameters}
+    virtual = pyfuncitem.get_closest_marker("virtual_time") is not None
+    problems: list[str] = []
+    with asyncio.Runner(debug=True, loop_factory=VirtualLoop if virtual else asyncio.SelectorEventLoop) as runner:
+        runner.run(supervise(lambda: function(**arguments), problems))
+    # Now, so that whatever warns when it is collected fails this test (pytest's unraisable plugin) and not a later one.
+    gc.collect()
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
+    return True
