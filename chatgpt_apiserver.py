@@ -324,7 +324,6 @@ class ServerLimits:
     body_rate: int = 1024
     idle_timeout: float = 75.0
     write_timeout: float = 120.0
-    json_depth: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -744,7 +743,6 @@ def parse_server_limits(section: Section) -> ServerLimits:
         body_rate=section.whole("body_rate", default.body_rate, 0, 2**30),
         idle_timeout=section.number("idle_timeout", default.idle_timeout, 0.001, 86400),
         write_timeout=section.number("write_timeout", default.write_timeout, 0.001, 86400),
-        json_depth=section.whole("json_depth", default.json_depth, 8, 900),
     )
     section.close()
     return limits
@@ -1162,6 +1160,15 @@ def tokens(value: bytes) -> "set[bytes]":
     return {member.strip(b" \t").lower() for member in value.split(b",")}
 
 
+def joined_index(fields: Fields) -> "dict[bytes, bytes]":
+    """Lower-case name to value, the values of repeated names joined by a comma (RFC 9110, 5.3)."""
+    index: "dict[bytes, bytes]" = {}
+    for name, value in fields:
+        key = name.lower()
+        index[key] = index[key] + b"," + value if key in index else value
+    return index
+
+
 def parse_fields(block: bytes, limit: int) -> "tuple[Fields, dict[bytes, bytes]]":
     """The field lines of a head, each ended by CRLF. Raises ValueError with what is wrong."""
     fields: Fields = _FIELD.findall(block)
@@ -1169,14 +1176,8 @@ def parse_fields(block: bytes, limit: int) -> "tuple[Fields, dict[bytes, bytes]]
         raise ValueError("a header line is malformed")
     if len(fields) > limit:
         raise ValueError("more than %d header fields" % limit)
-    index: "dict[bytes, bytes]" = {}
-    for name, value in fields:
-        key = name.lower()
-        if key in index:
-            index[key] += b"," + value
-        else:
-            index[key] = value
-    return fields, index
+    index = {name.lower(): value for name, value in fields}
+    return fields, index if len(index) == len(fields) else joined_index(fields)
 
 
 def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHead:
@@ -1231,6 +1232,8 @@ def check_partial_head(data: bytes) -> None:
 
 def content_length(value: bytes) -> int:
     """The number of a Content-Length; repeated equal values count once (RFC 9112, 6.3). Raises ValueError."""
+    if value.isdigit() and len(value) < 19:
+        return int(value)
     members = [member.strip(b" \t") for member in value.split(b",")]
     if not all(_DIGITS.match(member) for member in members) or len({int(member) for member in members}) != 1:
         raise ValueError("Content-Length is not one plain number")
@@ -1530,6 +1533,15 @@ def judge_event(event: bytes) -> EventKind:
     if found.get("type") in _PREFACE_TYPES or found.get("choices") == []:
         return EventKind.PREFACE
     return EventKind.REAL
+
+
+def first_kind(events: "Iterable[bytes]") -> EventKind:
+    """The kind of the first event that is more than a preface."""
+    for event in events:
+        kind = judge_event(event)
+        if kind is not EventKind.PREFACE:
+            return kind
+    return EventKind.PREFACE
 
 
 def error_event(message: str, code: str) -> bytes:
@@ -1844,7 +1856,19 @@ class Exchange(Protocol):
 class UpstreamConnection:
     """A connection to an origin; `used` counts its exchanges."""
 
-    __slots__ = ("deadline", "idle", "loop", "origin", "pool", "reader", "used", "waits_for", "writer", "written_at")
+    __slots__ = (
+        "deadline",
+        "early",
+        "idle",
+        "loop",
+        "origin",
+        "pool",
+        "reader",
+        "used",
+        "waits_for",
+        "writer",
+        "written_at",
+    )
 
     def __init__(self, origin: Origin, link: Link, pool: "ConnectionPool") -> None:
         self.origin, self.pool = origin, pool
@@ -1853,6 +1877,7 @@ class UpstreamConnection:
         self.deadline = Deadline(self.loop, self._expired)
         self.used = 0
         self.idle = False
+        self.early = True  # no byte of the current reply has come
         self.waits_for = ""
         self.written_at = 0.0
         self.reader.on_end = self._ended
@@ -1881,7 +1906,7 @@ class UpstreamConnection:
         if self.idle:
             self.pool.drop(self)
         else:
-            self.reader.interrupt(UpstreamTimeout(self.waits_for))
+            self.reader.interrupt(UpstreamTimeout(self.waits_for, early=self.early))
 
     def _ended(self, error: "BaseException | None") -> None:
         if self.idle:
@@ -1993,7 +2018,9 @@ class NetworkExchange:
             connection.pool.give_back(connection, False)
             await self._send(None)
         self.decoder = reply_body_decoder(self.head, self.message[0][:4].decode().strip())
-        connection.expect("nothing came from the upstream for %g s" % self.timeouts.idle, self.timeouts.idle)
+        connection.early = False
+        connection.waits_for = "nothing came from the upstream in time"
+        connection.deadline.set(self._idle_until(connection))
 
     async def read(self) -> bytes:
         """Some bytes of the body, b"" at its whole end. Raises UpstreamError when it is cut or malformed."""
@@ -2052,6 +2079,7 @@ class NetworkExchange:
             connection.writer.write(body)
         connection.used += 1
         connection.written_at = connection.loop.time()
+        connection.early = True
         limit = self.timeouts.first_byte or 0.0
         connection.expect("no byte of a reply within %g s" % limit, limit)
         self.on_sent()
@@ -2067,7 +2095,10 @@ class NetworkExchange:
         return error.early and connection.used > 1 and quick and not self.retried
 
     def _idle_until(self, connection: UpstreamConnection) -> float:
-        return connection.loop.time() + self.timeouts.idle if self.timeouts.idle else math.inf
+        """When silence, or the whole exchange, has lasted too long."""
+        idle, total = self.timeouts.idle, self.timeouts.total
+        silent = connection.loop.time() + idle if idle else math.inf
+        return min(silent, connection.written_at + total) if total else silent
 
 
 def keeps_open(head: ResponseHead) -> bool:
@@ -2113,12 +2144,12 @@ class ApiRequest:
         self.wait_s = math.inf
 
 
-def parse_chat(body: bytes, depth_limit: int) -> "tuple[dict[str, Any], bytes]":
+def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
     """The JSON object of a chat request, and the body to send: as it came, or respelled for Go clients.
 
     Raises ProxyError (400) for what no upstream could answer.
     """
-    data = parse_object(body, depth_limit)
+    data = parse_object(body)
     if "model" not in data or "messages" not in data:
         spelled = respell(data)
         if spelled is not data:
@@ -2133,34 +2164,15 @@ def parse_chat(body: bytes, depth_limit: int) -> "tuple[dict[str, Any], bytes]":
     return data, body
 
 
-def parse_object(body: bytes, depth_limit: int) -> "dict[str, Any]":
+def parse_object(body: bytes) -> "dict[str, Any]":
     """The JSON object that `body` is. Raises ProxyError (400)."""
-    if body.count(b"[") + body.count(b"{") > depth_limit and json_depth(body) > depth_limit:
-        raise ProxyError(400, "The body is nested more than %d deep." % depth_limit)
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as problem:
         raise ProxyError(400, "The body is not valid JSON: %s" % problem) from None
     if not isinstance(data, dict):
         raise ProxyError(400, "The body must be a JSON object.")
-    if body.count(b'"model"') != 1 and top_level_count(body, "model") > 1:
-        raise ProxyError(400, "model stands twice in the body.", param="model")
     return data
-
-
-_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
-
-
-def json_depth(body: bytes) -> int:
-    """How deep the brackets of `body` nest, found without recursion and before the parser could overflow."""
-    depth = deepest = 0
-    for char in _JSON_STRING.sub(b"", body):
-        if char in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif char in b"]}":
-            depth -= 1
-    return deepest
 
 
 def top_level_count(body: bytes, key: str) -> int:
@@ -2533,17 +2545,34 @@ def may_retry(outcome: Outcome, request: ApiRequest, early: bool = True) -> bool
 class Upstream:
     """A controller with its live state. `position` is its place in the configuration."""
 
-    __slots__ = ("config", "controller", "failures", "in_flight", "name", "patterns", "position", "requests", "weight")
+    __slots__ = (
+        "config",
+        "controller",
+        "failures",
+        "first_byte_s",
+        "in_flight",
+        "name",
+        "patterns",
+        "position",
+        "requests",
+        "weight",
+    )
 
     def __init__(self, config: ControllerConfig, controller: Controller, position: int) -> None:
         self.config, self.controller, self.position = config, controller, position
         self.name, self.weight = config.name, config.weight
         self.in_flight = self.requests = self.failures = 0
+        self.first_byte_s = [0.0, 0.0]  # of whole answers and of streams: a mean that forgets; 0 is unknown
         names = config.models + tuple(name for name, _ in config.model_map)
         self.patterns = model_patterns(names) if config.models else None
 
     def __repr__(self) -> str:
         return "<Upstream %s in_flight=%d requests=%d>" % (self.name, self.in_flight, self.requests)
+
+    def heard(self, stream: bool, seconds: float) -> None:
+        """Takes the time to the first byte of one good answer."""
+        mean = self.first_byte_s[stream]
+        self.first_byte_s[stream] = mean + (seconds - mean) / 8 if mean else seconds
 
     def serves(self, model: str) -> bool:
         """Whether requests for `model` may go here; a controller without `models` takes all."""
@@ -2576,7 +2605,7 @@ class Lease:
 class Policy(Protocol):
     """How a pool chooses among the controllers that could take a request."""
 
-    def choose(self, upstreams: "list[Upstream]") -> Upstream:
+    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
         """One of `upstreams`, which are at least one and in the order of the configuration."""
 
 
@@ -2589,7 +2618,7 @@ class SmoothWeighted:
     def __init__(self) -> None:
         self.credit: "dict[int, int]" = {}
 
-    def choose(self, upstreams: "list[Upstream]") -> Upstream:
+    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
         """See `Policy`."""
         credit, total, best, most = self.credit, 0, upstreams[0], -math.inf
         for upstream in upstreams:
@@ -2609,7 +2638,7 @@ class WeightedRandom:
     def __init__(self, chance: "Callable[[], float]" = random.random) -> None:
         self.chance = chance
 
-    def choose(self, upstreams: "list[Upstream]") -> Upstream:
+    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
         """See `Policy`."""
         left = self.chance() * sum(upstream.weight for upstream in upstreams)
         for upstream in upstreams:
@@ -2622,7 +2651,7 @@ class WeightedRandom:
 class LeastBusy:
     """The one with the fewest requests in flight for its weight; the earlier of equals."""
 
-    def choose(self, upstreams: "list[Upstream]") -> Upstream:
+    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
         """See `Policy`."""
         return min(upstreams, key=lambda upstream: upstream.in_flight / upstream.weight)
 
@@ -2630,9 +2659,17 @@ class LeastBusy:
 class Priority:
     """The first in the order of the configuration."""
 
-    def choose(self, upstreams: "list[Upstream]") -> Upstream:
+    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
         """See `Policy`."""
         return upstreams[0]
+
+
+class Fastest:
+    """The one whose first byte came soonest of late; whole answers and streams are different kinds. Unknown ones first."""
+
+    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
+        """See `Policy`."""
+        return min(upstreams, key=lambda upstream: upstream.first_byte_s[stream])
 
 
 POLICIES: "dict[str, Callable[[], Policy]]" = {
@@ -2640,6 +2677,7 @@ POLICIES: "dict[str, Callable[[], Policy]]" = {
     "random": WeightedRandom,
     "least_busy": LeastBusy,
     "priority": Priority,
+    "fastest": Fastest,
 }
 
 
@@ -2661,10 +2699,12 @@ class UpstreamPool:
             raise ProxyError(404, self._missing(model), "model_not_found", param="model")
         return found
 
-    def lease(self, candidates: "list[Upstream]", tried: "set[Upstream]", now: float) -> "Lease | None":
+    def lease(
+        self, candidates: "list[Upstream]", tried: "set[Upstream]", stream: bool, now: float
+    ) -> "Lease | None":
         """The right to send to one that was not tried yet, or None when all were."""
         left = [upstream for upstream in candidates if upstream not in tried] if tried else candidates
-        return Lease(self.policy.choose(left), now) if left else None
+        return Lease(self.policy.choose(left, stream), now) if left else None
 
     def configured_models(self) -> "list[str]":
         """The model names that the configuration spells out, sorted."""
@@ -2744,7 +2784,7 @@ class Relay:
         best: "Reply | None" = None
         failure: "UpstreamError | None" = None
         while True:
-            lease = self.pool.lease(candidates, tried, self.now())
+            lease = self.pool.lease(candidates, tried, request.stream, self.now())
             if lease is None:
                 break
             outcome = Outcome.CUT
@@ -2782,7 +2822,9 @@ class Relay:
         except BaseException:
             exchange.abort()
             raise
-        record.outcomes.append((lease.upstream.name, reply.outcome.value, self.now() - lease.since))
+        took_s = self.now() - lease.since
+        lease.upstream.heard(request.stream, took_s)
+        record.outcomes.append((lease.upstream.name, reply.outcome.value, took_s))
         return reply
 
     async def _first(self, exchange: Exchange, request: ApiRequest, others: bool) -> Reply:
@@ -2828,12 +2870,11 @@ class Relay:
                 reply.whole = True
                 if not any(held):
                     raise UpstreamClosed("the upstream ended its stream before the first event")
-            kinds = [judge_event(event) for event in splitter.feed(piece)]
-            reply.held = b"".join(held)
-            if EventKind.ERROR in kinds and EventKind.REAL not in kinds[: kinds.index(EventKind.ERROR)] and others:
-                reply.outcome = judge_reply(502, reply.held)
+            reply.held = piece if len(held) == 1 else b"".join(held)
+            kind = first_kind(splitter.feed(piece))
+            if kind is EventKind.ERROR and others:
                 raise UpstreamError("the upstream's stream began with an error")
-            if EventKind.REAL in kinds or not others or reply.whole:
+            if kind is not EventKind.PREFACE or not others or reply.whole:
                 return
             if len(reply.held) > HOLD_BYTES or self.now() > until:
                 return
@@ -3241,10 +3282,18 @@ class ClientConnection:
 class Call:
     """A request that has passed the doors, as its handler gets it; `path` without /v1."""
 
-    __slots__ = ("body", "client", "head", "path", "query")
+    __slots__ = ("body", "client", "head", "key", "path", "query")
 
-    def __init__(self, client: ClientConnection, head: RequestHead, body: bytes, path: str, query: str) -> None:
-        self.client, self.head, self.body, self.path, self.query = client, head, body, path, query
+    def __init__(
+        self,
+        client: ClientConnection,
+        head: RequestHead,
+        body: bytes,
+        path: str,
+        query: str,
+        key: "ClientKey | None",
+    ) -> None:
+        self.client, self.head, self.body, self.path, self.query, self.key = client, head, body, path, query, key
 
 
 class Server:
@@ -3342,6 +3391,24 @@ class Server:
         allowed = self.config.allowed_hosts
         return bare == self.config.host or is_loopback(bare) or bare in allowed or name in allowed or "*" in allowed
 
+    def check_key(self, head: RequestHead) -> "ClientKey | None":
+        """The client key that a request shows; None where none are configured. Raises ProxyError (401)."""
+        if not self.config.client_keys:
+            return None
+        index = head.index
+        shown_key = index.get(b"authorization", b"").strip()
+        if shown_key[:7].lower() == b"bearer ":
+            shown_key = shown_key[7:].strip()
+        else:
+            shown_key = index.get(b"api-key", index.get(b"x-api-key", b"")).strip()
+        digest, found = hashlib.sha256(shown_key).digest(), None
+        for key in self.config.client_keys:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(digest, key.digest):
+                found = key
+        if found is None:
+            raise ProxyError(401, "Incorrect API key provided: it is none of this server's keys.", "invalid_api_key")
+        return found
+
     # -- routes
 
     async def handle(self, client: ClientConnection, head: RequestHead, body: bytes) -> None:
@@ -3360,7 +3427,9 @@ class Server:
             allow = "GET, HEAD, OPTIONS" if method == "GET" else method + ", OPTIONS"
             fields = b"Allow: %b\r\n" % allow.encode()
             raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
-        await handler(self, Call(client, head, body, name, query))
+        key = self.check_key(head) if name != "/status" else None
+        client.record.key = key.name if key else ""
+        await handler(self, Call(client, head, body, name, query, key))
 
     async def _options(self, client: ClientConnection, head: RequestHead) -> None:
         """A CORS preflight, or the plain question what is allowed."""
@@ -3382,13 +3451,15 @@ class Server:
         client, head = call.client, call.head
         if b"content-encoding" in head.index and head.index[b"content-encoding"].strip().lower() != b"identity":
             raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
-        data, sent = parse_chat(call.body, self.config.limits.json_depth)
+        data, sent = parse_chat(call.body)
         request = ApiRequest("POST", "/chat/completions", call.query, json_fields(forwarded_fields(head)), sent)
         request.data, request.model, request.stream = data, data["model"], data.get("stream") is True
         request.stateful = data.get("store") is True
         request.request_id = client.record.request_id
         request.prompt_tokens, request.max_tokens = estimate_prompt(data), answer_limit(data)
         client.record.model = request.model[:MODEL_NAME_CHARS]
+        if call.key and call.key.models:
+            check_model_allowed(call.key, request.model, call.body)
         await self.relay.run(request, client, client.record)
 
     async def _list(self, call: Call) -> None:
@@ -3436,6 +3507,15 @@ ROUTES: "dict[str, tuple[str, Handler]]" = {
     "/models/*": ("GET", Server._model),
     "/status": ("GET", Server._status),
 }
+
+
+def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
+    """Refuses a model that is not among the key's (403), and a body that two readers could read differently (400)."""
+    if top_level_count(body, "model") + top_level_count(body, "Model") > 1:
+        raise ProxyError(400, "model stands twice in the body.", param="model")
+    if not model_patterns(key.models).fullmatch(model):
+        message = "Your key may not use the model %r; it may use: %s." % (model[:64], ", ".join(key.models))
+        raise ProxyError(403, message, "model_not_allowed", param="model")
 
 
 def model_object(name: str) -> "dict[str, Any]":
@@ -3548,6 +3628,7 @@ async def serve(config: Config) -> None:
         shown_host = "[%s]" % host if ":" in host else host
         log.info("listening on %s://%s:%d", "https" if config.tls_cert else "http", shown_host, port)
     gc.collect()
+    gc.set_threshold(20_000, 20, 50)  # requests make few cycles; the default looks for them every few requests
     gc.freeze()  # what start-up made lives as long as the process
     await stop.wait()
     log.info("stopping: %d connections open", len(server.connections))
