@@ -1,0 +1,12 @@
+# One file on a small Python. Mount the configuration at /etc/chatgpt-apiserver, or pass OPENAI_API_KEY.
+FROM python:3.13-alpine
+RUN adduser -D -H -u 10001 apiserver
+COPY chatgpt_apiserver.py /app/chatgpt_apiserver.py
+WORKDIR /etc/chatgpt-apiserver
+USER apiserver
+ENV CHATGPT_APISERVER_HOST=0.0.0.0 CHATGPT_APISERVER_PORT=8080 PYTHONDONTWRITEBYTECODE=1
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=5s --start-period=5s \
+  CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/status', timeout=4)"]
+ENTRYPOINT ["python3", "/app/chatgpt_apiserver.py"]
