@@ -62,9 +62,7 @@ import socket
 import ssl
 import time
 import urllib.parse
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -80,7 +78,7 @@ INFORMATIONAL_MAX = 16  # 1xx replies before the final one; more is an upstream 
 READ_BYTES = 65536  # asked of the kernel at once, and half of what a reader keeps before it stops the peer
 WRITE_HIGH_BYTES = 65536  # unsent bytes to one peer above which nothing more is read for it
 TLS_BUFFER_BYTES = 32768  # asyncio's own 256 kB for each TLS connection is most of what an idle one costs
-WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head goes out (then it can be replayed)
+WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head goes out, and can be replayed
 HOLD_BYTES = 65536  # what may come before the first real event of a stream
 HOLD_S = 15.0  # and for how long it is kept
 EVENT_BYTES = 1_048_576  # one event that is looked into; a larger one counts as real unseen
@@ -240,6 +238,8 @@ class Secret:
     __str__ = __repr__
 
 
+NO_SECRET = Secret("")
+
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
     """Seconds; 0 is none. `first_byte` None: 120 for streams, 600 for whole answers, as SDKs wait 600."""
@@ -252,7 +252,7 @@ class Timeouts:
 
 @dataclasses.dataclass(frozen=True)
 class QuotaLimits:
-    """Requests and tokens in any sliding 60 s, requests at once, and how many seconds' worth may go at once; 0 is none."""
+    """Requests and tokens in any sliding 60 s, requests at once, seconds' worth at once; 0 is none."""
 
     rpm: int = 0
     tpm: int = 0
@@ -264,11 +264,11 @@ class QuotaLimits:
 class AccountConfig:
     """The `config` of a controller: where it is and what opens it. Delays in seconds are echo's."""
 
-    api_key: Secret = Secret("")
+    api_key: Secret = NO_SECRET
     base_url: str = ""
     organization: str = ""
     project: str = ""
-    proxy: Secret = Secret("")
+    proxy: Secret = NO_SECRET
     ca_file: str = ""
     headers: "tuple[tuple[str, Secret], ...]" = ()
     delay: float = 0.0
@@ -794,7 +794,7 @@ def environment_overrides(env: "Mapping[str, str]") -> "dict[str, Any]":
     found: "dict[str, Any]" = {}
     for key in ("host", "port", "drain_delay", "drain_timeout"):
         value = env.get(ENV + key.upper(), "")
-        if value and not value.startswith("tcp://"):  # Kubernetes sets <SERVICE>_PORT=tcp://... for a service of our name
+        if value and not value.startswith("tcp://"):  # as Kubernetes sets for a service of our name
             found[key] = as_number(value) if key != "host" else value
     pool = {field.name: env.get(ENV + "POOL_" + field.name.upper(), "") for field in dataclasses.fields(PoolConfig)}
     pool_set = {key: as_number(value) for key, value in pool.items() if value}
@@ -894,17 +894,19 @@ def is_loopback(host: str) -> bool:
 def describe(config: Config) -> "list[str]":
     """The configuration in lines for --check and the start-up log; secrets as `sk-…last4`."""
     lines = ["configuration: %s" % config.source, "policy: %s" % config.pool.type]
+    limits = [one.limits for one in config.controllers] + [one.limits for one in config.client_keys]
+    if any(one != QuotaLimits() for one in limits):
+        lines.append("NOTE: limits of controllers and client keys are read, but not enforced by this version")
     for one in config.controllers:
         account = one.account
         about = [one.type, "weight %d" % one.weight, "models " + (", ".join(one.models) or "all")]
         if one.type != "echo":
             about[1:1] = [account.base_url, "key %r" % account.api_key] + (["by a proxy"] if account.proxy else [])
         lines.append("controller %s: %s" % (one.name, "; ".join(about)))
-    for key in config.client_keys:
-        lines.append("client key %s: models %s" % (key.name, ", ".join(key.models) or "all"))
+    lines += ["client key %s: models %s" % (key.name, ", ".join(key.models) or "all") for key in config.client_keys]
     scheme = "https" if config.tls_cert else "http"
     host = "[%s]" % config.host if ":" in config.host else config.host
-    return lines + ["address: %s://%s:%d" % (scheme, host, config.port)]
+    return [*lines, "address: %s://%s:%d" % (scheme, host, config.port)]
 
 
 # ==== 3. Observability ====
@@ -1002,7 +1004,7 @@ def text_line(record: AccessRecord, stamp: str, now: float) -> str:
         line += " key=" + plain(record.key)
     if record.waited_s:
         line += " wait_ms=%.0f" % (record.waited_s * 1e3)
-    if len(record.outcomes) > 1 or record.status >= 400 and record.outcomes:
+    if len(record.outcomes) > 1 or (record.status >= 400 and record.outcomes):
         line += " tried=" + ",".join("%s:%s:%.0f" % (name, what, s * 1e3) for name, what, s in record.outcomes)
     return line + "\n"
 
@@ -1713,7 +1715,7 @@ class Origin:
     scheme: str
     host: str
     port: int
-    proxy: Secret = Secret("")
+    proxy: Secret = NO_SECRET
     ca_file: str = ""
 
     @property
@@ -2438,9 +2440,9 @@ CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
 
 
 # ==== 9. Balancing and health ====
-# Who gets a request, and what its outcome means. Knows no connection and no head, only outcomes; time and randomness are
-# passed in. `judge_reply` is the only place that reads an upstream's answer for its meaning, `may_retry` the only one
-# that knows when another attempt is safe.
+# Who gets a request, and what its outcome means. Knows no connection and no head, only outcomes; time and randomness
+# are passed in. Only `judge_reply` reads an upstream's answer for its meaning, only `may_retry` knows when another
+# attempt is safe.
 
 
 class Outcome(enum.Enum):
@@ -2581,7 +2583,8 @@ class Upstream:
 
 def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
     """One expression for all of the names, in which `*` stands for anything and `?` for one character."""
-    return re.compile("|".join(re.escape(name).replace(r"\*", ".*").replace(r"\?", ".") for name in names))
+    parts = [re.escape(name).replace(r"\*", ".*").replace(r"\?", ".") for name in names]
+    return re.compile("|".join(parts), re.DOTALL)
 
 
 class Lease:
@@ -2665,7 +2668,7 @@ class Priority:
 
 
 class Fastest:
-    """The one whose first byte came soonest of late; whole answers and streams are different kinds. Unknown ones first."""
+    """The one whose first byte came soonest of late; answers and streams are different kinds. Unknown ones first."""
 
     def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
         """See `Policy`."""
@@ -3130,7 +3133,7 @@ class ClientConnection:
                 self.transport.write(CONTINUE)
 
     def _body_deadline(self, since: float, size: int) -> float:
-        """When a body that began at `since` and has `size` bytes by now is too slow: by a total, and by a least rate."""
+        """When a body that began at `since` and has `size` bytes by now is too slow: by total, and by rate."""
         limits = self.server.config.limits
         slowest = since + limits.header_timeout + size / limits.body_rate if limits.body_rate else math.inf
         return min(since + limits.body_timeout, slowest)
@@ -3336,8 +3339,8 @@ class Server:
         tune(writer.transport)
         if len(self.connections) >= self.config.limits.connections or self.stopping:
             body = error_body(ProxyError(503, "All connections are taken; try again.", "too_many_connections"))
-            head = b"Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-            writer.write(status_line(503) + head % len(body) + body)
+            head = b"Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
+            writer.write(b"%b%bContent-Length: %d\r\n\r\n%b" % (status_line(503), head, len(body), body))
             writer.close()
             return
         self.connections.add(ClientConnection(self, reader, writer))
@@ -3413,7 +3416,7 @@ class Server:
 
     async def handle(self, client: ClientConnection, head: RequestHead, body: bytes) -> None:
         """Finds the handler of a request and runs it. Raises ProxyError (404, 405)."""
-        authority, path, query = split_target(head.target)
+        _, path, query = split_target(head.target)
         if head.method == "OPTIONS":
             await self._options(client, head)
             return
@@ -3624,6 +3627,7 @@ async def serve(config: Config) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask)
+    loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: this version does not reload; restart it")
     for host, port in await server.start():
         shown_host = "[%s]" % host if ":" in host else host
         log.info("listening on %s://%s:%d", "https" if config.tls_cert else "http", shown_host, port)

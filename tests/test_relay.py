@@ -5,7 +5,19 @@ import json
 
 import pytest
 
-from .support import ANSWER, SSE_HEAD, Message, Peer, Running, Upstream, answers, controller, error_reply, event, json_reply
+from .support import (
+    ANSWER,
+    SSE_HEAD,
+    Message,
+    Peer,
+    Running,
+    Upstream,
+    answers,
+    controller,
+    error_reply,
+    event,
+    json_reply,
+)
 
 GOOD = json_reply(200, ANSWER)
 
