@@ -1126,6 +1126,8 @@ REQUEST_DROPPED = HOP_BY_HOP | frozenset(
 )
 REQUEST_DROPPED_PREFIXES = (b"proxy-", b"x-forwarded-")
 REPLY_DROPPED = HOP_BY_HOP | frozenset((b"set-cookie", b"set-cookie2", b"content-length", b"alt-svc"))
+# On an answer that took failover these would speak of one account of many.
+REPLY_DROPPED_RETRIED = REPLY_DROPPED | frozenset((b"retry-after", b"retry-after-ms", b"x-should-retry"))
 
 Fields = list[tuple[bytes, bytes]]
 
@@ -1281,6 +1283,9 @@ class EofDecoder:
         return True
 
 
+CHUNK_SIZES: "dict[bytes, int]" = {}  # chunk-size lines seen before; at most 4096, of at most 7 digits
+
+
 class ChunkedDecoder:
     """A chunked body of at most `limit` bytes (RFC 9112, 7.1); extensions are dropped, trailers too. `rest` as above.
 
@@ -1300,7 +1305,7 @@ class ChunkedDecoder:
         """The payload that `data` brings, which may be empty."""
         data, self.pending = self.pending + data if self.pending else data, b""
         out: "list[bytes]" = []
-        at, size = 0, len(data)
+        at, size = (0, len(data)) if self.left or self.trailing else (self._whole_chunks(data, out), len(data))
         while at < size and not self.done:
             if self.left > 0:
                 piece = data[at : at + self.left]
@@ -1323,6 +1328,29 @@ class ChunkedDecoder:
         else:
             self.pending = data[at:]
         return out[0] if len(out) == 1 else b"".join(out)
+
+    def _whole_chunks(self, data: bytes, out: "list[bytes]") -> int:
+        """Takes the plain chunks that stand whole at the beginning; where they end. Half an unpaced stream's cost."""
+        at, total = 0, self.total
+        while True:
+            end = data.find(b"\r\n", at, at + 10)
+            line = data[at:end]
+            length = CHUNK_SIZES.get(line) or self._plain_size(line)
+            stop = end + 2 + length
+            if end < 0 or not length or data[stop : stop + 2] != b"\r\n" or total + length > self.limit:
+                self.total = total
+                return at
+            out.append(data[end + 2 : stop])
+            total += length
+            at = stop + 2
+
+    def _plain_size(self, line: bytes) -> int:
+        """The size on a plain chunk-size line, remembered; 0 for what the slow path must judge."""
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,7}", line):
+            return 0
+        if len(CHUNK_SIZES) < 4096:
+            CHUNK_SIZES[line] = int(line, 16)
+        return int(line, 16)
 
     def _line(self, data: bytes, at: int) -> int:
         """Reads the chunk-size or trailer line at `at`; its end, or -1 when it is not whole."""
@@ -1418,23 +1446,41 @@ LAST_CHUNK = b"0\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def end_to_end(fields: Fields, index: "Mapping[bytes, bytes]", dropped: "frozenset[bytes]") -> Fields:
-    """The fields that may be passed on: not `dropped`, nor what Connection names (RFC 9110, 7.6.1)."""
+@functools.lru_cache(maxsize=1024)
+def goes_upstream(name: bytes) -> bool:
+    """Whether a client's field of this name may be passed on; names repeat, so the answer is remembered."""
+    key = name.lower()
+    return key not in REQUEST_DROPPED and not key.startswith(REQUEST_DROPPED_PREFIXES)
+
+
+@functools.lru_cache(maxsize=1024)
+def goes_to_client(name: bytes, retried: bool) -> bool:
+    """Whether an upstream's field of this name may be passed on; `retried`: it took more than one attempt."""
+    return name.lower() not in (REPLY_DROPPED_RETRIED if retried else REPLY_DROPPED)
+
+
+def without_connection(fields: Fields, index: "Mapping[bytes, bytes]") -> Fields:
+    """`fields` without those that Connection names (RFC 9110, 7.6.1)."""
     connection = index.get(b"connection")
-    if connection is not None and connection.lower() not in (b"keep-alive", b"close"):
-        dropped = dropped | tokens(connection)
-    return [field for field in fields if field[0].lower() not in dropped]
+    if connection is None or connection.lower() in (b"keep-alive", b"close"):
+        return fields
+    named = tokens(connection)
+    return [field for field in fields if field[0].lower() not in named]
 
 
 def forwarded_fields(head: RequestHead) -> Fields:
     """The client's fields that an upstream gets to see."""
-    found = end_to_end(head.fields, head.index, REQUEST_DROPPED)
-    return [field for field in found if not field[0].lower().startswith(REQUEST_DROPPED_PREFIXES)]
+    return [field for field in without_connection(head.fields, head.index) if goes_upstream(field[0])]
+
+
+def returned_fields(head: ResponseHead, retried: bool) -> Fields:
+    """The upstream's fields that a client gets to see."""
+    return [field for field in without_connection(head.fields, head.index) if goes_to_client(field[0], retried)]
 
 
 def render_fields(fields: Fields) -> bytes:
     """Field lines, each with its CRLF."""
-    return b"".join([b"%b: %b\r\n" % field for field in fields])
+    return b"".join([name + b": " + value + b"\r\n" for name, value in fields])
 
 
 @functools.lru_cache(maxsize=64)
@@ -1483,15 +1529,14 @@ class EventSplitter:
     def __init__(self) -> None:
         self.pending = b""
 
-    def feed(self, data: bytes) -> "list[bytes]":
-        """The events that `data` completes, each with the blank line that ends it."""
+    def feed(self, data: bytes) -> "Iterator[bytes]":
+        """The events that `data` completes, each with the blank line that ends it; found as they are asked for."""
         data = self.pending + data if self.pending else data
-        events, start = [], 0
+        start = 0
         for end in _EVENT_END.finditer(data):
-            events.append(data[start : end.end()])
+            yield data[start : end.end()]
             start = end.end()
         self.pending = data[start:]
-        return events
 
 
 def event_fields(event: bytes) -> "tuple[bytes, bytes]":
@@ -1708,9 +1753,13 @@ def shrink_tls_buffers() -> None:
 # synchronous; a connection is given back at most once, and only when its last reply was read to its end.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
-    """Where connections go: scheme, host, port, and by which proxy and which certificates."""
+    """Where connections go: scheme, host, port, and by which proxy and which certificates.
+
+    Made by `intern_origin` only, one for each place, so that they are compared and hashed by identity: hashing the five
+    fields at every request took 4 us.
+    """
 
     scheme: str
     host: str
@@ -1725,11 +1774,17 @@ class Origin:
         return host if self.port == {"http": 80, "https": 443}[self.scheme] else "%s:%d" % (host, self.port)
 
 
+@functools.lru_cache(maxsize=1024)
+def intern_origin(scheme: str, host: str, port: int, proxy: Secret, ca_file: str) -> Origin:
+    """The one Origin of these values."""
+    return Origin(scheme, host, port, proxy, ca_file)
+
+
 def parse_origin(base_url: str, proxy: Secret, ca_file: str) -> "tuple[Origin, str]":
     """The origin and the path prefix of a base URL that section 2 has checked."""
     parts = urllib.parse.urlsplit(base_url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    return Origin(parts.scheme, parts.hostname or "", port, proxy, ca_file), parts.path
+    return intern_origin(parts.scheme, parts.hostname or "", port, proxy, ca_file), parts.path
 
 
 def proxy_authorization(proxy: Secret) -> bytes:
@@ -2726,10 +2781,6 @@ class UpstreamPool:
 # byte to the client is the point of no return: before it every failure may move on, after it a cut is told honestly.
 
 
-# On an answer that took failover these would speak of one account of many.
-REPLY_DROPPED_RETRIED = REPLY_DROPPED | frozenset((b"retry-after", b"retry-after-ms", b"x-should-retry"))
-
-
 def _nothing() -> None:
     """What happens at the write while nobody counts it."""
 
@@ -2922,8 +2973,7 @@ class Relay:
     def _fields(self, reply: Reply, request: ApiRequest, record: AccessRecord) -> bytes:
         """The head's field lines: the upstream's that may pass, and ours."""
         index = reply.head.index
-        dropped = REPLY_DROPPED_RETRIED if len(record.outcomes) > 1 else REPLY_DROPPED
-        found = render_fields(end_to_end(reply.head.fields, index, dropped))
+        found = render_fields(returned_fields(reply.head, len(record.outcomes) > 1))
         ours = "x-apiserver-controller: %s\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % (
             record.controller,
             len(record.outcomes),
@@ -3313,6 +3363,7 @@ class Server:
         self.stopping = self.draining = False
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.allow_origins)
+        self.last_host = b""
         self.serial, self.id_prefix = 0, "req_" + secrets.token_hex(6)
         self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
 
@@ -3369,7 +3420,7 @@ class Server:
     def check_doors(self, head: RequestHead) -> bytes:
         """The Origin that may read the answer, b"" when there is none. Raises ProxyError (403) for a closed door."""
         host = head.index.get(b"host")
-        if self.guards_host and host is not None and not self._host_allowed(host):
+        if self.guards_host and host is not None and host != self.last_host and not self._host_allowed(host):
             name = host.decode("latin-1")[:100]
             raise ProxyError(
                 403, "The host %r is not known here; add it to allowed_hosts." % name, "host_not_allowed"
@@ -3388,11 +3439,14 @@ class Server:
         return b""
 
     def _host_allowed(self, value: bytes) -> bool:
+        """Whether a Host is one of ours; the last good one is remembered, as clients rarely use two."""
         name = value.decode("latin-1").strip().lower()
         bare = name.rpartition(":")[0] if re.search(r":[0-9]*\Z", name) else name
         bare = bare.strip("[]")
         allowed = self.config.allowed_hosts
-        return bare == self.config.host or is_loopback(bare) or bare in allowed or name in allowed or "*" in allowed
+        good = bare == self.config.host or is_loopback(bare) or bare in allowed or name in allowed or "*" in allowed
+        self.last_host = value if good else self.last_host
+        return good
 
     def check_key(self, head: RequestHead) -> "ClientKey | None":
         """The client key that a request shows; None where none are configured. Raises ProxyError (401)."""
