@@ -1,0 +1,139 @@
+"""The command line, as a user meets it: a process of its own, its output and its exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import chatgpt_apiserver as app
+
+PROGRAM = Path(app.__file__).resolve()
+KEY = "sk-proj-SecretSecret-wxyz"
+PASSWORD = "hunter2-hunter2"
+
+
+def run(cwd: Path, *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """The program's end, in an empty folder and an environment without settings."""
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "TMPDIR")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(PROGRAM), *args],
+        cwd=cwd,
+        env=dict(kept, PYTHONUTF8="1", **env),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=30,
+        check=False,
+    )
+
+
+def write(folder: Path, name: str = "chatgpt-apiserver.json", **more: object) -> str:
+    """A good configuration with `more`."""
+    account = {"api_key": KEY, "proxy": "http://user:%s@proxy:1" % PASSWORD, "headers": {"X-Key": PASSWORD}}
+    data = dict({"controllers": [{"name": "team-a", "config": account}], "client_keys": [{"key": PASSWORD}]}, **more)
+    (folder / name).write_text(json.dumps(data), encoding="utf-8")
+    return name
+
+
+def test_version(tmp_path: Path) -> None:
+    """--version says what this is."""
+    ended = run(tmp_path, "--version")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "chatgpt_apiserver %s\n" % app.__version__, "")
+
+
+def test_help_names_every_flag(tmp_path: Path) -> None:
+    """--help shows each flag."""
+    ended = run(tmp_path, "--help")
+    assert ended.returncode == 0
+    for flag in ("--config_file", "--config_path", "--host", "--port", "--check", "--demo", "--version"):
+        assert flag in ended.stdout
+
+
+def test_check_shows_no_secrets(tmp_path: Path) -> None:
+    """--check says what would run and exits."""
+    write(tmp_path)
+    ended = run(tmp_path, "--check")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "controller team-a: openai; https://api.openai.com/v1; key sk-…wxyz; by a proxy" in ended.stdout
+    assert "address: http://127.0.0.1:8080" in ended.stdout
+    assert "Secret" not in ended.stdout
+    assert PASSWORD not in ended.stdout
+
+
+@pytest.mark.parametrize("sign", ["_", "-"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_dashes_and_underscores(tmp_path: Path, sign: str, joined: bool) -> None:
+    """Long flags may be written with either, and with = or a space."""
+    write(tmp_path, "mine.json", port=9001)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder, port=9002)
+    for flag, value, port in (("--config_file", "mine.json", 9001), ("--config_path", "folder", 9002)):
+        name = "--" + flag[2:].replace("_", sign)
+        ended = run(tmp_path, "--check", *([name + "=" + value] if joined else [name, value]))
+        assert ended.returncode == 0, ended.stderr
+        assert "127.0.0.1:%d" % port in ended.stdout
+
+
+def test_flags_and_environment(tmp_path: Path) -> None:
+    """Flags win over the environment, which wins over the file."""
+    write(tmp_path)
+    assert ":9003" in run(tmp_path, "--check", CHATGPT_APISERVER_PORT="9003").stdout
+    ended = run(tmp_path, "--check", "--port", "9004", "--host", "::1", CHATGPT_APISERVER_PORT="9003")
+    assert "address: http://[::1]:9004" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--config_file", "nowhere.json"), "nowhere.json: no such file"),
+        (("--config_path", "nowhere"), "nowhere: no such folder"),
+        (("--config_file", "broken.json"), "broken.json: cannot be read"),
+        (("--config_file", "typo.json"), "typo.json: prot: unknown key; did you mean 'port'?"),
+        (("--demo", "--port", "http"), 'port: found "http", allowed: a number from 0 to 65535'),
+        (("--demo", "--port", "70000"), "allowed: a number from 0 to 65535"),
+        (("--nonsense",), "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_what_cannot_run_exits_with_2(tmp_path: Path, args: tuple[str, ...], words: str) -> None:
+    """A mistake is told on stderr, without a traceback and without secrets."""
+    (tmp_path / "broken.json").write_text("{")
+    write(tmp_path, "typo.json", prot=1)
+    ended = run(tmp_path, *args)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert words in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Secret" not in ended.stderr
+
+
+def test_nothing_to_run_with(tmp_path: Path) -> None:
+    """Without a file, a key or --demo, the three ways to start are shown."""
+    if any((Path("/etc/chatgpt-apiserver") / name).exists() for name in app.CONFIG_NAMES):
+        pytest.skip("this machine has a configuration of its own")
+    ended = run(tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", app.NOTHING_TO_RUN + "\n")
+    for way in ("--config_file", "OPENAI_API_KEY=", "--demo"):
+        assert way in ended.stderr
+
+
+def test_key_and_demo_checks(tmp_path: Path) -> None:
+    """A key alone, or none with --demo, is enough."""
+    ended = run(tmp_path, "--check", OPENAI_API_KEY=KEY)
+    assert ended.returncode == 0
+    assert "key sk-…wxyz" in ended.stdout
+    assert "echo-a" in run(tmp_path, "--check", "--demo").stdout
+
+
+def test_importing_does_nothing(tmp_path: Path) -> None:
+    """Importing the module prints nothing and starts nothing."""
+    ended = subprocess.run(
+        [sys.executable, "-c", "import chatgpt_apiserver"],
+        cwd=PROGRAM.parent,
+        env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1"),
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")

@@ -1,0 +1,297 @@
+"""What an account gets to see of a request, and what is refused before anything is sent."""
+
+import json
+from typing import Any
+
+import pytest
+
+import chatgpt_apiserver as app
+
+MESSAGES = [{"role": "user", "content": "hello world"}]
+
+
+def controller(account: "dict[str, Any] | None" = None, **more: Any) -> app.OpenAIController:
+    """An openai controller as a configuration makes it."""
+    base = {"api_key": "sk-test-key-0000", "base_url": "https://up.example/v1"}
+    one = dict({"type": "openai", "config": dict(base, **(account or {}))}, **more)
+    return app.OpenAIController(app.parse_config({"controllers": [one]}, "c.json", {}).controllers[0])
+
+
+def request(data: "dict[str, Any] | None" = None, fields: "app.Fields | None" = None, **more: Any) -> app.ApiRequest:
+    """A chat request as the server hands it over."""
+    data = {"model": "m", "messages": MESSAGES} if data is None else data
+    body = json.dumps(data).encode()
+    made = app.ApiRequest("POST", "/chat/completions", "", fields or [], body)
+    made.data, made.model, made.stream = data, data.get("model", ""), bool(data.get("stream"))
+    for name, value in more.items():
+        setattr(made, name, value)
+    return made
+
+
+def head_of(one: app.OpenAIController, asked: app.ApiRequest) -> list[bytes]:
+    """The lines of the message's head."""
+    head, _ = one.message(asked)
+    assert head.endswith(b"\r\n\r\n")
+    return head[:-4].split(b"\r\n")
+
+
+def test_message() -> None:
+    """Prefix, our own fields, the client's, the length; and the body as it came."""
+    one = controller({"organization": "org-1", "project": "proj-1"})
+    asked = request(fields=[(b"Content-Type", b"application/json"), (b"X-A", b"b")])
+    for _ in range(2):
+        assert head_of(one, asked) == [
+            b"POST /v1/chat/completions HTTP/1.1",
+            b"Host: up.example",
+            b"Accept-Encoding: identity",
+            b"Authorization: Bearer sk-test-key-0000",
+            b"OpenAI-Organization: org-1",
+            b"OpenAI-Project: proj-1",
+            b"Content-Type: application/json",
+            b"X-A: b",
+            b"Content-Length: %d" % len(asked.body),
+        ]
+        assert one.message(asked)[1] == asked.body
+
+
+@pytest.mark.parametrize(
+    ("base_url", "line", "host"),
+    [
+        ("http://up.example", b"POST /chat/completions HTTP/1.1", b"Host: up.example"),
+        ("http://up.example:8080/", b"POST /chat/completions HTTP/1.1", b"Host: up.example:8080"),
+        ("http://up.example:80/a/b/", b"POST /a/b/chat/completions HTTP/1.1", b"Host: up.example"),
+        ("https://up.example:443/v1", b"POST /v1/chat/completions HTTP/1.1", b"Host: up.example"),
+        ("http://[::1]:9/v1", b"POST /v1/chat/completions HTTP/1.1", b"Host: [::1]:9"),
+    ],
+)
+def test_base_urls(base_url: str, line: bytes, host: bytes) -> None:
+    """Any base URL, with a path or without, gives one target and one Host."""
+    assert head_of(controller({"base_url": base_url}), request())[:2] == [line, host]
+
+
+def test_query_and_get() -> None:
+    """A query goes along, and is not remembered; a GET without a body has no length."""
+    one = controller()
+    asked = request(method="GET", path="/models", query="a=b&c", body=b"")
+    assert head_of(one, asked)[0] == b"GET /v1/models?a=b&c HTTP/1.1"
+    assert not any(line.lower().startswith(b"content-length") for line in head_of(one, asked))
+    assert not one.lines
+
+
+def test_configured_headers_override() -> None:
+    """A configured header replaces ours and the client's, whatever its case."""
+    one = controller({"headers": {"authorization": "Basic x", "X-Own": "mine"}})
+    lines = head_of(one, request(fields=[(b"x-own", b"theirs"), (b"X-Else", b"1")]))
+    assert [line for line in lines if line.lower().startswith((b"authorization", b"x-own"))] == [
+        b"authorization: Basic x",
+        b"X-Own: mine",
+    ]
+    assert b"X-Else: 1" in lines
+
+
+def test_plain_proxy_gets_the_absolute_form() -> None:
+    """By a proxy, plain HTTP names the origin in full and carries the proxy's credentials."""
+    one = controller({"base_url": "http://up.example:81/v1", "proxy": "http://us%40er:p%3Aw@proxy:3128"})
+    lines = head_of(one, request())
+    assert lines[0] == b"POST http://up.example:81/v1/chat/completions HTTP/1.1"
+    assert b"Host: up.example:81" in lines
+    assert b"Proxy-Authorization: Basic dXNAZXI6cDp3" in lines
+
+
+def test_tunnelled_proxy_stays_out_of_the_message() -> None:
+    """By a tunnel, the upstream sees nothing of the proxy."""
+    head, _ = controller({"proxy": "http://user:word@proxy:3128"}).message(request())
+    assert head.startswith(b"POST /v1/")
+    assert b"proxy" not in head.lower()
+
+
+def test_model_map() -> None:
+    """A mapped model is changed in the body, with its length; others go as they came."""
+    one = controller(model_map={"fast": "gpt-4.1-mini"})
+    asked = request({"model": "fast", "messages": MESSAGES})
+    head, body = one.message(asked)
+    assert json.loads(body) == {"model": "gpt-4.1-mini", "messages": MESSAGES}
+    assert b"Content-Length: %d\r\n" % len(body) in head
+    assert one.message(request())[1] == request().body
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b'"messages":[{"model":"no","content":"\\"model\\":\\"x\\""}],', b""),
+        ('"a" : "grüße ☃ 😀 \\u00e9 \\ud800",\r\n\t'.encode(), b' , "b":1.50e+3, "c":[ ] }  \n'),
+        (b'"z":{"model":{"model":1}}, ', b',"metadata":{"model":"no"}'),
+        (b'"n":null,"t":true,"f":-0.0,"s":"}{",', b',"x":"\x7f"'),
+    ],
+)
+def test_replace_model_leaves_every_other_byte(before: bytes, after: bytes) -> None:
+    """Only the value of the outermost model is another one afterwards."""
+    tail = after if after.rstrip().endswith(b"}") else after + b"}"
+    wire = b' {' + before + b'"model" :\n%b' + tail
+    assert app.replace_model(wire.replace(b"%b", b'"old\\n\\u0041"'), 'n"ew') == wire.replace(b"%b", b'"n\\"ew"')
+
+
+def test_chat_body_goes_as_it_came() -> None:
+    """A good body is handed on byte by byte."""
+    body = b' {"messages": [ {"role":"user","content":"\\u00e9"} ], "model":"m", "new_key": 1.0}\n'
+    data, sent = app.parse_chat(body)
+    assert sent is body
+    assert data["model"] == "m"
+
+
+def test_respell_for_go_clients() -> None:
+    """Keys that Go capitalises are put right, in messages too; unknown keys and values stay."""
+    body = b'{"Model":"M","Messages":[{"Role":"user","Content":"Hi"}],"Stream":true,"Max_Tokens":3,"Odd":{"Model":1}}'
+    data, sent = app.parse_chat(body)
+    assert data == {
+        "model": "M",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "stream": True,
+        "max_tokens": 3,
+        "Odd": {"Model": 1},
+    }
+    assert json.loads(sent) == data
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"\xff",
+        b"{}",
+        b'{"model":"m"}',
+        b'{"messages":[{}]}',
+        b'{"model":"","messages":[{}]}',
+        b'{"model":1,"messages":[{}]}',
+        b'{"model":"m","messages":[]}',
+        b'{"model":"m","messages":{}}',
+        b'{"model":"m","messages":["x"]}',
+        b'{"model":"m","messages":[{}],"stream":"yes"}',
+        b'{"model":"m","messages":[{}],"stream":1}',
+        b'{"model":"m","messages":[{}],"model":"m"}',
+        b'{"model":"m","messages":[{"model":"x"}],"model":"other"}',
+        b'{"model":"m","messages":[{}],"\\u006dodel":"other"}',
+        b'{"\\u006dodel":"m","messages":[{}],"mod\\u0065l":"other"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"model":"m","messages":[{}],"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model":"m","messages":[{}],"x":' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda value: repr(value[:64]),
+)
+def test_refused_bodies(body: bytes) -> None:
+    """What no upstream could answer, and what two readers could read differently, is the client's fault."""
+    with pytest.raises(app.ProxyError) as caught:
+        app.parse_chat(body)
+    assert caught.value.status == 400
+    assert len(caught.value.message) < 300
+
+
+def test_depth_counts_only_real_brackets() -> None:
+    """Brackets in strings and side by side do not nest."""
+    content = json.dumps("[{" * 500 + '"\\')
+    body = b'{"model":"m","messages":[{"role":"user","content":%b}],"x":[%b]}' % (
+        content.encode(),
+        b",".join([b"[]"] * 500),
+    )
+    app.parse_chat(body)
+
+
+def test_model_may_stand_elsewhere() -> None:
+    """Only the outermost model counts."""
+    app.parse_chat(b'{"model":"m","messages":[{"model":"x"}],"metadata":{"model":"y"}}')
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens"),
+    [
+        ("x" * 400, 100),
+        (None, 0),
+        ([{"type": "text", "text": "x" * 40}], 10),
+        ([{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}], 1000),
+        ([{"type": "text", "text": "xxxx"}, {"type": "file"}, {"type": "input_audio"}, 5], 3001),
+    ],
+)
+def test_estimate_prompt(content: Any, tokens: int) -> None:
+    """Characters / 4 and 1,000 for each other part, however long its data."""
+    assert app.estimate_prompt({"messages": [{"role": "user", "content": content}]}) == tokens
+
+
+@pytest.mark.parametrize(
+    ("data", "tokens"),
+    [
+        ({}, 0),
+        ({"max_tokens": 10}, 10),
+        ({"max_completion_tokens": 20, "max_tokens": 10}, 20),
+        ({"max_tokens": 10, "n": 3}, 30),
+        ({"max_tokens": -10}, 0),
+        ({"max_tokens": 10, "n": -3}, 10),
+        ({"max_tokens": "10"}, 0),
+        ({"max_tokens": None, "n": None}, 0),
+        ({"max_tokens": 1, "n": 10**9}, 128),
+    ],
+)
+def test_answer_limit(data: dict[str, Any], tokens: int) -> None:
+    """The bound that the client sets, times the answers that it wants; nonsense counts as none."""
+    assert app.answer_limit(data) == tokens
+
+
+async def echo(data: dict[str, Any]) -> tuple[list[bytes], list[str], app.ResponseHead]:
+    """Everything that an echo controller answers, and how often it said that the request was sent."""
+    config = app.parse_config({"controllers": [{"type": "echo"}]}, "c.json", {}).controllers[0]
+    sent: list[str] = []
+    asked = request(data, request_id="r1", prompt_tokens=3)
+    exchange = app.EchoController(config).exchange(asked, app.ConnectionPool(), lambda: sent.append("sent"))
+    assert sent == []
+    await exchange.start()
+    pieces = []
+    while piece := await exchange.read():
+        pieces.append(piece)
+    exchange.interrupt(app.UpstreamTimeout("x"))
+    for _ in range(2):
+        exchange.finish()
+        exchange.abort()
+    return pieces, sent, exchange.head
+
+
+async def test_echo_whole() -> None:
+    """The last user message comes back, with usage."""
+    messages = [*MESSAGES, {"role": "assistant", "content": "no"}]
+    pieces, sent, head = await echo({"model": "m", "messages": messages})
+    found = json.loads(b"".join(pieces))
+    assert found["choices"][0]["message"] == {"role": "assistant", "content": "hello world", "refusal": None}
+    assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert (found["object"], found["model"], found["id"]) == ("chat.completion", "m", "chatcmpl-echo-r1")
+    assert sent == ["sent"]
+    assert head.index[b"content-type"] == b"application/json"
+
+
+@pytest.mark.parametrize("usage", [False, True])
+@pytest.mark.parametrize("text", ["hello  world\n", "", " x", "ünd ☃"])
+async def test_echo_stream(text: str, usage: bool) -> None:
+    """Word by word: role, words, finish, usage on request, [DONE]."""
+    data = {"model": "m", "stream": True, "messages": [{"role": "user", "content": text}]}
+    if usage:
+        data["stream_options"] = {"include_usage": True}
+    pieces, _, head = await echo(data)
+    assert head.index[b"content-type"].startswith(b"text/event-stream")
+    events = list(app.EventSplitter().feed(b"".join(pieces)))
+    assert events == pieces
+    assert pieces[-1] == b"data: [DONE]\n\n"
+    chunks = [json.loads(piece[6:]) for piece in pieces[:-1]]
+    assert (chunks.pop()["usage"] is not None) if usage else all("usage" not in one for one in chunks)
+    deltas = [one["choices"][0]["delta"] for one in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+    assert [one["choices"][0]["finish_reason"] for one in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+async def test_echo_takes_parts() -> None:
+    """Text parts are echoed, others are skipped."""
+    content = [{"type": "text", "text": "a b"}, {"type": "image_url", "image_url": {"url": "u"}}]
+    pieces, _, _ = await echo({"model": "m", "messages": [{"role": "user", "content": content}]})
+    assert json.loads(pieces[0])["choices"][0]["message"]["content"] == "a b"

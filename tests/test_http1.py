@@ -1,0 +1,207 @@
+"""HTTP/1.1 on the wire: heads, framing and push decoders, cut at every byte."""
+
+import pytest
+
+import chatgpt_apiserver as app
+
+HEAD = b"POST /v1/x?a=1 HTTP/1.1\r\nHost: h\r\n"
+
+
+def feed(decoder: app.ChunkedDecoder | app.LengthDecoder, *pieces: bytes) -> bytes:
+    """What a decoder makes of the pieces."""
+    return b"".join(decoder.feed(piece) for piece in pieces)
+
+
+def test_a_good_head() -> None:
+    """Fields keep their order and spelling; the index is lower-case and joins what is repeated."""
+    head = app.parse_request_head(HEAD + b"X-A: 1 \r\nx-a:\t2\r\n\r\n")
+    assert (head.method, head.target, head.minor, head.keeps_alive) == ("POST", "/v1/x?a=1", 1, True)
+    assert head.fields[1:] == [(b"X-A", b"1 "), (b"x-a", b"2")] and head.index[b"x-a"] == b"1 ,2"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"X : 1\r\n",
+        b" X: 1\r\n",
+        b"X: 1\r\n 2\r\n",
+        b"X: \x001\r\n",
+        b"X: a\rb\r\n",
+        b"X: a\nb: c\r\n",
+        b": 1\r\n",
+        b"X\r\n",
+        b"X\xff: 1\r\n",
+        b"Host: other\r\n",
+    ],
+)
+def test_malformed_fields_are_refused(lines: bytes) -> None:
+    """White space before the colon, folding, control characters, bare line ends, bad names, a second Host."""
+    with pytest.raises(app.BadMessage):
+        app.parse_request_head(HEAD + lines + b"\r\n")
+    if b"Host" not in lines:
+        with pytest.raises(app.BadReply):
+            app.parse_response_head(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (b"GET / HTTP/2.0", 505),
+        (b"GET  / HTTP/1.1", 400),
+        (b"GET / HTTP/1.1 ", 400),
+        (b"GET / http/1.1", 400),
+        (b"G\x01T / HTTP/1.1", 400),
+        (b"GET /\xff HTTP/1.1", 400),
+        (b"GET /", 400),
+    ],
+)
+def test_malformed_request_lines(line: bytes, status: int) -> None:
+    """One space on each side, a visible target, HTTP/1.0 or 1.1."""
+    with pytest.raises(app.BadMessage) as told:
+        app.parse_request_head(line + b"\r\nHost: h\r\n\r\n")
+    assert told.value.status == status
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 100])
+def test_length_decoder_at_every_cut(size: int) -> None:
+    """The body is the same wherever it is cut, and what follows is kept apart."""
+    wire = b"b" * size + b"REST"
+    for cut in range(len(wire) + 1):
+        decoder = app.LengthDecoder(size)
+        first = decoder.feed(wire[:cut]) if not decoder.done else b""
+        rest = decoder.rest
+        if not decoder.done:
+            first += decoder.feed(wire[cut:])
+            rest = decoder.rest
+        assert first == b"b" * size and b"REST".startswith(rest)
+
+
+CHUNKED = b"5\r\nhello\r\n1;ext=1\r\n \r\nA\r\n0123456789\r\n000\r\nTrailer: x\r\n\r\n"
+
+
+def test_chunked_decoder_at_every_cut_and_by_byte() -> None:
+    """Any two pieces, and single bytes, decode to the same body; trailers and extensions are dropped."""
+    wire = CHUNKED + b"NEXT"
+    for cut in range(len(wire) + 1):
+        decoder = app.ChunkedDecoder(100)
+        found, rest = b"", b""
+        for piece in (wire[:cut], wire[cut:]):
+            if decoder.done:
+                rest += piece
+            else:
+                found += decoder.feed(piece)
+                rest += decoder.rest
+        assert (found, rest, decoder.done) == (b"hello 0123456789", b"NEXT", True)
+    decoder = app.ChunkedDecoder(100)
+    assert feed(decoder, *(CHUNKED[at : at + 1] for at in range(len(CHUNKED)))) == b"hello 0123456789" and decoder.done
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"0x5\r\nhello\r\n",
+        b"+5\r\nhello\r\n",
+        b"5_0\r\n",
+        b"-1\r\n",
+        b" 5\r\nhello\r\n",
+        b"5\nhello\r\n",
+        b"5\r\nhelloX\r\n",
+        b"5\r\nhello\n0\r\n\r\n",
+        b"g\r\n",
+        b"\r\n",
+        b"1" * 20 + b"\r\n",
+        b"5;" + b"x" * 300,
+        b"0\r\nbad trailer\r\n\r\n",
+        b"0\r\nA: b\nC: d\r\n\r\n",
+        b"5;a\rb\r\nhello\r\n",
+    ],
+)
+def test_malformed_chunks_are_refused_whole_and_by_byte(wire: bytes) -> None:
+    """Sizes are hex digits and bounded; lines end with CRLF; extensions and trailers are bounded."""
+    for step in (1, len(wire)):
+        decoder = app.ChunkedDecoder(1000)
+        with pytest.raises(ValueError):
+            feed(decoder, *(wire[at : at + step] for at in range(0, len(wire), step)))
+
+
+def test_chunked_bodies_are_bounded() -> None:
+    """More than the limit is told before it is taken."""
+    for wire in (b"64\r\n" + b"x" * 100 + b"\r\n", b"ffffffff\r\n"):
+        with pytest.raises(OverflowError):
+            app.ChunkedDecoder(99).feed(wire)
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", 400),
+        (b"Content-Length: 5\r\nContent-Length: 6\r\n", 400),
+        (b"Content-Length: 0x5\r\n", 400),
+        (b"Content-Length: \r\n", 400),
+        (b"Content-Length: 1000\r\n", 413),
+        (b"Transfer-Encoding: xchunked\r\n", 501),
+        (b"Transfer-Encoding: chunked, chunked\r\n", 501),
+        (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 501),
+    ],
+)
+def test_ambiguous_request_framing(lines: bytes, status: int) -> None:
+    """No bytes of one request can become another."""
+    head = app.parse_request_head(HEAD + lines + b"\r\n")
+    with pytest.raises(app.BadMessage) as told:
+        app.request_body_decoder(head, 999)
+    assert told.value.status == status
+
+
+def test_repeated_equal_lengths_count_once() -> None:
+    """RFC 9112, 6.3 lets a list of equal values stand."""
+    head = app.parse_request_head(HEAD + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n")
+    decoder = app.request_body_decoder(head, 10)
+    assert isinstance(decoder, app.LengthDecoder) and decoder.left == 5
+
+
+def test_reply_framing() -> None:
+    """No body for HEAD, 204 and 304; chunked, length, else until close; both framings are refused."""
+
+    def decoder(lines: bytes, status: int = 200, method: str = "GET") -> object:
+        return app.reply_body_decoder(app.parse_response_head(b"HTTP/1.1 %d X\r\n%b\r\n" % (status, lines)), method)
+
+    length = decoder(b"Content-Length: 3\r\n")
+    assert isinstance(length, app.LengthDecoder) and length.left == 3
+    for status, method in ((204, "GET"), (304, "GET"), (200, "HEAD")):
+        none = decoder(b"", status, method)
+        assert isinstance(none, app.LengthDecoder) and none.done
+    assert isinstance(decoder(b"Transfer-Encoding: chunked\r\n"), app.ChunkedDecoder)
+    assert isinstance(decoder(b""), app.EofDecoder)
+    with pytest.raises(app.BadReply):
+        decoder(b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n")
+
+
+def test_what_is_passed_on() -> None:
+    """Hop-by-hop fields, credentials, and what Connection names stay here."""
+    lines = b"Authorization: k\r\nX-Api-Key: k\r\nCookie: c\r\nX-Forwarded-Host: f\r\nProxy-X: p\r\nTE: t\r\nConnection: X-B\r\nX-B: b\r\n"
+    head = app.parse_request_head(HEAD + lines + b"X-Keep: y\r\n\r\n")
+    assert app.forwarded_fields(head) == [(b"X-Keep", b"y")]
+    reply = app.parse_response_head(b"HTTP/1.1 200 OK\r\nSet-Cookie: a\r\nRetry-After: 1\r\nX: y\r\n\r\n")
+    assert app.returned_fields(reply, False) == [(b"Retry-After", b"1"), (b"X", b"y")]
+    assert app.returned_fields(reply, True) == [(b"X", b"y")]
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        ("/a%20b", None),
+        ("/v1/%6dodels?x=%20", ("", "/v1/models", "x=%20")),
+        ("http://h:1/p?q", ("h:1", "/p", "q")),
+        ("HTTPS://h", ("h", "/", "")),
+        ("*", ("", "*", "")),
+        ("x/y", None),
+        ("/a%0d%0ab", None),
+    ],
+)
+def test_targets(target: str, found: tuple[str, str, str] | None) -> None:
+    """Origin-form, absolute-form and percent-encoding; what hides white space or controls is refused."""
+    if found is None:
+        with pytest.raises(app.BadMessage):
+            app.split_target(target)
+    else:
+        assert app.split_target(target) == found
