@@ -352,6 +352,8 @@ def shown(value: "Any") -> str:
     """`value` as a message may show it: short, and never a text that could be a secret."""
     if isinstance(value, str) and len(value) > 40:
         return "a text of %d characters" % len(value)
+    if value and isinstance(value, (dict, list)):  # a secret may stand inside
+        return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "…"
 
@@ -370,7 +372,8 @@ class Section:
         self.source, self.path = source, path
         self.env: "Mapping[str, str]" = {} if env is None else env
         if not isinstance(data, dict):
-            raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", shown(data)))
+            found = "a string" if isinstance(data, str) else shown(data)
+            raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", found))
         self.data: "dict[str, Any]" = data
         self.known: "set[str]" = set()
 
@@ -435,7 +438,7 @@ class Section:
         """A list of mappings."""
         value = self.take(key, [])
         if not isinstance(value, list):
-            raise self.error(key, value, "a list of objects")
+            raise self.error(key, type(value).__name__, "a list of objects")
         return [
             Section(item, self.source, "%s[%d]" % (self.where(key), number), self.env)
             for number, item in enumerate(value)
@@ -778,10 +781,11 @@ def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> s
         if not os.path.isfile(named):
             raise ConfigError("%s: no such file (named by the flag or the environment)" % named)
         return named
-    folder = config_path or env.get(ENV + "CONFIG_PATH") or env.get("CONFIG_PATH") or ""
-    if folder and not os.path.isdir(folder):
-        raise ConfigError("%s: no such folder (named by the flag or the environment)" % folder)
-    for place in ((folder,) if folder else ()) + CONFIG_FOLDERS:
+    folders = [one for one in (config_path, env.get(ENV + "CONFIG_PATH"), env.get("CONFIG_PATH")) if one]
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise ConfigError("%s: no such folder (named by the flag or the environment)" % folder)
+    for place in (*folders, *CONFIG_FOLDERS):
         for name in CONFIG_NAMES:
             path = os.path.join(place, name)
             if os.path.isfile(path):
@@ -870,7 +874,7 @@ def load_config(
 def overlay(data: "dict[str, Any]", overrides: "dict[str, Any]", flags: "Mapping[str, Any]") -> "dict[str, Any]":
     """`data` with what the environment and then the flags set."""
     merged = dict(data, **{key: value for key, value in overrides.items() if key != "pool"})
-    if "pool" in overrides and isinstance(data.get("pool", {}), dict):
+    if "pool" in overrides and isinstance(data.get("pool") or {}, dict):
         merged["pool"] = dict(data.get("pool") or {}, **overrides["pool"])
     return dict(merged, **{key: value for key, value in flags.items() if value is not None})
 
@@ -1097,7 +1101,8 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n" % _TOKEN)
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 # `^` holds each match to one line, and a value cannot span lines, so as many matches as lines means that all are good.
-_FIELD = re.compile(rb"^(%b):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % _TOKEN, re.MULTILINE)
+# Possessive, because white space fits both parts: a field of blanks with a bad end took quadratic time to refuse.
+_FIELD = re.compile(rb"^(%b):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)\r\n" % _TOKEN, re.MULTILINE)
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
@@ -2224,6 +2229,8 @@ def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
 def parse_object(body: bytes) -> "dict[str, Any]":
     """The JSON object that `body` is. Raises ProxyError (400)."""
     try:
+        if json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
+            raise ValueError("it must be UTF-8 (RFC 8259, 8.1)")
         data = json.loads(body)
     except (ValueError, RecursionError) as problem:
         raise ProxyError(400, "The body is not valid JSON: %s" % problem) from None
@@ -2233,11 +2240,11 @@ def parse_object(body: bytes) -> "dict[str, Any]":
 
 
 def top_level_count(body: bytes, key: str) -> int:
-    """How often `key` stands in the outermost object: two readers could believe two different ones."""
+    """How often `key` stands in the outermost object, in any case: two readers could believe two different ones."""
     counts: "list[int]" = []
 
     def pairs(found: "list[tuple[str, Any]]") -> "dict[str, Any]":
-        counts.append(sum(name == key for name, _ in found))
+        counts.append(sum(name.lower() == key for name, _ in found))
         return {}
 
     json.loads(body, object_pairs_hook=pairs)
@@ -2269,17 +2276,20 @@ def lower_keys(data: "dict[str, Any]", known: "frozenset[str]") -> "dict[str, An
 
 
 def replace_model(body: bytes, model: str) -> bytes:
-    """`body` with another value for the outermost "model", every other byte as it was."""
-    text = body.decode("utf-8-sig", "surrogatepass")
-    decoder, at = json.JSONDecoder(), text.index("{") + 1
-    while True:
+    """`body` with another value for each outermost "model", every other byte as it was."""
+    text = body.decode("utf-8", "surrogatepass")
+    decoder, at, done = json.JSONDecoder(), text.index("{") + 1, 0
+    out: "list[str]" = []
+    while text[at - 1] != "}":
         at = _skip_space(text, at)
         key, at = decoder.raw_decode(text, at)
         at = _skip_space(text, _skip_space(text, at) + 1)
         _, end = decoder.raw_decode(text, at)
         if key == "model":
-            return (text[:at] + json.dumps(model) + text[end:]).encode("utf-8", "surrogatepass")
+            out += [text[done:at], json.dumps(model)]
+            done = end
         at = _skip_space(text, end) + 1
+    return "".join([*out, text[done:]]).encode("utf-8", "surrogatepass")
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -3568,7 +3578,7 @@ ROUTES: "dict[str, tuple[str, Handler]]" = {
 
 def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
     """Refuses a model that is not among the key's (403), and a body that two readers could read differently (400)."""
-    if top_level_count(body, "model") + top_level_count(body, "Model") > 1:
+    if top_level_count(body, "model") > 1:
         raise ProxyError(400, "model stands twice in the body.", param="model")
     if not model_patterns(key.models).fullmatch(model):
         message = "Your key may not use the model %r; it may use: %s." % (model[:64], ", ".join(key.models))

@@ -9,7 +9,9 @@ import pytest
 import chatgpt_apiserver as app
 
 
-def upstream(name: str, weight: int = 1, position: int = 0, models: tuple[str, ...] = (), **more: object) -> app.Upstream:
+def upstream(
+    name: str, weight: int = 1, position: int = 0, models: tuple[str, ...] = (), **more: object
+) -> app.Upstream:
     """An echo controller with its state."""
     config = app.ControllerConfig("echo", name, app.AccountConfig(), weight, models, **more)  # type: ignore[arg-type]
     return app.Upstream(config, app.EchoController(config), position)
@@ -29,7 +31,7 @@ def request(stream: bool = True, stateful: bool = False) -> app.ApiRequest:
 
 @pytest.mark.parametrize(
     ("weights", "sequence"),
-    [((5, 1, 1), "aabacaa" * 3), ((1, 1, 1), "abcabc"), ((1,), "aaa"), ((3, 2), "abaab" "abaab"), ((1, 2), "babbab")],
+    [((5, 1, 1), "aabacaa" * 3), ((1, 1, 1), "abcabc"), ((1,), "aaa"), ((3, 2), "ababaababa"), ((1, 2), "babbab")],
 )
 def test_smooth_sequence(weights: tuple[int, ...], sequence: str) -> None:
     """The sequence is exactly that of smooth weighted round robin."""

@@ -330,7 +330,7 @@ def test_mistake_in_an_accounts_own_file(tmp_path: Path) -> None:
     """The message names the file in which the mistake stands."""
     write(tmp_path / "account.json", {"api_key": KEY, "proxi": ""})
     file = write(tmp_path / "c.json", {"controllers": [{"config_file": "account.json"}]})
-    with pytest.raises(app.ConfigError, match="account.json: proxi: unknown key; did you mean 'proxy'"):
+    with pytest.raises(app.ConfigError, match=r"account.json: proxi: unknown key; did you mean 'proxy'"):
         load(file=file)
 
 

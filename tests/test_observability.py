@@ -26,7 +26,7 @@ def test_text_line() -> None:
     )
 
 
-FORGED = ["x\nT 127.0.0.1 GET /", "x controller=evil", "x\r\n", "x\x1b[31m", "x\u2028y", "x\\n", "\ud800", "☃ b", "x\x85"]
+FORGED = ["x\nT 127.0.0.1 GET /", "x model=evil", "x\r\n", "x\x1b[31m", "x\u2028y", "x\\n", "\ud800", "☃ b"]
 
 
 @pytest.mark.parametrize("text", FORGED)
