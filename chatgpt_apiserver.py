@@ -2212,7 +2212,7 @@ def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
     Raises ProxyError (400) for what no upstream could answer.
     """
     data = parse_object(body)
-    if "model" not in data or "messages" not in data:
+    if "model" not in data or "messages" not in data or "Stream" in data:
         spelled = respell(data)
         if spelled is not data:
             data, body = spelled, compact_json(spelled)

@@ -1,8 +1,8 @@
-"""Runs `async def` tests without a plug-in: debug mode, a real-time guard, nothing left behind, virtual time on request.
+"""Runs `async def` tests without a plug-in: debug mode, a real-time guard, nothing left behind, virtual time if asked.
 
-`@pytest.mark.virtual_time` gives a test a loop whose clock stands still while anything is ready and jumps to the next timer
-when nothing is. Sockets between peers on that loop are real. Work outside the loop (executor jobs, or a `with loop.hold():`)
-keeps the clock from jumping.
+`@pytest.mark.virtual_time` gives a test a loop whose clock stands still while anything is ready and jumps to the next
+timer when nothing is. Sockets between peers on that loop are real. Work outside the loop (executor jobs, or a
+`with loop.hold():`) keeps the clock from jumping.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ import pytest
 GUARD_S = 30.0  # real time one coroutine test may take
 SETTLE_S = 1.0  # real time tasks and transports have for their last steps once a test has returned
 EPOCH_S = 10_000.0  # any start but 0, so that "never" and "now" differ
-# Loopback delivers inside the sender's system call, unless the kernel is busy: then a jump waits for what is under way.
+# Loopback delivers inside the sender's system call unless the kernel is busy: a jump waits for what is under way.
 # A long jump is rare, and the harmful one when it comes too early, so it waits longer.
 GRACE_S, LONG_GRACE_S, LONG_JUMP_S = 0.002, 0.015, 1.0
-# A handshake a client refuses is the server's everyday life; debug mode reports it to the exception handler all the same.
+# A handshake that a client refuses is a server's everyday life; debug mode reports it to the exception handler.
 EVERYDAY = "Error on transport creation for incoming connection"
 
 

@@ -24,7 +24,7 @@ def venv_python() -> Path:
     if python.exists() and installed.exists() and installed.read_text() == PYTEST:
         return python
     if importlib.util.find_spec("ensurepip") is None:
-        sys.exit("tests/run.py: this Python cannot make a venv with pip (on Debian and Ubuntu: apt install python3-venv)")
+        sys.exit("tests/run.py: this Python has no ensurepip (on Debian and Ubuntu: apt install python3-venv)")
     shutil.rmtree(venv, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

@@ -321,3 +321,9 @@ async def test_echo_takes_parts() -> None:
     content = [{"type": "text", "text": "a b"}, {"type": "image_url", "image_url": {"url": "u"}}]
     pieces, _, _ = await echo({"model": "m", "messages": [{"role": "user", "content": content}]})
     assert json.loads(pieces[0])["choices"][0]["message"]["content"] == "a b"
+
+
+def test_a_capitalised_stream_alone_is_respelled() -> None:
+    """`Stream` beside lower-case keys asks for a stream too."""
+    data, body = app.parse_chat(b'{"model":"m","messages":[{"role":"user"}],"Stream":true}')
+    assert data["stream"] is True and json.loads(body)["stream"] is True
