@@ -85,3 +85,9 @@ def test_tests_say_what_they_show() -> None:
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("sleep") and node.args:
                 assert ast.unparse(node.args[0]) == "0", f"{path.name}:{node.lineno}"
+
+
+def test_the_top_level_is_as_small_as_promised() -> None:
+    """One module, its README, configurations, tests and a Dockerfile; a stray wheel was once committed beside them."""
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - {"__pycache__"}
+    assert found == {"chatgpt_apiserver.py", "README.md", "config", "tests", "Dockerfile"}
