@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What a request and a streamed event cost: python3 tests/bench.py [--seconds S] [--python PY]
 
-An upstream, a relay of asyncio streams without any feature, the server, nginx where it is installed, and the load run in processes
-of their own. CPU microseconds per unit come from /proc (Linux), so they do not depend on how busy the machine is with the load.
+An upstream, a relay of asyncio streams without any feature, the server, nginx where it is installed, and the load run
+in processes of their own. CPU microseconds per unit come from /proc (Linux), so they do not depend on how busy the
+machine is with the load. A unit is a request; of "paced" it is an event.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,9 +20,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 UPSTREAM, RAW, SERVER, NGINX = 24500, 24501, 24502, 24503
-EVENT = b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"gpt-4.1","choices":[{"index":0,"delta":{"content":" token"},"logprobs":null,"finish_reason":null}]}\n\n'
+EVENT = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"gpt-4.1",'
+    b'"choices":[{"index":0,"delta":{"content":" token"},"logprobs":null,"finish_reason":null}]}\n\n'
+)
 EVENTS, GAP_S = 50, 0.02
-CASES = {"json": (32, 400, False, 0.0), "big": (8, 100_000, False, 0.0), "sse": (32, 400, True, 0.0), "paced": (100, 400, True, GAP_S)}
+SLACK_S = 30.0  # what a load may take beyond its seconds before the bench gives up
+STOP_S = 5.0  # what a process has to end after SIGTERM
+CASES = {  # clients, bytes of the prompt, streamed, seconds between events
+    "json": (32, 400, False, 0.0),
+    "big": (8, 100_000, False, 0.0),
+    "sse": (32, 400, True, 0.0),
+    "paced": (100, 400, True, GAP_S),
+}
 
 
 def chunk(payload: bytes) -> bytes:
@@ -85,9 +97,10 @@ async def load(port: int, case: str, seconds: float) -> None:
     """Keep-alive clients in a closed loop; prints requests, events and the median in ms."""
     clients, size, stream, gap_s = CASES[case]
     message = {"role": "user", "content": "abcdef " * (size // 7)}
-    text = {"model": "gpt-4.1", "messages": [message], **({"stream": True} if stream else {}), **({"user": "paced"} if gap_s else {})}
-    body = json.dumps(text).encode()
-    wire = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    more = {**({"stream": True} if stream else {}), **({"user": "paced"} if gap_s else {})}
+    body = json.dumps({"model": "gpt-4.1", "messages": [message], **more}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    wire = head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     times: list[float] = []
     end = time.monotonic() + seconds
 
@@ -110,7 +123,13 @@ async def load(port: int, case: str, seconds: float) -> None:
 
 
 async def listen(handler: object, port: int) -> None:
-    server = await asyncio.start_server(handler, "127.0.0.1", port, limit=1 << 20, backlog=1024)  # type: ignore[arg-type]
+    server = await asyncio.start_server(
+        handler,  # type: ignore[arg-type]
+        "127.0.0.1",
+        port,
+        limit=1 << 20,
+        backlog=1024,
+    )
     await server.serve_forever()
 
 
@@ -130,9 +149,18 @@ def rss_mb(pid: int) -> float:
 
 def nginx_command(folder: str) -> list[str]:
     """One worker that relays to the upstream."""
-    paths = "".join(f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = " ".join(f"{name}_temp_path {folder}/{name};" for name in kinds)
     proxy = 'proxy_pass http://up; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;'
-    text = f"worker_processes 1; daemon off; pid {folder}/pid; error_log {folder}/error; events {{}} http {{ access_log off; {paths} client_body_buffer_size 1m; upstream up {{ server 127.0.0.1:{UPSTREAM}; keepalive 256; keepalive_requests 100000000; }} keepalive_requests 100000000; server {{ listen 127.0.0.1:{NGINX}; location / {{ {proxy} }} }} }}"
+    endless = "keepalive_requests 100000000;"
+    text = f"""
+worker_processes 1; daemon off; pid {folder}/pid; error_log {folder}/error; events {{}}
+http {{
+    access_log off; {paths} client_body_buffer_size 1m; {endless}
+    upstream up {{ server 127.0.0.1:{UPSTREAM}; keepalive 256; {endless} }}
+    server {{ listen 127.0.0.1:{NGINX}; location / {{ {proxy} }} }}
+}}
+"""
     Path(folder, "nginx.conf").write_text(text)
     return ["nginx", "-c", f"{folder}/nginx.conf"]
 
@@ -140,9 +168,10 @@ def nginx_command(folder: str) -> list[str]:
 def measure(port: int, pid: int, case: str, seconds: float) -> tuple[float, float]:
     """CPU microseconds per unit, and the median in ms."""
     command = [sys.executable, __file__, "load", str(port), case]
-    subprocess.run([*command, "0.5"], capture_output=True, check=True)
+    subprocess.run([*command, "0.5"], capture_output=True, check=True, timeout=SLACK_S)
     before = cpu_us(pid)
-    done = json.loads(subprocess.run([*command, str(seconds)], capture_output=True, check=True, text=True).stdout)
+    run = subprocess.run([*command, str(seconds)], capture_output=True, check=True, timeout=seconds + SLACK_S)
+    done = json.loads(run.stdout)
     units = done["done"] * (EVENTS if case == "paced" else 1)
     return (cpu_us(pid) - before) / max(1, units), done["p50_ms"]
 
@@ -163,13 +192,27 @@ def compare(seconds: float, python: str, folder: str, processes: list[subprocess
     time.sleep(1.5)
     pids = dict(zip(commands, (process.pid for process in processes), strict=True))
     ports = {"raw relay": RAW, "this server": SERVER, "nginx": NGINX}
-    print(f"{'case':6} {'gateway':12} {'CPU us/unit':>12} {'/ raw':>6} {'p50 ms':>8} {'RSS MB':>7}")
+    print(f"{'case':6} {'gateway':12} {'CPU us/unit':>12} {'/ raw':>6} {'/ nginx':>7} {'p50 ms':>8} {'RSS MB':>7}")
     for case in CASES:
-        raw = 0.0
-        for name in (name for name in ports if name in pids):
-            cost, median = measure(ports[name], pids[name], case, seconds)
-            raw = raw or cost
-            print(f"{case:6} {name:12} {cost:12.1f} {cost / raw:6.2f} {median:8.2f} {rss_mb(pids[name]):7.1f}", flush=True)
+        found = {name: measure(ports[name], pids[name], case, seconds) for name in ports if name in pids}
+        for name, (cost, median) in found.items():
+            # A short run may cost less than a tick of the kernel's clock: then there is no ratio.
+            bases = (found.get(base, (0.0, 0.0))[0] for base in ("raw relay", "nginx"))
+            to_raw, to_nginx = (f"{cost / base:.2f}" if base else "-" for base in bases)
+            row = f"{case:6} {name:12} {cost:12.1f} {to_raw:>6} {to_nginx:>7} {median:8.2f} {rss_mb(pids[name]):7.1f}"
+            print(row, flush=True)
+
+
+def stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End what was started, by force where asking does not help."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def main() -> None:
@@ -184,14 +227,12 @@ def main() -> None:
         parser.add_argument("--python", default=sys.executable)
         args = parser.parse_args()
         processes: list[subprocess.Popen[bytes]] = []
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a bench that is ended ends what it started
         with tempfile.TemporaryDirectory() as folder:
             try:
                 compare(args.seconds, args.python, folder, processes)
             finally:
-                for process in processes:
-                    process.terminate()
-                for process in processes:
-                    process.wait()
+                stop(processes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scripted peers for tests on real sockets: an upstream that does what a test says, and a client that sends raw bytes."""
+"""Scripted peers for tests on real sockets: an upstream that does what a test says, a client that sends raw bytes."""
 
 import asyncio
 import json
@@ -31,10 +31,15 @@ def reset(writer: asyncio.StreamWriter) -> None:
 
 
 class Message:
-    """A request or a reply as a peer saw it."""
+    """A request or a reply as a peer saw it.
 
-    def __init__(self, start: str, headers: dict[str, str], body: bytes) -> None:
-        self.start, self.headers, self.body = start, headers, body
+    `headers` has lower-case names and of a repeated field the last; `fields` has every field as it was spelled.
+    """
+
+    def __init__(self, start: str, fields: list[tuple[str, str]], body: bytes, interim: list[int]) -> None:
+        self.start, self.fields, self.body = start, fields, body
+        self.headers = {name.lower(): value for name, value in fields}
+        self.interim = interim  # statuses of the 1xx replies that came first
 
     @property
     def status(self) -> int:
@@ -45,15 +50,18 @@ class Message:
 
 
 async def read_message(reader: asyncio.StreamReader, head_only: bool = False) -> Message:
-    """One message; interim replies are skipped; without framing a reply ends with its connection."""
+    """One message; interim replies are only noted; without framing a reply ends with its connection."""
+    interim: list[int] = []
     while True:
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         if not lines[0].startswith("HTTP/1.1 1"):
             break
-    headers = {line.partition(":")[0].lower(): line.partition(":")[2].strip() for line in lines[1:] if line}
+        interim.append(int(lines[0].split()[1]))
+    fields = [(line.partition(":")[0], line.partition(":")[2].strip()) for line in lines[1:] if line]
+    headers = {name.lower(): value for name, value in fields}
     body = b""
     if head_only:
-        return Message(lines[0], headers, body)
+        return Message(lines[0], fields, body, interim)
     if headers.get("transfer-encoding") == "chunked":
         while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
             body += (await reader.readexactly(size + 2))[:-2]
@@ -62,7 +70,7 @@ async def read_message(reader: asyncio.StreamReader, head_only: bool = False) ->
         body = await reader.readexactly(int(headers["content-length"]))
     elif lines[0].startswith("HTTP/") and headers.get("connection") == "close":
         body = await reader.read()
-    return Message(lines[0], headers, body)
+    return Message(lines[0], fields, body, interim)
 
 
 def reply(status: int, body: bytes, *headers: str) -> bytes:
@@ -87,6 +95,11 @@ SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Enco
 def event(text: str) -> bytes:
     """One chat event with content."""
     return b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % text.encode()
+
+
+def sse_reply(*events: bytes) -> bytes:
+    """A whole stream, each event in a chunk of its own."""
+    return SSE_HEAD + b"".join(map(app.chunk, events)) + b"0\r\n\r\n"
 
 
 Script = Callable[["Peer", Message], Awaitable[None]]
@@ -115,6 +128,10 @@ class Peer:
                 pass
         except ConnectionError:
             pass
+
+    def close(self) -> None:
+        """Close with a FIN once everything is sent."""
+        self.writer.close()
 
     def reset(self) -> None:
         """Close with a RST."""
@@ -162,6 +179,11 @@ class Upstream:
             pass
         finally:
             writer.transport.abort()
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that neither side has closed yet."""
+        return len(self.tasks)
 
     @property
     def url(self) -> str:

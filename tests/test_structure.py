@@ -58,7 +58,8 @@ def test_functions_are_short_and_annotated() -> None:
     lengths = sorted(code_lines(function) for function in FUNCTIONS)
     assert statistics.median(lengths) <= 7 and lengths[int(0.9 * len(lengths))] <= 28 and lengths[-1] <= 50
     for function in FUNCTIONS:
-        arguments = function.args.args + function.args.kwonlyargs
+        arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        arguments += [one for one in (function.args.vararg, function.args.kwarg) if one]
         assert function.returns is not None, function.name
         assert all(one.annotation for one in arguments if one.arg not in ("self", "cls")), function.name
 

@@ -1,4 +1,4 @@
-"""What the other tests stand on: the virtual clock, the guard and the search for leftovers."""
+"""What the other tests stand on: the virtual clock, the guard, the search for leftovers, the scripted peers."""
 
 import asyncio
 import shutil
@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from .support import Client, Message, Peer, Upstream, event, json_reply, request, sse_reply
 
 HERE = Path(__file__).parent
 LEFTOVERS = '''
@@ -127,3 +129,47 @@ def test_leftovers_fail_the_test_that_left_them(tmp_path: Path) -> None:
     outcomes = {line.split()[1].partition("::")[2]: line.split()[0] for line in said.splitlines() if "::" in line}
     broken = ("task", "transport", "socket", "callback", "forgotten_error", "hang")
     assert outcomes == {**{f"test_{name}": "FAILED" for name in broken}, "test_tidy": "PASSED"}, said
+
+
+async def test_an_upstream_shows_what_it_got_and_sends_its_script() -> None:
+    """Repeated fields and interim replies are kept, connections are counted while open, a stream is whole."""
+
+    async def script(peer: Peer, message: Message) -> None:
+        if message.body:
+            await peer.send(b"HTTP/1.1 103 Early\r\n\r\n", json_reply(200, {"a": 1}))
+        else:
+            await peer.send(sse_reply(event("x"), event("y")))
+            peer.close()
+
+    async with Upstream(script) as one:
+        client = Client(*await asyncio.open_connection("127.0.0.1", one.port))
+        await client.send(request(b"{}", "X-Two: 1", "x-two: 2"))
+        answer = await client.read()
+        assert (answer.status, answer.json(), answer.interim) == (200, {"a": 1}, [103])
+        twice = [field for field in one.seen[0].fields if field[0].lower() == "x-two"]
+        assert twice == [("X-Two", "1"), ("x-two", "2")]
+        assert (one.connections, one.open_connections) == (1, 1)
+        await client.send(request(b""))
+        assert (await client.read()).body == event("x") + event("y")
+        assert await client.closed() == b""
+        client.close()
+        while one.open_connections:
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("way", ["close", "reset"])
+async def test_a_peer_sees_how_its_client_left(way: str) -> None:
+    """`gone` returns once the client has closed, with a FIN or a RST."""
+    left = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.gone()
+        left.set()
+
+    async with Upstream(script) as one:
+        client = Client(*await asyncio.open_connection("127.0.0.1", one.port))
+        await client.send(request(b"{}"))
+        while not one.seen:
+            await asyncio.sleep(0)
+        getattr(client, way)()
+        await left.wait()
