@@ -9,12 +9,13 @@ Copy this file to a machine that has Python 3.11 or newer, start it, and point a
 
 The way of a request, top to bottom, and the sections of this file that it passes:
 
-    client --> Server: read head and body, doors, route                        (4, 6, 11)
-           --> Relay: one attempt after the other until one answers            (10)
-                 --> Balancing: who has room now? nobody: wait in line         (9)
+    client --> Server: read head and body, doors, route                        (4, 6, 13)
+           --> Relay: one attempt after the other until one answers            (12)
+                 --> Balancing: who has room now? nobody: wait in line         (10, 11)
                  --> Controllers: what this account's request looks like       (8)
                  --> Upstream connections: a pooled or fresh connection        (7)
-           <-- Relay: hold until the first real event, then every byte at once (5, 10)
+                 --> Outcomes: what did it say, may another be asked?          (9)
+           <-- Relay: hold until the first real event, then every byte at once (5, 12)
 
 Each section uses only what stands above it:
 
@@ -26,10 +27,12 @@ Each section uses only what stands above it:
     6. Timed streams
     7. Upstream connections
     8. Controllers
-    9. Balancing and health
-    10. Relay
-    11. Server
-    12. Command line
+    9. Outcomes
+    10. Quotas and health
+    11. Balancing
+    12. Relay
+    13. Server
+    14. Command line
 """
 
 import sys
@@ -56,21 +59,24 @@ import math
 import os
 import random
 import re
-import secrets
 import signal
 import socket
 import ssl
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 __version__ = "1.0.0"
 
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
+KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
+KNOWN_HEAD_BYTES = 2048  # a connection's last request head is remembered up to this size
+KNOWN_LINE_BYTES = 256  # this many bytes: half a megabyte in all
 CHUNK_LINE_BYTES = 256  # a chunk-size line with its extensions, which nobody needs
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
@@ -94,6 +100,12 @@ MODELS_TIMEOUT_S = 10.0  # for asking it
 TOKENS_PER_PART = 1000  # an image, audio or file part in the token estimate; never the length of a data URL
 TOKENS_ANSWER = 500  # what an answer is taken to need while nothing is known of the model
 MODEL_NAME_CHARS = 256  # longer names are not looked up
+FLUSH_S = 0.01  # access lines wait this long for company
+USAGE_BYTES = 4096  # the end of an answer, where its usage stands
+RESERVE_CONNECTIONS = 16  # above the bound, so that /status still answers
+PEER_CONNECTIONS = 256  # of one public address, where nothing is configured
+PATIENCE_S = 2.0  # a client is answered this long before it gives up
+KEY_BUSY_S = 1.0  # a client key whose requests are all under way is told to come again after this
 MEMORY_MODELS = 256  # models of which one controller's ledger is kept; the least recently used goes first
 
 log = logging.getLogger("chatgpt_apiserver")
@@ -983,6 +995,7 @@ class AccessRecord:
 _UNSAFE = re.compile(r"[^!-\[\]-~]")
 
 
+@functools.lru_cache(maxsize=1024)
 def plain(text: str) -> str:
     """`text` as one word of a log line: what could forge a field or a line is escaped."""
     return text if not _UNSAFE.search(text) else _UNSAFE.sub(lambda m: "\\x%02x" % ord(m.group()), text)
@@ -1037,7 +1050,7 @@ def json_line(record: AccessRecord, stamp: str, now: float) -> str:
 
 
 class AccessLog:
-    """Writes access lines, those of one loop turn together: a write per request costs as much as parsing it."""
+    """Writes access lines, those of some milliseconds together: a write costs as much as parsing a request."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, write: "Callable[[str], Any]", as_json: bool = False) -> None:
         self.loop, self.write = loop, write
@@ -1048,7 +1061,7 @@ class AccessLog:
     def add(self, record: AccessRecord) -> None:
         """Takes one finished request."""
         if not self.lines:
-            self.loop.call_soon(self.flush)
+            self.loop.call_later(FLUSH_S, self.flush)
         second = int(time.time())
         if second != self.second:
             self.second, self.stamp = second, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
@@ -1098,11 +1111,10 @@ def secrets_of(config: Config) -> "Iterator[str]":
 # regular expression; bodies by push decoders that may be fed at any cut. Nothing that was not parsed is passed on.
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n" % _TOKEN)
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-# `^` holds each match to one line, and a value cannot span lines, so as many matches as lines means that all are good.
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/([0-9])\.([0-9])\Z" % _TOKEN)
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
 # Possessive, because white space fits both parts: a field of blanks with a bad end took quadratic time to refuse.
-_FIELD = re.compile(rb"^(%b):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)\r\n" % _TOKEN, re.MULTILINE)
+_FIELD = re.compile(rb"(%b):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)\Z" % _TOKEN)
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
@@ -1131,37 +1143,51 @@ REQUEST_DROPPED = HOP_BY_HOP | frozenset(
 )
 REQUEST_DROPPED_PREFIXES = (b"proxy-", b"x-forwarded-")
 REPLY_DROPPED = HOP_BY_HOP | frozenset((b"set-cookie", b"set-cookie2", b"content-length", b"alt-svc"))
-# On an answer that took failover these would speak of one account of many.
-REPLY_DROPPED_RETRIED = REPLY_DROPPED | frozenset((b"retry-after", b"retry-after-ms", b"x-should-retry"))
+# On an answer that took waiting or failover these would speak of one account of many.
+RETRY_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-should-retry"))
+
+SECRET_FIELDS = frozenset(
+    (b"authorization", b"api-key", b"x-api-key", b"proxy-authorization", b"cookie", b"set-cookie")
+)  # never remembered
 
 Fields = list[tuple[bytes, bytes]]
+Index = dict[bytes, bytes]
 
 
 class RequestHead:
-    """A request's start line and fields. `index`: lower-case name to value, repeated ones joined by a comma."""
+    """A request's start line and fields.
 
-    __slots__ = ("fields", "index", "method", "minor", "target")
+    `index`: lower-case name to value, repeated ones joined by a comma (RFC 9110, 5.3). `lines`: the fields that an
+    upstream may see, written afresh, each with its CRLF.
+    """
 
-    def __init__(self, method: str, target: str, minor: int, fields: Fields, index: "dict[bytes, bytes]") -> None:
-        self.method, self.target, self.minor, self.fields, self.index = method, target, minor, fields, index
+    __slots__ = ("index", "lines", "method", "minor", "target")
+
+    def __init__(self, method: str, target: str, minor: int, index: Index, lines: "list[bytes]") -> None:
+        self.method, self.target, self.minor, self.index, self.lines = method, target, minor, index, lines
 
     @property
     def keeps_alive(self) -> bool:
-        """Whether another request may follow on this connection (RFC 9112, 9.3)."""
-        found = self.index.get(b"connection")
-        if found is None:
-            return self.minor >= 1
-        options = tokens(found)
-        return b"close" not in options and (self.minor >= 1 or b"keep-alive" in options)
+        """Whether another request may follow on this connection."""
+        return keeps_alive(self.index, self.minor)
 
 
 class ResponseHead:
-    """A reply's status line and fields, as `RequestHead`."""
+    """A reply's status and fields, as `RequestHead`; `lines` are those that a client may see."""
 
-    __slots__ = ("fields", "index", "minor", "status")
+    __slots__ = ("index", "lines", "minor", "status")
 
-    def __init__(self, status: int, minor: int, fields: Fields, index: "dict[bytes, bytes]") -> None:
-        self.status, self.minor, self.fields, self.index = status, minor, fields, index
+    def __init__(self, status: int, minor: int, index: Index, lines: "list[bytes]") -> None:
+        self.status, self.minor, self.index, self.lines = status, minor, index, lines
+
+
+def keeps_alive(index: Index, minor: int) -> bool:
+    """Whether a message leaves its connection open (RFC 9112, 9.3)."""
+    found = index.get(b"connection")
+    if found is None:
+        return minor >= 1
+    options = tokens(found)
+    return b"close" not in options and (minor >= 1 or b"keep-alive" in options)
 
 
 def tokens(value: bytes) -> "set[bytes]":
@@ -1169,63 +1195,111 @@ def tokens(value: bytes) -> "set[bytes]":
     return {member.strip(b" \t").lower() for member in value.split(b",")}
 
 
-def joined_index(fields: Fields) -> "dict[bytes, bytes]":
-    """Lower-case name to value, the values of repeated names joined by a comma (RFC 9110, 5.3)."""
-    index: "dict[bytes, bytes]" = {}
-    for name, value in fields:
-        key = name.lower()
-        index[key] = index[key] + b"," + value if key in index else value
+class FieldLines:
+    """Parses field lines, and remembers what common ones come to: peers repeat theirs, and a look-up costs a tenth of
+    a match. `passes` tells by the lower-case name whether a field goes on to the other side."""
+
+    __slots__ = ("known", "passes")
+
+    def __init__(self, passes: "Callable[[bytes], bool]") -> None:
+        self.passes = passes
+        self.known: "dict[bytes, tuple[tuple[bytes, bytes], bytes]]" = {}
+
+    def parse(self, block: bytes, limit: int) -> "tuple[Index, list[bytes]]":
+        """Index and passing lines of a head's field lines, which CRLF separates. Raises ValueError."""
+        if not block:
+            return {}, []
+        lines, known = block.split(b"\r\n"), self.known
+        if len(lines) > limit:
+            raise ValueError("more than %d header fields" % limit)
+        entries = [known.get(line) or self._learn(line) for line in lines]
+        index = dict([entry[0] for entry in entries])
+        if len(index) != len(lines):
+            index = joined_index(entry[0] for entry in entries)
+        kept = [entry[1] for entry in entries if entry[1]]
+        connection = index.get(b"connection")
+        if connection is not None and connection not in (b"keep-alive", b"close"):
+            kept = without(kept, tokens(connection))  # RFC 9110, 7.6.1
+        return index, kept
+
+    def _learn(self, line: bytes) -> "tuple[tuple[bytes, bytes], bytes]":
+        """Lower-case name and value, and the line to pass on, b"" for one that stays here."""
+        found = _FIELD.match(line)
+        if found is None:
+            raise ValueError("a header line is malformed")
+        name, value = found.group(1).lower(), found.group(2).rstrip(b" \t")
+        entry = ((name, value), b"%b: %b\r\n" % (found.group(1), value) if self.passes(name) else b"")
+        if len(line) <= KNOWN_LINE_BYTES and name not in SECRET_FIELDS:
+            if len(self.known) >= KNOWN_LINES:
+                self.known.clear()
+            self.known[line] = entry
+        return entry
+
+
+def joined_index(pairs: "Iterable[tuple[bytes, bytes]]") -> Index:
+    """The index of fields of which some repeat: their values are joined by commas."""
+    index: Index = {}
+    for name, value in pairs:
+        index[name] = index[name] + b"," + value if name in index else value
     return index
 
 
-def parse_fields(block: bytes, limit: int) -> "tuple[Fields, dict[bytes, bytes]]":
-    """The field lines of a head, each ended by CRLF. Raises ValueError with what is wrong."""
-    fields: Fields = _FIELD.findall(block)
-    if len(fields) != block.count(b"\n"):
-        raise ValueError("a header line is malformed")
-    if len(fields) > limit:
-        raise ValueError("more than %d header fields" % limit)
-    index = {name.lower(): value for name, value in fields}
-    return fields, index if len(index) == len(fields) else joined_index(fields)
+def without(lines: "list[bytes]", names: "Iterable[bytes]") -> "list[bytes]":
+    """`lines` without the fields of these lower-case names."""
+    return [line for line in lines if line[: line.index(b":")].lower() not in names]
+
+
+REQUEST_FIELDS = FieldLines(
+    lambda name: name not in REQUEST_DROPPED and not name.startswith(REQUEST_DROPPED_PREFIXES)
+)
+REPLY_FIELDS = FieldLines(lambda name: name not in REPLY_DROPPED)
 
 
 def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHead:
     """A request's head, from its first byte to and with the empty line. Raises BadMessage."""
-    line = _REQUEST_LINE.match(data)
-    if line is None:
-        raise BadMessage(400, "The request line is malformed: METHOD SP TARGET SP HTTP/1.1 CRLF is needed.")
-    if line.group(3) != b"1":
-        raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
+    end = data.find(b"\r\n")
+    method, target, minor = parse_request_line(data[:end])
     try:
-        fields, index = parse_fields(data[line.end() : -2], count_limit)
+        index, lines = REQUEST_FIELDS.parse(data[end + 2 : -4], count_limit)
     except ValueError as problem:
         status = 431 if "more than" in str(problem) else 400
         raise BadMessage(status, "The request head is refused: %s." % problem) from None
-    minor = 1 if line.group(4) != b"0" else 0
-    check_host(index, minor)
-    return RequestHead(line.group(1).decode(), line.group(2).decode(), minor, fields, index)
+    check_host(index.get(b"host"), minor)
+    return RequestHead(method, target, minor, index, lines)
 
 
-def check_host(index: "Mapping[bytes, bytes]", minor: int) -> None:
-    """Exactly one Host on HTTP/1.1, and one that is a host (RFC 9112, 3.2)."""
-    host = index.get(b"host")
+@functools.lru_cache(maxsize=256)  # clients ask for few targets; 256 of the longest are 2 MB
+def parse_request_line(line: bytes) -> "tuple[str, str, int]":
+    """Method, target and minor version. Raises BadMessage."""
+    found = _REQUEST_LINE.match(line)
+    if found is None:
+        raise BadMessage(400, "The request line is malformed: METHOD SP TARGET SP HTTP/1.1 CRLF is needed.")
+    if found.group(3) != b"1":
+        raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
+    return found.group(1).decode(), found.group(2).decode(), 1 if found.group(4) != b"0" else 0
+
+
+@functools.lru_cache(maxsize=256)
+def check_host(host: "bytes | None", minor: int) -> None:
+    """Exactly one Host on HTTP/1.1, and one that is a host (RFC 9112, 3.2). Raises BadMessage."""
     if host is None:
         if minor >= 1:
             raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
-    elif not _HOST.match(host.rstrip(b" \t")) or b"," in host:
+    elif not _HOST.match(host) or b"," in host:
         raise BadMessage(400, "The Host header is not one host name with an optional port.")
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
     """A reply's head, from its first byte to and with the empty line. Raises BadReply."""
-    line = _STATUS_LINE.match(data)
+    end = data.find(b"\r\n")
+    line = _STATUS_LINE.match(data[:end])
     if line is None:
         raise BadReply("the upstream's status line is malformed")
     try:
-        fields, index = parse_fields(data[line.end() : -2], 10 * FIELD_COUNT)
+        index, lines = REPLY_FIELDS.parse(data[end + 2 : -4], 10 * FIELD_COUNT)
     except ValueError as problem:
         raise BadReply("the upstream's reply head is malformed: %s" % problem) from None
-    return ResponseHead(int(line.group(2)), int(line.group(1)), fields, index)
+    return ResponseHead(int(line.group(2)), int(line.group(1)), index, lines)
 
 
 def check_partial_head(data: bytes) -> None:
@@ -1390,7 +1464,7 @@ class ChunkedDecoder:
         self.trailing += len(line)
         if line == b"\r\n":
             self.done = True
-        elif self.trailing > TRAILER_BYTES or not _FIELD.fullmatch(line):
+        elif self.trailing > TRAILER_BYTES or line[-2:] != b"\r\n" or not _FIELD.match(line[:-2]):
             raise ValueError("the trailer section is malformed or too long")
 
     def feed_eof(self) -> bool:
@@ -1449,38 +1523,6 @@ def chunk(payload: bytes) -> bytes:
 
 LAST_CHUNK = b"0\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-@functools.lru_cache(maxsize=1024)
-def goes_upstream(name: bytes) -> bool:
-    """Whether a client's field of this name may be passed on; names repeat, so the answer is remembered."""
-    key = name.lower()
-    return key not in REQUEST_DROPPED and not key.startswith(REQUEST_DROPPED_PREFIXES)
-
-
-@functools.lru_cache(maxsize=1024)
-def goes_to_client(name: bytes, retried: bool) -> bool:
-    """Whether an upstream's field of this name may be passed on; `retried`: it took more than one attempt."""
-    return name.lower() not in (REPLY_DROPPED_RETRIED if retried else REPLY_DROPPED)
-
-
-def without_connection(fields: Fields, index: "Mapping[bytes, bytes]") -> Fields:
-    """`fields` without those that Connection names (RFC 9110, 7.6.1)."""
-    connection = index.get(b"connection")
-    if connection is None or connection.lower() in (b"keep-alive", b"close"):
-        return fields
-    named = tokens(connection)
-    return [field for field in fields if field[0].lower() not in named]
-
-
-def forwarded_fields(head: RequestHead) -> Fields:
-    """The client's fields that an upstream gets to see."""
-    return [field for field in without_connection(head.fields, head.index) if goes_upstream(field[0])]
-
-
-def returned_fields(head: ResponseHead, retried: bool) -> Fields:
-    """The upstream's fields that a client gets to see."""
-    return [field for field in without_connection(head.fields, head.index) if goes_to_client(field[0], retried)]
 
 
 def render_fields(fields: Fields) -> bytes:
@@ -1611,35 +1653,34 @@ IDLE_CHECK_S = 30.0  # a timer is never armed further ahead than this, so moving
 class Deadline:
     """One timer of one connection: `set` moves it, `expired` is called once when it has passed."""
 
-    __slots__ = ("at", "expired", "handle", "loop")
+    __slots__ = ("armed", "at", "expired", "handle", "loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, expired: "Callable[[], None]") -> None:
         self.loop, self.expired = loop, expired
-        self.at = math.inf
+        self.at = self.armed = math.inf
         self.handle: "asyncio.TimerHandle | None" = None
 
     def set(self, at: float) -> None:
         """Moves the deadline to `at` (loop time); infinity switches it off."""
         self.at = at
-        if self.handle is None:
-            if at != math.inf:
-                self._arm()
-        elif at < self.handle.when():
-            self.handle.cancel()
+        if at < self.armed:
             self._arm()
 
     def cancel(self) -> None:
         """Ends the timer for good."""
-        self.at = math.inf
+        self.at = self.armed = math.inf
         if self.handle is not None:
             self.handle.cancel()
             self.handle = None
 
     def _arm(self) -> None:
-        self.handle = self.loop.call_at(min(self.at, self.loop.time() + IDLE_CHECK_S), self._fire)
+        if self.handle is not None:
+            self.handle.cancel()
+        self.armed = min(self.at, self.loop.time() + IDLE_CHECK_S)
+        self.handle = self.loop.call_at(self.armed, self._fire)
 
     def _fire(self) -> None:
-        self.handle = None
+        self.handle, self.armed = None, math.inf
         if self.at == math.inf:
             return
         if self.at <= self.loop.time():
@@ -1649,10 +1690,102 @@ class Deadline:
             self._arm()
 
 
+class Wake:
+    """What a fiber waits for: `set_result` goes on with it at once, within the caller's call."""
+
+    __slots__ = ("error", "fiber", "fired")
+
+    def __init__(self, fiber: "Fiber") -> None:
+        self.fiber, self.fired = fiber, False
+        self.error: "BaseException | None" = None
+
+    def __await__(self) -> "Generator[Wake, None, None]":
+        yield self
+        if self.error is not None:
+            raise self.error
+
+    def done(self) -> bool:
+        """Whether it was woken."""
+        return self.fired
+
+    def set_result(self, _: None) -> None:
+        """Wakes the fiber."""
+        self.fired = True
+        self.fiber.wake(self)
+
+    def set_exception(self, error: BaseException) -> None:
+        """Wakes the fiber with an error."""
+        self.error, self.fired = error, True
+        self.fiber.wake(self)
+
+
+class Fiber:
+    """A coroutine that goes on within the callback that brings what it waits for.
+
+    A Task goes on in the loop's next turn, which costs a future, a handle and a turn for each read: 15 us of a request.
+    What needs a current task (asyncio.timeout) has to be awaited as a task of its own. `ended` is set at the end.
+    """
+
+    __slots__ = ("coro", "ended", "loop", "waits_for")
+
+    current: "ClassVar[Fiber | None]" = None  # the one whose code runs now
+
+    def __init__(self, coro: "Coroutine[Any, Any, None]", loop: asyncio.AbstractEventLoop) -> None:
+        self.coro, self.loop = coro, loop
+        self.ended: "asyncio.Future[None]" = loop.create_future()
+        self.waits_for: "Wake | asyncio.Future[Any] | None" = None
+        loop.call_soon(self._step, None)
+
+    def cancel(self) -> None:
+        """Makes what it waits for raise CancelledError, in the loop's next turn."""
+        self.loop.call_soon(self._cancel)
+
+    def wake(self, wake: "Wake | asyncio.Future[Any]") -> None:
+        """Goes on, if this is what it waits for."""
+        if self.waits_for is wake:
+            if Fiber.current is self:  # woken by its own doing
+                self.loop.call_soon(self.wake, wake)
+            else:
+                self._step(None)
+
+    def _cancel(self) -> None:
+        if self.ended.done():
+            return
+        if isinstance(self.waits_for, asyncio.Future):
+            self.waits_for.cancel()
+        else:
+            self._step(asyncio.CancelledError())
+
+    def _step(self, error: "BaseException | None") -> None:
+        before, Fiber.current = Fiber.current, self
+        try:
+            found = self.coro.send(None) if error is None else self.coro.throw(error)
+        except (StopIteration, asyncio.CancelledError):
+            self._end()
+        except BaseException as problem:
+            self._end()
+            self.loop.call_exception_handler({"message": "a connection's coroutine failed", "exception": problem})
+        else:
+            self.waits_for = found
+            if found is None:  # asyncio.sleep(0)
+                self.loop.call_soon(self._step, None)
+            elif type(found) is not Wake:
+                found._asyncio_future_blocking = False  # as asyncio.Task does with what it is handed
+                found.add_done_callback(self.wake)
+        finally:
+            Fiber.current = before
+
+    def _end(self) -> None:
+        self.waits_for = None
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
 class WireReader(asyncio.StreamReader):
     """A StreamReader that hands over what has arrived, as it arrived, and tells `on_end` when the peer leaves.
 
-    `on_end(error)` is called at the FIN (None) and at a reset or lost connection (the exception).
+    `on_end(error)` is called at the FIN (None) and at a reset or lost connection (the exception). A reader that is
+    diverted calls `sink` with each read instead of keeping it: no future, no task woken, half of what an event costs.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -1664,7 +1797,8 @@ class WireReader(asyncio.StreamReader):
         self.on_end: "Callable[[BaseException | None], None] | None" = None
         self.link: "asyncio.ReadTransport | None" = None
         self.held = False
-        self.wake: "asyncio.Future[None] | None" = None
+        self.wake: "Wake | asyncio.Future[None] | None" = None
+        self.sink: "Callable[[bytes], bool] | None" = None
 
     def set_transport(self, transport: asyncio.BaseTransport) -> None:
         """Called by the protocol, and again when TLS takes a connection over."""
@@ -1677,12 +1811,15 @@ class WireReader(asyncio.StreamReader):
 
     def feed_data(self, data: bytes) -> None:  # type: ignore[override]  # only bytes ever come
         """Called by the protocol; above the limit the peer is stopped."""
+        if self.sink is not None:
+            if self.sink(data):
+                self._wake_up()
+            return
         self.data = self.data + data if self.data else data
         if self.wake is not None:
             self._wake_up()
-        elif len(self.data) >= READ_BYTES and not self.held and self.link is not None:
-            self.held = True
-            self.link.pause_reading()
+        elif len(self.data) >= READ_BYTES:
+            self.hold()
 
     def feed_eof(self) -> None:
         """Called by the protocol at the FIN and at a close."""
@@ -1706,6 +1843,19 @@ class WireReader(asyncio.StreamReader):
         if wake is not None and not wake.done():
             wake.set_exception(error)
 
+    def hold(self) -> None:
+        """Stops the peer: the kernel's buffers fill, then it cannot send."""
+        if not self.held and self.link is not None and not self.link.is_closing():
+            self.held = True
+            self.link.pause_reading()
+
+    def unhold(self) -> None:
+        """Lets the peer go on."""
+        if self.held and self.link is not None:
+            self.held = False
+            if not self.link.is_closing():
+                self.link.resume_reading()
+
     async def read_some(self) -> bytes:
         """All that has arrived, at least a byte; b"" at the end. Raises what broke the connection."""
         while not self.data:
@@ -1713,17 +1863,41 @@ class WireReader(asyncio.StreamReader):
                 if self.lost is not None:
                     raise ConnectionResetError(str(self.lost)) from self.lost
                 return b""
-            self.wake = self.loop.create_future()
+            fiber = Fiber.current
+            self.wake = Wake(fiber) if fiber is not None else self.loop.create_future()
             try:
                 await self.wake
             finally:
                 self.wake = None
         data, self.data = self.data, b""
-        if self.held and self.link is not None:
-            self.held = False
-            if not self.link.is_closing():
-                self.link.resume_reading()
+        if self.held:
+            self.unhold()
         return data
+
+    async def divert(self, sink: "Callable[[bytes], bool]") -> None:
+        """Calls `sink` with each read until it returns true or nothing more comes. Raises what broke the connection."""
+        self.sink = sink
+        try:
+            data, self.data = self.data, b""
+            if (data and sink(data)) or self.ended:
+                return
+            fiber = Fiber.current
+            self.wake = Wake(fiber) if fiber is not None else self.loop.create_future()
+            await self.wake
+            if self.lost is not None:
+                raise ConnectionResetError(str(self.lost)) from self.lost
+        finally:
+            self.sink = self.wake = None
+            self.unhold()
+
+    def cut(self, size: int) -> bytes:
+        """The first `size` bytes of what has arrived, which must be as many."""
+        data = self.data
+        if len(data) == size:
+            self.data = b""
+            return data
+        self.data = data[size:]
+        return data[:size]
 
     def unread(self, data: bytes) -> None:
         """Puts back what belongs to the next reader."""
@@ -1738,6 +1912,47 @@ class WireReader(asyncio.StreamReader):
         self._wake_up()
         if self.on_end is not None:
             self.on_end(error)
+
+
+class WireProtocol(asyncio.StreamReaderProtocol):
+    """Joins a WireReader to a transport. `full`: the peer reads slower than we write; `on_writable` tells its end."""
+
+    def __init__(
+        self,
+        reader: WireReader,
+        connected: "Callable[[WireProtocol, WireReader, asyncio.StreamWriter], None] | None" = None,
+    ) -> None:
+        super().__init__(reader, loop=reader.loop)
+        self.wire, self.connected = reader, connected
+        self.full = False
+        self.on_writable: "Callable[[], None] | None" = None
+        self.data_received = reader.feed_data  # type: ignore[method-assign]  # saves a call and a weak reference a read
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio."""
+        super().connection_made(transport)
+        if self.connected is not None:
+            assert isinstance(transport, asyncio.WriteTransport)
+            writer = asyncio.StreamWriter(transport, self, self.wire, self.wire.loop)
+            self.connected(self, self.wire, writer)
+
+    def pause_writing(self) -> None:
+        """Called by asyncio above the high-water mark."""
+        super().pause_writing()
+        self.full = True
+
+    def resume_writing(self) -> None:
+        """Called by asyncio below the low-water mark."""
+        super().resume_writing()
+        self.full = False
+        if self.on_writable is not None:
+            self.on_writable()
+
+    def connection_lost(self, exc: "Exception | None") -> None:
+        """Called by asyncio. The bound methods go, so that no cycle is left to the collector."""
+        super().connection_lost(exc)
+        self.__dict__.pop("data_received", None)
+        self.on_writable = self.connected = None
 
 
 def tune(transport: asyncio.BaseTransport) -> None:
@@ -1817,7 +2032,7 @@ async def open_link(host: str, port: int, tls: "ssl.SSLContext | None" = None, n
     """A TCP or TLS connection as a pair of streams; IPv6 and IPv4 race as RFC 8305 says."""
     loop = asyncio.get_running_loop()
     reader = WireReader(loop)
-    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    protocol = WireProtocol(reader)
     transport, _ = await loop.create_connection(
         lambda: protocol, host, port, ssl=tls, server_hostname=name, happy_eyeballs_delay=0.25
     )
@@ -1852,19 +2067,21 @@ async def open_tunnel(link: Link, origin: Origin) -> None:
     link[1].write(
         b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (target, target, proxy_authorization(origin.proxy))
     )
-    head, rest = await read_reply_head(link[0], b"")
+    head, rest = await read_reply_head(link[0])
     if not 200 <= head.status < 300:
         raise ConnectFailed("the proxy refused the tunnel with status %d" % head.status)
     if rest:
         raise ConnectFailed("the proxy sent bytes before the tunnel's own")
 
 
-async def read_reply_head(reader: WireReader, data: bytes) -> "tuple[ResponseHead, bytes]":
-    """The final head of a reply, past the interim ones, and what came after it. `data`: what was read already."""
+async def read_reply_head(reader: WireReader) -> "tuple[ResponseHead, bytes]":
+    """The final head of a reply, past the interim ones, and what came after it. Raises UpstreamError."""
+    data = b""
     for _ in range(INFORMATIONAL_MAX):
         end = data.find(b"\r\n\r\n")
         while end < 0:
-            check_reply_beginning(data)
+            if data:
+                check_reply_beginning(data)
             more = await reader.read_some()
             if not more:
                 raise UpstreamClosed("the upstream closed the connection before its reply", early=not data)
@@ -1890,23 +2107,43 @@ def check_reply_beginning(data: bytes) -> None:
         raise BadReply("the upstream does not speak HTTP/1.1")
 
 
+class Outlet(Protocol):
+    """Where body bytes go as they arrive: a client's connection."""
+
+    def push(self, data: bytes) -> bool:
+        """Writes `data` now; whether more is welcome. If not, `when_ready` tells when it is again."""
+
+    def when_ready(self, call: "Callable[[], None]") -> None:
+        """Calls `call` once, when the client has read enough."""
+
+
 class Exchange(Protocol):
     """One request and its reply, on a network connection or made up by an echo controller.
 
-    `head` is there after `start`. `read` gives decoded body bytes, b"" at the whole end; it raises UpstreamError.
+    `head` is there after `start`; `complete` tells that all of the body came with it. All raise UpstreamError.
     `finish` after the last byte, `abort` at any other time; each is harmless when repeated.
     """
 
     head: ResponseHead
 
+    @property
+    def complete(self) -> bool:
+        """Whether `take` gives the whole body."""
+
     async def start(self) -> None:
         """Sends the request and reads the reply's head."""
 
+    def take(self) -> bytes:
+        """What has arrived of the body with the head, without waiting."""
+
     async def read(self) -> bytes:
-        """Some bytes of the body."""
+        """Some bytes of the body, b"" at its whole end."""
+
+    async def pipe(self, outlet: Outlet) -> None:
+        """Hands the rest of the body to `outlet`, each read within the callback that brought it."""
 
     def interrupt(self, error: Exception) -> None:
-        """Makes the waiting `start` or `read` raise `error`; it may be called again afterwards."""
+        """Makes the waiting `start` or `read` raise `error`."""
 
     def finish(self) -> None:
         """Gives everything back."""
@@ -1951,12 +2188,19 @@ class UpstreamConnection:
     @property
     def usable(self) -> bool:
         """Whether a new exchange may start: open, and nothing has come unasked (RFC 9112, 9.5 and 11.2)."""
-        return not (self.reader.ended or self.reader.data or self.writer.is_closing())
+        reader = self.reader
+        return not (reader.ended or reader.data or self.writer.transport.is_closing())
 
-    def expect(self, what: str, within_s: float) -> None:
-        """Starts the clock for what comes next; 0 seconds is no limit."""
-        self.waits_for = what
-        self.deadline.set(self.loop.time() + within_s if within_s else math.inf)
+    def sent(self, now: float, within_s: float) -> None:
+        """A request was written; its reply must begin within this time, 0 is no limit."""
+        self.used += 1
+        self.written_at, self.early = now, True
+        self.waits_for = "no byte of a reply within %g s" % within_s
+        self.deadline.set(now + within_s if within_s else math.inf)
+
+    def was_stale(self, error: UpstreamClosed) -> bool:
+        """Whether it had died in the pool: then the request never arrived (RFC 9112, 9.3.1)."""
+        return error.early and self.used > 1 and self.loop.time() - self.written_at < STALE_S
 
     def close(self) -> None:
         """Closes without waiting for anything."""
@@ -1985,7 +2229,7 @@ class ConnectionPool:
         self.closed = False
 
     def __repr__(self) -> str:
-        return "<ConnectionPool idle=%d active=%d>" % (sum(map(len, self.idle.values())), len(self.active))
+        return "<ConnectionPool idle=%d active=%d>" % (self.idle_count, len(self.active))
 
     def take(self, origin: Origin) -> "UpstreamConnection | None":
         """An idle connection that is still good, if there is one."""
@@ -2002,8 +2246,7 @@ class ConnectionPool:
     async def connect(self, origin: Origin, within_s: float) -> UpstreamConnection:
         """A fresh connection. Raises ConnectFailed, within `within_s` seconds."""
         try:
-            async with asyncio.timeout(within_s or None):
-                link = await self.dial(origin)
+            link = await asyncio.get_running_loop().create_task(self._dial(origin, within_s))
         except TimeoutError:
             raise ConnectFailed("no connection to %s within %g s" % (origin.authority, within_s)) from None
         except (OSError, UnicodeError, UpstreamError) as problem:
@@ -2011,6 +2254,10 @@ class ConnectionPool:
         connection = UpstreamConnection(origin, link, self)
         self.active.add(connection)
         return connection
+
+    async def _dial(self, origin: Origin, within_s: float) -> Link:
+        async with asyncio.timeout(within_s or None):
+            return await self.dial(origin)
 
     def give_back(self, connection: UpstreamConnection, reusable: bool) -> None:
         """Takes a connection after its exchange; one that cannot serve another is closed."""
@@ -2033,6 +2280,11 @@ class ConnectionPool:
         connection.idle = False
         connection.close()
 
+    @property
+    def idle_count(self) -> int:
+        """How many idle connections there are."""
+        return sum(map(len, self.idle.values()))
+
     def close(self) -> None:
         """Closes the idle connections; the active ones when they are given back."""
         self.closed = True
@@ -2043,9 +2295,20 @@ class ConnectionPool:
 
 
 class NetworkExchange:
-    """An exchange on a connection of the pool. See `Exchange`."""
+    """An exchange on a connection of the pool. See `Exchange`. `on_sent(now)` is called at the write of the request."""
 
-    __slots__ = ("connection", "data", "decoder", "head", "message", "on_sent", "origin", "pool", "retried", "timeouts")
+    __slots__ = (
+        "connection",
+        "decoder",
+        "head",
+        "message",
+        "method",
+        "on_sent",
+        "origin",
+        "pool",
+        "rest",
+        "timeouts",
+    )
 
     def __init__(
         self,
@@ -2053,60 +2316,102 @@ class NetworkExchange:
         origin: Origin,
         message: "tuple[bytes, bytes]",
         timeouts: Timeouts,
-        on_sent: "Callable[[], None]",
+        on_sent: "Callable[[float], None]",
+        method: str = "POST",
     ) -> None:
         self.pool, self.origin, self.message, self.timeouts, self.on_sent = pool, origin, message, timeouts, on_sent
+        self.method = method
         self.connection: "UpstreamConnection | None" = None
         self.decoder: "Decoder | None" = None
-        self.data = b""
-        self.retried = False
+        self.rest = b""  # of the body, as it came with the head
         self.head: ResponseHead
 
+    @property
+    def complete(self) -> bool:
+        """See `Exchange`."""
+        decoder = self.decoder
+        return type(decoder) is LengthDecoder and decoder.left == len(self.rest)
+
     async def start(self) -> None:
-        """Sends the request unless it was sent already, and reads the head of the reply. Raises UpstreamError."""
-        if self.connection is None:
-            await self._send(self.pool.take(self.origin))
-        while True:
-            connection = self.connection
-            assert connection is not None
+        """See `Exchange`. A pooled connection that had died is replaced, once."""
+        connection = self.pool.take(self.origin) or await self.pool.connect(self.origin, self.timeouts.connect)
+        self._send(connection)
+        try:
+            self.head, self.rest = await read_reply_head(connection.reader)
+        except (UpstreamClosed, ConnectionError) as problem:
+            error = as_closed(problem)
+            if not connection.was_stale(error):
+                raise error from problem
+            self.pool.give_back(connection, False)
+            connection = await self.pool.connect(self.origin, self.timeouts.connect)
+            self._send(connection)
             try:
-                self.head, self.data = await read_reply_head(connection.reader, b"")
-                break
-            except (UpstreamClosed, ConnectionError) as problem:
-                error = self._lost(problem)
-                if not self._stale(connection, error):
-                    raise error from problem
-            self.retried = True
-            connection.pool.give_back(connection, False)
-            await self._send(None)
-        self.decoder = reply_body_decoder(self.head, self.message[0][:4].decode().strip())
+                self.head, self.rest = await read_reply_head(connection.reader)
+            except ConnectionError as again:
+                raise as_closed(again) from again
+        self.decoder = reply_body_decoder(self.head, self.method)
         connection.early = False
         connection.waits_for = "nothing came from the upstream in time"
         connection.deadline.set(self._idle_until(connection))
 
+    def take(self) -> bytes:
+        """See `Exchange`."""
+        data, self.rest = self.rest, b""
+        return self._decode(data) if data else b""
+
     async def read(self) -> bytes:
-        """Some bytes of the body, b"" at its whole end. Raises UpstreamError when it is cut or malformed."""
+        """See `Exchange`."""
+        payload = self.take()
+        if payload:
+            return payload
         decoder, connection = self.decoder, self.connection
         assert decoder is not None and connection is not None
         while not decoder.done:
-            data, self.data = self.data, b""
-            if not data:
-                try:
-                    data = await connection.reader.read_some()
-                except ConnectionError as problem:
-                    raise UpstreamClosed("the upstream reset the connection in its reply") from problem
-                connection.deadline.set(self._idle_until(connection))
-            if not data:
-                if decoder.feed_eof():
-                    return b""
-                raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
             try:
-                payload = decoder.feed(data)
-            except ValueError as problem:
-                raise BadReply("the upstream's reply is malformed: %s" % problem) from problem
+                data = await connection.reader.read_some()
+            except ConnectionError as problem:
+                raise UpstreamClosed("the upstream reset the connection in its reply") from problem
+            if not data:
+                self._check_end(decoder)
+                return b""
+            connection.deadline.set(self._idle_until(connection))
+            payload = self._decode(data)
             if payload:
                 return payload
         return b""
+
+    async def pipe(self, outlet: Outlet) -> None:
+        """See `Exchange`."""
+        decoder, connection = self.decoder, self.connection
+        assert decoder is not None and connection is not None
+        reader, deadline, broken = connection.reader, connection.deadline, []
+
+        def resume() -> None:
+            deadline.set(self._idle_until(connection))
+            reader.unhold()
+
+        def arrived(data: bytes) -> bool:
+            try:
+                payload = decoder.feed(data)
+            except ValueError as problem:
+                broken.append(problem)
+                return True
+            deadline.at = self._idle_until(connection)  # only ever later: the timer looks when it fires
+            if payload and not outlet.push(payload):
+                deadline.at = math.inf  # it is we who keep the upstream waiting now
+                reader.hold()
+                outlet.when_ready(resume)
+            return decoder.done
+
+        data, self.rest = self.rest, b""
+        if not (arrived(data) if data else decoder.done):
+            try:
+                await reader.divert(arrived)
+            except ConnectionError as problem:
+                raise UpstreamClosed("the upstream reset the connection in its reply") from problem
+        if broken:
+            raise BadReply("the upstream's reply is malformed: %s" % broken[0])
+        self._check_end(decoder)
 
     def interrupt(self, error: Exception) -> None:
         """See `Exchange`."""
@@ -2114,24 +2419,22 @@ class NetworkExchange:
             self.connection.reader.interrupt(error)
 
     def finish(self) -> None:
-        """Gives the connection back, for reuse when its reply was whole and nobody wants to close it."""
+        """See `Exchange`. The connection is kept when its reply was whole and nobody wants to close it."""
         connection, decoder = self.connection, self.decoder
         if connection is None:
             return
         whole = decoder is not None and decoder.done and not decoder.rest and not isinstance(decoder, EofDecoder)
         self.connection = None
-        self.pool.give_back(connection, whole and keeps_open(self.head))
+        self.pool.give_back(connection, whole and keeps_alive(self.head.index, self.head.minor))
 
     def abort(self) -> None:
-        """Closes the connection."""
+        """See `Exchange`."""
         connection, self.connection = self.connection, None
         if connection is not None:
             self.pool.give_back(connection, False)
 
-    async def _send(self, connection: "UpstreamConnection | None") -> None:
+    def _send(self, connection: UpstreamConnection) -> None:
         """Writes the request as one piece; the transport sends what the kernel does not take while we read on."""
-        if connection is None:
-            connection = await self.pool.connect(self.origin, self.timeouts.connect)
         self.connection = connection
         head, body = self.message
         if len(body) < READ_BYTES:
@@ -2139,22 +2442,21 @@ class NetworkExchange:
         else:
             connection.writer.write(head)
             connection.writer.write(body)
-        connection.used += 1
-        connection.written_at = connection.loop.time()
-        connection.early = True
-        limit = self.timeouts.first_byte or 0.0
-        connection.expect("no byte of a reply within %g s" % limit, limit)
-        self.on_sent()
+        now = connection.loop.time()
+        connection.sent(now, self.timeouts.first_byte or 0.0)
+        self.on_sent(now)
 
-    def _lost(self, problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
-        if isinstance(problem, UpstreamClosed):
-            return problem
-        return UpstreamClosed("the upstream reset the connection before its reply", early=True)
+    def _decode(self, data: bytes) -> bytes:
+        assert self.decoder is not None
+        try:
+            return self.decoder.feed(data)
+        except ValueError as problem:
+            raise BadReply("the upstream's reply is malformed: %s" % problem) from problem
 
-    def _stale(self, connection: UpstreamConnection, error: UpstreamClosed) -> bool:
-        """Whether the connection had died in the pool: then the request never arrived (RFC 9112, 9.3.1)."""
-        quick = connection.loop.time() - connection.written_at < STALE_S
-        return error.early and connection.used > 1 and quick and not self.retried
+    def _check_end(self, decoder: Decoder) -> None:
+        """Refuses a body that ends before it is whole."""
+        if not decoder.done and not decoder.feed_eof():
+            raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
 
     def _idle_until(self, connection: UpstreamConnection) -> float:
         """When silence, or the whole exchange, has lasted too long."""
@@ -2163,13 +2465,11 @@ class NetworkExchange:
         return min(silent, connection.written_at + total) if total else silent
 
 
-def keeps_open(head: ResponseHead) -> bool:
-    """Whether the upstream keeps its connection open after this reply (RFC 9112, 9.3)."""
-    found = head.index.get(b"connection")
-    if found is None:
-        return head.minor >= 1
-    options = tokens(found)
-    return b"close" not in options and (head.minor >= 1 or b"keep-alive" in options)
+def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
+    """A lost connection as the error that says so."""
+    if isinstance(problem, UpstreamClosed):
+        return problem
+    return UpstreamClosed("the upstream reset the connection before its reply", early=True)
 
 
 # ==== 8. Controllers ====
@@ -2178,16 +2478,21 @@ def keeps_open(head: ResponseHead) -> bool:
 
 
 class ApiRequest:
-    """One API call as every controller gets it: `body` as it came, `data` its parsed JSON object."""
+    """One API call as every controller gets it.
+
+    `lines`: the client's field lines that may pass. `body` as it came, `data` its parsed JSON object. `need`: the
+    tokens that it is taken to cost. `wait_s`: how long it may still stand in line. `key`: the client key's name.
+    """
 
     __slots__ = (
         "body",
-        "client",
         "data",
-        "fields",
+        "key",
+        "lines",
         "max_tokens",
         "method",
         "model",
+        "need",
         "path",
         "prompt_tokens",
         "query",
@@ -2197,13 +2502,13 @@ class ApiRequest:
         "wait_s",
     )
 
-    def __init__(self, method: str, path: str, query: str, fields: Fields, body: bytes) -> None:
-        self.method, self.path, self.query, self.fields, self.body = method, path, query, fields, body
+    def __init__(self, method: str, path: str, query: str, lines: "list[bytes]", body: bytes) -> None:
+        self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
         self.data: "dict[str, Any]" = {}
-        self.model = self.client = self.request_id = ""
+        self.model = self.request_id = self.key = ""
         self.stream = self.stateful = False
-        self.prompt_tokens = self.max_tokens = 0
-        self.wait_s = math.inf
+        self.prompt_tokens = self.max_tokens = self.need = 0
+        self.wait_s = 0.0
 
 
 def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
@@ -2226,14 +2531,18 @@ def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
     return data, body
 
 
+decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
+
+
 def parse_object(body: bytes) -> "dict[str, Any]":
-    """The JSON object that `body` is. Raises ProxyError (400)."""
+    """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1). Raises ProxyError (400)."""
     try:
-        if json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
-            raise ValueError("it must be UTF-8 (RFC 8259, 8.1)")
-        data = json.loads(body)
+        text = body.decode("utf-8-sig" if body[:3] == b"\xef\xbb\xbf" else "utf-8").strip(" \t\r\n")
+        data, end = decode_json(text)
+        if end != len(text):
+            raise ValueError("something follows its end, at character %d" % end)
     except (ValueError, RecursionError) as problem:
-        raise ProxyError(400, "The body is not valid JSON: %s" % problem) from None
+        raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
     if not isinstance(data, dict):
         raise ProxyError(400, "The body must be a JSON object.")
     return data
@@ -2327,7 +2636,7 @@ def answer_limit(data: "dict[str, Any]") -> int:
 class Controller(Protocol):
     """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write."""
 
-    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[], None]") -> Exchange:
+    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """A fresh exchange for `request`, not started."""
 
 
@@ -2342,12 +2651,12 @@ class OpenAIController:
         self.stream_timeouts = with_first_byte(config.timeouts, 120.0)
         self.overrides = frozenset(name.lower().encode() for name, _ in account.headers)
         self.fixed = self._fixed_fields(account)
-        self.lines: "dict[str, bytes]" = {}
+        self.starts: "dict[str, bytes]" = {}
 
-    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[], None]") -> Exchange:
+    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
         timeouts = self.stream_timeouts if request.stream else self.whole_timeouts
-        return NetworkExchange(pool, self.origin, self.message(request), timeouts, on_sent)
+        return NetworkExchange(pool, self.origin, self.message(request), timeouts, on_sent, request.method)
 
     def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
         """Head and body of the request as the account gets them; nothing of it is copied from the client's own head
@@ -2356,22 +2665,20 @@ class OpenAIController:
         model = self.model_map.get(request.model)
         if model is not None and request.data:
             body = replace_model(body, model)
-        fields = request.fields
-        if self.overrides:
-            fields = [field for field in fields if field[0].lower() not in self.overrides]
+        lines = without(request.lines, self.overrides) if self.overrides else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
-        return self._start(request) + render_fields(fields) + length, body
+        return b"".join((self._start(request), *lines, length)), body
 
     def _start(self, request: ApiRequest) -> bytes:
         """Request line and our own fields; those without a query are kept."""
         if request.query:
             return self._line(request.method, request.path + "?" + request.query) + self.fixed
         key = request.method + request.path
-        found = self.lines.get(key)
+        found = self.starts.get(key)
         if found is None:
             found = self._line(request.method, request.path) + self.fixed
-            if len(self.lines) < 64:
-                self.lines[key] = found
+            if len(self.starts) < 64:
+                self.starts[key] = found
         return found
 
     def _line(self, method: str, path: str) -> bytes:
@@ -2403,18 +2710,24 @@ def with_first_byte(timeouts: Timeouts, default_s: float) -> Timeouts:
 class EchoExchange:
     """An exchange that makes its reply up. See `Exchange`."""
 
-    def __init__(self, request: ApiRequest, delay: float, first_delay: float, on_sent: "Callable[[], None]") -> None:
+    def __init__(
+        self, request: ApiRequest, delay: float, first_delay: float, on_sent: "Callable[[float], None]"
+    ) -> None:
         self.request, self.delay, self.on_sent = request, delay, on_sent
         self.wait_s = first_delay
+        self.complete = False
         self.pieces = self._stream_pieces() if request.stream else self._whole_pieces()
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
-        fields = [(b"Content-Type", kind)]
-        self.head = ResponseHead(200, 1, fields, {b"content-type": kind})
+        self.head = ResponseHead(200, 1, {b"content-type": kind}, [b"Content-Type: %b\r\n" % kind])
 
     async def start(self) -> None:
         """See `Exchange`."""
-        self.on_sent()
+        self.on_sent(asyncio.get_running_loop().time())
         await self._pause()
+
+    def take(self) -> bytes:
+        """See `Exchange`."""
+        return b""
 
     async def read(self) -> bytes:
         """See `Exchange`."""
@@ -2422,6 +2735,18 @@ class EchoExchange:
         if self.request.stream:
             self.wait_s = self.delay
         return next(self.pieces, b"")
+
+    async def pipe(self, outlet: Outlet) -> None:
+        """See `Exchange`."""
+        ready = asyncio.Event()
+        while True:
+            piece = await self.read()
+            if not piece:
+                return
+            if not outlet.push(piece):
+                outlet.when_ready(ready.set)
+                await ready.wait()
+                ready.clear()
 
     def interrupt(self, error: Exception) -> None:
         """Nothing is waited for but time."""
@@ -2493,7 +2818,7 @@ class EchoController:
         self.name = config.name
         self.delay, self.first_delay = config.account.delay, config.account.first_delay
 
-    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[], None]") -> Exchange:
+    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
         return EchoExchange(request, self.delay, self.first_delay, on_sent)
 
@@ -2504,19 +2829,19 @@ CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
 }
 
 
-# ==== 9. Balancing and health ====
-# Who gets a request, and what its outcome means. Knows no connection and no head, only outcomes; time and randomness
-# are passed in. Only `judge_reply` reads an upstream's answer for its meaning, only `may_retry` knows when another
-# attempt is safe.
+# ==== 9. Outcomes ====
+# What came of an attempt: one pure function reads an upstream's answer for its meaning, another knows when the next
+# controller may be asked, a third reads what replies tell of quotas. Providers differ, so bodies are read tolerantly.
 
 
 class Outcome(enum.Enum):
-    """What came of an attempt (PROVIDERS, neutral outcome classes)."""
+    """What came of an attempt."""
 
     OK = "ok"
     CLIENT = "client"  # the request itself is at fault: returned as it is
+    LARGE = "large"  # more tokens than this account's limit allows at all
     RATE = "rate"
-    QUOTA = "quota"
+    QUOTA = "quota"  # nothing left to spend
     AUTH = "auth"
     FORBIDDEN = "forbidden"
     MISSING = "missing"  # this account lacks the model
@@ -2524,24 +2849,21 @@ class Outcome(enum.Enum):
     CONNECT = "connect"  # nothing was sent
     SILENT = "silent"  # no byte within first_byte: it may be generating
     CUT = "cut"
+    GONE = "gone"  # the client left
+    LOST = "lost"  # another controller answered first, in its rescue
 
 
+FAILURES = frozenset((Outcome.FAULT, Outcome.CONNECT, Outcome.SILENT, Outcome.CUT))  # what the breaker counts
+ANSWERED = frozenset((Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RATE))  # the account works
 QUOTA_CODES = frozenset(
-    (
-        "insufficient_quota",
-        "credit_balance_exhausted",
-        "organization_spend_limit_exceeded",
-        "project_spend_limit_exceeded",
-        "organization_usage_limit_exceeded",
-        "exceeded_current_quota_error",
-        "billing_error",
-        "billing_hard_limit_reached",
-    )
+    "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
+    " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached".split()
 )
 MISSING_CODES = frozenset(("model_not_found", "DeploymentNotFound", "not_found_error"))
 # The answer shown when every controller failed: what tells the client most comes first.
 USEFULNESS = (
     Outcome.CLIENT,
+    Outcome.LARGE,
     Outcome.RATE,
     Outcome.QUOTA,
     Outcome.FAULT,
@@ -2549,6 +2871,37 @@ USEFULNESS = (
     Outcome.AUTH,
     Outcome.FORBIDDEN,
 )
+# Of an account, not of the request: asking again soon is no use (the official SDKs obey x-should-retry).
+LASTING = frozenset((Outcome.LARGE, Outcome.QUOTA, Outcome.AUTH, Outcome.FORBIDDEN, Outcome.MISSING))
+ERROR_STATUSES = {
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "overloaded_error": 529,
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+}
+
+
+class Verdict:
+    """What an attempt came to, and what its controller learns of it.
+
+    `after_s`: the time that a 429 or 503 named. `by_tokens`: a 429 about tokens, `limit` and `requested` of them.
+    `bucket`: the name that the quota goes by. `status`: 0 where there was no reply.
+    """
+
+    __slots__ = ("after_s", "bucket", "by_tokens", "limit", "message", "outcome", "requested", "status")
+
+    def __init__(self, outcome: Outcome, status: int = 0, message: str = "") -> None:
+        self.outcome, self.status, self.message = outcome, status, message
+        self.after_s: "float | None" = None
+        self.by_tokens, self.bucket = False, ""
+        self.limit = self.requested = 0
+
+
+GOOD = Verdict(Outcome.OK, 200)
 
 
 def error_words(body: bytes) -> "tuple[str, str]":
@@ -2561,89 +2914,695 @@ def error_words(body: bytes) -> "tuple[str, str]":
         found = found[0]
     if not isinstance(found, dict):
         return "", ""
-    error = found.get("error", found)
+    error = found.get("error") or found
     if not isinstance(error, dict):
         return "", str(error)
-    return str(error.get("code") or error.get("type") or ""), str(error.get("message") or error.get("detail") or "")
+    code, kind = str(error.get("code") or ""), str(error.get("type") or "")
+    # Some put the status in `code`; and a billing type says more than a general code.
+    named = kind if not code or code.isdigit() or kind in QUOTA_CODES else code
+    return named, str(error.get("message") or error.get("detail") or "")
 
 
-def judge_reply(status: int, body: bytes) -> Outcome:
-    """What a reply with this status and (for errors) this body means."""
+def judge_reply(status: int, index: Index, body: bytes, wall_s: float) -> Verdict:
+    """What a reply means. `body` is only looked at for errors; `wall_s`: the time of day, for dates."""
     if status < 300:
-        return Outcome.OK
-    if status in (400, 413, 422):
-        return Outcome.CLIENT
+        return GOOD
     code, message = error_words(body)
-    if status == 402 or (status == 429 and (code in QUOTA_CODES or '"insufficient_quota"' in body.decode("latin-1"))):
+    verdict = Verdict(outcome_of(status, code, message), status, message)
+    if verdict.outcome in (Outcome.RATE, Outcome.FAULT):
+        verdict.after_s = retry_after(index, message, body, wall_s)
+    if verdict.outcome is Outcome.RATE:
+        read_rate_message(verdict, code)
+    return verdict
+
+
+def outcome_of(status: int, code: str, message: str) -> Outcome:
+    """The class of an error reply (PROVIDERS, neutral outcome classes)."""
+    if status == 402 or (status == 429 and code in QUOTA_CODES):
         return Outcome.QUOTA
     if status in (429, 498):
         return Outcome.RATE
-    if status == 401:
+    if status == 401 or (status == 400 and code == "API_KEY_INVALID"):
         return Outcome.AUTH
-    if status == 404:
-        return Outcome.MISSING if code in MISSING_CODES or "model" in message else Outcome.CLIENT
-    if status == 403:
-        return Outcome.MISSING if code in MISSING_CODES or "model" in message else Outcome.FORBIDDEN
+    if status in (403, 404):
+        if code in MISSING_CODES or "model" in message:
+            return Outcome.MISSING
+        return Outcome.FORBIDDEN if status == 403 else Outcome.CLIENT
     return Outcome.CLIENT if 400 <= status < 500 and status not in (408, 409, 424) else Outcome.FAULT
 
 
-def judge_error(error: UpstreamError) -> Outcome:
+def read_rate_message(verdict: Verdict, code: str) -> None:
+    """Reads OpenAI's prose: "... (for limit gpt-4.1) ... on tokens per min (TPM): Limit 10000, Requested 12000"."""
+    message = verdict.message
+    verdict.by_tokens = code == "tokens" or "tokens per" in message or "(TPM)" in message
+    found = re.search(r"\(for limit ([^)\s]{1,128})\)", message)
+    if found:
+        verdict.bucket = found.group(1)
+    found = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", message)
+    if found:
+        verdict.limit, verdict.requested = (int(number.replace(",", "") or 0) for number in found.groups())
+        if verdict.requested > verdict.limit > 0:
+            verdict.outcome = Outcome.LARGE
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(h|ms|us|µs|ns|m|s)")
+_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
+_PLAIN_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(ms|s|m|h|)\Z")
+_HINT = re.compile(
+    r'(?:try again in|retry after|retry in)\s+((?:\d+(?:\.\d+)?\s?(?:h|ms|m|s)[a-z]*\s?)+)|"retryDelay":\s*"([\d.]+s)"',
+    re.IGNORECASE,
+)
+
+
+@functools.lru_cache(maxsize=4096)  # a reply has two; most repeat
+def parse_duration(text: str) -> "float | None":
+    """Seconds of a Go duration (`17ms`, `6m0s`, `1h2m3s`) or a plain number of seconds; None for anything else."""
+    plainly = _PLAIN_DURATION.match(text)
+    if plainly is not None:
+        return float(plainly.group(1)) * _UNITS_S[plainly.group(2)]
+    parts = _DURATION.findall(text[:64])
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        return None
+    return min(sum(float(number) * _UNITS_S[unit] for number, unit in parts), 1e9)
+
+
+def retry_after(index: Index, message: str, body: bytes, wall_s: float) -> "float | None":
+    """How long an error asks us to stay away, in seconds: by header, else by its prose (RFC 9110, 10.2.3)."""
+    exact = parse_duration(index.get(b"retry-after-ms", b"").decode("latin-1"))
+    if exact is not None:
+        return exact / 1e3
+    value = index.get(b"retry-after", b"").decode("latin-1")
+    seconds = parse_duration(value)
+    if seconds is None and value:
+        seconds = seconds_until(value, wall_s)
+    if seconds is not None:
+        return seconds
+    hint = _HINT.search(message) or _HINT.search(body[:4096].decode("latin-1"))
+    if hint is None:
+        return None
+    words = re.sub(r"\s|econd[s]?|inute[s]?", "", hint.group(1) or hint.group(2)).lower()
+    return parse_duration(words)
+
+
+def seconds_until(date: str, wall_s: float) -> "float | None":
+    """From now to an HTTP date or an RFC 3339 time; None for what is neither."""
+    import datetime as dt  # 3 ms that only dates pay
+    import email.utils
+
+    try:
+        if date[:4].isdigit():
+            then = dt.datetime.fromisoformat(date)
+        else:
+            then = email.utils.parsedate_to_datetime(date)
+        if then.tzinfo is None:
+            then = then.replace(tzinfo=dt.UTC)
+        return max(0.0, then.timestamp() - wall_s)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def judge_error(error: UpstreamError) -> Verdict:
     """What an attempt that brought no answer means."""
     if not error.sent:
-        return Outcome.CONNECT
-    if isinstance(error, UpstreamTimeout) and error.early:
-        return Outcome.SILENT
-    return Outcome.FAULT
+        return Verdict(Outcome.CONNECT, 0, str(error))
+    silent = isinstance(error, UpstreamTimeout) and error.early
+    return Verdict(Outcome.SILENT if silent else Outcome.FAULT, 0, str(error))
 
 
-def may_retry(outcome: Outcome, request: ApiRequest, early: bool = True) -> bool:
+def judge_first_event(event: bytes) -> Verdict:
+    """What an error in a 200's place means: as if it had come with the status that belongs to it."""
+    code, message = error_words(event_fields(event)[1])
+    found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
+    status = int(found.group(1)) if found else ERROR_STATUSES.get(code, 502)
+    verdict = Verdict(outcome_of(status, code, message), status, message)
+    if verdict.outcome is Outcome.RATE:
+        read_rate_message(verdict, code)
+        verdict.after_s = retry_after({}, message, event, 0.0)
+    return verdict
+
+
+def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     """Whether the next controller may get this request. The only place that knows.
 
     Stateful requests leave traces in the account, so they move on only when this one certainly did not run. A whole
     answer that is still silent may be generating, and be billed: asking another would pay twice.
     """
-    if outcome in (Outcome.OK, Outcome.CLIENT):
+    outcome = verdict.outcome
+    if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
-        return outcome in (Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA)
+        refused = outcome in (Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
+        return refused or verdict.status == 503
     return request.stream or outcome is not Outcome.SILENT
 
 
-class Upstream:
-    """A controller with its live state. `position` is its place in the configuration."""
+class Allowance:
+    """What one reply says of one limit: its size, what is left, seconds until it is full (None: not said)."""
+
+    __slots__ = ("limit", "remaining", "reset_s")
+
+    def __init__(self, limit: float, remaining: float, reset_s: "float | None") -> None:
+        self.limit, self.remaining, self.reset_s = limit, remaining, reset_s
+
+
+# Limit, remaining and reset, by vendor; `requests` and `tokens` in turn. The first that a reply has counts.
+REQUEST_NAMES = (
+    (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests"),
+    tuple(b"anthropic-ratelimit-requests-" + end for end in (b"limit", b"remaining", b"reset")),
+    (b"x-ratelimit-limit-requests-day", b"x-ratelimit-remaining-requests-day", b"x-ratelimit-reset-requests-day"),
+    (b"x-ratelimit-limit-req-minute", b"x-ratelimit-remaining-req-minute", b""),
+)
+TOKEN_NAMES = (
+    (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens"),
+    tuple(b"anthropic-ratelimit-tokens-" + end for end in (b"limit", b"remaining", b"reset")),
+    (b"x-ratelimit-limit-tokens-minute", b"x-ratelimit-remaining-tokens-minute", b"x-ratelimit-reset-tokens-minute"),
+)
+
+
+def allowance(
+    index: Index, names: "tuple[tuple[bytes, ...], ...]", clock: "Callable[[], float]"
+) -> "Allowance | None":
+    """What a reply's fields say of one limit; None where they say nothing, or nothing sane (Azure sends -1 and 0)."""
+    for limit_name, remaining_name, reset_name in names:
+        remaining = index.get(remaining_name)
+        if remaining is None:
+            continue
+        limit, reset = index.get(limit_name, b""), index.get(reset_name)
+        if not (remaining.isdigit() and limit.isdigit() and len(limit) < 16 and len(remaining) < 16):
+            return None
+        size, left = int(limit), int(remaining)
+        if not size:
+            return None
+        reset_s = None
+        if reset:
+            text = reset.decode("latin-1")
+            reset_s = parse_duration(text)
+            if reset_s is None:
+                reset_s = seconds_until(text, clock())
+        return Allowance(size, left if left < size else size, reset_s)
+    return None
+
+
+_COUNT = re.compile(rb"\s*:\s*(\d{1,12})")
+
+
+def used_tokens(tail: bytes) -> "tuple[int, int]":
+    """All tokens and those of the answer, by the last `usage` in the end of an answer; zeros where there is none."""
+    at = tail.rfind(b'"usage"')
+    if at < 0:
+        return 0, 0
+    answer = count_after(tail, b'"completion_tokens"', at) or count_after(tail, b'"output_tokens"', at)
+    total = count_after(tail, b'"total_tokens"', at) or count_after(tail, b'"input_tokens"', at) + answer
+    return total, answer
+
+
+def count_after(text: bytes, name: bytes, start: int) -> int:
+    """The number that stands after `name`, 0 where there is none."""
+    at = text.find(name, start)
+    found = _COUNT.match(text, at + len(name)) if at >= 0 else None
+    return int(found.group(1)) if found else 0
+
+
+# ==== 10. Quotas and health ====
+# What is known of an account: what it may still send, whether it works. Pure arithmetic: `now` is the loop's clock and
+# always passed in; nothing here waits, logs or knows HTTP.
+
+WINDOW_S = 60.0  # rpm and tpm are per this
+SLACK_S = 0.25  # a request may reach the upstream this much later than another; then it is counted later too
+CLOSED_MAX_S = 600.0  # no 429 closes for longer without a probe
+CLOSED_FIRST_S, CLOSED_LAST_S = 1.0, 30.0  # for a 429 that names no time, doubling
+CLOSED_MIN_S = 0.01  # a 429 that says "now" is not believed to the letter
+SLOW_PERIOD_S = 600.0  # a limit that takes longer than this to refill counts hours or days
+BREAKER_OUTCOMES, BREAKER_FAILURES, BREAKER_WITHIN_S = 20, 5, 30.0
+BREAKER_FIRST_S, BREAKER_LAST_S = 2.0, 60.0  # how long it stays open, doubling
+PARK_FIRST_S, PARK_LAST_S = 300.0, 3600.0  # for exhausted quotas and refused keys, doubling
+DENIED_COUNT, FORBIDDEN_COUNT = 2, 3  # in a row, before a key is parked: a single 401 may be the provider's hiccup
+LACKS_S = 600.0  # how long it is remembered that an account lacks a model
+SUSPECT_COUNT = 3  # unanswered requests that make a suspicion
+SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0  # silence that makes one at least; and where nothing is known of the usual
+SUSPECT_FIRST_S, SUSPECT_LAST_S = 1.0, 60.0  # between probes of a suspect, doubling
+SAMPLES = 100  # times to the first answer that are remembered, per controller, model and kind
+RESCUE_SAMPLES, RESCUE_MIN_S = 20, 10.0
+RESCUES_A_MINUTE, RESCUE_SHARE = 10, 0.05
+SWEEP_S = 0.25  # how often the silent are looked at, while anything is unanswered
+NEVER = math.inf
+
+
+class Bucket:
+    """A limit as replies tell of it: `level` at the time `at`, refilled by `rate` per second up to `size`."""
+
+    __slots__ = ("at", "level", "limit", "newest", "rate", "size", "slow")
+
+    def __init__(self, now: float) -> None:
+        self.level = self.limit = self.size = self.rate = 0.0
+        self.at, self.newest, self.slow = now, -1, 0
+
+    def level_at(self, now: float) -> float:
+        """What may be taken at `now`."""
+        level = self.level + (now - self.at) * self.rate
+        return level if level < self.size else self.size
+
+    def charge(self, amount: float, now: float) -> None:
+        """Takes `amount`; never below zero."""
+        level = self.level_at(now) - amount
+        self.level, self.at = level if level > 0.0 else 0.0, now
+
+    def opens_at(self, amount: float, now: float) -> float:
+        """When `amount` can be taken; more than the whole bucket goes when it is full."""
+        lacking = min(amount, self.size) - self.level_at(now) - 1e-6
+        if lacking <= 0:
+            return 0.0
+        return now + lacking / self.rate if self.rate > 0 else NEVER
+
+    def rebase(self, told: Allowance, serial: int, sent_at: float, charged_since: float, now: float) -> None:
+        """Takes a reply's word: what it left, plus the refill since its request was sent, minus what was charged after.
+
+        Replies to requests sent before that of the newest one heard are ignored.
+        """
+        if serial < self.newest:
+            return
+        self.newest = serial
+        limit, left, reset_s = told.limit, told.remaining, told.reset_s
+        if reset_s:
+            self._learn_rate(limit, left, reset_s)
+            exact = self.size - reset_s * self.rate  # it says what `remaining` rounds down
+            if exact > left:
+                left = exact if exact < left + 0.999 else left + 0.999
+        elif limit != self.limit:
+            self.limit = self.size = limit
+            self.rate = limit / WINDOW_S
+        left += (now - sent_at) * self.rate
+        left = min(left, self.size)
+        left -= charged_since
+        self.level, self.at = left if left > 0.0 else 0.0, now
+
+    def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
+        """Size and speed. A bucket may hold less than a minute's worth: what is in it and when it will be full tell."""
+        spent = limit - left
+        if spent > 0 and reset_s * limit > SLOW_PERIOD_S * spent:
+            self.slow += 1
+        else:
+            self.slow = 0
+        rate = self.rate = spent / reset_s if self.slow > 1 else limit / WINDOW_S
+        size = left + reset_s * rate
+        size = min(size, limit)
+        if limit != self.limit or size > self.size:
+            self.size = size if size > 1.0 else 1.0
+        self.limit = limit
+
+
+class Window:
+    """A configured limit: at most `limit` in any `span_s` seconds. Entries are [when it was sent, amount, counted].
+
+    One that is leased but not sent yet stands at NEVER, and does not leave before it was sent.
+    """
+
+    __slots__ = ("entries", "limit", "span_s", "total")
+
+    def __init__(self, limit: float, span_s: float) -> None:
+        self.limit, self.span_s, self.total = limit, span_s + SLACK_S, 0.0
+        self.entries: "deque[list[float]]" = deque()
+
+    def add(self, amount: float) -> "list[float]":
+        """Counts an amount that will be sent; whoever did it sets the entry's time then."""
+        entry = [NEVER, amount, 1.0]
+        self.entries.append(entry)
+        self.total += amount
+        return entry
+
+    def change(self, entry: "list[float]", amount: float) -> None:
+        """Corrects an amount, of an entry that may have left already."""
+        if entry[2]:
+            self.total += amount - entry[1]
+            entry[1] = amount
+
+    def opens_at(self, amount: float, now: float) -> float:
+        """When `amount` fits; more than the whole window goes when it is empty."""
+        entries = self.entries
+        while entries and entries[0][0] + self.span_s <= now:
+            gone = entries.popleft()
+            self.total -= gone[1]
+            gone[2] = 0.0
+        excess = self.total + min(amount, self.limit) - self.limit
+        if excess <= 1e-9 or not entries:
+            return 0.0
+        for at, taken, _ in entries:
+            excess -= taken
+            if excess <= 1e-9 or at == NEVER:
+                return at + self.span_s
+        return 0.0
+
+
+NO_WINDOWS: "tuple[tuple[Window, ...], ...]" = ((), ())  # of requests and of tokens
+
+
+class Ledger:
+    """What may still be sent to one quota for one model: by replies, by configuration, by its last 429."""
 
     __slots__ = (
+        "burst_s",
+        "closed_for",
+        "closed_until",
+        "large_need",
+        "large_until",
+        "limited",
+        "name",
+        "requests",
+        "sent_requests",
+        "sent_tokens",
+        "serial",
+        "tokens",
+        "windows",
+    )
+
+    def __init__(self, name: str, limits: QuotaLimits) -> None:
+        self.name = name
+        self.requests: "Bucket | None" = None
+        self.tokens: "Bucket | None" = None
+        self.sent_requests, self.sent_tokens, self.serial = 0, 0.0, 0
+        self.closed_until = self.closed_for = 0.0
+        self.large_until, self.large_need = 0.0, 0.0
+        self.burst_s = limits.burst_s
+        self.limited = bool(limits.rpm or limits.tpm)
+        self.windows = NO_WINDOWS
+        if self.limited:
+            self.windows = tuple(configured_windows(limit, limits.burst_s) for limit in (limits.rpm, limits.tpm))
+
+    def opens_at(self, need: float, now: float) -> float:
+        """When a request of `need` tokens may be sent; 0 for now."""
+        if not self.limited:  # nothing known, nothing configured: the usual case must cost nothing
+            return 0.0
+        requests, tokens, windows = self.requests, self.tokens, self.windows
+        # What was left at the last look is there still: no arithmetic while that is enough.
+        if (
+            (requests is None or requests.level >= 1.0)
+            and (tokens is None or tokens.level >= need)
+            and self.closed_until <= now
+            and self.large_until <= now
+            and windows is NO_WINDOWS
+        ):
+            return 0.0
+        at = self.closed_until if self.closed_until > now else 0.0
+        if self.large_until > now and need >= self.large_need:
+            at = max(at, self.large_until)
+        if requests is not None:
+            at = max(at, requests.opens_at(1.0, now))
+        if tokens is not None:
+            at = max(at, tokens.opens_at(need, now))
+        for window in windows[0]:
+            at = max(at, window.opens_at(1.0, now))
+        for window in windows[1]:
+            at = max(at, window.opens_at(need, now))
+        return at
+
+    def rate(self, need: float) -> float:
+        """Requests per second that it can take for long; infinite while nothing is known."""
+        rates = [self.requests.rate] if self.requests is not None else []
+        rates += [self.tokens.rate / max(1.0, need)] if self.tokens is not None else []
+        rates += [window.limit / window.span_s for window in self.windows[0][:1]]
+        rates += [window.limit / window.span_s / max(1.0, need) for window in self.windows[1][:1]]
+        return min(rates, default=NEVER)
+
+    def largest(self) -> float:
+        """The most tokens that one request may have here; 0 while nothing is known."""
+        known = [self.tokens.limit] if self.tokens is not None else []
+        return min([*known, *(window.limit for window in self.windows[1])], default=0.0)
+
+    def close(self, verdict: Verdict, need: float, now: float) -> None:
+        """Takes a 429: closed until the time it named, else until what is lacking is back, else 1 s, doubling."""
+        after_s, bucket = verdict.after_s, self.tokens if verdict.by_tokens else self.requests
+        if after_s is None and bucket is not None and bucket.rate > 0:
+            amount = min(need, bucket.size) if verdict.by_tokens else 1.0
+            after_s = max(0.0, amount - bucket.level_at(now)) / bucket.rate or None
+        if after_s is None:
+            self.closed_for = min(max(2 * self.closed_for, CLOSED_FIRST_S), CLOSED_LAST_S)
+            after_s = self.closed_for
+        until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
+        self.limited = True
+        if verdict.by_tokens:
+            self.large_until = max(self.large_until, until)
+            self.large_need = min(need, self.large_need) if self.large_need and self.large_until > now else need
+        else:
+            self.closed_until = max(self.closed_until, until)
+
+    def halve_burst(self) -> None:
+        """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s)."""
+        self.burst_s = max(self.burst_s / 2, 1.0)
+        limits = [windows[0].limit if windows else 0.0 for windows in self.windows]
+        if any(limits):
+            kept = self.windows
+            self.windows = tuple(configured_windows(limit, self.burst_s) for limit in limits)
+            self.windows = tuple(old[:1] + new[1:] for old, new in zip(kept, self.windows, strict=True))
+        for bucket in (self.requests, self.tokens):
+            if bucket is not None:
+                bucket.size = max(1.0, bucket.size / 2)
+
+
+def configured_windows(limit: float, burst_s: float) -> "tuple[Window, ...]":
+    """The windows of `rpm` or `tpm`: the minute's, and the burst's where that is shorter."""
+    if not limit:
+        return ()
+    minute = Window(limit, WINDOW_S)
+    return (minute,) if burst_s >= WINDOW_S else (minute, Window(max(1.0, limit * burst_s / WINDOW_S), burst_s))
+
+
+_DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
+
+
+class Quota:
+    """What a controller, or a group of them, may send: the ledgers by model, requests at once, and parking."""
+
+    __slots__ = ("aliases", "in_flight", "ledgers", "limits", "most", "name", "park_s", "parked_until", "probe")
+
+    def __init__(self, name: str, limits: QuotaLimits) -> None:
+        self.name, self.limits = name, limits
+        self.most: float = limits.concurrency or NEVER
+        self.in_flight = 0
+        self.ledgers: "dict[str, Ledger]" = {}
+        self.aliases: "dict[str, str]" = {}  # model to the name that a 429 gave its limit
+        self.parked_until = self.park_s = 0.0
+        self.probe: "Lease | None" = None
+
+    def ledger(self, model: str) -> Ledger:
+        """The ledger that counts for `model`; the least recently made one goes when there are too many."""
+        name = self.aliases.get(model) or _DATED.sub("", model)
+        found = self.ledgers.get(name)
+        if found is None:
+            if len(self.ledgers) >= MEMORY_MODELS:
+                self.ledgers.pop(next(iter(self.ledgers)))
+            found = self.ledgers[name] = Ledger(name, self.limits)
+        return found
+
+    def rename(self, model: str, bucket: str) -> None:
+        """A 429 said which limit `model` counts against."""
+        if len(self.aliases) >= MEMORY_MODELS:
+            self.aliases.clear()
+        self.aliases[model] = bucket
+
+    def park(self, now: float) -> None:
+        """Nothing left to spend: closed for minutes, growing."""
+        self.park_s = min(max(2 * self.park_s, PARK_FIRST_S), PARK_LAST_S)
+        self.parked_until = now + self.park_s
+
+
+class Upstream:
+    """A controller with its live state. `position` is its place in the configuration.
+
+    It is out until `out_until` for the reason `out_why`; while `recovering`, one request at a time (`probe`) finds out
+    whether it works again.
+    """
+
+    __slots__ = (
+        "answered_at",
+        "breaker_s",
         "config",
         "controller",
+        "credit",
+        "denied",
         "failures",
         "first_byte_s",
+        "forbidden",
         "in_flight",
+        "last_error",
         "name",
+        "out_until",
+        "out_why",
+        "park_s",
         "patterns",
         "position",
+        "probe",
+        "quota",
+        "recent",
+        "recovering",
         "requests",
+        "seats",
+        "suspect_s",
+        "unanswered",
         "weight",
     )
 
-    def __init__(self, config: ControllerConfig, controller: Controller, position: int) -> None:
+    def __init__(
+        self, config: ControllerConfig, controller: Controller, position: int, quota: "Quota | None" = None
+    ) -> None:
         self.config, self.controller, self.position = config, controller, position
         self.name, self.weight = config.name, config.weight
-        self.in_flight = self.requests = self.failures = 0
+        self.quota = quota or Quota(config.quota_group or config.name, config.limits)
+        self.credit = self.in_flight = self.requests = self.failures = self.denied = self.forbidden = 0
         self.first_byte_s = [0.0, 0.0]  # of whole answers and of streams: a mean that forgets; 0 is unknown
+        self.recent: "deque[tuple[float, bool]]" = deque(maxlen=BREAKER_OUTCOMES)
+        self.out_until = self.answered_at = self.breaker_s = self.park_s = self.suspect_s = 0.0
+        self.out_why = self.last_error = ""
+        self.recovering = False
+        self.probe: "Lease | None" = None
+        self.unanswered: "dict[Lease, None]" = {}  # in the order of sending
+        self.seats: "dict[str, Seat]" = {}
         names = config.models + tuple(name for name, _ in config.model_map)
         self.patterns = model_patterns(names) if config.models else None
 
     def __repr__(self) -> str:
-        return "<Upstream %s in_flight=%d requests=%d>" % (self.name, self.in_flight, self.requests)
+        return "<Upstream %s %s in_flight=%d requests=%d>" % (
+            self.name,
+            self.out_why or "open",
+            self.in_flight,
+            self.requests,
+        )
+
+    def serves(self, model: str) -> bool:
+        """Whether requests for `model` may go here; a controller without `models` takes all."""
+        return self.patterns is None or self.patterns.fullmatch(model) is not None
+
+    def seat(self, model: str) -> "Seat":
+        """What is known of this controller and `model`."""
+        found = self.seats.get(model)
+        if found is None:
+            if len(self.seats) >= MEMORY_MODELS:
+                self.seats.pop(next(iter(self.seats)))
+            found = self.seats[model] = Seat(self, model)
+        return found
 
     def heard(self, stream: bool, seconds: float) -> None:
         """Takes the time to the first byte of one good answer."""
         mean = self.first_byte_s[stream]
         self.first_byte_s[stream] = mean + (seconds - mean) / 8 if mean else seconds
 
-    def serves(self, model: str) -> bool:
-        """Whether requests for `model` may go here; a controller without `models` takes all."""
-        return self.patterns is None or self.patterns.fullmatch(model) is not None
+    # -- in and out
+
+    def take_out(self, why: str, until: float) -> None:
+        """Out until then; afterwards one request probes."""
+        self.out_until, self.out_why, self.recovering, self.probe = until, why, True, None
+
+    def recover(self) -> None:
+        """It works: every door opens."""
+        self.out_until = self.breaker_s = self.park_s = self.suspect_s = 0.0
+        self.out_why, self.recovering, self.probe = "", False, None
+        self.recent.clear()
+
+    def failed(self, now: float, verdict: Verdict) -> None:
+        """Counts a failure; opens the breaker when it is one too many, or when a probe failed."""
+        self.recent.append((now, True))
+        fresh = [bad for at, bad in self.recent if now - at <= BREAKER_WITHIN_S]
+        bad = sum(fresh)
+        if (self.recovering and self.out_why == "breaker") or (bad >= BREAKER_FAILURES and 2 * bad >= len(fresh)):
+            self.breaker_s = min(max(2 * self.breaker_s, BREAKER_FIRST_S), BREAKER_LAST_S)
+            self.take_out("breaker", now + self.breaker_s)
+        if verdict.after_s:
+            self.out_until = max(self.out_until, now + min(verdict.after_s, CLOSED_MAX_S))
+            self.out_why = self.out_why or "busy"
+
+    def refused(self, now: float, outcome: Outcome) -> None:
+        """A 401 or 403; the key is parked after some in a row."""
+        if outcome is Outcome.AUTH:
+            self.denied += 1
+        else:
+            self.forbidden += 1
+        again = self.recovering and self.out_why == "parked"
+        if again or self.denied >= DENIED_COUNT or self.forbidden >= FORBIDDEN_COUNT:
+            self.park_s = min(max(2 * self.park_s, PARK_FIRST_S), PARK_LAST_S)
+            self.take_out("parked", now + self.park_s)
+
+    def works(self, now: float) -> None:
+        """It gave an answer that is no failure."""
+        self.denied = self.forbidden = 0
+        self.recent.append((now, False))
+        if self.out_why and (self.recovering or self.out_until <= now):
+            self.recover()
+
+    # -- suspicion
+
+    def suspect(self) -> None:
+        """It has gone silent: no new requests until what is stuck in it is gone."""
+        self.take_out("suspect", NEVER)
+
+    def unstick(self, now: float) -> None:
+        """Nothing is stuck in a suspect any more: one real request may probe it, after a while that doubles."""
+        if self.out_why == "suspect" and self.out_until == NEVER and not self.unanswered:
+            self.suspect_s = min(max(2 * self.suspect_s, SUSPECT_FIRST_S), SUSPECT_LAST_S)
+            self.out_until = now + self.suspect_s
+
+    def is_silent(self, now: float) -> bool:
+        """Whether its silence is far beyond the usual (DESIGN: suspicion)."""
+        if not self.unanswered or (self.out_why == "suspect" and self.probe is None):
+            return False
+        oldest = next(iter(self.unanswered))
+        if self.answered_at >= oldest.sent_at:
+            return False
+        many = len(self.unanswered) >= SUSPECT_COUNT or oldest is self.probe
+        return many and now - oldest.sent_at > oldest.seat.usual_s(oldest.stream)
+
+
+class Seat:
+    """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer."""
+
+    __slots__ = ("lacks_until", "ledger", "model", "times", "upstream")
+
+    def __init__(self, upstream: Upstream, model: str) -> None:
+        self.upstream, self.model = upstream, model
+        self.ledger = upstream.quota.ledger(dict(upstream.config.model_map).get(model, model))
+        self.lacks_until = 0.0
+        self.times: "tuple[deque[float], deque[float]]" = (deque(maxlen=SAMPLES), deque(maxlen=SAMPLES))
+
+    def __repr__(self) -> str:
+        return "<Seat %s at %s>" % (self.model, self.upstream.name)
+
+    def ready(self, need: float, now: float) -> bool:
+        """Whether a request of `need` tokens may go here now: it works, has the model, and has room."""
+        upstream = self.upstream
+        if upstream.out_until > now or upstream.probe is not None or self.lacks_until > now:
+            return False
+        quota = upstream.quota
+        if quota.in_flight >= quota.most or quota.parked_until > now or quota.probe is not None:
+            return False
+        return self.ledger.opens_at(need, now) <= now
+
+    def room_at(self, need: float, now: float) -> float:
+        """When there is room, by quota alone: 0 for now, NEVER where only another request's end makes some."""
+        quota = self.upstream.quota
+        if quota.in_flight >= quota.most or quota.probe is not None:
+            return NEVER
+        return max(quota.parked_until if quota.parked_until > now else 0.0, self.ledger.opens_at(need, now))
+
+    def well_at(self, now: float) -> float:
+        """When it is due back, by health alone: 0 for now."""
+        until = max(self.upstream.out_until, self.lacks_until)
+        if until > now:
+            return until
+        return NEVER if self.upstream.probe is not None else 0.0
+
+    def usual_s(self, stream: bool) -> float:
+        """Silence beyond this is suspicious."""
+        times = self.times[stream]
+        return max(SUSPECT_MIN_S, 3 * quantile(times, 0.95)) if times else SUSPECT_UNKNOWN_S
+
+    def rescue_s(self, stream: bool) -> float:
+        """Silence beyond this asks for a rescue; NEVER while too little is known."""
+        times = self.times[stream]
+        return max(RESCUE_MIN_S, 3 * quantile(times, 0.99)) if len(times) >= RESCUE_SAMPLES else NEVER
+
+
+def quantile(values: "Iterable[float]", share: float) -> float:
+    """The value that `share` of `values` do not exceed."""
+    found = sorted(values)
+    return found[min(len(found) - 1, int(share * len(found)))]
 
 
 def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
@@ -2652,29 +3611,168 @@ def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
     return re.compile("|".join(parts), re.DOTALL)
 
 
+NO_ENTRIES: "list[tuple[Window, list[float]]]" = []
+
+
 class Lease:
-    """The right to send one request to one controller; `release` gives it back, once."""
+    """The right to send one request to one controller: charged when granted, given back at most once by `release`.
 
-    __slots__ = ("since", "upstream")
+    `stuck`: called when the request needs a rescue. `entries`: what it added to configured windows.
+    """
 
-    def __init__(self, upstream: Upstream, since: float) -> None:
-        self.upstream, self.since = upstream, since
+    __slots__ = (
+        "entries",
+        "mark_requests",
+        "mark_tokens",
+        "need",
+        "open",
+        "seat",
+        "sent_at",
+        "serial",
+        "since",
+        "stream",
+        "stuck",
+        "told_requests",
+        "told_tokens",
+        "upstream",
+    )
+
+    def __init__(self, seat: Seat, need: float, stream: bool, now: float) -> None:
+        upstream, ledger = seat.upstream, seat.ledger
+        self.seat, self.upstream, self.need, self.stream, self.since = seat, upstream, need, stream, now
+        self.sent_at, self.open = 0.0, True
+        self.stuck: "Callable[[], bool] | None" = None
+        self.entries: "list[tuple[Window, list[float]]]" = NO_ENTRIES
+        self.told_requests: "Allowance | None" = None
+        self.told_tokens: "Allowance | None" = None
         upstream.in_flight += 1
         upstream.requests += 1
+        upstream.quota.in_flight += 1
+        if upstream.recovering:
+            upstream.probe = self
+        if upstream.quota.park_s:
+            upstream.quota.probe = self
+        ledger.serial += 1
+        ledger.sent_requests += 1
+        ledger.sent_tokens += need
+        self.serial, self.mark_requests, self.mark_tokens = ledger.serial, ledger.sent_requests, ledger.sent_tokens
+        if ledger.limited:
+            self._charge(ledger, now)
 
-    def release(self, outcome: Outcome) -> None:
-        """The attempt is over. A second call changes nothing."""
-        if self.since >= 0:
-            self.since = -1.0
-            self.upstream.in_flight -= 1
-            self.upstream.failures += outcome not in (Outcome.OK, Outcome.CLIENT)
+    def __repr__(self) -> str:
+        return "<Lease %s for %s>" % (self.upstream.name, self.seat.model)
+
+    def _charge(self, ledger: Ledger, now: float) -> None:
+        if ledger.requests is not None:
+            ledger.requests.charge(1.0, now)
+        if ledger.tokens is not None:
+            ledger.tokens.charge(self.need, now)
+        if ledger.windows[0] or ledger.windows[1]:
+            self.entries = [(window, window.add(1.0)) for window in ledger.windows[0]]
+            self.entries += [(window, window.add(self.need)) for window in ledger.windows[1]]
+
+    def sent(self, now: float) -> None:
+        """The request was written: from now on it counts, whatever comes of it."""
+        self.sent_at = now
+        for _, entry in self.entries:
+            entry[0] = now
+        self.upstream.unanswered[self] = None
+
+    def answered(self, now: float, good: bool) -> None:
+        """A reply began to make sense; `good`: it is the answer, and its time counts as usual."""
+        upstream = self.upstream
+        upstream.unanswered.pop(self, None)
+        upstream.answered_at = now
+        if good:
+            took_s = now - self.since
+            self.seat.times[self.stream].append(took_s)
+            upstream.heard(self.stream, took_s)
+            upstream.works(now)
+            self.seat.ledger.closed_for = upstream.quota.park_s = 0.0
+
+    def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
+        """Takes what a reply says of its quota."""
+        ledger, self.told_requests, self.told_tokens = self.seat.ledger, requests, tokens
+        if requests is not None:
+            ledger.limited = True
+            ledger.requests = ledger.requests or Bucket(now)
+            since = max(0, ledger.sent_requests - self.mark_requests)
+            ledger.requests.rebase(requests, self.serial, self.sent_at, since, now)
+        if tokens is not None:
+            ledger.limited = True
+            ledger.tokens = ledger.tokens or Bucket(now)
+            spent = max(0.0, ledger.sent_tokens - self.mark_tokens)
+            ledger.tokens.rebase(tokens, self.serial, self.sent_at, spent, now)
+
+    def was_early(self, verdict: Verdict) -> bool:
+        """Whether a 429 came while there should have been room: its own reply said so, or our exact count does."""
+        told = self.told_tokens if verdict.by_tokens else self.told_requests
+        if told is not None:
+            return told.remaining >= (self.need if verdict.by_tokens else 1)
+        return bool(self.entries) and self.upstream.config.limits != QuotaLimits()
+
+    def correct(self, used: float, now: float) -> None:
+        """Takes the true cost of an answer, where the upstream does not tell what is left."""
+        ledger, surplus = self.seat.ledger, self.need - used
+        if ledger.tokens is not None:
+            ledger.tokens.charge(-surplus, now)
+        for window, entry in self.entries:
+            if window in ledger.windows[1]:
+                window.change(entry, used)
+
+    def release(self, verdict: Verdict, now: float) -> None:
+        """The attempt is over. What was never sent is given back whole."""
+        self.open = False
+        upstream = self.upstream
+        upstream.in_flight -= 1
+        upstream.quota.in_flight -= 1
+        upstream.unanswered.pop(self, None)
+        if not self.sent_at:
+            self._give_back(now)
+        if upstream.probe is self:
+            upstream.probe = None
+        if upstream.quota.probe is self:
+            upstream.quota.probe = None
+        if verdict is not GOOD:
+            self._learn_health(verdict, now)
+        if upstream.out_until == NEVER:
+            upstream.unstick(now)
+
+    def _give_back(self, now: float) -> None:
+        ledger = self.seat.ledger
+        ledger.sent_requests -= 1
+        ledger.sent_tokens -= self.need
+        if ledger.requests is not None:
+            ledger.requests.charge(-1.0, now)
+        if ledger.tokens is not None:
+            ledger.tokens.charge(-self.need, now)
+        for window, entry in self.entries:
+            window.change(entry, 0.0)
+            entry[0] = now
+
+    def _learn_health(self, verdict: Verdict, now: float) -> None:
+        """What the controller learns (DESIGN 3, the table's third column)."""
+        upstream, outcome = self.upstream, verdict.outcome
+        if outcome in ANSWERED:
+            upstream.works(now)
+        elif outcome in FAILURES:
+            upstream.failures += 1
+            upstream.failed(now, verdict)
+        elif outcome in (Outcome.AUTH, Outcome.FORBIDDEN):
+            upstream.failures += 1
+            upstream.refused(now, outcome)
+        if verdict.message:
+            upstream.last_error = "%s %d: %s" % (outcome.value, verdict.status, verdict.message[:200])
+# ==== 11. Balancing ====
+# Who gets a request, and who waits for whom. The pool knows no connection and no head, only outcomes; its clock, its
+# chance and its timers are passed in.
 
 
 class Policy(Protocol):
     """How a pool chooses among the controllers that could take a request."""
 
-    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
-        """One of `upstreams`, which are at least one and in the order of the configuration."""
+    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
+        """One of `seats`, which are at least one and in the order of the configuration."""
 
 
 class SmoothWeighted:
@@ -2683,20 +3781,16 @@ class SmoothWeighted:
     Who cannot take part in a choice neither gains nor loses by it, so the shares of the others stay their weights'.
     """
 
-    def __init__(self) -> None:
-        self.credit: "dict[int, int]" = {}
-
-    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
+    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
         """See `Policy`."""
-        credit, total, best, most = self.credit, 0, upstreams[0], -math.inf
-        for upstream in upstreams:
-            weight = upstream.weight
-            total += weight
-            have = credit.get(upstream.position, 0) + weight
-            credit[upstream.position] = have
-            if have > most:
-                best, most = upstream, have
-        credit[best.position] -= total
+        total, best, most = 0, seats[0], -NEVER
+        for seat in seats:
+            upstream = seat.upstream
+            total += upstream.weight
+            upstream.credit += upstream.weight
+            if upstream.credit > most:
+                best, most = seat, upstream.credit
+        best.upstream.credit -= total
         return best
 
 
@@ -2706,38 +3800,38 @@ class WeightedRandom:
     def __init__(self, chance: "Callable[[], float]" = random.random) -> None:
         self.chance = chance
 
-    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
+    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
         """See `Policy`."""
-        left = self.chance() * sum(upstream.weight for upstream in upstreams)
-        for upstream in upstreams:
-            left -= upstream.weight
+        left = self.chance() * sum(seat.upstream.weight for seat in seats)
+        for seat in seats:
+            left -= seat.upstream.weight
             if left < 0:
-                return upstream
-        return upstreams[-1]
+                return seat
+        return seats[-1]
 
 
 class LeastBusy:
     """The one with the fewest requests in flight for its weight; the earlier of equals."""
 
-    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
+    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
         """See `Policy`."""
-        return min(upstreams, key=lambda upstream: upstream.in_flight / upstream.weight)
+        return min(seats, key=lambda seat: seat.upstream.in_flight / seat.upstream.weight)
 
 
 class Priority:
     """The first in the order of the configuration."""
 
-    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
+    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
         """See `Policy`."""
-        return upstreams[0]
+        return seats[0]
 
 
 class Fastest:
     """The one whose first byte came soonest of late; answers and streams are different kinds. Unknown ones first."""
 
-    def choose(self, upstreams: "list[Upstream]", stream: bool) -> Upstream:
+    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
         """See `Policy`."""
-        return min(upstreams, key=lambda upstream: upstream.first_byte_s[stream])
+        return min(seats, key=lambda seat: seat.upstream.first_byte_s[stream])
 
 
 POLICIES: "dict[str, Callable[[], Policy]]" = {
@@ -2749,30 +3843,334 @@ POLICIES: "dict[str, Callable[[], Policy]]" = {
 }
 
 
+class NoRoom(Exception):
+    """Nobody has room within the time that a request may wait. `after_s`: when somebody will, as far as is known."""
+
+    def __init__(self, why: str, after_s: float) -> None:
+        super().__init__(why)
+        self.why, self.after_s = why, after_s
+
+
+class Waiter:
+    """A request in the line: the controllers that may take it, and the future that hands it a lease."""
+
+    __slots__ = ("future", "request", "seats")
+
+    def __init__(self, request: ApiRequest, seats: "list[Seat]", future: "asyncio.Future[Lease]") -> None:
+        self.request, self.seats, self.future = request, seats, future
+
+
+def turn_at(openings: "list[tuple[float, float]]", ahead: int, now: float) -> float:
+    """When the request that has `ahead` others before it gets its turn.
+
+    `openings`: when each controller has room, and its requests per second from then on. Each gives one place at its
+    opening and then its rate, so the places until T are a piecewise linear sum that has to exceed `ahead`.
+    """
+    speed = places = 0.0
+    at = now
+    for opens, rate in sorted((max(opens, now), min(rate, 1e6)) for opens, rate in openings if opens != NEVER):
+        if speed and places + (opens - at) * speed >= ahead + 1:
+            break
+        places += (opens - at) * speed + 1.0
+        at, speed = opens, speed + rate
+        if places >= ahead + 1:
+            return at
+    return at + (ahead + 1 - places) / speed if speed else NEVER
+
+
 class UpstreamPool:
-    """The controllers and the policy that chooses among them."""
+    """The controllers, the policy that chooses among them, and the line of those who wait for room.
 
-    def __init__(self, upstreams: "list[Upstream]", policy: Policy) -> None:
-        self.upstreams, self.policy = upstreams, policy
-        self.serving: "dict[str, list[Upstream]]" = {}
+    `timers` is the loop, or what stands for it in a test: `time`, `call_at`, `create_future`.
+    """
 
-    def candidates(self, model: str) -> "list[Upstream]":
+    def __init__(
+        self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig, timers: asyncio.AbstractEventLoop
+    ) -> None:
+        self.upstreams, self.policy, self.config, self.timers = upstreams, policy, config, timers
+        self.serving: "dict[str, list[Seat]]" = {}
+        self.lines: "dict[str, deque[Waiter]]" = {}
+        self.waiting = 0
+        self.waiting_by_key: "dict[str, int]" = {}
+        self.alarm: "asyncio.TimerHandle | None" = None
+        self.sweeper: "asyncio.TimerHandle | None" = None
+        self.answer_tokens: "dict[str, float]" = {}  # the running mean per model
+        self.minute_end = 0.0
+        self.calls, self.rescues = [0, 0], [0, 0]  # of this minute and the last one
+
+    def replace(self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig) -> None:
+        """Goes on with these controllers; whoever waits now waits for them."""
+        self.upstreams, self.policy, self.config = upstreams, policy, config
+        self.serving.clear()
+        for line in list(self.lines.values()):
+            for waiter in list(line):
+                try:
+                    waiter.seats = self.seats(waiter.request.model)
+                except ProxyError as problem:
+                    if not waiter.future.done():
+                        waiter.future.set_exception(problem)
+        if self.waiting:
+            self.pump()
+
+    # -- choosing
+
+    def seats(self, model: str) -> "list[Seat]":
         """The controllers that serve `model`. Raises ProxyError (404) when there is none."""
         found = self.serving.get(model)
         if found is None:
-            found = [upstream for upstream in self.upstreams if upstream.serves(model)]
-            if len(self.serving) < MEMORY_MODELS and len(model) <= MODEL_NAME_CHARS:
+            found = [upstream.seat(model) for upstream in self.upstreams if upstream.serves(model)]
+            if len(model) <= MODEL_NAME_CHARS:
+                if len(self.serving) >= MEMORY_MODELS:
+                    self.serving.pop(next(iter(self.serving)))
                 self.serving[model] = found
         if not found:
             raise ProxyError(404, self._missing(model), "model_not_found", param="model")
         return found
 
+    def estimate(self, request: ApiRequest) -> None:
+        """Sets what the request is taken to need, by its own limit or by what answers of its model had of late."""
+        answer = request.max_tokens or self.answer_tokens.get(request.model, TOKENS_ANSWER)
+        request.need = request.prompt_tokens + int(answer)
+
     def lease(
-        self, candidates: "list[Upstream]", tried: "set[Upstream]", stream: bool, now: float
+        self, request: ApiRequest, seats: "list[Seat]", tried: "set[Upstream]", now: float, resort: bool = True
     ) -> "Lease | None":
-        """The right to send to one that was not tried yet, or None when all were."""
-        left = [upstream for upstream in candidates if upstream not in tried] if tried else candidates
-        return Lease(self.policy.choose(left, stream), now) if left else None
+        """The right to send to one that was not tried and has room; None when there is none. Nobody jumps the line.
+
+        `resort`: when all are out by health alone, one of them will do.
+        """
+        if self.waiting and self.lines.get(request.model):
+            return None
+        lease = self._grant(request, seats, tried, now)
+        return lease if lease is not None or not resort else self._last_resort(request, seats, tried, now)
+
+    def _grant(self, request: ApiRequest, seats: "list[Seat]", tried: "set[Upstream]", now: float) -> "Lease | None":
+        need = request.need
+        ready = [seat for seat in seats if seat.ready(need, now)]
+        if tried:
+            ready = [seat for seat in ready if seat.upstream not in tried]
+        if not ready:
+            return None
+        return self._count(Lease(self.policy.choose(ready, request.stream), need, request.stream, now), now)
+
+    def _last_resort(
+        self, request: ApiRequest, seats: "list[Seat]", tried: "set[Upstream]", now: float
+    ) -> "Lease | None":
+        """The one due back first, when all are out by health alone: a sole controller passes its errors on.
+
+        Only a 429's time, a configured limit and an exhausted quota refuse; where one of those ends in time, waiting is
+        better.
+        """
+        left = [seat for seat in seats if seat.upstream not in tried]
+        out = [seat for seat in left if not seat.room_at(request.need, now)]
+        full = [seat for seat in left if seat.room_at(request.need, now) and not seat.well_at(now)]
+        if not out or any(seat.room_at(request.need, now) - now <= request.wait_s for seat in full):
+            return None
+        seat = min(out, key=lambda one: one.well_at(now))
+        return self._count(Lease(seat, request.need, request.stream, now), now)
+
+    def _count(self, lease: Lease, now: float) -> Lease:
+        if now >= self.minute_end:
+            self._turn_minute(now)
+        self.calls[0] += 1
+        if self.sweeper is None:
+            self.sweeper = self.timers.call_at(now + SWEEP_S, self._sweep)
+        return lease
+
+    # -- what attempts came to
+
+    def settle(self, lease: Lease, verdict: Verdict) -> None:
+        """The attempt is over: the controller learns, and whoever waits may have room now."""
+        if not lease.open:
+            return
+        now = self.timers.time()
+        was_out = lease.upstream.out_why
+        lease.release(verdict, now)
+        if verdict is not GOOD:
+            self._learn(lease, verdict, now)
+        if lease.upstream.out_why != was_out:
+            why = lease.upstream.out_why
+            log.info("%s: %s", lease.upstream.name, "out: " + why if why else "back")
+        if self.waiting:
+            self.pump()
+
+    def _learn(self, lease: Lease, verdict: Verdict, now: float) -> None:
+        """What an outcome means for the quota and for the model (DESIGN 3, the table's third column)."""
+        quota = lease.upstream.quota
+        if verdict.outcome is Outcome.RATE:
+            self._close(lease, verdict, now)
+        elif verdict.outcome is Outcome.QUOTA:
+            if quota.parked_until <= now:
+                quota.park(now)
+                log.warning("%s: quota exhausted, parked for %.0f s", quota.name, quota.park_s)
+        elif verdict.outcome is Outcome.MISSING:
+            lease.seat.lacks_until = now + LACKS_S
+
+    def _close(self, lease: Lease, verdict: Verdict, now: float) -> None:
+        """A 429: the model's ledger closes, under the name that the error gave it."""
+        seat, quota = lease.seat, lease.upstream.quota
+        if verdict.bucket and verdict.bucket != seat.ledger.name:
+            quota.rename(seat.model, verdict.bucket)
+            for upstream in self.upstreams:
+                if upstream.quota is quota and seat.model in upstream.seats:
+                    upstream.seats[seat.model].ledger = quota.ledger(seat.model)
+        if lease.was_early(verdict):
+            seat.ledger.halve_burst()
+        seat.ledger.close(verdict, lease.need, now)
+
+    def answered(self, lease: Lease, good: bool, now: float) -> None:
+        """A reply began to make sense: its controller is alive, and whoever waits for that may go on."""
+        lease.answered(now, good)
+        if self.waiting:
+            self.pump()
+
+    def used(self, lease: Lease, model: str, total: int, answer: int, told: bool) -> None:
+        """An answer said what it cost; `told`: the reply said what is left, which counts more."""
+        if answer:
+            mean = self.answer_tokens.get(model)
+            if mean is None and len(self.answer_tokens) >= MEMORY_MODELS:
+                self.answer_tokens.clear()
+            self.answer_tokens[model] = answer if mean is None else mean + (answer - mean) / 16
+        if total and not told:
+            lease.correct(total, self.timers.time())
+
+    # -- the line
+
+    async def wait(self, request: ApiRequest, seats: "list[Seat]", tried: "set[Upstream]") -> "Lease | None":
+        """Stands in line until one of `seats` has room for `request`.
+
+        None when waiting is no use: no controller that failed or was not tried comes back by time. Raises NoRoom.
+        """
+        now = self.timers.time()
+        seats = [seat for seat in seats if seat.upstream not in tried or seat.room_at(request.need, now) > now]
+        busy = [seat for seat in seats if seat.room_at(request.need, now) > now or seat.upstream.out_why == "busy"]
+        line = self.lines.get(request.model)
+        if not seats or not (busy or line):
+            return None
+        self._check_line(request, seats, len(line or ()), now)
+        waiter = Waiter(request, seats, self.timers.create_future())
+        self.lines.setdefault(request.model, deque()).append(waiter)
+        self._count_waiter(request.key, 1)
+        handle = self.timers.call_at(now + request.wait_s, self._give_up, waiter)
+        self.pump()
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            if waiter.future.done() and not waiter.future.cancelled():  # granted in the turn in which the client left
+                self.settle(waiter.future.result(), Verdict(Outcome.GONE))
+            raise
+        finally:
+            handle.cancel()
+            self._leave(waiter)
+            request.wait_s = max(0.0, request.wait_s - (self.timers.time() - now))
+
+    def pump(self) -> None:
+        """Hands leases to those who are first in their lines, one for each free place, and sets the next alarm."""
+        now, soonest = self.timers.time(), NEVER
+        for line in list(self.lines.values()):
+            while line:
+                waiter = line[0]
+                if waiter.future.done():
+                    line.popleft()
+                    continue
+                lease = self._grant(waiter.request, waiter.seats, NOBODY, now)
+                if lease is None:
+                    soonest = min(soonest, *(self._opens_at(seat, waiter.request.need, now) for seat in waiter.seats))
+                    break
+                line.popleft()
+                waiter.future.set_result(lease)
+        if self.alarm is not None:
+            self.alarm.cancel()
+            self.alarm = None
+        if soonest != NEVER:
+            self.alarm = self.timers.call_at(max(soonest, now + 0.001), self.pump)
+
+    def _opens_at(self, seat: Seat, need: float, now: float) -> float:
+        return max(seat.room_at(need, now), seat.well_at(now))
+
+    def _check_line(self, request: ApiRequest, seats: "list[Seat]", ahead: int, now: float) -> None:
+        """Refuses whom waiting would not help, at once. Raises NoRoom."""
+        openings = [(self._opens_at(seat, request.need, now), seat.ledger.rate(request.need)) for seat in seats]
+        unknown = any(opens == NEVER for opens, _ in openings)
+        at = now if unknown else turn_at(openings, ahead, now)
+        if self.waiting >= self.config.max_queue:
+            raise NoRoom("the line is full", at - now)
+        if request.key and self.waiting_by_key.get(request.key, 0) * 2 >= self.config.max_queue:
+            raise NoRoom("this key holds half of the line", at - now)
+        if at - now > request.wait_s or not request.wait_s:
+            raise NoRoom("no controller has room in time", at - now)
+
+    def _give_up(self, waiter: Waiter) -> None:
+        if not waiter.future.done():
+            now = self.timers.time()
+            opens = min(self._opens_at(seat, waiter.request.need, now) for seat in waiter.seats)
+            waiter.future.set_exception(NoRoom("no controller had room in time", opens - now))
+
+    def _count_waiter(self, key: str, change: int) -> None:
+        self.waiting += change
+        if key:
+            left = self.waiting_by_key.get(key, 0) + change
+            self.waiting_by_key[key] = left
+            if not left:
+                del self.waiting_by_key[key]
+
+    def _leave(self, waiter: Waiter) -> None:
+        """Takes a waiter out of the books; those behind it may be first now."""
+        self._count_waiter(waiter.request.key, -1)
+        line = self.lines.get(waiter.request.model)
+        if line is None:
+            return
+        if waiter.future.cancelled() or waiter.future.exception() is not None:
+            was_first = line[0] is waiter
+            line.remove(waiter)
+            if was_first and line:
+                self.pump()
+        if not line:
+            self.lines.pop(waiter.request.model, None)
+
+    # -- the silent
+
+    def _turn_minute(self, now: float) -> None:
+        """Begins a new minute of the rescue budget when the old one is over."""
+        if now >= self.minute_end:
+            following = now < self.minute_end + 60
+            self.calls = [0, self.calls[0] if following else 0]
+            self.rescues = [0, self.rescues[0] if following else 0]
+            self.minute_end = now - now % 60 + 60
+
+    def _sweep(self) -> None:
+        """Looks for controllers that fell silent and for requests stuck in them; runs while anything is unanswered."""
+        now, self.sweeper = self.timers.time(), None
+        for upstream in self.upstreams:
+            if not upstream.unanswered:
+                continue
+            self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
+            if upstream.is_silent(now):
+                probed = upstream.probe
+                upstream.suspect()
+                log.warning("%s: silent, gets no new requests until it answers", upstream.name)
+                if probed is not None:
+                    self._rescue(probed, now)
+            for lease in [one for one in upstream.unanswered if self._is_stuck(one, now)]:
+                self._rescue(lease, now)
+
+    def _is_stuck(self, lease: Lease, now: float) -> bool:
+        """Whether a request has been silent for so long that another controller should be asked too."""
+        silent_s, after_s = now - lease.sent_at, self.config.rescue_after
+        ours = lease.stream or lease.upstream.out_why == "suspect"
+        if lease.stuck is None or silent_s <= SUSPECT_MIN_S or not ours:
+            return False
+        return silent_s > (lease.seat.rescue_s(lease.stream) if after_s is None else after_s or NEVER)
+
+    def _rescue(self, lease: Lease, now: float) -> None:
+        """Asks the request's owner for a second attempt, within the budget."""
+        self._turn_minute(now)
+        allowed = max(RESCUES_A_MINUTE, RESCUE_SHARE * sum(self.calls))
+        if lease.stuck is not None and self.config.rescue_after != 0 and sum(self.rescues) < allowed and lease.stuck():
+            self.rescues[0] += 1
+            lease.stuck = None
+
+    # -- what is known
 
     def configured_models(self) -> "list[str]":
         """The model names that the configuration spells out, sorted."""
@@ -2780,32 +4178,115 @@ class UpstreamPool:
         names |= {name for upstream in self.upstreams for name, _ in upstream.config.model_map}
         return sorted(name for name in names if "*" not in name and "?" not in name)
 
+    def reopens_after(self, seats: "list[Seat]", need: float) -> float:
+        """Seconds until somebody has room, as far as is known; NEVER where nothing is."""
+        now = self.timers.time()
+        return max(0.0, min(self._opens_at(seat, need, now) for seat in seats) - now)
+
+    def close(self) -> None:
+        """Stops the timers."""
+        for handle in (self.alarm, self.sweeper):
+            if handle is not None:
+                handle.cancel()
+        self.alarm = self.sweeper = None
+
     def _missing(self, model: str) -> str:
         names = sorted({name for upstream in self.upstreams for name in upstream.config.models})
         shown_model = model if len(model) <= 64 else model[:63] + "…"
         return "The model %r is served by no controller here. Served: %s." % (shown_model, ", ".join(names)[:1000])
 
 
-# ==== 10. Relay ====
+NOBODY: "set[Upstream]" = set()
+
+
+class KeyGate:
+    """What one client key may still send: its own rpm, tpm and concurrency."""
+
+    __slots__ = ("key", "quota")
+
+    def __init__(self, key: ClientKey) -> None:
+        self.key, self.quota = key, Quota(key.name, key.limits)
+
+    def enter(self, need: float, now: float) -> float:
+        """Counts a request and lets it pass (0), or says in how many seconds it may come again."""
+        if self.quota.in_flight >= self.quota.most:
+            return KEY_BUSY_S
+        ledger = self.quota.ledger("")
+        opens = ledger.opens_at(need, now)
+        if opens > now:
+            return opens - now
+        self.quota.in_flight += 1
+        for windows, amount in zip(ledger.windows, (1.0, need), strict=True):
+            for window in windows:
+                window.add(amount)[0] = now
+        return 0.0
+
+    def leave(self) -> None:
+        """The request is over."""
+        self.quota.in_flight -= 1
+
+
+def describe_pool(pool: UpstreamPool, now: float) -> "dict[str, Any]":
+    """The pool's state for /status?verbose=1: no secret, seconds from now."""
+    return {
+        "policy": pool.config.type,
+        "waiting": pool.waiting,
+        "controllers": [describe_upstream(upstream, now) for upstream in pool.upstreams],
+    }
+
+
+def describe_upstream(upstream: Upstream, now: float) -> "dict[str, Any]":
+    """One controller's state."""
+    quota = upstream.quota
+    state, until = "open", 0.0
+    if quota.parked_until > now:
+        state, until = "parked", quota.parked_until
+    elif upstream.out_until > now:
+        state, until = upstream.out_why, upstream.out_until
+    elif upstream.recovering or quota.park_s:
+        state = "half-open"
+    return {
+        "name": upstream.name,
+        "type": upstream.config.type,
+        "state": state,
+        "for_s": None if until == NEVER else round(max(0.0, until - now), 3),
+        "quota": quota.name,
+        "in_flight": upstream.in_flight,
+        "requests": upstream.requests,
+        "failures": upstream.failures,
+        "last_error": upstream.last_error or None,
+        "first_byte_ms": dict(zip(("whole", "stream"), (round(s * 1e3) for s in upstream.first_byte_s), strict=True)),
+        "ledger": {name: describe_ledger(ledger, now) for name, ledger in list(quota.ledgers.items())},
+        "lacks": [seat.model for seat in upstream.seats.values() if seat.lacks_until > now],
+    }
+
+
+def describe_ledger(ledger: Ledger, now: float) -> "dict[str, Any]":
+    """What is known of one model's quota."""
+    found: "dict[str, Any]" = {"closed_for_s": round(max(0.0, ledger.closed_until - now, ledger.large_until - now), 3)}
+    for name, bucket in (("requests", ledger.requests), ("tokens", ledger.tokens)):
+        if bucket is not None:
+            left = round(bucket.level_at(now), 1)
+            found[name] = {"limit": bucket.limit, "left": left, "per_s": round(bucket.rate, 3)}
+    for name, windows in zip(("rpm", "tpm"), ledger.windows, strict=True):
+        if windows:
+            found[name] = {"limit": windows[0].limit, "taken": round(windows[0].total, 1)}
+    return found
+
+
+# ==== 12. Relay ====
 # One request, attempt after attempt, until an answer is committed to the client; then every byte at once. The first
 # byte to the client is the point of no return: before it every failure may move on, after it a cut is told honestly.
 
 
-def _nothing() -> None:
-    """What happens at the write while nobody counts it."""
-
-
-class Sink(Protocol):
+class Sink(Outlet, Protocol):
     """Where an answer goes: the client's connection. `open` writes the head, `end` what its framing needs last."""
 
     async def whole(self, status: int, fields: bytes, body: bytes) -> None:
         """Writes an answer of known length, head and body in one piece."""
 
-    def open(self, status: int, fields: bytes, length: "int | None") -> None:
-        """Begins an answer that is written as it comes; `length` None: not known."""
-
-    async def write(self, data: bytes) -> None:
-        """Writes body bytes now; returns when the client takes more."""
+    def open(self, status: int, fields: bytes, length: "int | None", first: bytes) -> bool:
+        """Begins an answer that is written as it comes, with its first bytes; `length` None: not known. As `push`."""
 
     def end(self) -> None:
         """Ends the body as its framing asks."""
@@ -2815,105 +4296,211 @@ class Sink(Protocol):
 
 
 class Reply:
-    """An attempt's answer that is good enough to be the client's: its exchange, and what was read of the body.
+    """What an upstream sent, as far as it decides: its exchange, and what was read of the body.
 
-    `whole`: `held` is all of the body.
+    `at`: when what decides was read. `whole`: `held` is all of the body. `told`: the reply said how many tokens are
+    left.
     """
 
-    __slots__ = ("exchange", "head", "held", "outcome", "stream", "whole")
+    __slots__ = ("at", "exchange", "head", "held", "stream", "told", "verdict", "whole")
 
-    def __init__(self, exchange: Exchange, outcome: Outcome = Outcome.OK) -> None:
-        self.exchange, self.head, self.outcome = exchange, exchange.head, outcome
-        self.held, self.whole, self.stream = b"", False, False
+    def __init__(self, exchange: Exchange, now: float) -> None:
+        self.exchange, self.head, self.at = exchange, exchange.head, now
+        self.held, self.whole, self.stream, self.told, self.verdict = b"", False, False, False, GOOD
 
 
 class Refused(Exception):
-    """An upstream answered, but not with what the client asked for. `reply` is whole."""
+    """An upstream answered, but not with what the client asked for; `reply` and its verdict say with what."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: Reply, verdict: Verdict) -> None:
         super().__init__(reply.head.status)
-        self.reply = reply
+        self.reply, self.verdict = reply, verdict
+        reply.verdict = verdict
+
+
+class Rescued(Exception):
+    """Another controller answered first; the attempt that hears this is given up."""
+
+
+class HeldLongEnough(Exception):
+    """The first real event did not come within HOLD_S; what there is goes out."""
+
+
+class Trip:
+    """One request on its way: whom it may ask, whom it asked in this round, and what came of it."""
+
+    __slots__ = ("best", "failure", "line", "record", "request", "rescue", "seats", "tried")
+
+    def __init__(self, request: ApiRequest, seats: "list[Seat]", record: AccessRecord) -> None:
+        self.request, self.seats, self.record = request, seats, record
+        self.tried: "set[Upstream]" = set()
+        self.best: "Reply | None" = None
+        self.failure: "UpstreamError | None" = None
+        self.line: "NoRoom | None" = None
+        self.rescue: "tuple[Lease, asyncio.Task[Reply]] | None" = None
+
+    @property
+    def others(self) -> bool:
+        """Whether there is somebody to fail over to."""
+        return len(self.seats) - len(self.tried) > 1 and not self.request.stateful
+
+    @property
+    def rescued(self) -> bool:
+        """Whether another controller has been asked too, and has not said no."""
+        return self.rescue is not None
+
+    def note(self, lease: Lease, verdict: Verdict, now: float) -> None:
+        """Keeps an attempt that brought no answer."""
+        self.record.controller = lease.upstream.name
+        self.record.outcomes.append((lease.upstream.name, verdict.outcome.value, now - lease.since))
+        self.tried.add(lease.upstream)
+        if verdict.outcome is Outcome.LARGE:  # only who is known to take that much
+            self.seats = [seat for seat in self.seats if seat.ledger.largest() >= verdict.requested]
+
+
+LEFT = Verdict(Outcome.GONE)  # what an attempt came to that nobody waits for any more
+
+
+class Meter:
+    """Passes bytes on, and remembers the last of them, where `usage` stands."""
+
+    __slots__ = ("sink", "tail")
+
+    def __init__(self, sink: Sink, first: bytes) -> None:
+        self.sink, self.tail = sink, first[-USAGE_BYTES:]
+
+    def push(self, data: bytes) -> bool:
+        """See `Outlet`."""
+        self.tail = (self.tail + data)[-USAGE_BYTES:]
+        return self.sink.push(data)
+
+    def when_ready(self, call: "Callable[[], None]") -> None:
+        """See `Outlet`."""
+        self.sink.when_ready(call)
 
 
 class Relay:
     """Carries requests to the pool's controllers and their answers back."""
 
-    def __init__(self, pool: UpstreamPool, connections: ConnectionPool, now: "Callable[[], float]") -> None:
-        self.pool, self.connections, self.now = pool, connections, now
+    def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
+        self.pool, self.connections, self.loop = pool, connections, loop
 
     async def run(self, request: ApiRequest, sink: Sink, record: AccessRecord) -> None:
         """Answers `request` into `sink`. Raises ProxyError or UpstreamError where no upstream answer can be shown."""
-        candidates = self.pool.candidates(request.model)
-        tried: "set[Upstream]" = set()
-        best: "Reply | None" = None
-        failure: "UpstreamError | None" = None
-        while True:
-            lease = self.pool.lease(candidates, tried, request.stream, self.now())
-            if lease is None:
-                break
-            outcome = Outcome.CUT
-            try:
-                reply = await self._attempt(request, lease, len(candidates) - len(tried) > 1, record)
-                outcome = reply.outcome
-                await self._deliver(reply, request, sink, record, lease)
-                return
-            except Refused as refused:
-                outcome, best = refused.reply.outcome, more_useful(best, refused.reply)
-            except UpstreamError as error:
-                outcome, failure = judge_error(error), error
-                record.outcomes.append((lease.upstream.name, outcome.value, self.now() - lease.since))
-            finally:
-                lease.release(outcome)
-            tried.add(lease.upstream)
-            record.controller = lease.upstream.name
-            if not may_retry(outcome, request):
-                break
-        if best is not None:
-            await self._show(best, request, sink, record)
-            return
-        raise failure if failure is not None else ProxyError(503, "No controller could be asked.", "no_controller")
+        pool, now = self.pool, record.since
+        trip = Trip(request, pool.seats(request.model), record)
+        pool.estimate(request)
+        try:
+            while True:
+                if trip.rescue is None:
+                    lease, asked = pool.lease(request, trip.seats, trip.tried, now), None
+                    if lease is None:
+                        lease = await self._stand_in_line(trip)
+                        if lease is None:
+                            break
+                else:
+                    (lease, asked), trip.rescue = trip.rescue, None
+                verdict = await self._attempt(lease, asked, trip, sink)
+                if verdict is GOOD:
+                    return
+                now = self.loop.time()
+                trip.note(lease, verdict, now)
+                if not trip.rescued and not may_retry(verdict, request):
+                    break
+        finally:
+            if trip.rescued:
+                self._drop_rescue(trip)
+        await self._fail(trip, sink)
 
-    async def _attempt(self, request: ApiRequest, lease: Lease, others: bool, record: AccessRecord) -> Reply:
-        """One request to one controller, up to the point where its answer is good. Raises Refused or UpstreamError."""
-        exchange = lease.upstream.controller.exchange(request, self.connections, _nothing)
+    async def _stand_in_line(self, trip: Trip) -> "Lease | None":
+        """A lease from the line, which begins a new round; None when waiting is no use."""
+        since = self.loop.time()
+        try:
+            lease = await self.pool.wait(trip.request, trip.seats, trip.tried) if trip.seats else None
+        except NoRoom as problem:
+            trip.line, lease = problem, None
+        finally:
+            trip.record.waited_s += self.loop.time() - since
+        if lease is not None:
+            trip.tried.clear()
+        return lease
+
+    # -- one attempt
+
+    async def _attempt(
+        self, lease: Lease, asked: "asyncio.Task[Reply] | None", trip: Trip, sink: Sink
+    ) -> Verdict:
+        """One request to one controller, already `asked` in a rescue; what came of it, OK once it was delivered."""
+        verdict = LEFT
+        try:
+            reply = await (self._ask(lease, trip) if asked is None else asked)
+            if trip.rescued:
+                self._drop_rescue(trip)
+            verdict = await self._deliver(reply, lease, trip, sink)
+            return GOOD  # whatever became of it: it was the client's answer
+        except Refused as refused:
+            verdict = refused.verdict
+            self.pool.answered(lease, False, self.loop.time())
+            trip.best = more_useful(trip.best, refused.reply)
+        except Rescued:
+            verdict = Verdict(Outcome.LOST)
+        except UpstreamError as error:
+            verdict, trip.failure = judge_error(error), error
+        finally:
+            if verdict is LEFT:
+                trip.record.outcomes.append((lease.upstream.name, "gone", self.loop.time() - lease.since))
+            self.pool.settle(lease, verdict)
+        return verdict
+
+    async def _ask(self, lease: Lease, trip: Trip) -> Reply:
+        """Sends the request and reads as much as decides whether it is the answer. Raises Refused or UpstreamError."""
+        request, others = trip.request, trip.others
+        exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent)
+        if others:
+            lease.stuck = functools.partial(self._rescue, trip, lease, exchange)
         try:
             await exchange.start()
-            reply = await self._first(exchange, request, others)
-        except Refused as refused:
-            exchange.finish()
-            record.outcomes.append((lease.upstream.name, refused.reply.outcome.value, self.now() - lease.since))
-            raise
+            now = self.loop.time()
+            reply = Reply(exchange, now)
+            index = reply.head.index
+            requests, tokens = allowance(index, REQUEST_NAMES, time.time), allowance(index, TOKEN_NAMES, time.time)
+            if requests is not None or tokens is not None:
+                lease.learn(requests, tokens, now)
+                reply.told = tokens is not None
+            if reply.head.status == 200 and exchange.complete:
+                reply.held, reply.whole = exchange.take(), True
+            else:
+                await self._collect(reply, others)
+            if reply.head.status >= 300 or reply.held[:9] == b'{"error":':
+                self._check_refusal(reply)
         except BaseException:
             exchange.abort()
             raise
-        took_s = self.now() - lease.since
-        lease.upstream.heard(request.stream, took_s)
-        record.outcomes.append((lease.upstream.name, reply.outcome.value, took_s))
+        lease.stuck = None
+        self.pool.answered(lease, True, reply.at)
         return reply
 
-    async def _first(self, exchange: Exchange, request: ApiRequest, others: bool) -> Reply:
-        """Reads as much of a reply as decides whether it is the answer."""
-        status, kind = exchange.head.status, exchange.head.index.get(b"content-type", b"")
-        reply = Reply(exchange)
-        if status >= 300:
-            await self._collect(reply, WHOLE_BYTES)
-            reply.outcome = judge_reply(status, reply.held)
-            raise Refused(reply)
-        if kind[:17].lower() == b"text/event-stream":
+    def _check_refusal(self, reply: Reply) -> None:
+        """Tells an answer from an error. Raises Refused."""
+        head = reply.head
+        if head.status >= 300:
+            reply.exchange.finish()
+            raise Refused(reply, judge_reply(head.status, head.index, reply.held, time.time()))
+        if not reply.stream and judge_event(b"data: " + reply.held) is EventKind.ERROR:
+            reply.exchange.finish()
+            verdict = judge_first_event(b"data: " + reply.held)  # 200 with an error in it, as OpenRouter may send
+            raise Refused(as_error(reply, verdict.status), verdict)
+
+    async def _collect(self, reply: Reply, others: bool) -> None:
+        """Reads a stream up to its first real event, anything else up to its end or to WHOLE_BYTES."""
+        head = reply.head
+        if head.status < 300 and head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
             reply.stream = True
             await self._hold(reply, others)
-        else:
-            await self._collect(reply, WHOLE_BYTES)
-            if reply.held[:9] == b'{"error":' and judge_event(b"data: " + reply.held) is EventKind.ERROR:
-                reply.outcome = judge_reply(502, reply.held)  # 200 with an error in it, as OpenRouter may send
-                raise Refused(as_error(reply))
-        return reply
-
-    async def _collect(self, reply: Reply, limit: int) -> None:
-        """Reads the body up to its end or to `limit` bytes."""
-        pieces: "list[bytes]" = []
-        size = 0
-        while size <= limit:
+            reply.at = self.loop.time()
+            return
+        pieces, size = [], 0
+        while size <= WHOLE_BYTES:
             piece = await reply.exchange.read()
             if not piece:
                 reply.whole = True
@@ -2924,91 +4511,188 @@ class Relay:
 
     async def _hold(self, reply: Reply, others: bool) -> None:
         """Reads a stream up to its first real event; at once through when there is nothing to fail over to."""
-        splitter = EventSplitter()
-        held: "list[bytes]" = []
-        until = self.now() + HOLD_S
-        while True:
-            piece = await reply.exchange.read()
-            held.append(piece)
-            if not piece:
-                reply.whole = True
-                if not any(held):
-                    raise UpstreamClosed("the upstream ended its stream before the first event")
-            reply.held = piece if len(held) == 1 else b"".join(held)
-            kind = first_kind(splitter.feed(piece))
-            if kind is EventKind.ERROR and others:
-                raise UpstreamError("the upstream's stream began with an error")
-            if kind is not EventKind.PREFACE or not others or reply.whole:
-                return
-            if len(reply.held) > HOLD_BYTES or self.now() > until:
-                return
+        exchange, splitter = reply.exchange, EventSplitter()
+        timer: "asyncio.TimerHandle | None" = None
+        try:
+            while True:
+                piece = await exchange.read()
+                reply.held = reply.held + piece if reply.held else piece
+                if not piece:
+                    reply.whole = True
+                    if not reply.held or others:
+                        raise UpstreamClosed("the upstream ended its stream before the first event")
+                if not others or self._decides(reply, splitter.feed(piece)) or len(reply.held) > HOLD_BYTES:
+                    return
+                timer = timer or self.loop.call_later(HOLD_S, exchange.interrupt, HeldLongEnough())
+        except HeldLongEnough:
+            return
+        finally:
+            if timer is not None:
+                timer.cancel()
 
-    async def _deliver(
-        self, reply: Reply, request: ApiRequest, sink: Sink, record: AccessRecord, lease: Lease
-    ) -> None:
-        """Sends an answer on as it comes. From here on nothing can be replayed."""
-        exchange = reply.exchange
-        record.controller = lease.upstream.name
-        fields = self._fields(reply, request, record)
-        record.status, record.first_at = reply.head.status, self.now()
+    def _decides(self, reply: Reply, events: "Iterable[bytes]") -> bool:
+        """Whether one of `events` is more than a preface. Raises Refused for an error in an answer's place."""
+        for event in events:
+            kind = judge_event(event)
+            if kind is EventKind.ERROR:
+                verdict = judge_first_event(event)
+                reply.held = event_fields(event)[1]
+                reply.exchange.abort()
+                raise Refused(as_error(reply, verdict.status), verdict)
+            if kind is EventKind.REAL:
+                return True
+        return False
+
+    # -- rescue
+
+    def _rescue(self, trip: Trip, lease: Lease, exchange: Exchange) -> bool:
+        """Asks another controller with room, too; whether there was one. The first real answer wins."""
+        if trip.rescue is not None:
+            return False
+        now = self.loop.time()
+        other = self.pool.lease(trip.request, trip.seats, trip.tried | {lease.upstream}, now, resort=False)
+        if other is None:
+            return False
+        names = (trip.request.request_id, lease.upstream.name, other.upstream.name)
+        log.warning("%s: silent in %s, asking %s too", *names)
+        task = self.loop.create_task(self._ask(other, trip))
+        trip.rescue = (other, task)
+        task.add_done_callback(functools.partial(self._end_rescue, exchange))
+        return True
+
+    def _end_rescue(self, exchange: Exchange, task: "asyncio.Task[Reply]") -> None:
+        """A rescue that brought an answer ends the first attempt; an error never does."""
+        if not task.cancelled() and task.exception() is None:
+            exchange.interrupt(Rescued())
+
+    def _drop_rescue(self, trip: Trip) -> None:
+        """Gives up a rescue that is not needed any more."""
+        if trip.rescue is None:
+            return
+        (lease, task), trip.rescue = trip.rescue, None
+        if task.done() and not task.cancelled() and task.exception() is None:
+            task.result().exchange.abort()
+        task.cancel()
+        trip.record.outcomes.append((lease.upstream.name, Outcome.LOST.value, self.loop.time() - lease.since))
+        self.pool.settle(lease, Verdict(Outcome.LOST))
+
+    # -- the answer
+
+    async def _deliver(self, reply: Reply, lease: Lease, trip: Trip, sink: Sink) -> Verdict:
+        """Sends an answer on as it comes; from here on nothing can be replayed. What came of it: OK or CUT."""
+        exchange, record, request = reply.exchange, trip.record, trip.request
+        record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
+        record.controller, record.status, record.first_at = lease.upstream.name, reply.head.status, reply.at
+        fields = self._fields(reply, trip)
         try:
             if reply.whole and not reply.stream:
                 exchange.finish()
+                # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
+                if lease.seat.ledger.limited and not (reply.told and (request.max_tokens or lease.serial & 7)):
+                    self._account(reply.held[-USAGE_BYTES:], reply, lease, trip)
                 await sink.whole(reply.head.status, fields, reply.held)
-                return
+                return GOOD
+            outlet: "Meter | Sink" = Meter(sink, reply.held) if "stream_options" in request.data else sink
             length = reply.head.index.get(b"content-length")
-            sink.open(reply.head.status, fields, content_length(length) if length else None)
-            piece = reply.held
-            while piece:
-                await sink.write(piece)
-                piece = b"" if reply.whole else await exchange.read()
+            sink.open(reply.head.status, fields, content_length(length) if length else None, reply.held)
+            if not reply.whole:
+                await exchange.pipe(outlet)
             sink.end()
             exchange.finish()
+            if isinstance(outlet, Meter):
+                self._account(outlet.tail, reply, lease, trip)
+            return GOOD
         except UpstreamError as error:
-            record.outcomes[-1] = (lease.upstream.name, "cut", self.now() - lease.since)
+            record.outcomes[-1] = (lease.upstream.name, "cut", self.loop.time() - lease.since)
             log.warning("%s: answer of %s cut: %s", request.request_id, lease.upstream.name, error)
             sink.cut(error_event("The upstream's answer was cut: %s." % error, error.code) if reply.stream else b"")
+            return Verdict(Outcome.CUT, 0, str(error))
         finally:
             exchange.abort()
 
-    async def _show(self, reply: Reply, request: ApiRequest, sink: Sink, record: AccessRecord) -> None:
-        """Sends the upstream error that tells most, without the secrets that it may echo."""
-        record.status, record.first_at = reply.head.status, self.now()
-        fields = self._fields(reply, request, record)
-        if 300 <= reply.head.status < 400:
-            raise ProxyError(502, "The upstream redirects; its base_url needs a correction.", "upstream_redirects")
-        encoded = reply.head.index.get(b"content-encoding")
-        await sink.whole(reply.head.status, fields, reply.held if encoded else redactor.scrub(reply.held))
+    def _account(self, tail: bytes, reply: Reply, lease: Lease, trip: Trip) -> None:
+        """Takes the usage that stands in the end of an answer."""
+        total, answer = used_tokens(tail)
+        self.pool.used(lease, trip.request.model, total, answer, reply.told)
 
-    def _fields(self, reply: Reply, request: ApiRequest, record: AccessRecord) -> bytes:
+    async def _fail(self, trip: Trip, sink: Sink) -> None:
+        """Every controller failed, or nobody has room: the answer that tells most."""
+        best, line = trip.best, trip.line
+        if line is not None and (best is None or best.verdict.outcome in (Outcome.RATE, Outcome.QUOTA)):
+            fields = retry_fields(line.after_s)
+            if best is None:
+                message = "Rate limit reached on every controller that serves %s: %s." % (
+                    trip.request.model[:64],
+                    line.why,
+                )
+                raise ProxyError(429, message, "rate_limit_exceeded", headers=fields)
+            await self._show(best, trip, sink, fields)
+        elif best is not None:
+            retried = len(trip.record.outcomes) > 1 or trip.record.waited_s > 0
+            lasting = best.verdict.outcome in LASTING and (retried or best.verdict.outcome is Outcome.LARGE)
+            if best.verdict.outcome is Outcome.RATE and retried:
+                fields = retry_fields(self.pool.reopens_after(trip.seats, trip.request.need) if trip.seats else NEVER)
+            else:
+                fields = b"x-should-retry: false\r\n" if lasting else b""
+            await self._show(best, trip, sink, fields)
+        else:
+            failure = trip.failure
+            raise failure if failure is not None else ProxyError(503, "No controller could be asked.", "no_controller")
+
+    async def _show(self, reply: Reply, trip: Trip, sink: Sink, fields: bytes) -> None:
+        """Sends the upstream error that tells most, without the secrets that it may echo."""
+        head = reply.head
+        trip.record.status, trip.record.first_at = head.status, self.loop.time()
+        if 300 <= head.status < 400:
+            raise ProxyError(502, "The upstream redirects; its base_url needs a correction.", "upstream_redirects")
+        if fields:
+            fields = self._fields(reply, trip, True) + fields
+        else:
+            fields = self._fields(reply, trip)
+        encoded = head.index.get(b"content-encoding")
+        await sink.whole(head.status, fields, reply.held if encoded else redactor.scrub(reply.held))
+
+    def _fields(self, reply: Reply, trip: Trip, ours: bool = False) -> bytes:
         """The head's field lines: the upstream's that may pass, and ours."""
-        index = reply.head.index
-        found = render_fields(returned_fields(reply.head, len(record.outcomes) > 1))
-        ours = "x-apiserver-controller: %s\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % (
-            record.controller,
+        head, record = reply.head, trip.record
+        lines = head.lines
+        if ours or record.waited_s or len(record.outcomes) > 1:
+            lines = without(lines, RETRY_FIELDS)
+        serial = trip.request.request_id.encode()
+        return b"%bx-apiserver-controller: %b\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n%b" % (
+            b"".join(lines),
+            record.controller.encode(),
             len(record.outcomes),
             record.waited_s * 1e3,
+            b"x-apiserver-request-id: %b\r\n" % serial
+            if b"x-request-id" in head.index
+            else b"x-apiserver-request-id: %b\r\nx-request-id: %b\r\n" % (serial, serial),
         )
-        found += ours.encode() + b"x-apiserver-request-id: " + request.request_id.encode() + b"\r\n"
-        if b"x-request-id" not in index:
-            found += b"x-request-id: " + request.request_id.encode() + b"\r\n"
-        return found
+
+
+def retry_fields(after_s: float) -> bytes:
+    """When to come again: whole seconds for all, milliseconds for the official SDKs; nothing where nobody knows."""
+    if after_s == NEVER:
+        return b"x-should-retry: true\r\n"
+    exact = max(after_s, 0.001)
+    return b"Retry-After: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(exact), math.ceil(exact * 1e3))
 
 
 def more_useful(one: "Reply | None", other: Reply) -> Reply:
-    """The one of two refusals that tells a client more; the earlier of equals."""
+    """The one of two refusals that tells a client more; the later of equals, as it is the truer."""
     if one is None:
         return other
-    return other if USEFULNESS.index(other.outcome) < USEFULNESS.index(one.outcome) else one
+    better = USEFULNESS.index(other.verdict.outcome) <= USEFULNESS.index(one.verdict.outcome)
+    return other if better else one
 
 
-def as_error(reply: Reply) -> Reply:
-    """A 200 whose body is an error, as the 502 that it is."""
-    reply.head = ResponseHead(502, 1, reply.head.fields, reply.head.index)
+def as_error(reply: Reply, status: int) -> Reply:
+    """A 200 whose body is an error, as the error that it is."""
+    reply.head = ResponseHead(status, 1, reply.head.index, [b"Content-Type: application/json\r\n"])
     return reply
 
 
-# ==== 11. Server ====
+# ==== 13. Server ====
 # One task per client connection: read a request, answer it, read the next. Framing is judged before doors, doors before
 # routes. A client that leaves cancels its task, and with it whatever was under way upstream.
 
@@ -3024,7 +4708,10 @@ class Phase(enum.Enum):
 
 
 class ClientConnection:
-    """A client's connection and, during an answer, the Sink that the relay writes to."""
+    """A client's connection and, during an answer, the Sink that the relay writes to.
+
+    `reserve`: it came above the bound on connections and may ask for /status only.
+    """
 
     __slots__ = (
         "chunked",
@@ -3033,33 +4720,42 @@ class ClientConnection:
         "gone",
         "head",
         "head_sent",
+        "last_head",
         "loop",
+        "on_ready",
         "origin",
+        "parsed_head",
         "peer",
         "phase",
         "probes",
+        "protocol",
         "reader",
         "record",
+        "reserve",
         "server",
         "task",
         "transport",
         "writer",
     )
 
-    def __init__(self, server: "Server", reader: WireReader, writer: asyncio.StreamWriter) -> None:
-        self.server, self.reader, self.writer = server, reader, writer
-        self.transport = writer.transport
-        self.loop = reader.loop
-        peer = writer.get_extra_info("peername")
-        self.peer = str(peer[0]) if isinstance(peer, tuple) else "local"
+    def __init__(
+        self, server: "Server", protocol: WireProtocol, writer: asyncio.StreamWriter, peer: str, reserve: bool
+    ) -> None:
+        self.server, self.protocol, self.reader, self.writer = server, protocol, protocol.wire, writer
+        self.transport, self.peer, self.reserve = writer.transport, peer, reserve
+        self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
         self.phase, self.probes = Phase.IDLE, 0
         self.gone = self.close_after = self.head_sent = self.chunked = False
         self.origin = b""
         self.head: "RequestHead | None" = None
+        self.parsed_head: "RequestHead | None" = None
+        self.last_head = b""
+        self.on_ready: "Callable[[], None] | None" = None
         self.record = AccessRecord(self.peer, "-", "-", 0.0)
-        reader.on_end = self._ended
-        self.task = self.loop.create_task(self._run())
+        self.reader.on_end = self._ended
+        protocol.on_writable = self._writable
+        self.task = Fiber(self._run(), self.loop)
 
     def __repr__(self) -> str:
         return "<ClientConnection %s %s>" % (self.peer, self.phase.value)
@@ -3085,12 +4781,18 @@ class ClientConnection:
         finally:
             self.phase = Phase.CLOSING
             self.deadline.cancel()
-            self.reader.on_end = None
-            if self.gone:
-                self.transport.abort()
-            else:
-                self.writer.close()
-            self.server.connections.discard(self)
+            self.reader.on_end = self.protocol.on_writable = self.on_ready = None
+            self._close()
+            self.server.forget(self)
+
+    def _close(self) -> None:
+        """Closes; a client that does not take the rest of its answer in time is cut off."""
+        if self.gone:
+            self.transport.abort()
+            return
+        self.writer.close()
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(self.server.config.limits.write_timeout, self.transport.abort)
 
     async def _one(self) -> bool:
         """Reads and answers one request; whether another may follow."""
@@ -3101,17 +4803,21 @@ class ClientConnection:
                 return False
             body = await self._read_body(head)
         except BadMessage as error:
-            self.close_after = True
-            self.record = AccessRecord(self.peer, "-", "-", self.loop.time())
-            if self.head is not None:
-                self.record.method, self.record.path = self.head.method, self.head.target
-            await self._fail(error)
-            self.server.access.add(self.record)
+            await self._refuse(error)
             return False
-        self.deadline.set(math.inf)
+        self.deadline.at = math.inf
         self.phase = Phase.ANSWER
         await self._answer(head, body)
         return not self.close_after
+
+    async def _refuse(self, error: BadMessage) -> None:
+        """Answers a message that breaks the rules; nothing after it can be trusted."""
+        self.close_after = True
+        self.record = AccessRecord(self.peer, "-", "-", self.loop.time())
+        if self.head is not None:
+            self.record.method, self.record.path = self.head.method, self.head.target
+        await self._fail(error)
+        self.server.access.add(self.record)
 
     async def _linger(self) -> None:
         """Lets a client that still sends read our answer before the connection is reset (RFC 9112, 9.6)."""
@@ -3136,9 +4842,11 @@ class ClientConnection:
             more = await self.reader.read_some()
             if not more:
                 return None
-            data = (data + more if data else more).lstrip(b"\r\n") if len(data) < 4 else data + more
+            data = data + more if data else more
+            if data[:1] in b"\r\n":  # empty lines before a request (RFC 9112, 2.2)
+                data = data.lstrip(b"\r\n")
             end = data.find(b"\r\n\r\n", max(0, len(data) - len(more) - 3))
-            if end >= 0 and end <= limits.header_bytes:
+            if 0 <= end <= limits.header_bytes:
                 break
             if len(data) > limits.header_bytes:
                 raise BadMessage(431, "The request head is larger than %d bytes." % limits.header_bytes)
@@ -3149,20 +4857,26 @@ class ClientConnection:
         if len(data) > end + 4:
             self.reader.unread(data[end + 4 :])
             data = data[: end + 4]
-        if data.find(b"\r\n") > START_LINE_BYTES:
-            raise BadMessage(414, "The request line is longer than %d bytes." % START_LINE_BYTES)
-        self.head = parse_request_head(data, limits.header_count)
+        if data != self.last_head:  # many clients repeat theirs to the byte
+            if end > START_LINE_BYTES and data.find(b"\r\n") > START_LINE_BYTES:
+                raise BadMessage(414, "The request line is longer than %d bytes." % START_LINE_BYTES)
+            self.parsed_head = parse_request_head(data, limits.header_count)
+            self.last_head = data if end <= KNOWN_HEAD_BYTES else b""
+        self.head = self.parsed_head
         return self.head
 
     async def _read_body(self, head: RequestHead) -> bytes:
         """The request's body, bounded in size, time and slowness. Raises BadMessage."""
-        limits = self.server.config.limits
+        limits, index = self.server.config.limits, head.index
         decoder = request_body_decoder(head, limits.body_bytes)
-        if not head.keeps_alive:
+        if (b"connection" in index or not head.minor) and not head.keeps_alive:
             self.close_after = True
         if decoder is None:
             return b""
-        self._check_expectation(head)
+        if b"expect" in index:
+            self._check_expectation(index[b"expect"], head.minor)
+        if isinstance(decoder, LengthDecoder) and decoder.left <= len(self.reader.data):
+            return self.reader.cut(decoder.left)
         self.phase = Phase.BODY
         pieces: "list[bytes]" = []
         size, since = 0, self.loop.time()
@@ -3183,11 +4897,10 @@ class ClientConnection:
             self.reader.unread(decoder.rest)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _check_expectation(self, head: RequestHead) -> None:
+    def _check_expectation(self, expected: bytes, minor: int) -> None:
         """Answers Expect: 100-continue once the head is found good (RFC 9110, 10.1.1)."""
-        expected = head.index.get(b"expect")
-        if expected is not None and head.minor >= 1:
-            if expected.strip(b" \t").lower() != b"100-continue":
+        if minor >= 1:
+            if expected.lower() != b"100-continue":
                 raise BadMessage(417, "The only expectation understood is 100-continue.")
             if not self.reader.data:
                 self.transport.write(CONTINUE)
@@ -3202,12 +4915,13 @@ class ClientConnection:
 
     async def _answer(self, head: RequestHead, body: bytes) -> None:
         """Doors, route, handler; one place turns every error into a response."""
+        server = self.server
         record = self.record = AccessRecord(self.peer, head.method, head.target, self.loop.time())
-        record.request_id = self.server.next_id()
+        record.request_id = server.next_id()
         try:
-            if head.index.get(b"origin") is not None or self.server.guards_host:
-                self.origin = self.server.check_doors(head)
-            await self.server.handle(self, head, body)
+            if server.guards_host or b"origin" in head.index:
+                self.origin = server.check_doors(head)
+            await server.handle(self, head, body)
         except (ProxyError, UpstreamError) as error:
             if self.head_sent:
                 raise ClientGone from error
@@ -3225,17 +4939,20 @@ class ClientConnection:
                 raise ClientGone from None
             await self._fail(ProxyError(500, "Internal error; the log has request %s." % record.request_id))
         finally:
-            self.server.access.add(record)
+            server.access.add(record)
 
     async def _fail(self, error: "ProxyError | UpstreamError") -> None:
         """Sends an error as an answer."""
-        self.record.status = error.status
+        record = self.record
+        record.status = error.status
         fields = error.headers if isinstance(error, ProxyError) else b""
-        if isinstance(error, UpstreamError) and self.record.controller:
-            names = (self.record.controller, len(self.record.outcomes))
-            fields += ("x-apiserver-controller: %s\r\nx-apiserver-attempts: %d\r\n" % names).encode()
-        if self.record.request_id:
-            fields += b"x-request-id: %b\r\n" % self.record.request_id.encode()
+        if record.outcomes or record.waited_s:
+            told = (record.controller, len(record.outcomes), record.waited_s * 1e3)
+            ours = "x-apiserver-controller: %s\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % told
+            fields += ours.encode()
+        if record.request_id:
+            serial = record.request_id.encode()
+            fields += b"x-request-id: %b\r\nx-apiserver-request-id: %b\r\n" % (serial, serial)
         body = redactor.clean(error_body(error).decode()).encode()
         await self.whole(error.status, b"Content-Type: application/json\r\n" + fields, body)
 
@@ -3252,11 +4969,11 @@ class ClientConnection:
         self.head_sent = True
         self.record.bytes = len(body)
         self.transport.write(b"".join((status_line(status), fields, self._own_fields(), length, b"\r\n", body)))
-        if self.transport.get_write_buffer_size() > WRITE_HIGH_BYTES:
+        if self.protocol.full:
             await self._drain()
 
-    def open(self, status: int, fields: bytes, length: "int | None") -> None:
-        """See `Sink`. The head waits for the first body bytes, to leave with them in one piece."""
+    def open(self, status: int, fields: bytes, length: "int | None", first: bytes) -> bool:
+        """See `Sink`."""
         assert self.head is not None
         if length is not None:
             framing = b"Content-Length: %d\r\n" % length
@@ -3265,14 +4982,22 @@ class ClientConnection:
         else:
             framing, self.close_after = b"", True
         self.head_sent = True
-        self.transport.write(b"".join((status_line(status), fields, self._own_fields(), framing, b"\r\n")))
+        self.record.bytes = len(first)
+        if first and self.chunked:
+            first = chunk(first)
+        self.transport.write(b"".join((status_line(status), fields, self._own_fields(), framing, b"\r\n", first)))
+        return not self.protocol.full
 
-    async def write(self, data: bytes) -> None:
-        """See `Sink`."""
+    def push(self, data: bytes) -> bool:
+        """See `Outlet`."""
         self.record.bytes += len(data)
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
-        if self.transport.get_write_buffer_size() > WRITE_HIGH_BYTES:
-            await self._drain()
+        return not self.protocol.full
+
+    def when_ready(self, call: "Callable[[], None]") -> None:
+        """See `Outlet`. A client that stops reading for too long is dropped."""
+        self.on_ready = call
+        self.deadline.set(self.loop.time() + self.server.config.limits.write_timeout)
 
     def end(self) -> None:
         """See `Sink`."""
@@ -3289,6 +5014,8 @@ class ClientConnection:
 
     def _own_fields(self) -> bytes:
         """Connection and CORS fields."""
+        if not (self.close_after or self.origin) and self.head is not None and self.head.minor:
+            return b""
         fields = b"Connection: close\r\n" if self.close_after else b""
         if not self.close_after and self.head is not None and self.head.minor == 0:
             fields = b"Connection: keep-alive\r\n"
@@ -3304,6 +5031,12 @@ class ClientConnection:
         self.deadline.set(math.inf)
 
     # -- the client's clock and its leaving
+
+    def _writable(self) -> None:
+        call, self.on_ready = self.on_ready, None
+        if call is not None:
+            self.deadline.set(math.inf)
+            call()
 
     def _expired(self) -> None:
         if self.phase in (Phase.IDLE, Phase.CLOSING):
@@ -3363,19 +5096,38 @@ class Server:
     """The listener, the routes, the doors, and the way down."""
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
-        self.config, self.loop = config, loop
+        self.loop = loop
         self.links = ConnectionPool(dial)
-        self.pool = build_pool(config)
-        self.relay = Relay(self.pool, self.links, loop.time)
-        self.access = AccessLog(loop, write_stderr, config.log_format == "json")
         self.connections: "set[ClientConnection]" = set()
+        self.per_peer: "dict[str, int]" = {}
         self.listener: "asyncio.Server | None" = None
+        self.tls: "ssl.SSLContext | None" = None
         self.stopping = self.draining = False
+        self.last_host = b""
+        self.serial, self.id_prefix = 0, "req_" + os.urandom(6).hex()
+        self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
+        self.pool = UpstreamPool([], SmoothWeighted(), config.pool, loop)
+        self.gates: "dict[str, KeyGate]" = {}
+        self.access = AccessLog(loop, write_stderr)
+        self.reconfigure(config)
+        self.relay = Relay(self.pool, self.links, loop)
+
+    def reconfigure(self, config: Config) -> None:
+        """Works by `config` from now on. What is unchanged keeps its state; answers under way are not touched."""
+        if self.tls is not None and config.tls_cert:
+            load_certificate(self.tls, config)  # first: it may raise
+        self.config = config
+        rebuild_pool(self.pool, config)
+        gates = {key.name: KeyGate(key) for key in config.client_keys if key.limits != QuotaLimits()}
+        self.gates = {
+            name: self.gates[name] if name in self.gates and self.gates[name].key.limits == gate.key.limits else gate
+            for name, gate in gates.items()
+        }
+        self.access.render = json_line if config.log_format == "json" else text_line
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.allow_origins)
         self.last_host = b""
-        self.serial, self.id_prefix = 0, "req_" + secrets.token_hex(6)
-        self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
+        self.models.clear()
 
     def next_id(self) -> str:
         """A request id that no other request has."""
@@ -3385,26 +5137,36 @@ class Server:
     # -- life
 
     async def start(self) -> "list[tuple[str, int]]":
-        """Listens; the addresses. Raises OSError."""
-        tls = server_tls(self.config) if self.config.tls_cert else None
+        """Listens; the addresses. Raises OSError, ConfigError."""
+        self.tls = server_tls(self.config) if self.config.tls_cert else None
         self.listener = await self.loop.create_server(
-            self._protocol, self.config.host, self.config.port, ssl=tls, backlog=BACKLOG, reuse_address=True
+            self._protocol, self.config.host, self.config.port, ssl=self.tls, backlog=BACKLOG, reuse_address=True
         )
         return [one.getsockname()[:2] for one in self.listener.sockets]
 
-    def _protocol(self) -> asyncio.StreamReaderProtocol:
-        return asyncio.StreamReaderProtocol(WireReader(self.loop), self._connected, loop=self.loop)
+    def _protocol(self) -> WireProtocol:
+        return WireProtocol(WireReader(self.loop), self._connected)
 
-    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert isinstance(reader, WireReader)
+    def _connected(self, protocol: WireProtocol, reader: WireReader, writer: asyncio.StreamWriter) -> None:
         tune(writer.transport)
-        if len(self.connections) >= self.config.limits.connections or self.stopping:
-            body = error_body(ProxyError(503, "All connections are taken; try again.", "too_many_connections"))
-            head = b"Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
-            writer.write(b"%b%bContent-Length: %d\r\n\r\n%b" % (status_line(503), head, len(body), body))
+        name = writer.get_extra_info("peername")
+        peer = str(name[0]) if isinstance(name, tuple) else "local"
+        limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(peer, 0)
+        most = limits.connections_per_client or peer_bound(peer)
+        if self.stopping or count >= limits.connections + RESERVE_CONNECTIONS or (most and here >= most):
+            writer.write(FULL)
             writer.close()
             return
-        self.connections.add(ClientConnection(self, reader, writer))
+        self.per_peer[peer] = here + 1
+        self.connections.add(ClientConnection(self, protocol, writer, peer, count >= limits.connections))
+
+    def forget(self, client: ClientConnection) -> None:
+        """A client's connection has ended."""
+        if client in self.connections:
+            self.connections.discard(client)
+            left = self.per_peer[client.peer] = self.per_peer[client.peer] - 1
+            if not left:
+                del self.per_peer[client.peer]
 
     async def stop(self) -> None:
         """Drains: the status says so, the listener closes, answers finish within their time, the rest is closed."""
@@ -3418,10 +5180,11 @@ class Server:
             connection.drain()
         tasks = [connection.task for connection in self.connections]
         if tasks:
-            _, late = await asyncio.wait(tasks, timeout=self.config.drain_timeout)
-            for task in late:
+            await asyncio.wait([task.ended for task in tasks], timeout=self.config.drain_timeout)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            await asyncio.wait([task.ended for task in tasks])
+        self.pool.close()
         self.links.close()
         self.access.flush()
 
@@ -3435,7 +5198,7 @@ class Server:
             raise ProxyError(
                 403, "The host %r is not known here; add it to allowed_hosts." % name, "host_not_allowed"
             )
-        origin = head.index.get(b"origin", b"").strip()
+        origin = head.index.get(b"origin")
         if not origin:
             return b""
         known = self.config.allow_origins
@@ -3458,16 +5221,14 @@ class Server:
         self.last_host = value if good else self.last_host
         return good
 
-    def check_key(self, head: RequestHead) -> "ClientKey | None":
-        """The client key that a request shows; None where none are configured. Raises ProxyError (401)."""
-        if not self.config.client_keys:
-            return None
+    def check_key(self, head: RequestHead) -> ClientKey:
+        """The client key that a request shows. Raises ProxyError (401)."""
         index = head.index
-        shown_key = index.get(b"authorization", b"").strip()
+        shown_key = index.get(b"authorization", b"")
         if shown_key[:7].lower() == b"bearer ":
             shown_key = shown_key[7:].strip()
         else:
-            shown_key = index.get(b"api-key", index.get(b"x-api-key", b"")).strip()
+            shown_key = index.get(b"api-key", index.get(b"x-api-key", b""))
         digest, found = hashlib.sha256(shown_key).digest(), None
         for key in self.config.client_keys:  # all of them, so that the time tells nothing
             if hmac.compare_digest(digest, key.digest):
@@ -3478,25 +5239,21 @@ class Server:
 
     # -- routes
 
-    async def handle(self, client: ClientConnection, head: RequestHead, body: bytes) -> None:
-        """Finds the handler of a request and runs it. Raises ProxyError (404, 405)."""
-        _, path, query = split_target(head.target)
+    def handle(self, client: ClientConnection, head: RequestHead, body: bytes) -> "Awaitable[None]":
+        """Finds the handler of a request; what it returns is to be awaited. Raises ProxyError (401, 404, 405)."""
         if head.method == "OPTIONS":
-            await self._options(client, head)
-            return
-        name = path[3:] if path.startswith("/v1/") else path
-        route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/") or "/"
-        if route not in ROUTES:
-            message = "There is no %s here; see /v1/chat/completions, /v1/models, /status." % path[:200]
-            raise ProxyError(404, message, "unknown_url")
-        method, handler = ROUTES[route]
-        if head.method != method and (head.method, method) != ("HEAD", "GET"):
-            allow = "GET, HEAD, OPTIONS" if method == "GET" else method + ", OPTIONS"
-            fields = b"Allow: %b\r\n" % allow.encode()
-            raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
-        key = self.check_key(head) if name != "/status" else None
-        client.record.key = key.name if key else ""
-        await handler(self, Call(client, head, body, name, query, key))
+            split_target(head.target)
+            return self._options(client, head)
+        handler, path, query = find_route(head.method, head.target)
+        if client.reserve:
+            client.close_after = True
+            if path != "/status":
+                raise ProxyError(503, "All connections are taken; try again.", "too_many_connections", headers=AGAIN)
+        key = None
+        if self.config.client_keys and path != "/status":
+            key = self.check_key(head)
+            client.record.key = key.name
+        return handler(self, Call(client, head, body, path, query, key))
 
     async def _options(self, client: ClientConnection, head: RequestHead) -> None:
         """A CORS preflight, or the plain question what is allowed."""
@@ -3509,25 +5266,51 @@ class Server:
         await client.whole(204, fields, b"")
 
     async def _status(self, call: Call) -> None:
-        if self.draining:
-            await call.client.json({"status": "draining"}, 503)
-        else:
-            await call.client.json({"status": "ok"})
+        status: "dict[str, Any]" = {"status": "draining" if self.draining else "ok"}
+        if "verbose=1" in call.query.split("&"):
+            if self.config.client_keys:
+                self.check_key(call.head)
+            status.update(describe_pool(self.pool, self.loop.time()), connections=len(self.connections))
+            status["upstream_connections"] = {"idle": self.links.idle_count, "active": len(self.links.active)}
+        await call.client.json(status, 503 if self.draining else 200)
 
-    async def _chat(self, call: Call) -> None:
-        client, head = call.client, call.head
-        if b"content-encoding" in head.index and head.index[b"content-encoding"].strip().lower() != b"identity":
+    def _chat(self, call: Call) -> "Awaitable[None]":
+        client, head, record = call.client, call.head, call.client.record
+        index = head.index
+        if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
             raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
         data, sent = parse_chat(call.body)
-        request = ApiRequest("POST", "/chat/completions", call.query, json_fields(forwarded_fields(head)), sent)
+        lines = head.lines
+        if b"json" not in index.get(b"content-type", b""):  # curl's default is a form's
+            lines = [*without(lines, (b"content-type",)), b"Content-Type: application/json\r\n"]
+        request = ApiRequest("POST", "/chat/completions", call.query, lines, sent)
         request.data, request.model, request.stream = data, data["model"], data.get("stream") is True
         request.stateful = data.get("store") is True
-        request.request_id = client.record.request_id
+        request.request_id = record.request_id
         request.prompt_tokens, request.max_tokens = estimate_prompt(data), answer_limit(data)
-        client.record.model = request.model[:MODEL_NAME_CHARS]
-        if call.key and call.key.models:
+        request.wait_s = longest_wait(index, self.config.pool.max_wait)
+        record.model = request.model[:MODEL_NAME_CHARS]
+        if call.key is not None:
             check_model_allowed(call.key, request.model, call.body)
-        await self.relay.run(request, client, client.record)
+            return self._for_key(call.key, request, client)
+        return self.relay.run(request, client, record)
+
+    async def _for_key(self, key: ClientKey, request: ApiRequest, client: ClientConnection) -> None:
+        """Runs a request within the limits of its client key. Raises ProxyError (429)."""
+        request.key = key.name
+        gate = self.gates.get(key.name)
+        if gate is None:
+            await self.relay.run(request, client, client.record)
+            return
+        self.pool.estimate(request)
+        after_s = gate.enter(request.need, self.loop.time())
+        if after_s:
+            message = "Rate limit reached for the key %r; its limits are this server's own." % key.name
+            raise ProxyError(429, message, "rate_limit_exceeded", headers=retry_fields(after_s))
+        try:
+            await self.relay.run(request, client, client.record)
+        finally:
+            gate.leave()
 
     async def _list(self, call: Call) -> None:
         await call.client.json({"object": "list", "data": await self._all_models()})
@@ -3556,10 +5339,10 @@ class Server:
         until, models = self.models.get(upstream.name, (0.0, []))
         if self.loop.time() < until:
             return models
-        request = ApiRequest("GET", "/models", "", [(b"Accept", b"application/json")], b"")
+        request = ApiRequest("GET", "/models", "", [b"Accept: application/json\r\n"], b"")
         try:
             async with asyncio.timeout(MODELS_TIMEOUT_S):
-                models = await fetch_models(upstream.controller.exchange(request, self.links, _nothing))
+                models = await fetch_models(upstream.controller.exchange(request, self.links, uncounted))
             self.models[upstream.name] = (self.loop.time() + MODELS_TTL_S, models)
         except (UpstreamError, TimeoutError) as problem:
             log.warning("the models of %s are not known: %s", upstream.name, str(problem) or "no answer in time")
@@ -3574,10 +5357,63 @@ ROUTES: "dict[str, tuple[str, Handler]]" = {
     "/models/*": ("GET", Server._model),
     "/status": ("GET", Server._status),
 }
+AGAIN = b"Retry-After: 1\r\n"
+
+
+@functools.lru_cache(maxsize=256)
+def find_route(method: str, target: str) -> "tuple[Handler, str, str]":
+    """Handler, path without /v1, and query of a request. Raises BadMessage, ProxyError (404, 405)."""
+    _, path, query = split_target(target)
+    name = path[3:] if path.startswith("/v1/") else path
+    route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/") or "/"
+    if route not in ROUTES:
+        message = "There is no %s here; see /v1/chat/completions, /v1/models, /status." % path[:200]
+        raise ProxyError(404, message, "unknown_url")
+    wanted, handler = ROUTES[route]
+    if method != wanted and (method, wanted) != ("HEAD", "GET"):
+        allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
+        fields = b"Allow: %b\r\n" % allow.encode()
+        raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
+    return handler, name, query
+
+
+def full_answer() -> bytes:
+    """What a connection gets that is one too many."""
+    body = error_body(ProxyError(503, "All connections are taken; try again.", "too_many_connections"))
+    head = b"Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
+    return b"%b%bContent-Length: %d\r\n\r\n%b" % (status_line(503), head, len(body), body)
+
+
+FULL = full_answer()
+
+
+@functools.lru_cache(maxsize=1024)
+def peer_bound(peer: str) -> int:
+    """How many connections an address may have where nothing is configured; 0 for as many as it likes."""
+    import ipaddress  # 2 ms that loopback need not pay at the start
+
+    try:
+        address = ipaddress.ip_address(peer.partition("%")[0])
+    except ValueError:
+        return 0
+    return 0 if address.is_private or address.is_loopback else PEER_CONNECTIONS
+
+
+def longest_wait(index: Index, most: float) -> float:
+    """How long a request may stand in line: by configuration, by its own wish, never beyond its client's patience."""
+    if b"x-apiserver-max-wait" not in index and b"x-stainless-read-timeout" not in index:
+        return most
+    wish = parse_duration(index.get(b"x-apiserver-max-wait", b"").decode("latin-1"))
+    patience = parse_duration(index.get(b"x-stainless-read-timeout", b"").decode("latin-1"))
+    if wish is not None:
+        most = min(most, wish)
+    return most if patience is None else max(0.0, min(most, patience - PATIENCE_S))
 
 
 def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
     """Refuses a model that is not among the key's (403), and a body that two readers could read differently (400)."""
+    if not key.models:
+        return
     if top_level_count(body, "model") > 1:
         raise ProxyError(400, "model stands twice in the body.", param="model")
     if not model_patterns(key.models).fullmatch(model):
@@ -3588,6 +5424,10 @@ def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
 def model_object(name: str) -> "dict[str, Any]":
     """A model as `GET /v1/models` lists it."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "chatgpt-apiserver"}
+
+
+def uncounted(now: float) -> None:
+    """What happens at the write of a request that no quota counts."""
 
 
 async def fetch_models(exchange: Exchange) -> "list[dict[str, Any]]":
@@ -3612,32 +5452,39 @@ async def fetch_models(exchange: Exchange) -> "list[dict[str, Any]]":
     return [model for model in found if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
 
-def json_fields(fields: Fields) -> Fields:
-    """`fields` with the content type that the parsed body has: curl's default is a form's."""
-    for name, value in fields:
-        if name.lower() == b"content-type" and b"json" in value:
-            return fields
-    kept = [field for field in fields if field[0].lower() != b"content-type"]
-    return [*kept, (b"Content-Type", b"application/json")]
-
-
-def build_pool(config: Config) -> UpstreamPool:
-    """The pool that a configuration describes."""
-    upstreams = [
-        Upstream(one, CONTROLLERS[one.type](one), position) for position, one in enumerate(config.controllers)
-    ]
-    return UpstreamPool(upstreams, POLICIES[config.pool.type]())
+def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
+    """Makes `pool` what `config` describes; controllers and quotas that are the same as before keep their state."""
+    known = {upstream.name: upstream for upstream in pool.upstreams}
+    quotas = {upstream.quota.name: upstream.quota for upstream in pool.upstreams}
+    upstreams: "list[Upstream]" = []
+    for position, one in enumerate(config.controllers):
+        same = known.get(one.name)
+        if same is None or same.config != one:
+            name = one.quota_group or one.name
+            quota = quotas.get(name)
+            if quota is None or quota.limits != one.limits:
+                quota = quotas[name] = Quota(name, one.limits)
+            same = Upstream(one, CONTROLLERS[one.type](one), position, quota)
+        same.position = position
+        upstreams.append(same)
+    policy = pool.policy if pool.upstreams and pool.config.type == config.pool.type else POLICIES[config.pool.type]()
+    pool.replace(upstreams, policy, config.pool)
 
 
 def server_tls(config: Config) -> ssl.SSLContext:
     """The listener's TLS: 1.2 or newer. Raises ConfigError when certificate and key do not fit."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_certificate(context, config)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, config: Config) -> None:
+    """Makes new connections use this certificate. Raises ConfigError."""
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key)
     except (ssl.SSLError, OSError) as problem:
         raise ConfigError("%s: tls: certificate and key cannot be used: %s" % (config.source, problem)) from problem
-    return context
 
 
 def write_stderr(text: str) -> None:
@@ -3646,7 +5493,7 @@ def write_stderr(text: str) -> None:
     sys.stderr.flush()
 
 
-# ==== 12. Command line ====
+# ==== 14. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
 # cannot be listened on.
 

@@ -17,11 +17,11 @@ def controller(account: "dict[str, Any] | None" = None, **more: Any) -> app.Open
     return app.OpenAIController(app.parse_config({"controllers": [one]}, "c.json", {}).controllers[0])
 
 
-def request(data: "dict[str, Any] | None" = None, fields: "app.Fields | None" = None, **more: Any) -> app.ApiRequest:
+def request(data: "dict[str, Any] | None" = None, lines: "list[bytes] | None" = None, **more: Any) -> app.ApiRequest:
     """A chat request as the server hands it over."""
     data = {"model": "m", "messages": MESSAGES} if data is None else data
     body = json.dumps(data).encode()
-    made = app.ApiRequest("POST", "/chat/completions", "", fields or [], body)
+    made = app.ApiRequest("POST", "/chat/completions", "", lines or [], body)
     made.data, made.model, made.stream = data, data.get("model", ""), bool(data.get("stream"))
     for name, value in more.items():
         setattr(made, name, value)
@@ -38,7 +38,7 @@ def head_of(one: app.OpenAIController, asked: app.ApiRequest) -> list[bytes]:
 def test_message() -> None:
     """Prefix, our own fields, the client's, the length; and the body as it came."""
     one = controller({"organization": "org-1", "project": "proj-1"})
-    asked = request(fields=[(b"Content-Type", b"application/json"), (b"X-A", b"b")])
+    asked = request(lines=[b"Content-Type: application/json\r\n", b"X-A: b\r\n"])
     for _ in range(2):
         assert head_of(one, asked) == [
             b"POST /v1/chat/completions HTTP/1.1",
@@ -75,13 +75,13 @@ def test_query_and_get() -> None:
     asked = request(method="GET", path="/models", query="a=b&c", body=b"")
     assert head_of(one, asked)[0] == b"GET /v1/models?a=b&c HTTP/1.1"
     assert not any(line.lower().startswith(b"content-length") for line in head_of(one, asked))
-    assert not one.lines
+    assert not one.starts
 
 
 def test_configured_headers_override() -> None:
     """A configured header replaces ours and the client's, whatever its case."""
     one = controller({"headers": {"authorization": "Basic x", "X-Own": "mine"}})
-    lines = head_of(one, request(fields=[(b"x-own", b"theirs"), (b"X-Else", b"1")]))
+    lines = head_of(one, request(lines=[b"x-own: theirs\r\n", b"X-Else: 1\r\n"]))
     assert [line for line in lines if line.lower().startswith((b"authorization", b"x-own"))] == [
         b"authorization: Basic x",
         b"X-Own: mine",
@@ -271,7 +271,7 @@ async def echo(data: dict[str, Any]) -> tuple[list[bytes], list[str], app.Respon
     config = app.parse_config({"controllers": [{"type": "echo"}]}, "c.json", {}).controllers[0]
     sent: list[str] = []
     asked = request(data, request_id="r1", prompt_tokens=3)
-    exchange = app.EchoController(config).exchange(asked, app.ConnectionPool(), lambda: sent.append("sent"))
+    exchange = app.EchoController(config).exchange(asked, app.ConnectionPool(), lambda now: sent.append("sent"))
     assert sent == []
     await exchange.start()
     pieces = []

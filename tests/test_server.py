@@ -223,7 +223,7 @@ async def test_the_access_line_tells_the_story() -> None:
     """Time, client, method, path, model, status, controller, attempts and times, on one line that cannot be forged."""
     async with Running() as server:
         await server.post("gpt-\n4 x")
-        await asyncio.sleep(0)
+        server.server.access.flush()
         assert len(server.lines) == 1 and server.lines[0].count("\n") == 1
         assert " POST /v1/chat/completions 200 model=gpt-\\x0a4\\x20x controller=echo-a attempts=1 " in server.lines[0]
 
