@@ -94,7 +94,7 @@ def test_flags_and_environment(tmp_path: Path) -> None:
         (("--config_file", "typo.json"), "typo.json: prot: unknown key; did you mean 'port'?"),
         (("--demo", "--port", "http"), 'port: found "http", allowed: a number from 0 to 65535'),
         (("--demo", "--port", "70000"), "allowed: a number from 0 to 65535"),
-        (("--nonsense",), "unrecognized arguments: --nonsense"),
+        (("--nonsense",), "option --nonsense not recognized"),
     ],
 )
 def test_what_cannot_run_exits_with_2(tmp_path: Path, args: tuple[str, ...], words: str) -> None:
