@@ -49,6 +49,7 @@ import enum
 import errno
 import functools
 import getopt
+import ipaddress
 import json
 import logging
 import math
@@ -198,10 +199,14 @@ def compact_json(value: "Any") -> bytes:
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
 CONTROLLER_TYPES = ("openai", "echo")
 ENDPOINTS = ("inference", "objects", "*")
+FRAMING_FIELDS = frozenset("host content-length transfer-encoding connection expect upgrade te trailer".split())
+SCALARS = ("host", "port", "drain_delay", "drain_timeout")  # at the top level; the rest are objects and lists
+FIXED_PARAMS = ("model", "messages", "stream")  # routing and relaying rely on them
 LOG_LEVELS = ("debug", "info", "warning", "error")
 CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "config", "/etc/chatgpt-apiserver")
 ENV = "CHATGPT_APISERVER_"
+OPENAI_URL = "https://api.openai.com/v1"
 
 
 class Secret:
@@ -294,7 +299,12 @@ class QuotaLimits(Record):
 
 
 class AccountConfig(Record):
-    """The `config` of a controller: where it is and what opens it. Delays in seconds are echo's."""
+    """The `config` of a controller: where it is, what opens it, what its dialect of the API wants. Delays are echo's.
+
+    `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
+    place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
+    name; then `extra_body` is added, in place of what the client said.
+    """
 
     api_key: Secret = NO_SECRET
     base_url: str = ""
@@ -303,6 +313,12 @@ class AccountConfig(Record):
     proxy: Secret = NO_SECRET
     ca_file: str = ""
     headers: "tuple[tuple[str, Secret], ...]" = ()
+    auth_header: str = "Authorization"
+    auth_scheme: str = "Bearer"
+    chat_path: str = "/chat/completions"
+    drop_params: "tuple[str, ...]" = ()
+    rename_params: "tuple[tuple[str, str], ...]" = ()
+    extra_body: "tuple[tuple[str, Any], ...]" = ()
     delay: float = 0.0
     first_delay: float = 0.0
 
@@ -322,12 +338,21 @@ class ControllerConfig(Record):
 
 
 class PoolConfig(Record):
-    """How the pool chooses and waits; `rescue_after` None is "auto", 0 never."""
+    """How the pool chooses and waits; `rescue_after` None is "auto", 0 never.
+
+    `affinity` sends a conversation where its last request went, as long as there is room. `aliases` are other names of
+    models. `fallbacks` are the models to try, in this order, when nothing serves the one asked for; `context_fallbacks`
+    when the request is too long for it.
+    """
 
     type: str = "balanced"
     max_wait: float = 30.0
     max_queue: int = 1000
     rescue_after: "float | None" = None
+    affinity: bool = True
+    aliases: "tuple[tuple[str, str], ...]" = ()
+    fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
+    context_fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
 
 
 class ClientKey(Record):
@@ -395,11 +420,22 @@ def nearest(word: str, known: "Iterable[str]") -> str:
 
 
 class Section:
-    """One mapping of the configuration: hands out its keys, knows where it stands, refuses what is left over."""
+    """One mapping of the configuration: hands out its keys, knows where it stands, refuses what is left over.
 
-    def __init__(self, data: "Any", source: str, path: str = "", env: "Mapping[str, str] | None" = None) -> None:
+    `env` is what `$NAME` refers to; `setters` name, for a path, the flag or variable that set it in place of a file.
+    """
+
+    def __init__(
+        self,
+        data: "Any",
+        source: str,
+        path: str = "",
+        env: "Mapping[str, str] | None" = None,
+        setters: "Mapping[str, str] | None" = None,
+    ) -> None:
         self.source, self.path = source, path
         self.env: "Mapping[str, str]" = {} if env is None else env
+        self.setters: "Mapping[str, str]" = {} if setters is None else setters
         if not isinstance(data, dict):
             found = "a string" if isinstance(data, str) else shown(data)
             raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", found))
@@ -412,7 +448,9 @@ class Section:
 
     def error(self, key: str, found: "Any", allowed: str) -> ConfigError:
         """What is wrong with the value of `key`."""
-        return ConfigError("%s: %s: found %s, allowed: %s" % (self.source, self.where(key), shown(found), allowed))
+        where = self.where(key)
+        place = self.setters.get(where) or "%s: %s" % (self.source, where)
+        return ConfigError("%s: found %s, allowed: %s" % (place, shown(found), allowed))
 
     def take(self, key: str, default: "Any" = None) -> "Any":
         """The raw value; null counts as absent."""
@@ -445,6 +483,13 @@ class Section:
             raise self.error(key, value, "a whole number from %d to %d" % (low, high))
         return value
 
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "true or false")
+        return value
+
     def strings(self, key: str) -> "tuple[str, ...]":
         """A list of non-empty strings."""
         value = self.take(key, [])
@@ -459,19 +504,24 @@ class Section:
             raise self.error(key, value, "an object whose values are non-empty strings")
         return tuple(value.items())
 
+    def lists(self, key: str) -> "tuple[tuple[str, tuple[str, ...]], ...]":
+        """An object of lists of non-empty strings."""
+        inner = self.section(key)
+        return tuple((name, inner.strings(name)) for name in inner.data)
+
     def section(self, key: str) -> "Section":
         """A nested mapping; an empty one where there is none."""
-        return Section(self.take(key, {}), self.source, self.where(key), self.env)
+        return self._inner(self.take(key, {}), self.where(key))
+
+    def _inner(self, data: "Any", path: str) -> "Section":
+        return Section(data, self.source, path, self.env, self.setters)
 
     def sections(self, key: str) -> "list[Section]":
         """A list of mappings."""
         value = self.take(key, [])
         if not isinstance(value, list):
             raise self.error(key, type(value).__name__, "a list of objects")
-        return [
-            Section(item, self.source, "%s[%d]" % (self.where(key), number), self.env)
-            for number, item in enumerate(value)
-        ]
+        return [self._inner(item, "%s[%d]" % (self.where(key), number)) for number, item in enumerate(value)]
 
     def secret(self, key: str) -> Secret:
         """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
@@ -486,7 +536,8 @@ class Section:
         if named:
             name = named.group(1) or named.group(2)
             if not self.env.get(name):
-                raise self.error(key, value, "the name of a set environment variable (%s is not set)" % name)
+                told = "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key"
+                raise self.error(key, value, told % (name, name))
             value = self.env[name]
         elif value.startswith("file:"):
             value = self.read(key, value[5:])
@@ -529,9 +580,14 @@ def beside(source: str, name: str) -> str:
     return near if os.path.exists(near) else name
 
 
-def parse_config(data: "Any", source: str, env: "Mapping[str, str]") -> Config:
-    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError."""
-    top = Section(data, source, env=env)
+def parse_config(
+    data: "Any", source: str, env: "Mapping[str, str]", setters: "Mapping[str, str] | None" = None
+) -> Config:
+    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError.
+
+    What `setters` names came from the flag or variable given there.
+    """
+    top = Section(data, source, "", env, setters)
     tls, cors, logs = top.section("tls"), top.section("cors"), top.section("log")
     config = Config(
         source=source,
@@ -576,9 +632,23 @@ def parse_pool(section: Section) -> PoolConfig:
         max_wait=section.number("max_wait", 30, 0, 3600),
         max_queue=section.whole("max_queue", 1000, 0, 1_000_000),
         rescue_after=None if rescue == "auto" else section.number("rescue_after", 0, 0, 3600),
+        affinity=section.flag("affinity", True),
+        aliases=section.pairs("aliases"),
+        fallbacks=section.lists("fallbacks"),
+        context_fallbacks=section.lists("context_fallbacks"),
     )
     section.close()
+    check_detours(section, "aliases", [(name, (model,)) for name, model in pool.aliases])
+    check_detours(section, "fallbacks", pool.fallbacks)
+    check_detours(section, "context_fallbacks", pool.context_fallbacks)
     return pool
+
+
+def check_detours(section: Section, key: str, detours: "Iterable[tuple[str, tuple[str, ...]]]") -> None:
+    """Refuses a model that stands in for itself."""
+    for name, models in detours:
+        if name in models:
+            raise section.error("%s.%s" % (key, name), name, "another model")
 
 
 def parse_endpoints(top: Section) -> "tuple[str, ...]":
@@ -676,11 +746,14 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
 
 def parse_openai_account(section: Section) -> AccountConfig:
     """The `config` of an openai controller. Only a base_url of the user's own may do without a key."""
-    base_url = section.text("base_url") or "https://api.openai.com/v1"
+    base_url = section.text("base_url") or OPENAI_URL
     key = section.secret("api_key")
     if not key and base_url.startswith("https://api.openai.com"):
         raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
     headers = section.section("headers")
+    chat_path = section.text("chat_path", AccountConfig.chat_path)
+    if not re.fullmatch(r"/[!-\"$->@-~]+", chat_path):
+        raise section.error("chat_path", chat_path, "/path, without blanks, query and fragment")
     return AccountConfig(
         api_key=key,
         base_url=check_url(section, "base_url", base_url, ("http", "https")),
@@ -688,8 +761,52 @@ def parse_openai_account(section: Section) -> AccountConfig:
         project=section.text("project"),
         proxy=parse_proxy(section),
         ca_file=check_ca_file(section),
-        headers=tuple((check_field_name(headers, name), headers.secret(name)) for name in headers.data),
+        headers=tuple((check_field_name(headers, name, name), headers.secret(name)) for name in headers.data),
+        auth_header=check_field_name(section, "auth_header", section.text("auth_header", AccountConfig.auth_header)),
+        auth_scheme=check_scheme(section),
+        chat_path=chat_path,
+        drop_params=check_params(section, "drop_params", section.strings("drop_params")),
+        rename_params=parse_renames(section),
+        extra_body=parse_extra_body(section),
     )
+
+
+def check_scheme(section: Section) -> str:
+    """The word before the key; may be empty."""
+    scheme = section.text("auth_scheme", AccountConfig.auth_scheme)
+    if not re.fullmatch(r"[!-~]*", scheme):
+        raise section.error("auth_scheme", scheme, "one word of printable ASCII, or nothing for the bare key")
+    return scheme
+
+
+def check_params(section: Section, key: str, names: "tuple[str, ...]") -> "tuple[str, ...]":
+    """`names`, if what becomes of a request can be left to them."""
+    for name in names:
+        if name in FIXED_PARAMS:
+            raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
+    return names
+
+
+def parse_renames(section: Section) -> "tuple[tuple[str, str], ...]":
+    """`rename_params`: no two may come to the same name."""
+    pairs = section.pairs("rename_params")
+    news = [new for _, new in pairs]
+    check_params(section, "rename_params", tuple(name for pair in pairs for name in pair))
+    for new in news:
+        if news.count(new) > 1:
+            raise section.error("rename_params", new, "each new name once")
+    return pairs
+
+
+def parse_extra_body(section: Section) -> "tuple[tuple[str, Any], ...]":
+    """`extra_body`: what JSON can say; TOML's dates are none of it."""
+    extra = section.section("extra_body").data
+    try:
+        json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise section.error("extra_body", extra, "JSON values (%s)" % problem) from None
+    check_params(section, "extra_body", tuple(extra))
+    return tuple(extra.items())
 
 
 def parse_proxy(section: Section) -> Secret:
@@ -729,19 +846,10 @@ def check_url(section: Section, key: str, url: str, schemes: "tuple[str, ...]") 
     return url.rstrip("/")
 
 
-def check_field_name(headers: Section, name: str) -> str:
+def check_field_name(section: Section, key: str, name: str) -> str:
     """A configured header's name, if it is a token and does not touch the framing of messages."""
-    if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or name.lower() in (
-        "host",
-        "content-length",
-        "transfer-encoding",
-        "connection",
-        "expect",
-        "upgrade",
-        "te",
-        "trailer",
-    ):
-        raise headers.error(name, name, "a header name (RFC 9110, 5.1) that does not frame messages")
+    if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or name.lower() in FRAMING_FIELDS:
+        raise section.error(key, name, "a header name (RFC 9110, 5.1) that does not frame messages")
     return name
 
 
@@ -836,35 +944,38 @@ def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> s
     return ""
 
 
-def environment_overrides(env: "Mapping[str, str]") -> "dict[str, Any]":
-    """What CHATGPT_APISERVER_<KEY> sets: top-level and pool scalars, `PORT=9000`, `POOL_TYPE=random`."""
-    found: "dict[str, Any]" = {}
-    for key in ("host", "port", "drain_delay", "drain_timeout"):
-        value = env.get(ENV + key.upper(), "")
+def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, str, Any]]":
+    """What CHATGPT_APISERVER_<KEY> sets of the scalars at the top (`PORT=9000`) and of the pool (`POOL_TYPE=random`):
+    path, name of the variable, value."""
+    pool = ("pool." + key for key, default in PoolConfig.defaults.items() if not isinstance(default, tuple))
+    for path in (*SCALARS, *pool):
+        variable = ENV + path.replace(".", "_").upper()
+        value = env.get(variable, "")
         if value and not value.startswith("tcp://"):  # as Kubernetes sets for a service of our name
-            found[key] = as_number(value) if key != "host" else value
-    pool = {name: env.get(ENV + "POOL_" + name.upper(), "") for name in PoolConfig.fields}
-    pool_set = {key: as_number(value) for key, value in pool.items() if value}
-    return dict(found, pool=pool_set) if pool_set else found
+            yield path, variable, value if path == "host" else as_scalar(value)
 
 
-def as_number(text: str) -> "Any":
-    """The number that `text` is, else `text`."""
+def as_scalar(text: str) -> "Any":
+    """The number or truth value that `text` is, else `text`."""
     if re.fullmatch(r"-?[0-9]{1,18}", text):
         return int(text)
-    return float(text) if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,9}", text) else text
+    if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,9}", text):
+        return float(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+ACCOUNT_VARIABLES = {
+    "api_key": "OPENAI_API_KEY",
+    "base_url": "OPENAI_BASE_URL",
+    "organization": "OPENAI_ORG_ID",
+    "project": "OPENAI_PROJECT_ID",
+}
 
 
 def environment_controller(env: "Mapping[str, str]") -> "dict[str, Any]":
     """The one controller of a user who has only set OPENAI_API_KEY."""
-    base_url = env.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    account = {
-        "api_key": env["OPENAI_API_KEY"],
-        "base_url": base_url,
-        "organization": env.get("OPENAI_ORG_ID", ""),
-        "project": env.get("OPENAI_PROJECT_ID", ""),
-        "proxy": environment_proxy(base_url, env),
-    }
+    account = {key: env.get(variable, "") for key, variable in ACCOUNT_VARIABLES.items()}
+    account["proxy"] = environment_proxy(account["base_url"] or OPENAI_URL, env)
     return {"type": "openai", "name": "openai", "config": account}
 
 
@@ -901,25 +1012,33 @@ def load_config(
 ) -> Config:
     """The configuration of this start: flags over environment over file over defaults. Raises ConfigError."""
     path = "" if demo else find_file(config_file, config_path, env)
+    setters: "dict[str, str]" = {}
     if path:
         data, source = read_file(path), path
     elif demo:
         data, source = {"controllers": demo_controllers()}, "--demo"
     elif env.get("OPENAI_API_KEY"):
         data, source = {"controllers": [environment_controller(env)]}, "OPENAI_API_KEY"
+        setters = {"controllers[0].config." + key: variable for key, variable in ACCOUNT_VARIABLES.items()}
+        setters["controllers[0].config.proxy"] = "https_proxy, http_proxy or all_proxy"
     else:
         raise ConfigError(NOTHING_TO_RUN)
     if not isinstance(data, dict):
         raise ConfigError("%s: top level: found %s, allowed: an object" % (source, shown(data)))
-    return parse_config(overlay(data, environment_overrides(env), flags), source, env)
+    layers = [*environment_overrides(env), *((key, "--" + key, flags[key]) for key in flags if flags[key] is not None)]
+    for place, setter, value in layers:
+        data = overlay(data, place, value)
+        setters[place] = setter
+    return parse_config(data, source, env, setters)
 
 
-def overlay(data: "dict[str, Any]", overrides: "dict[str, Any]", flags: "Mapping[str, Any]") -> "dict[str, Any]":
-    """`data` with what the environment and then the flags set."""
-    merged = dict(data, **{key: value for key, value in overrides.items() if key != "pool"})
-    if "pool" in overrides and isinstance(data.get("pool") or {}, dict):
-        merged["pool"] = dict(data.get("pool") or {}, **overrides["pool"])
-    return dict(merged, **{key: value for key, value in flags.items() if value is not None})
+def overlay(data: "dict[str, Any]", path: str, value: "Any") -> "dict[str, Any]":
+    """`data` with `value` at `path`, unless what should hold it is no object, which is told later."""
+    outer, _, key = path.rpartition(".")
+    if not outer:
+        return {**data, key: value}
+    inner = data.get(outer) or {}
+    return {**data, outer: {**inner, key: value}} if isinstance(inner, dict) else data
 
 
 def demo_controllers() -> "list[dict[str, Any]]":
@@ -932,12 +1051,10 @@ def demo_controllers() -> "list[dict[str, Any]]":
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a listener on `host`."""
-    for family, first in ((socket.AF_INET, b"\x7f"), (socket.AF_INET6, b"\0" * 15 + b"\1")):
-        try:
-            return socket.inet_pton(family, host.strip("[]")).startswith(first)
-        except (OSError, ValueError):  # not an address of this family
-            continue
-    return host == "localhost"
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def describe(config: Config) -> "list[str]":
@@ -3711,7 +3828,7 @@ Several rate-limited OpenAI-style accounts behind one endpoint.
   --version           print the version, exit
   --help, -h          print this, exit
 
-Long flags may also be written with dashes: --config-file."""
+Long flags may also be written with dashes: --config-file, --config-path."""
 FLAGS = ("config_file=", "config-file=", "config_path=", "config-path=", "host=", "port=")
 SWITCHES = ("check", "demo", "version", "help")
 

@@ -47,8 +47,9 @@ def test_help_names_every_flag(tmp_path: Path) -> None:
     """--help shows each flag."""
     ended = run(tmp_path, "--help")
     assert ended.returncode == 0
-    for flag in ("--config_file", "--config_path", "--host", "--port", "--check", "--demo", "--version"):
-        assert flag in ended.stdout
+    for flag in (*app.FLAGS, *app.SWITCHES):
+        assert "--" + flag.rstrip("=") in ended.stdout
+    assert run(tmp_path, "-h").stdout == ended.stdout
 
 
 def test_check_shows_no_secrets(tmp_path: Path) -> None:
@@ -92,8 +93,10 @@ def test_flags_and_environment(tmp_path: Path) -> None:
         (("--config_path", "nowhere"), "nowhere: no such folder"),
         (("--config_file", "broken.json"), "broken.json: cannot be read"),
         (("--config_file", "typo.json"), "typo.json: prot: unknown key; did you mean 'port'?"),
-        (("--demo", "--port", "http"), 'port: found "http", allowed: a number from 0 to 65535'),
+        (("--demo", "--port", "http"), '--port: found "http", allowed: a number from 0 to 65535'),
         (("--demo", "--port", "70000"), "allowed: a number from 0 to 65535"),
+        (("--port",), "option --port requires argument; --help shows every flag"),
+        (("serve",), "unexpected argument 'serve'; --help shows every flag"),
         (("--nonsense",), "option --nonsense not recognized"),
     ],
 )
@@ -116,6 +119,15 @@ def test_nothing_to_run_with(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", app.NOTHING_TO_RUN + "\n")
     for way in ("--config_file", "OPENAI_API_KEY=", "--demo"):
         assert way in ended.stderr
+
+
+def test_a_fresh_clone_says_what_is_missing(tmp_path: Path) -> None:
+    """The sample that a start in the project's own folder finds needs a key, and the message says what to do."""
+    (tmp_path / "config").symlink_to(PROGRAM.parent / "config")
+    ended = run(tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "config/chatgpt-apiserver.json: controllers[0].config.api_key: found \"$OPENAI_API_KEY\"" in ended.stderr
+    assert "OPENAI_API_KEY is not set: export OPENAI_API_KEY=..., or try --demo, which needs no key" in ended.stderr
 
 
 def test_key_and_demo_checks(tmp_path: Path) -> None:
