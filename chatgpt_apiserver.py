@@ -61,7 +61,7 @@ import socket
 import ssl
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self, dataclass_transform
 
 __version__ = "1.0.0"
@@ -595,7 +595,7 @@ def parse_config(
         port=parse_port(top),
         pool=parse_pool(top.section("pool")),
         controllers=parse_controllers(top),
-        client_keys=tuple(parse_client_key(section) for section in top.sections("client_keys")),
+        client_keys=parse_client_keys(top),
         endpoints=parse_endpoints(top),
         allow_origins=cors.strings("allow_origins"),
         allowed_hosts=tuple(name.lower() for name in top.strings("allowed_hosts")),
@@ -867,14 +867,28 @@ def same_digest(one: bytes, other: bytes) -> bool:
     return hmac.compare_digest(one, other)
 
 
-def parse_client_key(section: Section) -> ClientKey:
+def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
+    """The `client_keys` list; names are made where missing; names and keys must differ."""
+    found: "list[ClientKey]" = []
+    for number, section in enumerate(top.sections("client_keys")):
+        client = parse_client_key(section, number + 1)
+        for other in found:
+            if client.name == other.name:
+                raise section.error("name", client.name, "a name that no other client key has")
+            if client.digest == other.digest:
+                raise section.error("key", "the key of " + other.name, "a key of its own")
+        found.append(client)
+    return tuple(found)
+
+
+def parse_client_key(section: Section, number: int) -> ClientKey:
     """One of `client_keys`; the key is kept as its SHA-256 only, and may be given as `sha256:HEX`."""
     key = section.secret("key").reveal()
     hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
     if not key or (key.startswith("sha256:") and not hashed):
         raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
     client = ClientKey(
-        name=section.text("name") or "key " + repr(Secret(key)),
+        name=section.text("name") or "key-%d" % number,
         digest=bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode()),
         models=section.strings("models"),
         limits=parse_quota_limits(section.section("limits")),
@@ -1073,6 +1087,56 @@ def describe(config: Config) -> "list[str]":
     scheme = "https" if config.tls_cert else "http"
     host = "[%s]" % config.host if ":" in config.host else config.host
     return [*lines, "address: %s://%s:%d" % (scheme, host, config.port)]
+
+
+SPELLED = {  # where the file says it otherwise than `Config`
+    "account": "config",
+    "digest": "key",
+    "tls_cert": "tls.cert",
+    "tls_key": "tls.key",
+    "allow_origins": "cors.allow_origins",
+    "log_format": "log.format",
+    "log_level": "log.level",
+}
+RESTART = ("host", "port", "tls.cert", "tls.key", "limits.connections")
+
+
+def diff_config(old: Config, new: Config) -> "list[str]":
+    """What is different in `new`, in lines without secrets; [] when nothing is."""
+    lines = diff_named("controller", old.controllers, new.controllers)
+    lines += diff_named("client key", old.client_keys, new.client_keys)
+    for path, before, after in differences(old, new):
+        if path not in ("source", "controllers", "client_keys"):
+            restart = " (needs a restart)" if path in RESTART else ""
+            lines.append("%s: %s -> %s%s" % (path, shown(before), shown(after), restart))
+    return lines
+
+
+def diff_named(
+    kind: str, old: "Sequence[ControllerConfig | ClientKey]", new: "Sequence[ControllerConfig | ClientKey]"
+) -> "list[str]":
+    """What is different in a list whose members have names; of a change the keys only, as values may be secrets."""
+    before, after = {one.name: one for one in old}, {one.name: one for one in new}
+    lines = ["%s %s: removed" % (kind, name) for name in before if name not in after]
+    for name, one in after.items():
+        if name not in before:
+            lines.append("%s %s: added" % (kind, name))
+        elif one != before[name]:
+            keys = ", ".join(path for path, _, _ in differences(before[name], one))
+            lines.append("%s %s: changed: %s" % (kind, name, keys))
+    if [name for name in before if name in after] != [name for name in after if name in before]:
+        lines.append("%ss: another order" % kind)
+    return lines
+
+
+def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[str, Any, Any]]":
+    """The paths at which two records of one type differ, with both values."""
+    for name in old.fields:
+        path, before, after = prefix + SPELLED.get(name, name), getattr(old, name), getattr(new, name)
+        if isinstance(before, Record):
+            yield from differences(before, after, path + ".")
+        elif before != after:
+            yield path, before, after
 
 
 # ==== 3. Observability ====
@@ -3856,6 +3920,22 @@ def raise_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
+    """What `load` finds now, once it is known to be usable as a whole; None, and the log says why, when it is not."""
+    try:
+        new = load()
+        if new.tls_cert:
+            server_tls(new)
+    except ConfigError as problem:
+        log.error("reload: the old configuration stays: %s", problem)
+        return None
+    redactor.watch([*secrets_of(current), *secrets_of(new)])  # what is under way may still show the old ones
+    log.setLevel(new.log_level.upper())
+    for line in diff_config(current, new) or ["nothing changed"]:
+        log.info("reload: %s", line)
+    return new
 
 
 async def serve(config: Config) -> None:

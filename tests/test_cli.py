@@ -149,3 +149,44 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
         check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+
+
+def test_a_reload_takes_a_good_configuration(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What changed is logged without secrets, and the secrets of both configurations are kept out of the log."""
+    caplog.set_level("INFO", app.log.name)
+    monkeypatch.setattr(app.log, "propagate", True)
+    monkeypatch.setattr(app, "redactor", app.Redactor())
+    old, new = (
+        app.parse_config({"controllers": [{"config": {"api_key": key}}], "log": {"level": level}}, "c.json", {})
+        for key, level in ((KEY, "error"), (PASSWORD, "info"))
+    )
+    assert app.reload_config(old, lambda: new) is new
+    assert caplog.messages == ["reload: controller openai-1: changed: config.api_key", 'reload: log.level: "error" -> "info"']
+    assert app.redactor.clean(KEY + PASSWORD) == "sk-…wxyz…ter2"
+    caplog.clear()
+    assert app.reload_config(new, lambda: new) is new
+    assert caplog.messages == ["reload: nothing changed"]
+
+
+def test_a_reload_refuses_a_bad_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake, or a certificate that does not fit, leaves everything as it was."""
+    caplog.set_level("INFO", app.log.name)
+    monkeypatch.setattr(app.log, "propagate", True)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, port=9001)
+    (tmp_path / "a.pem").write_text("no certificate")
+
+    def load() -> app.Config:
+        return app.load_config("chatgpt-apiserver.json", "", {}, {})
+
+    current = load()
+    for wrong, words in (
+        ({"prot": 1}, "chatgpt-apiserver.json: prot: unknown key; did you mean 'port'?"),
+        ({"tls": {"cert": "a.pem", "key": "a.pem"}}, "certificate and key cannot be used"),
+    ):
+        write(tmp_path, **wrong)
+        assert app.reload_config(current, load) is None
+        assert caplog.messages[-1].startswith("reload: the old configuration stays: ")
+        assert words in caplog.messages[-1]

@@ -100,6 +100,8 @@ MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message sa
     (dict(GOOD, limits={"body_bytes": 0}), "limits.body_bytes", "found 0"),
     (dict(GOOD, limits={"bodybytes": 1}), "limits.bodybytes", "did you mean 'body_bytes'"),
     (dict(GOOD, client_keys=[{"name": "a"}]), "client_keys[0].key", "a key"),
+    (dict(GOOD, client_keys=[{"name": "a", "key": "k"}, {"name": "a", "key": "l"}]), "client_keys[1].name", 'found "a"'),
+    (dict(GOOD, client_keys=[{"name": "a", "key": "k"}, {"key": "k"}]), "client_keys[1].key", "the key of a"),
     (dict(GOOD, client_keys=[{"key": "sha256:12"}]), "client_keys[0].key", "64 hex digits"),
     (dict(GOOD, client_keys=[{"key": "k", "limits": {"rpm": "9"}}]), "client_keys[0].limits.rpm", 'found "9"'),
     (one(type="opnai"), "controllers[0].type", "did you mean 'openai'"),
@@ -496,7 +498,7 @@ def test_configuration_can_be_printed() -> None:
         assert "Secret" not in text.replace("Secret(", "")
         assert SHORT not in text
     assert "controller a: openai; https://api.openai.com/v1; key sk-…wxyz; by a proxy; weight 1; models m" in summary
-    assert "client key bob: models m" in summary
+    assert "client key key-1: models all\nclient key bob: models m" in summary
     assert summary.endswith("address: http://[::1]:8080")
     assert set(app.secrets_of(config)) >= {KEY, SHORT, SHORT + "-more"}
 
@@ -571,3 +573,72 @@ def test_account_values() -> None:
     found = account(api_key="", base_url="http://up:8/v1/")
     assert (found.base_url, bool(found.api_key)) == ("http://up:8/v1", False)
     assert parse(allowed_hosts=["API.Example"]).allowed_hosts == ("api.example",)
+
+
+BEFORE: dict[str, Any] = {
+    "controllers": [
+        {"name": "a", "config": {"api_key": KEY}},
+        {"name": "b", "type": "echo"},
+        {"name": "c", "type": "echo", "limits": {"rpm": 1}},
+    ],
+    "client_keys": [{"name": "alice", "key": KEY}, {"name": "bob", "key": SHORT}],
+    "pool": {"type": "random"},
+}
+
+
+def told(**after: Any) -> list[str]:
+    """The lines that tell what `after` changes."""
+    return app.diff_config(app.parse_config(BEFORE, "c.json", {}), app.parse_config({**BEFORE, **after}, "d.json", {}))
+
+
+def test_diff_of_nothing() -> None:
+    """The same configuration, from whatever file, is no change."""
+    assert told() == []
+
+
+def test_diff_of_lists() -> None:
+    """Members are added, removed, changed or moved; of a change the keys are named, never their values."""
+    a, b, c = BEFORE["controllers"]
+    changed = dict(a, weight=3, config={"api_key": KEY + "2", "proxy": "http://u:%s@p:1" % SHORT})
+    lines = told(controllers=[c, changed, {"name": "d", "type": "echo"}], client_keys=[{"name": "bob", "key": KEY}])
+    assert lines == [
+        "controller b: removed",
+        "controller a: changed: config.api_key, config.proxy, weight",
+        "controller d: added",
+        "controllers: another order",
+        "client key alice: removed",
+        "client key bob: changed: key",
+    ]
+    assert told(controllers=[a, b, dict(c, limits={"rpm": 2, "tpm": 3})]) == [
+        "controller c: changed: limits.rpm, limits.tpm"
+    ]
+
+
+def test_diff_of_the_rest(tmp_path: Path) -> None:
+    """Other keys are told as the file spells them, with both values, and with what only a restart brings."""
+    for name in ("server.pem", "server.key"):
+        write(tmp_path / name, "x")
+    lines = told(
+        host="::1",
+        port=1,
+        pool={"max_wait": 5, "fallbacks": {"a": ["b"]}},
+        cors={"allow_origins": ["https://a"]},
+        limits={"connections": 5, "body_bytes": 6},
+        tls={"cert": str(tmp_path / "server.pem"), "key": str(tmp_path / "server.key")},
+        log={"level": "debug"},
+    )
+    assert [line.partition(":")[0] for line in lines if line.endswith(" (needs a restart)")] == [
+        "host",
+        "port",
+        "tls.cert",
+        "tls.key",
+        "limits.connections",
+    ]
+    assert [line for line in lines if "restart" not in line] == [
+        'pool.type: "random" -> "balanced"',
+        "pool.max_wait: 30.0 -> 5.0",
+        'pool.fallbacks: [] -> [["a", ["b"]]]',
+        'cors.allow_origins: [] -> ["https://a"]',
+        "limits.body_bytes: 33554432 -> 6",
+        'log.level: "info" -> "debug"',
+    ]
