@@ -1144,16 +1144,30 @@ def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[s
 # secret that finds its way into a message is struck out by the last filter before the stream.
 
 
+# A word, a run of what masks are made of (also as JSON may escape it), and what follows. Every quantifier is possessive
+# and a match starts at the start of a word only, so that no body makes it look twice at a byte.
+_MASKED = re.compile(
+    rb"(?<![\w\-])([\w\-]{3,64}+)(?:[*.]{3}|\xe2\x80[\xa2\xa6]|\\u202[26])"
+    rb"(?:[*.]|\xe2\x80[\xa2\xa6]|\\u202[26])*+([\w\-]{0,64}+)"
+)
+# What people write where a server of their own wants some key: words that errors and logs may well hold.
+DUMMY_KEYS = frozenset("ollama lm-studio not-needed no-key-required placeholder".split())
+
+
 class Redactor(logging.Filter):
     """Strikes configured secrets out of every log record; the last line of defence, not the first."""
 
     def __init__(self) -> None:
         super().__init__()
         self.secrets: "tuple[str, ...]" = ()
+        self.keys: "tuple[bytes, ...]" = ()
 
     def watch(self, secrets: "Iterable[str]") -> None:
         """From now on strikes out these; short ones would strike out ordinary words."""
-        self.secrets = tuple(sorted({value for value in secrets if len(value) >= 6}, key=len, reverse=True))
+        known = {value for value in secrets if len(value) >= 6} - DUMMY_KEYS
+        known |= {json.dumps(value)[1:-1] for value in known}  # as an error body spells one that has quotes
+        self.secrets = tuple(sorted(known, key=len, reverse=True))
+        self.keys = tuple(secret.encode() for secret in self.secrets)
 
     def clean(self, text: str) -> str:
         """`text` without secrets."""
@@ -1163,15 +1177,21 @@ class Redactor(logging.Filter):
         return text
 
     def scrub(self, body: bytes) -> bytes:
-        """An upstream's error body without secrets: OpenAI's 401 echoes the first and last letters of the key."""
-        for secret in self.secrets:
-            key = secret.encode()
+        """An upstream's error body without secrets, whole or masked: OpenAI's 401 echoes both ends of the key."""
+        for key in self.keys:
             if key in body:
                 body = body.replace(key, b"***")
-            masked = rb"%b[*.\xe2\x80\xa6]{3,}%b" % (re.escape(key[:3]), re.escape(key[-4:]))
-            body = re.sub(masked.replace(b"{3,}", b"{3,200}"), b"***", body)
-            body = re.sub(re.escape(key[:8]) + rb"\*{3,200}[\w\-]{0,8}", b"***", body)
-        return body
+        return _MASKED.sub(self._unmasked, body) if self.keys else body
+
+    def _unmasked(self, match: "re.Match[bytes]") -> bytes:
+        """What stays of a masked word: all of it unless it shows both ends of a key, or a dozen letters of one."""
+        word, tail = match.groups()
+        ending = [key for key in self.keys if key.endswith(tail)] if len(tail) >= 3 else []
+        for key in self.keys if len(word) >= 12 else ending:
+            at = word.rfind(key[:3])
+            if at >= 0 and key.startswith(word[at:]) and (len(word) - at >= 12 or key in ending):
+                return word[:at] + b"***"
+        return match.group()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Replaces the record's text; never drops it."""
