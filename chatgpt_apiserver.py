@@ -941,21 +941,27 @@ def unique_keys(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
 
 def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> str:
     """The configuration file to read, first hit wins; "" when there is none. A file that is named must exist."""
-    named = config_file or env.get(ENV + "CONFIG_FILE") or env.get("CONFIG_FILE") or ""
-    if named:
-        if not os.path.isfile(named):
-            raise ConfigError("%s: no such file (named by the flag or the environment)" % named)
-        return named
-    folders = [one for one in (config_path, env.get(ENV + "CONFIG_PATH"), env.get("CONFIG_PATH")) if one]
-    for folder in folders:
+    for setter, path in named_places("--config_file", config_file, env):
+        if not os.path.isfile(path):
+            raise ConfigError("%s: %s: no such file" % (setter, path))
+        return path
+    named = named_places("--config_path", config_path, env)
+    for setter, folder in named:
         if not os.path.isdir(folder):
-            raise ConfigError("%s: no such folder (named by the flag or the environment)" % folder)
-    for place in (*folders, *CONFIG_FOLDERS):
+            raise ConfigError("%s: %s: no such folder" % (setter, folder))
+    for place in (*(folder for _, folder in named), *CONFIG_FOLDERS):
         for name in CONFIG_NAMES:
             path = os.path.join(place, name)
             if os.path.isfile(path):
                 return path
     return ""
+
+
+def named_places(flag: str, value: str, env: "Mapping[str, str]") -> "list[tuple[str, str]]":
+    """What `flag` and its two variables name, each with who says so; the one that counts comes first."""
+    name = flag[2:].upper()
+    found = [(flag, value), (ENV + name, env.get(ENV + name, "")), (name, env.get(name, ""))]
+    return [(setter, place) for setter, place in found if place]
 
 
 def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, str, Any]]":
@@ -1146,7 +1152,7 @@ def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[s
 
 # A word, a run of what masks are made of (also as JSON may escape it), and what follows. Every quantifier is possessive
 # and a match starts at the start of a word only, so that no body makes it look twice at a byte.
-_MASKED = re.compile(
+_MASKED = (  # compiled, and kept by `re`, when the first error comes
     rb"(?<![\w\-])([\w\-]{3,64}+)(?:[*.]{3}|\xe2\x80[\xa2\xa6]|\\u202[26])"
     rb"(?:[*.]|\xe2\x80[\xa2\xa6]|\\u202[26])*+([\w\-]{0,64}+)"
 )
@@ -1181,7 +1187,7 @@ class Redactor(logging.Filter):
         for key in self.keys:
             if key in body:
                 body = body.replace(key, b"***")
-        return _MASKED.sub(self._unmasked, body) if self.keys else body
+        return re.sub(_MASKED, self._unmasked, body) if self.keys else body
 
     def _unmasked(self, match: "re.Match[bytes]") -> bytes:
         """What stays of a masked word: all of it unless it shows both ends of a key, or a dozen letters of one."""
@@ -3938,8 +3944,10 @@ def raise_open_files() -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
+    try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as problem:  # macOS names no limit and then refuses to set none
+        log.warning("open files stay limited to %d: %s", soft, problem)
 
 
 def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
@@ -3976,6 +3984,8 @@ async def serve(config: Config) -> None:
     for host, port in await server.start():
         shown_host = "[%s]" % host if ":" in host else host
         log.info("listening on %s://%s:%d", "https" if config.tls_cert else "http", shown_host, port)
+    raise_open_files()
+    shrink_tls_buffers()
     gc.enable()
     gc.collect()
     gc.set_threshold(20_000, 20, 50)  # requests make few cycles; the default looks for them every few requests
@@ -4017,8 +4027,6 @@ def main(argv: "list[str] | None" = None) -> int:
             log.info("%s", line)
         if not is_loopback(config.host) and not config.client_keys:
             log.warning("ANYONE WHO CAN REACH %s:%d CAN SPEND THESE KEYS: no client_keys", config.host, config.port)
-        raise_open_files()
-        shrink_tls_buffers()
         return run(config)
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -89,8 +89,8 @@ def test_flags_and_environment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--config_file", "nowhere.json"), "nowhere.json: no such file"),
-        (("--config_path", "nowhere"), "nowhere: no such folder"),
+        (("--config_file", "nowhere.json"), "--config_file: nowhere.json: no such file"),
+        (("--config_path", "nowhere"), "--config_path: nowhere: no such folder"),
         (("--config_file", "broken.json"), "broken.json: cannot be read"),
         (("--config_file", "typo.json"), "typo.json: prot: unknown key; did you mean 'port'?"),
         (("--demo", "--port", "http"), '--port: found "http", allowed: a number from 0 to 65535'),
@@ -190,3 +190,31 @@ def test_a_reload_refuses_a_bad_configuration(
         assert app.reload_config(current, load) is None
         assert caplog.messages[-1].startswith("reload: the old configuration stays: ")
         assert words in caplog.messages[-1]
+
+
+def test_garbage_is_collected_once_it_serves(tmp_path: Path) -> None:
+    """Start-up does without the collector, serving does not."""
+    code = "import atexit, gc, runpy, sys; atexit.register(lambda: print(gc.isenabled())); del sys.argv[0]\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(PROGRAM), "--demo", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        while "listening" not in server.stderr.readline():
+            assert server.poll() is None
+        server.terminate()
+        assert server.communicate()[0] == "True\n"
+    assert server.returncode == 0
+
+
+def test_a_limit_that_cannot_be_raised_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that refuses more open files is no reason not to start."""
+    resource = pytest.importorskip("resource")
+
+    def refuse(*_: object) -> None:
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, -1))
+    monkeypatch.setattr(app.log, "propagate", True)
+    app.raise_open_files()
+    assert caplog.messages == ["open files stay limited to 256: current limit exceeds maximum limit"]

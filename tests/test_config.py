@@ -286,10 +286,10 @@ def test_json_before_toml_and_an_empty_folder_is_passed(tmp_path: Path, monkeypa
     assert load(path="empty").source.endswith(".json")
 
 
-@pytest.mark.parametrize("name", ["CHATGPT_APISERVER_CONFIG_FILE", "CONFIG_FILE", "CONFIG_PATH"])
+@pytest.mark.parametrize("name", ["CHATGPT_APISERVER_CONFIG_FILE", "CONFIG_FILE", "CHATGPT_APISERVER_CONFIG_PATH", "CONFIG_PATH"])
 def test_a_named_place_must_exist(name: str) -> None:
     """What is named and missing is an error, never skipped."""
-    with pytest.raises(app.ConfigError, match="nowhere: no such"):
+    with pytest.raises(app.ConfigError, match="^%s: nowhere: no such" % name):
         load({name: "nowhere", "OPENAI_API_KEY": KEY})
 
 
