@@ -552,7 +552,7 @@ class Section:
         try:
             with open(path, encoding="utf-8") as file:
                 return file.read()
-        except (OSError, UnicodeDecodeError) as problem:
+        except (OSError, ValueError) as problem:  # no such file, no text, or no name of a file
             raise self.error(key, name, "a readable file (%s)" % problem) from problem
 
     def file(self, key: str) -> str:

@@ -122,6 +122,7 @@ MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message sa
     ),
     (one(config={"api_key": "${NOPE}"}), "controllers[0].config.api_key", "NOPE is not set"),
     (one(config={"api_key": "file:nowhere"}), "controllers[0].config.api_key", "readable file"),
+    (one(config={"api_key": "file:\0"}), "controllers[0].config.api_key", "readable file .*null byte"),
     (one(config={"api_key": "a\r\nb"}), "controllers[0].config.api_key", "printable ASCII"),
     (one(config={"api_key": KEY, "auth_header": "Host"}), "controllers[0].config.auth_header", 'found "Host"'),
     (one(config={"api_key": KEY, "auth_header": ""}), "controllers[0].config.auth_header", "a header name"),
