@@ -444,6 +444,7 @@ class Section:
 
     def where(self, key: str) -> str:
         """The path of `key` as messages name it."""
+        key = key if key.isprintable() else ascii(key)[1:-1]
         return self.path + "." + key if self.path else key
 
     def error(self, key: str, found: "Any", allowed: str) -> ConfigError:
@@ -465,9 +466,13 @@ class Section:
             raise self.error(key, value, "a string")
         if choices and value not in choices:
             raise self.error(key, value, " | ".join(choices) + " (%s)" % nearest(value, choices))
-        if any(ord(char) < 32 or ord(char) == 127 for char in value):
-            raise self.error(key, "a control character", "visible characters (this may become a header)")
+        self.printable(key, (value,))
         return value
+
+    def printable(self, key: str, values: "Iterable[str]") -> None:
+        """Refuses what would break a line of the log, or a header."""
+        if not all(value.isprintable() for value in values):
+            raise self.error(key, "a character that cannot be printed", "printable characters")
 
     def number(self, key: str, default: float, low: float, high: float) -> float:
         """A number from `low` to `high`."""
@@ -495,6 +500,7 @@ class Section:
         value = self.take(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             raise self.error(key, value, "a list of non-empty strings")
+        self.printable(key, value)
         return tuple(value)
 
     def pairs(self, key: str) -> "tuple[tuple[str, str], ...]":
@@ -502,11 +508,13 @@ class Section:
         value = self.take(key, {})
         if not isinstance(value, dict) or not all(isinstance(item, str) and item for item in value.values()):
             raise self.error(key, value, "an object whose values are non-empty strings")
+        self.printable(key, (*value, *value.values()))
         return tuple(value.items())
 
     def lists(self, key: str) -> "tuple[tuple[str, tuple[str, ...]], ...]":
         """An object of lists of non-empty strings."""
         inner = self.section(key)
+        self.printable(key, inner.data)
         return tuple((name, inner.strings(name)) for name in inner.data)
 
     def section(self, key: str) -> "Section":
