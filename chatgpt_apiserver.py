@@ -40,19 +40,18 @@ import sys
 if sys.version_info < (3, 11):  # before the imports that older versions lack
     sys.exit("chatgpt_apiserver needs Python 3.11 or newer; this is Python %d.%d" % sys.version_info[:2])
 
-import argparse
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `serve` has started: nothing is garbage yet, and looking for it takes 4 ms
+
 import asyncio
 import asyncio.sslproto
 import base64
-import dataclasses
-import difflib
 import enum
 import errno
 import functools
-import gc
-import hashlib
-import hmac
-import ipaddress
+import getopt
 import json
 import logging
 import math
@@ -65,9 +64,8 @@ import ssl
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
-from http import HTTPStatus
-from typing import Any, ClassVar, Protocol
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self, dataclass_transform
 
 __version__ = "1.0.0"
 
@@ -213,11 +211,14 @@ def compact_json(value: "Any") -> bytes:
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
 CONTROLLER_TYPES = ("openai", "echo")
 ENDPOINTS = ("inference", "objects", "*")
+FRAMING_FIELDS = frozenset("host content-length transfer-encoding connection expect upgrade te trailer".split())
+SCALARS = ("host", "port", "drain_delay", "drain_timeout")  # at the top level; the rest are objects and lists
+FIXED_PARAMS = ("model", "messages", "stream")  # routing and relaying rely on them
 LOG_LEVELS = ("debug", "info", "warning", "error")
 CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "config", "/etc/chatgpt-apiserver")
 ENV = "CHATGPT_APISERVER_"
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+OPENAI_URL = "https://api.openai.com/v1"
 
 
 class Secret:
@@ -236,7 +237,7 @@ class Secret:
         return bool(self._value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and hmac.compare_digest(self._value.encode(), other._value.encode())
+        return isinstance(other, Secret) and self._value == other._value
 
     def __hash__(self) -> int:
         return hash(self._value)
@@ -252,8 +253,46 @@ class Secret:
 
 NO_SECRET = Secret("")
 
-@dataclasses.dataclass(frozen=True)
-class Timeouts:
+
+@dataclass_transform(frozen_default=True)
+class Record:
+    """Named values that never change, declared as those of a frozen dataclass are.
+
+    It is none because `dataclasses` writes and compiles methods for each class: 0.8 ms each, a twelfth of the start.
+    """
+
+    fields: "ClassVar[tuple[str, ...]]"
+    defaults: "ClassVar[dict[str, Any]]"
+
+    def __init_subclass__(cls) -> None:
+        cls.fields = tuple(cls.__annotations__)
+        cls.defaults = {name: vars(cls)[name] for name in cls.fields if name in vars(cls)}
+
+    def __init__(self, *values: "Any", **named: "Any") -> None:
+        found = {**self.defaults, **dict(zip(self.fields, values, strict=False)), **named}
+        if found.keys() != set(self.fields):
+            raise TypeError("missing or unknown: %s" % ", ".join(sorted(found.keys() ^ self.fields)))
+        self.__dict__.update(found)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("%s.%s cannot be changed" % (type(self).__name__, name))
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self)[name] for name in self.fields))
+
+    def __repr__(self) -> str:
+        shown_fields = ", ".join("%s=%r" % (name, vars(self)[name]) for name in self.fields)
+        return "%s(%s)" % (type(self).__name__, shown_fields)
+
+    def replace(self, **changes: "Any") -> "Self":
+        """A copy in which `changes` apply."""
+        return type(self)(**{**vars(self), **changes})
+
+
+class Timeouts(Record):
     """Seconds; 0 is none. `first_byte` None: 120 for streams, 600 for whole answers, as SDKs wait 600."""
 
     connect: float = 10.0
@@ -262,8 +301,7 @@ class Timeouts:
     total: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class QuotaLimits:
+class QuotaLimits(Record):
     """Requests and tokens in any sliding 60 s, requests at once, seconds' worth at once; 0 is none."""
 
     rpm: int = 0
@@ -272,9 +310,13 @@ class QuotaLimits:
     burst_s: float = 60.0
 
 
-@dataclasses.dataclass(frozen=True)
-class AccountConfig:
-    """The `config` of a controller: where it is and what opens it. Delays in seconds are echo's."""
+class AccountConfig(Record):
+    """The `config` of a controller: where it is, what opens it, what its dialect of the API wants. Delays are echo's.
+
+    `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
+    place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
+    name; then `extra_body` is added, in place of what the client said.
+    """
 
     api_key: Secret = NO_SECRET
     base_url: str = ""
@@ -283,12 +325,17 @@ class AccountConfig:
     proxy: Secret = NO_SECRET
     ca_file: str = ""
     headers: "tuple[tuple[str, Secret], ...]" = ()
+    auth_header: str = "Authorization"
+    auth_scheme: str = "Bearer"
+    chat_path: str = "/chat/completions"
+    drop_params: "tuple[str, ...]" = ()
+    rename_params: "tuple[tuple[str, str], ...]" = ()
+    extra_body: "tuple[tuple[str, Any], ...]" = ()
     delay: float = 0.0
     first_delay: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class ControllerConfig:
+class ControllerConfig(Record):
     """One upstream account."""
 
     type: str
@@ -302,18 +349,25 @@ class ControllerConfig:
     timeouts: Timeouts = Timeouts()
 
 
-@dataclasses.dataclass(frozen=True)
-class PoolConfig:
-    """How the pool chooses and waits; `rescue_after` None is "auto", 0 never."""
+class PoolConfig(Record):
+    """How the pool chooses and waits; `rescue_after` None is "auto", 0 never.
+
+    `affinity` sends a conversation where its last request went, as long as there is room. `aliases` are other names of
+    models. `fallbacks` are the models to try, in this order, when nothing serves the one asked for; `context_fallbacks`
+    when the request is too long for it.
+    """
 
     type: str = "balanced"
     max_wait: float = 30.0
     max_queue: int = 1000
     rescue_after: "float | None" = None
+    affinity: bool = True
+    aliases: "tuple[tuple[str, str], ...]" = ()
+    fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
+    context_fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class ClientKey:
+class ClientKey(Record):
     """Who may come in: the SHA-256 of a key, and what it may ask for."""
 
     name: str
@@ -322,8 +376,7 @@ class ClientKey:
     limits: QuotaLimits = QuotaLimits()
 
 
-@dataclasses.dataclass(frozen=True)
-class ServerLimits:
+class ServerLimits(Record):
     """Bounds on what clients may do: bytes, counts, seconds."""
 
     body_bytes: int = 33_554_432
@@ -338,8 +391,7 @@ class ServerLimits:
     write_timeout: float = 120.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """Everything that the server runs by; `source` says where it came from."""
 
     controllers: "tuple[ControllerConfig, ...]"
@@ -373,16 +425,29 @@ def shown(value: "Any") -> str:
 def nearest(word: str, known: "Iterable[str]") -> str:
     """The hint that ends a message about an unknown word."""
     names = sorted(known)
+    import difflib  # only mistakes need it
+
     close = difflib.get_close_matches(word, names, 1, 0.6)
     return "did you mean %r?" % close[0] if close else "allowed here: " + ", ".join(names)
 
 
 class Section:
-    """One mapping of the configuration: hands out its keys, knows where it stands, refuses what is left over."""
+    """One mapping of the configuration: hands out its keys, knows where it stands, refuses what is left over.
 
-    def __init__(self, data: "Any", source: str, path: str = "", env: "Mapping[str, str] | None" = None) -> None:
+    `env` is what `$NAME` refers to; `setters` name, for a path, the flag or variable that set it in place of a file.
+    """
+
+    def __init__(
+        self,
+        data: "Any",
+        source: str,
+        path: str = "",
+        env: "Mapping[str, str] | None" = None,
+        setters: "Mapping[str, str] | None" = None,
+    ) -> None:
         self.source, self.path = source, path
         self.env: "Mapping[str, str]" = {} if env is None else env
+        self.setters: "Mapping[str, str]" = {} if setters is None else setters
         if not isinstance(data, dict):
             found = "a string" if isinstance(data, str) else shown(data)
             raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", found))
@@ -391,11 +456,14 @@ class Section:
 
     def where(self, key: str) -> str:
         """The path of `key` as messages name it."""
+        key = key if key.isprintable() else ascii(key)[1:-1]
         return self.path + "." + key if self.path else key
 
     def error(self, key: str, found: "Any", allowed: str) -> ConfigError:
         """What is wrong with the value of `key`."""
-        return ConfigError("%s: %s: found %s, allowed: %s" % (self.source, self.where(key), shown(found), allowed))
+        where = self.where(key)
+        place = self.setters.get(where) or "%s: %s" % (self.source, where)
+        return ConfigError("%s: found %s, allowed: %s" % (place, shown(found), allowed))
 
     def take(self, key: str, default: "Any" = None) -> "Any":
         """The raw value; null counts as absent."""
@@ -410,9 +478,13 @@ class Section:
             raise self.error(key, value, "a string")
         if choices and value not in choices:
             raise self.error(key, value, " | ".join(choices) + " (%s)" % nearest(value, choices))
-        if any(ord(char) < 32 or ord(char) == 127 for char in value):
-            raise self.error(key, "a control character", "visible characters (this may become a header)")
+        self.printable(key, (value,))
         return value
+
+    def printable(self, key: str, values: "Iterable[str]") -> None:
+        """Refuses what would break a line of the log, or a header."""
+        if not all(value.isprintable() for value in values):
+            raise self.error(key, "a character that cannot be printed", "printable characters")
 
     def number(self, key: str, default: float, low: float, high: float) -> float:
         """A number from `low` to `high`."""
@@ -428,11 +500,19 @@ class Section:
             raise self.error(key, value, "a whole number from %d to %d" % (low, high))
         return value
 
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "true or false")
+        return value
+
     def strings(self, key: str) -> "tuple[str, ...]":
         """A list of non-empty strings."""
         value = self.take(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             raise self.error(key, value, "a list of non-empty strings")
+        self.printable(key, value)
         return tuple(value)
 
     def pairs(self, key: str) -> "tuple[tuple[str, str], ...]":
@@ -440,21 +520,28 @@ class Section:
         value = self.take(key, {})
         if not isinstance(value, dict) or not all(isinstance(item, str) and item for item in value.values()):
             raise self.error(key, value, "an object whose values are non-empty strings")
+        self.printable(key, (*value, *value.values()))
         return tuple(value.items())
+
+    def lists(self, key: str) -> "tuple[tuple[str, tuple[str, ...]], ...]":
+        """An object of lists of non-empty strings."""
+        inner = self.section(key)
+        self.printable(key, inner.data)
+        return tuple((name, inner.strings(name)) for name in inner.data)
 
     def section(self, key: str) -> "Section":
         """A nested mapping; an empty one where there is none."""
-        return Section(self.take(key, {}), self.source, self.where(key), self.env)
+        return self._inner(self.take(key, {}), self.where(key))
+
+    def _inner(self, data: "Any", path: str) -> "Section":
+        return Section(data, self.source, path, self.env, self.setters)
 
     def sections(self, key: str) -> "list[Section]":
         """A list of mappings."""
         value = self.take(key, [])
         if not isinstance(value, list):
             raise self.error(key, type(value).__name__, "a list of objects")
-        return [
-            Section(item, self.source, "%s[%d]" % (self.where(key), number), self.env)
-            for number, item in enumerate(value)
-        ]
+        return [self._inner(item, "%s[%d]" % (self.where(key), number)) for number, item in enumerate(value)]
 
     def secret(self, key: str) -> Secret:
         """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
@@ -469,7 +556,8 @@ class Section:
         if named:
             name = named.group(1) or named.group(2)
             if not self.env.get(name):
-                raise self.error(key, value, "the name of a set environment variable (%s is not set)" % name)
+                told = "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key"
+                raise self.error(key, value, told % (name, name))
             value = self.env[name]
         elif value.startswith("file:"):
             value = self.read(key, value[5:])
@@ -484,7 +572,7 @@ class Section:
         try:
             with open(path, encoding="utf-8") as file:
                 return file.read()
-        except (OSError, UnicodeDecodeError) as problem:
+        except (OSError, ValueError) as problem:  # no such file, no text, or no name of a file
             raise self.error(key, name, "a readable file (%s)" % problem) from problem
 
     def file(self, key: str) -> str:
@@ -512,9 +600,14 @@ def beside(source: str, name: str) -> str:
     return near if os.path.exists(near) else name
 
 
-def parse_config(data: "Any", source: str, env: "Mapping[str, str]") -> Config:
-    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError."""
-    top = Section(data, source, env=env)
+def parse_config(
+    data: "Any", source: str, env: "Mapping[str, str]", setters: "Mapping[str, str] | None" = None
+) -> Config:
+    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError.
+
+    What `setters` names came from the flag or variable given there.
+    """
+    top = Section(data, source, "", env, setters)
     tls, cors, logs = top.section("tls"), top.section("cors"), top.section("log")
     config = Config(
         source=source,
@@ -522,7 +615,7 @@ def parse_config(data: "Any", source: str, env: "Mapping[str, str]") -> Config:
         port=parse_port(top),
         pool=parse_pool(top.section("pool")),
         controllers=parse_controllers(top),
-        client_keys=tuple(parse_client_key(section) for section in top.sections("client_keys")),
+        client_keys=parse_client_keys(top),
         endpoints=parse_endpoints(top),
         allow_origins=cors.strings("allow_origins"),
         allowed_hosts=tuple(name.lower() for name in top.strings("allowed_hosts")),
@@ -559,9 +652,23 @@ def parse_pool(section: Section) -> PoolConfig:
         max_wait=section.number("max_wait", 30, 0, 3600),
         max_queue=section.whole("max_queue", 1000, 0, 1_000_000),
         rescue_after=None if rescue == "auto" else section.number("rescue_after", 0, 0, 3600),
+        affinity=section.flag("affinity", True),
+        aliases=section.pairs("aliases"),
+        fallbacks=section.lists("fallbacks"),
+        context_fallbacks=section.lists("context_fallbacks"),
     )
     section.close()
+    check_detours(section, "aliases", [(name, (model,)) for name, model in pool.aliases])
+    check_detours(section, "fallbacks", pool.fallbacks)
+    check_detours(section, "context_fallbacks", pool.context_fallbacks)
     return pool
+
+
+def check_detours(section: Section, key: str, detours: "Iterable[tuple[str, tuple[str, ...]]]") -> None:
+    """Refuses a model that stands in for itself."""
+    for name, models in detours:
+        if name in models:
+            raise section.error("%s.%s" % (key, name), name, "another model")
 
 
 def parse_endpoints(top: Section) -> "tuple[str, ...]":
@@ -659,11 +766,14 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
 
 def parse_openai_account(section: Section) -> AccountConfig:
     """The `config` of an openai controller. Only a base_url of the user's own may do without a key."""
-    base_url = section.text("base_url") or "https://api.openai.com/v1"
+    base_url = section.text("base_url") or OPENAI_URL
     key = section.secret("api_key")
     if not key and base_url.startswith("https://api.openai.com"):
         raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
     headers = section.section("headers")
+    chat_path = section.text("chat_path", AccountConfig.chat_path)
+    if not re.fullmatch(r"/[!-\"$->@-~]+", chat_path):
+        raise section.error("chat_path", chat_path, "/path, without blanks, query and fragment")
     return AccountConfig(
         api_key=key,
         base_url=check_url(section, "base_url", base_url, ("http", "https")),
@@ -671,8 +781,52 @@ def parse_openai_account(section: Section) -> AccountConfig:
         project=section.text("project"),
         proxy=parse_proxy(section),
         ca_file=check_ca_file(section),
-        headers=tuple((check_field_name(headers, name), headers.secret(name)) for name in headers.data),
+        headers=tuple((check_field_name(headers, name, name), headers.secret(name)) for name in headers.data),
+        auth_header=check_field_name(section, "auth_header", section.text("auth_header", AccountConfig.auth_header)),
+        auth_scheme=check_scheme(section),
+        chat_path=chat_path,
+        drop_params=check_params(section, "drop_params", section.strings("drop_params")),
+        rename_params=parse_renames(section),
+        extra_body=parse_extra_body(section),
     )
+
+
+def check_scheme(section: Section) -> str:
+    """The word before the key; may be empty."""
+    scheme = section.text("auth_scheme", AccountConfig.auth_scheme)
+    if not re.fullmatch(r"[!-~]*", scheme):
+        raise section.error("auth_scheme", scheme, "one word of printable ASCII, or nothing for the bare key")
+    return scheme
+
+
+def check_params(section: Section, key: str, names: "tuple[str, ...]") -> "tuple[str, ...]":
+    """`names`, if what becomes of a request can be left to them."""
+    for name in names:
+        if name in FIXED_PARAMS:
+            raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
+    return names
+
+
+def parse_renames(section: Section) -> "tuple[tuple[str, str], ...]":
+    """`rename_params`: no two may come to the same name."""
+    pairs = section.pairs("rename_params")
+    news = [new for _, new in pairs]
+    check_params(section, "rename_params", tuple(name for pair in pairs for name in pair))
+    for new in news:
+        if news.count(new) > 1:
+            raise section.error("rename_params", new, "each new name once")
+    return pairs
+
+
+def parse_extra_body(section: Section) -> "tuple[tuple[str, Any], ...]":
+    """`extra_body`: what JSON can say; TOML's dates are none of it."""
+    extra = section.section("extra_body").data
+    try:
+        json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise section.error("extra_body", extra, "JSON values (%s)" % problem) from None
+    check_params(section, "extra_body", tuple(extra))
+    return tuple(extra.items())
 
 
 def parse_proxy(section: Section) -> Secret:
@@ -712,31 +866,50 @@ def check_url(section: Section, key: str, url: str, schemes: "tuple[str, ...]") 
     return url.rstrip("/")
 
 
-def check_field_name(headers: Section, name: str) -> str:
+def check_field_name(section: Section, key: str, name: str) -> str:
     """A configured header's name, if it is a token and does not touch the framing of messages."""
-    if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or name.lower() in (
-        "host",
-        "content-length",
-        "transfer-encoding",
-        "connection",
-        "expect",
-        "upgrade",
-        "te",
-        "trailer",
-    ):
-        raise headers.error(name, name, "a header name (RFC 9110, 5.1) that does not frame messages")
+    if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or name.lower() in FRAMING_FIELDS:
+        raise section.error(key, name, "a header name (RFC 9110, 5.1) that does not frame messages")
     return name
 
 
-def parse_client_key(section: Section) -> ClientKey:
+def key_digest(key: bytes) -> bytes:
+    """What is kept of a client key: its SHA-256."""
+    import hashlib  # 2 ms that a start without client keys does without
+
+    return hashlib.sha256(key).digest()
+
+
+def same_digest(one: bytes, other: bytes) -> bool:
+    """Whether two digests are equal, in a time that does not tell how much of them is."""
+    import hmac  # as hashlib
+
+    return hmac.compare_digest(one, other)
+
+
+def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
+    """The `client_keys` list; names are made where missing; names and keys must differ."""
+    found: "list[ClientKey]" = []
+    for number, section in enumerate(top.sections("client_keys")):
+        client = parse_client_key(section, number + 1)
+        for other in found:
+            if client.name == other.name:
+                raise section.error("name", client.name, "a name that no other client key has")
+            if client.digest == other.digest:
+                raise section.error("key", "the key of " + other.name, "a key of its own")
+        found.append(client)
+    return tuple(found)
+
+
+def parse_client_key(section: Section, number: int) -> ClientKey:
     """One of `client_keys`; the key is kept as its SHA-256 only, and may be given as `sha256:HEX`."""
     key = section.secret("key").reveal()
     hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
     if not key or (key.startswith("sha256:") and not hashed):
         raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
     client = ClientKey(
-        name=section.text("name") or "key " + repr(Secret(key)),
-        digest=bytes.fromhex(hashed.group(1)) if hashed else hashlib.sha256(key.encode()).digest(),
+        name=section.text("name") or "key-%d" % number,
+        digest=bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode()),
         models=section.strings("models"),
         limits=parse_quota_limits(section.section("limits")),
     )
@@ -766,8 +939,8 @@ def parse_server_limits(section: Section) -> ServerLimits:
 def read_file(path: str) -> "Any":
     """The mapping that a JSON or TOML file holds. Raises ConfigError with line and column."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        with open(path, encoding="utf-8") as file:
+            text = file.read().removeprefix("\ufeff")  # Windows editors write it
         if path.endswith(".toml"):
             import tomllib  # 8 ms that only users of TOML pay
 
@@ -788,16 +961,15 @@ def unique_keys(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
 
 def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> str:
     """The configuration file to read, first hit wins; "" when there is none. A file that is named must exist."""
-    named = config_file or env.get(ENV + "CONFIG_FILE") or env.get("CONFIG_FILE") or ""
-    if named:
-        if not os.path.isfile(named):
-            raise ConfigError("%s: no such file (named by the flag or the environment)" % named)
-        return named
-    folders = [one for one in (config_path, env.get(ENV + "CONFIG_PATH"), env.get("CONFIG_PATH")) if one]
-    for folder in folders:
+    for setter, path in named_places("--config_file", config_file, env):
+        if not os.path.isfile(path):
+            raise ConfigError("%s: %s: no such file" % (setter, path))
+        return path
+    named = named_places("--config_path", config_path, env)
+    for setter, folder in named:
         if not os.path.isdir(folder):
-            raise ConfigError("%s: no such folder (named by the flag or the environment)" % folder)
-    for place in (*folders, *CONFIG_FOLDERS):
+            raise ConfigError("%s: %s: no such folder" % (setter, folder))
+    for place in (*(folder for _, folder in named), *CONFIG_FOLDERS):
         for name in CONFIG_NAMES:
             path = os.path.join(place, name)
             if os.path.isfile(path):
@@ -805,35 +977,45 @@ def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> s
     return ""
 
 
-def environment_overrides(env: "Mapping[str, str]") -> "dict[str, Any]":
-    """What CHATGPT_APISERVER_<KEY> sets: top-level and pool scalars, `PORT=9000`, `POOL_TYPE=random`."""
-    found: "dict[str, Any]" = {}
-    for key in ("host", "port", "drain_delay", "drain_timeout"):
-        value = env.get(ENV + key.upper(), "")
+def named_places(flag: str, value: str, env: "Mapping[str, str]") -> "list[tuple[str, str]]":
+    """What `flag` and its two variables name, each with who says so; the one that counts comes first."""
+    name = flag[2:].upper()
+    found = [(flag, value), (ENV + name, env.get(ENV + name, "")), (name, env.get(name, ""))]
+    return [(setter, place) for setter, place in found if place]
+
+
+def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, str, Any]]":
+    """What CHATGPT_APISERVER_<KEY> sets of the scalars at the top (`PORT=9000`) and of the pool (`POOL_TYPE=random`):
+    path, name of the variable, value."""
+    pool = ("pool." + key for key, default in PoolConfig.defaults.items() if not isinstance(default, tuple))
+    for path in (*SCALARS, *pool):
+        variable = ENV + path.replace(".", "_").upper()
+        value = env.get(variable, "")
         if value and not value.startswith("tcp://"):  # as Kubernetes sets for a service of our name
-            found[key] = as_number(value) if key != "host" else value
-    pool = {field.name: env.get(ENV + "POOL_" + field.name.upper(), "") for field in dataclasses.fields(PoolConfig)}
-    pool_set = {key: as_number(value) for key, value in pool.items() if value}
-    return dict(found, pool=pool_set) if pool_set else found
+            yield path, variable, value if path == "host" else as_scalar(value)
 
 
-def as_number(text: str) -> "Any":
-    """The number that `text` is, else `text`."""
+def as_scalar(text: str) -> "Any":
+    """The number or truth value that `text` is, else `text`."""
     if re.fullmatch(r"-?[0-9]{1,18}", text):
         return int(text)
-    return float(text) if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,9}", text) else text
+    if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,9}", text):
+        return float(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+ACCOUNT_VARIABLES = {
+    "api_key": "OPENAI_API_KEY",
+    "base_url": "OPENAI_BASE_URL",
+    "organization": "OPENAI_ORG_ID",
+    "project": "OPENAI_PROJECT_ID",
+}
 
 
 def environment_controller(env: "Mapping[str, str]") -> "dict[str, Any]":
     """The one controller of a user who has only set OPENAI_API_KEY."""
-    base_url = env.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    account = {
-        "api_key": env["OPENAI_API_KEY"],
-        "base_url": base_url,
-        "organization": env.get("OPENAI_ORG_ID", ""),
-        "project": env.get("OPENAI_PROJECT_ID", ""),
-        "proxy": environment_proxy(base_url, env),
-    }
+    account = {key: env.get(variable, "") for key, variable in ACCOUNT_VARIABLES.items()}
+    account["proxy"] = environment_proxy(account["base_url"] or OPENAI_URL, env)
     return {"type": "openai", "name": "openai", "config": account}
 
 
@@ -870,25 +1052,33 @@ def load_config(
 ) -> Config:
     """The configuration of this start: flags over environment over file over defaults. Raises ConfigError."""
     path = "" if demo else find_file(config_file, config_path, env)
+    setters: "dict[str, str]" = {}
     if path:
         data, source = read_file(path), path
     elif demo:
         data, source = {"controllers": demo_controllers()}, "--demo"
     elif env.get("OPENAI_API_KEY"):
         data, source = {"controllers": [environment_controller(env)]}, "OPENAI_API_KEY"
+        setters = {"controllers[0].config." + key: variable for key, variable in ACCOUNT_VARIABLES.items()}
+        setters["controllers[0].config.proxy"] = "https_proxy, http_proxy or all_proxy"
     else:
         raise ConfigError(NOTHING_TO_RUN)
     if not isinstance(data, dict):
         raise ConfigError("%s: top level: found %s, allowed: an object" % (source, shown(data)))
-    return parse_config(overlay(data, environment_overrides(env), flags), source, env)
+    layers = [*environment_overrides(env), *((key, "--" + key, flags[key]) for key in flags if flags[key] is not None)]
+    for place, setter, value in layers:
+        data = overlay(data, place, value)
+        setters[place] = setter
+    return parse_config(data, source, env, setters)
 
 
-def overlay(data: "dict[str, Any]", overrides: "dict[str, Any]", flags: "Mapping[str, Any]") -> "dict[str, Any]":
-    """`data` with what the environment and then the flags set."""
-    merged = dict(data, **{key: value for key, value in overrides.items() if key != "pool"})
-    if "pool" in overrides and isinstance(data.get("pool") or {}, dict):
-        merged["pool"] = dict(data.get("pool") or {}, **overrides["pool"])
-    return dict(merged, **{key: value for key, value in flags.items() if value is not None})
+def overlay(data: "dict[str, Any]", path: str, value: "Any") -> "dict[str, Any]":
+    """`data` with `value` at `path`, unless what should hold it is no object, which is told later."""
+    outer, _, key = path.rpartition(".")
+    if not outer:
+        return {**data, key: value}
+    inner = data.get(outer) or {}
+    return {**data, outer: {**inner, key: value}} if isinstance(inner, dict) else data
 
 
 def demo_controllers() -> "list[dict[str, Any]]":
@@ -901,8 +1091,12 @@ def demo_controllers() -> "list[dict[str, Any]]":
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a listener on `host`."""
+    if host in ("localhost", "127.0.0.1", "::1"):
+        return True
+    import ipaddress  # 2 ms that loopback need not pay at the start
+
     try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
@@ -910,9 +1104,6 @@ def is_loopback(host: str) -> bool:
 def describe(config: Config) -> "list[str]":
     """The configuration in lines for --check and the start-up log; secrets as `sk-…last4`."""
     lines = ["configuration: %s" % config.source, "policy: %s" % config.pool.type]
-    limits = [one.limits for one in config.controllers] + [one.limits for one in config.client_keys]
-    if any(one != QuotaLimits() for one in limits):
-        lines.append("NOTE: limits of controllers and client keys are read, but not enforced by this version")
     for one in config.controllers:
         account = one.account
         about = [one.type, "weight %d" % one.weight, "models " + (", ".join(one.models) or "all")]
@@ -925,9 +1116,69 @@ def describe(config: Config) -> "list[str]":
     return [*lines, "address: %s://%s:%d" % (scheme, host, config.port)]
 
 
+SPELLED = {  # where the file says it otherwise than `Config`
+    "account": "config",
+    "digest": "key",
+    "tls_cert": "tls.cert",
+    "tls_key": "tls.key",
+    "allow_origins": "cors.allow_origins",
+    "log_format": "log.format",
+    "log_level": "log.level",
+}
+RESTART = ("host", "port")
+
+
+def diff_config(old: Config, new: Config) -> "list[str]":
+    """What is different in `new`, in lines without secrets; [] when nothing is."""
+    lines = diff_named("controller", old.controllers, new.controllers)
+    lines += diff_named("client key", old.client_keys, new.client_keys)
+    for path, before, after in differences(old, new):
+        if path not in ("source", "controllers", "client_keys"):
+            restart = " (needs a restart)" if path in RESTART else ""
+            lines.append("%s: %s -> %s%s" % (path, shown(before), shown(after), restart))
+    return lines
+
+
+def diff_named(
+    kind: str, old: "Sequence[ControllerConfig | ClientKey]", new: "Sequence[ControllerConfig | ClientKey]"
+) -> "list[str]":
+    """What is different in a list whose members have names; of a change the keys only, as values may be secrets."""
+    before, after = {one.name: one for one in old}, {one.name: one for one in new}
+    lines = ["%s %s: removed" % (kind, name) for name in before if name not in after]
+    for name, one in after.items():
+        if name not in before:
+            lines.append("%s %s: added" % (kind, name))
+        elif one != before[name]:
+            keys = ", ".join(path for path, _, _ in differences(before[name], one))
+            lines.append("%s %s: changed: %s" % (kind, name, keys))
+    if [name for name in before if name in after] != [name for name in after if name in before]:
+        lines.append("%ss: another order" % kind)
+    return lines
+
+
+def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[str, Any, Any]]":
+    """The paths at which two records of one type differ, with both values."""
+    for name in old.fields:
+        path, before, after = prefix + SPELLED.get(name, name), getattr(old, name), getattr(new, name)
+        if isinstance(before, Record):
+            yield from differences(before, after, path + ".")
+        elif before != after:
+            yield path, before, after
+
+
 # ==== 3. Observability ====
 # One line per request, written in batches, and the logger for everything rarer. What clients control is escaped; a
 # secret that finds its way into a message is struck out by the last filter before the stream.
+
+
+# A word, a run of what masks are made of (also as JSON may escape it), and what follows. Every quantifier is possessive
+# and a match starts at the start of a word only, so that no body makes it look twice at a byte.
+_MASKED = (  # compiled, and kept by `re`, when the first error comes
+    rb"(?<![\w\-])([\w\-]{3,64}+)(?:[*.]{3}|\xe2\x80[\xa2\xa6]|\\u202[26])"
+    rb"(?:[*.]|\xe2\x80[\xa2\xa6]|\\u202[26])*+([\w\-]{0,64}+)"
+)
+# What people write where a server of their own wants some key: words that errors and logs may well hold.
+DUMMY_KEYS = frozenset("ollama lm-studio not-needed no-key-required placeholder".split())
 
 
 class Redactor(logging.Filter):
@@ -936,10 +1187,14 @@ class Redactor(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.secrets: "tuple[str, ...]" = ()
+        self.keys: "tuple[bytes, ...]" = ()
 
     def watch(self, secrets: "Iterable[str]") -> None:
         """From now on strikes out these; short ones would strike out ordinary words."""
-        self.secrets = tuple(sorted({value for value in secrets if len(value) >= 6}, key=len, reverse=True))
+        known = {value for value in secrets if len(value) >= 6} - DUMMY_KEYS
+        known |= {json.dumps(value)[1:-1] for value in known}  # as an error body spells one that has quotes
+        self.secrets = tuple(sorted(known, key=len, reverse=True))
+        self.keys = tuple(secret.encode() for secret in self.secrets)
 
     def clean(self, text: str) -> str:
         """`text` without secrets."""
@@ -949,15 +1204,21 @@ class Redactor(logging.Filter):
         return text
 
     def scrub(self, body: bytes) -> bytes:
-        """An upstream's error body without secrets: OpenAI's 401 echoes the first and last letters of the key."""
-        for secret in self.secrets:
-            key = secret.encode()
+        """An upstream's error body without secrets, whole or masked: OpenAI's 401 echoes both ends of the key."""
+        for key in self.keys:
             if key in body:
                 body = body.replace(key, b"***")
-            masked = rb"%b[*.\xe2\x80\xa6]{3,}%b" % (re.escape(key[:3]), re.escape(key[-4:]))
-            body = re.sub(masked.replace(b"{3,}", b"{3,200}"), b"***", body)
-            body = re.sub(re.escape(key[:8]) + rb"\*{3,200}[\w\-]{0,8}", b"***", body)
-        return body
+        return re.sub(_MASKED, self._unmasked, body) if self.keys else body
+
+    def _unmasked(self, match: "re.Match[bytes]") -> bytes:
+        """What stays of a masked word: all of it unless it shows both ends of a key, or a dozen letters of one."""
+        word, tail = match.groups()
+        ending = [key for key in self.keys if key.endswith(tail)] if len(tail) >= 3 else []
+        for key in self.keys if len(word) >= 12 else ending:
+            at = word.rfind(key[:3])
+            if at >= 0 and key.startswith(word[at:]) and (len(word) - at >= 12 or key in ending):
+                return word[:at] + b"***"
+        return match.group()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Replaces the record's text; never drops it."""
@@ -1533,6 +1794,8 @@ def render_fields(fields: Fields) -> bytes:
 @functools.lru_cache(maxsize=64)
 def status_line(status: int) -> bytes:
     """The first line of an answer."""
+    from http import HTTPStatus  # start-up does without
+
     try:
         phrase = HTTPStatus(status).phrase
     except ValueError:
@@ -1973,8 +2236,7 @@ def shrink_tls_buffers() -> None:
 # synchronous; a connection is given back at most once, and only when its last reply was read to its end.
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Origin:
+class Origin(Record):
     """Where connections go: scheme, host, port, and by which proxy and which certificates.
 
     Made by `intern_origin` only, one for each place, so that they are compared and hashed by identity: hashing the five
@@ -1986,6 +2248,7 @@ class Origin:
     port: int
     proxy: Secret = NO_SECRET
     ca_file: str = ""
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     @property
     def authority(self) -> str:
@@ -2704,7 +2967,7 @@ class OpenAIController:
 
 def with_first_byte(timeouts: Timeouts, default_s: float) -> Timeouts:
     """`timeouts` with the time to the first byte that this kind of answer needs."""
-    return timeouts if timeouts.first_byte is not None else dataclasses.replace(timeouts, first_byte=default_s)
+    return timeouts if timeouts.first_byte is not None else timeouts.replace(first_byte=default_s)
 
 
 class EchoExchange:
@@ -3593,10 +3856,13 @@ class Seat:
         times = self.times[stream]
         return max(SUSPECT_MIN_S, 3 * quantile(times, 0.95)) if times else SUSPECT_UNKNOWN_S
 
-    def rescue_s(self, stream: bool) -> float:
-        """Silence beyond this asks for a rescue; NEVER while too little is known."""
-        times = self.times[stream]
-        return max(RESCUE_MIN_S, 3 * quantile(times, 0.99)) if len(times) >= RESCUE_SAMPLES else NEVER
+
+def rescue_s(seat: Seat, seats: "list[Seat]", stream: bool) -> float:
+    """Silence beyond this asks for a rescue; NEVER while too little is known, of this controller or of all of them."""
+    times: "Collection[float]" = seat.times[stream]
+    if len(times) < RESCUE_SAMPLES:
+        times = [seconds for one in seats for seconds in one.times[stream]]
+    return max(RESCUE_MIN_S, 3 * quantile(times, 0.99)) if len(times) >= RESCUE_SAMPLES else NEVER
 
 
 def quantile(values: "Iterable[float]", share: float) -> float:
@@ -4160,7 +4426,9 @@ class UpstreamPool:
         ours = lease.stream or lease.upstream.out_why == "suspect"
         if lease.stuck is None or silent_s <= SUSPECT_MIN_S or not ours:
             return False
-        return silent_s > (lease.seat.rescue_s(lease.stream) if after_s is None else after_s or NEVER)
+        if after_s is not None:
+            return silent_s > (after_s or NEVER)
+        return silent_s > rescue_s(lease.seat, self.serving.get(lease.seat.model, []), lease.stream)
 
     def _rescue(self, lease: Lease, now: float) -> None:
         """Asks the request's owner for a second attempt, within the budget."""
@@ -5114,7 +5382,9 @@ class Server:
 
     def reconfigure(self, config: Config) -> None:
         """Works by `config` from now on. What is unchanged keeps its state; answers under way are not touched."""
-        if self.tls is not None and config.tls_cert:
+        if self.listener is not None and bool(self.tls) != bool(config.tls_cert):
+            log.warning("tls: switching it on or off needs a restart")
+        elif self.tls is not None:
             load_certificate(self.tls, config)  # first: it may raise
         self.config = config
         rebuild_pool(self.pool, config)
@@ -5229,9 +5499,9 @@ class Server:
             shown_key = shown_key[7:].strip()
         else:
             shown_key = index.get(b"api-key", index.get(b"x-api-key", b""))
-        digest, found = hashlib.sha256(shown_key).digest(), None
+        digest, found = key_digest(shown_key), None
         for key in self.config.client_keys:  # all of them, so that the time tells nothing
-            if hmac.compare_digest(digest, key.digest):
+            if same_digest(digest, key.digest):
                 found = key
         if found is None:
             raise ProxyError(401, "Incorrect API key provided: it is none of this server's keys.", "invalid_api_key")
@@ -5498,19 +5768,36 @@ def write_stderr(text: str) -> None:
 # cannot be listened on.
 
 
-def parse_args(argv: "list[str]") -> argparse.Namespace:
-    """The flags; each with underscores or dashes."""
-    parser = argparse.ArgumentParser(
-        prog="chatgpt_apiserver.py", description="Several rate-limited OpenAI-style accounts behind one endpoint."
-    )
-    parser.add_argument("--config_file", "--config-file", metavar="FILE", default="", help="the configuration")
-    parser.add_argument("--config_path", "--config-path", metavar="DIR", default="", help="a folder to look for it in")
-    parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    parser.add_argument("--port", help="port to listen on (default 8080)")
-    parser.add_argument("--check", action="store_true", help="validate, print a summary without secrets, exit")
-    parser.add_argument("--demo", action="store_true", help="run without any key, on echo controllers")
-    parser.add_argument("--version", action="version", version="chatgpt_apiserver " + __version__)
-    return parser.parse_args(argv)
+USAGE = """usage: chatgpt_apiserver.py [flags]
+
+Several rate-limited OpenAI-style accounts behind one endpoint.
+
+  --config_file FILE  the configuration
+  --config_path DIR   a folder to look for it in
+  --host HOST         address to listen on (default 127.0.0.1)
+  --port PORT         port to listen on (default 8080)
+  --check             validate, print a summary without secrets, exit
+  --demo              run without any key, on echo controllers
+  --version           print the version, exit
+  --help, -h          print this, exit
+
+Long flags may also be written with dashes: --config-file, --config-path."""
+FLAGS = ("config_file=", "config-file=", "config_path=", "config-path=", "host=", "port=")
+SWITCHES = ("check", "demo", "version", "help")
+
+
+def parse_args(argv: "list[str]") -> "dict[str, str]":
+    """The flags that are set, by their names with underscores. Raises ConfigError.
+
+    By getopt: argparse brings shutil and the compressors along, and takes 12 ms of a start, which has about 90.
+    """
+    try:
+        found, rest = getopt.getopt(argv, "h", [*FLAGS, *SWITCHES])
+    except getopt.GetoptError as problem:
+        raise ConfigError("%s; --help shows every flag" % problem) from None
+    if rest:
+        raise ConfigError("unexpected argument %r; --help shows every flag" % rest[0])
+    return {"help" if name == "-h" else name[2:].replace("-", "_"): value for name, value in found}
 
 
 def raise_open_files() -> None:
@@ -5520,12 +5807,30 @@ def raise_open_files() -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
+    try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as problem:  # macOS names no limit and then refuses to set none
+        log.warning("open files stay limited to %d: %s", soft, problem)
 
 
-async def serve(config: Config) -> None:
-    """Runs the server until a signal asks it to stop. Raises OSError when it cannot listen."""
+def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
+    """What `load` finds now, once it is known to be usable as a whole; None, and the log says why, when it is not."""
+    try:
+        new = load()
+        if new.tls_cert:
+            server_tls(new)
+    except ConfigError as problem:
+        log.error("reload: the old configuration stays: %s", problem)
+        return None
+    redactor.watch([*secrets_of(current), *secrets_of(new)])  # what is under way may still show the old ones
+    log.setLevel(new.log_level.upper())
+    for line in diff_config(current, new) or ["nothing changed"]:
+        log.info("reload: %s", line)
+    return new
+
+
+async def serve(config: Config, load: "Callable[[], Config]") -> None:
+    """Runs the server until a signal asks it to stop; SIGHUP makes it `load` again. Raises OSError, ConfigError."""
     loop = asyncio.get_running_loop()
     server = Server(config, loop)
     stop = asyncio.Event()
@@ -5536,12 +5841,20 @@ async def serve(config: Config) -> None:
             os._exit(1)
         stop.set()
 
+    def reload() -> None:
+        new = reload_config(server.config, load)
+        if new is not None:
+            server.reconfigure(new)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask)
-    loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: this version does not reload; restart it")
+    loop.add_signal_handler(signal.SIGHUP, reload)
     for host, port in await server.start():
         shown_host = "[%s]" % host if ":" in host else host
         log.info("listening on %s://%s:%d", "https" if config.tls_cert else "http", shown_host, port)
+    raise_open_files()
+    shrink_tls_buffers()
+    gc.enable()
     gc.collect()
     gc.set_threshold(20_000, 20, 50)  # requests make few cycles; the default looks for them every few requests
     gc.freeze()  # what start-up made lives as long as the process
@@ -5551,10 +5864,10 @@ async def serve(config: Config) -> None:
     log.info("stopped")
 
 
-def run(config: Config) -> int:
+def run(config: Config, load: "Callable[[], Config]") -> int:
     """Serves; the exit status."""
     try:
-        asyncio.run(serve(config))
+        asyncio.run(serve(config, load))
     except OSError as error:
         print("cannot listen on %s:%d: %s" % (config.host, config.port, error), file=sys.stderr)
         return 1
@@ -5563,11 +5876,16 @@ def run(config: Config) -> int:
 
 def main(argv: "list[str] | None" = None) -> int:
     """Runs the command line; the exit status."""
-    args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        flags = {"host": args.host, "port": args.port}
-        config = load_config(args.config_file, args.config_path, flags, os.environ, args.demo)
-        if args.check:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        if "help" in args or "version" in args:
+            print(USAGE if "help" in args else "chatgpt_apiserver " + __version__)
+            return 0
+        flags = {"host": args.get("host"), "port": args.get("port")}
+        named = (args.get("config_file", ""), args.get("config_path", ""))
+        load = functools.partial(load_config, *named, flags, os.environ, "demo" in args)
+        config = load()
+        if "check" in args:
             if config.tls_cert:
                 server_tls(config)
             print("\n".join(["good: " + config.source, *describe(config)]))
@@ -5577,9 +5895,7 @@ def main(argv: "list[str] | None" = None) -> int:
             log.info("%s", line)
         if not is_loopback(config.host) and not config.client_keys:
             log.warning("ANYONE WHO CAN REACH %s:%d CAN SPEND THESE KEYS: no client_keys", config.host, config.port)
-        raise_open_files()
-        shrink_tls_buffers()
-        return run(config)
+        return run(config, load)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

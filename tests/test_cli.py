@@ -47,8 +47,9 @@ def test_help_names_every_flag(tmp_path: Path) -> None:
     """--help shows each flag."""
     ended = run(tmp_path, "--help")
     assert ended.returncode == 0
-    for flag in ("--config_file", "--config_path", "--host", "--port", "--check", "--demo", "--version"):
-        assert flag in ended.stdout
+    for flag in (*app.FLAGS, *app.SWITCHES):
+        assert "--" + flag.rstrip("=") in ended.stdout
+    assert run(tmp_path, "-h").stdout == ended.stdout
 
 
 def test_check_shows_no_secrets(tmp_path: Path) -> None:
@@ -88,13 +89,15 @@ def test_flags_and_environment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--config_file", "nowhere.json"), "nowhere.json: no such file"),
-        (("--config_path", "nowhere"), "nowhere: no such folder"),
+        (("--config_file", "nowhere.json"), "--config_file: nowhere.json: no such file"),
+        (("--config_path", "nowhere"), "--config_path: nowhere: no such folder"),
         (("--config_file", "broken.json"), "broken.json: cannot be read"),
         (("--config_file", "typo.json"), "typo.json: prot: unknown key; did you mean 'port'?"),
-        (("--demo", "--port", "http"), 'port: found "http", allowed: a number from 0 to 65535'),
+        (("--demo", "--port", "http"), '--port: found "http", allowed: a number from 0 to 65535'),
         (("--demo", "--port", "70000"), "allowed: a number from 0 to 65535"),
-        (("--nonsense",), "unrecognized arguments: --nonsense"),
+        (("--port",), "option --port requires argument; --help shows every flag"),
+        (("serve",), "unexpected argument 'serve'; --help shows every flag"),
+        (("--nonsense",), "option --nonsense not recognized"),
     ],
 )
 def test_what_cannot_run_exits_with_2(tmp_path: Path, args: tuple[str, ...], words: str) -> None:
@@ -118,6 +121,15 @@ def test_nothing_to_run_with(tmp_path: Path) -> None:
         assert way in ended.stderr
 
 
+def test_a_fresh_clone_says_what_is_missing(tmp_path: Path) -> None:
+    """The sample that a start in the project's own folder finds needs a key, and the message says what to do."""
+    (tmp_path / "config").symlink_to(PROGRAM.parent / "config")
+    ended = run(tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "config/chatgpt-apiserver.json: controllers[0].config.api_key: found \"$OPENAI_API_KEY\"" in ended.stderr
+    assert "OPENAI_API_KEY is not set: export OPENAI_API_KEY=..., or try --demo, which needs no key" in ended.stderr
+
+
 def test_key_and_demo_checks(tmp_path: Path) -> None:
     """A key alone, or none with --demo, is enough."""
     ended = run(tmp_path, "--check", OPENAI_API_KEY=KEY)
@@ -137,3 +149,72 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
         check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+
+
+def test_a_reload_takes_a_good_configuration(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What changed is logged without secrets, and the secrets of both configurations are kept out of the log."""
+    caplog.set_level("INFO", app.log.name)
+    monkeypatch.setattr(app.log, "propagate", True)
+    monkeypatch.setattr(app, "redactor", app.Redactor())
+    old, new = (
+        app.parse_config({"controllers": [{"config": {"api_key": key}}], "log": {"level": level}}, "c.json", {})
+        for key, level in ((KEY, "error"), (PASSWORD, "info"))
+    )
+    assert app.reload_config(old, lambda: new) is new
+    assert caplog.messages == ["reload: controller openai-1: changed: config.api_key", 'reload: log.level: "error" -> "info"']
+    assert app.redactor.clean(KEY + PASSWORD) == "sk-…wxyz…ter2"
+    caplog.clear()
+    assert app.reload_config(new, lambda: new) is new
+    assert caplog.messages == ["reload: nothing changed"]
+
+
+def test_a_reload_refuses_a_bad_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake, or a certificate that does not fit, leaves everything as it was."""
+    caplog.set_level("INFO", app.log.name)
+    monkeypatch.setattr(app.log, "propagate", True)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, port=9001)
+    (tmp_path / "a.pem").write_text("no certificate")
+
+    def load() -> app.Config:
+        return app.load_config("chatgpt-apiserver.json", "", {}, {})
+
+    current = load()
+    for wrong, words in (
+        ({"prot": 1}, "chatgpt-apiserver.json: prot: unknown key; did you mean 'port'?"),
+        ({"tls": {"cert": "a.pem", "key": "a.pem"}}, "certificate and key cannot be used"),
+    ):
+        write(tmp_path, **wrong)
+        assert app.reload_config(current, load) is None
+        assert caplog.messages[-1].startswith("reload: the old configuration stays: ")
+        assert words in caplog.messages[-1]
+
+
+def test_garbage_is_collected_once_it_serves(tmp_path: Path) -> None:
+    """Start-up does without the collector, serving does not."""
+    code = "import atexit, gc, runpy, sys; atexit.register(lambda: print(gc.isenabled())); del sys.argv[0]\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(PROGRAM), "--demo", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        while "listening" not in server.stderr.readline():
+            assert server.poll() is None
+        server.terminate()
+        assert server.communicate()[0] == "True\n"
+    assert server.returncode == 0
+
+
+def test_a_limit_that_cannot_be_raised_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that refuses more open files is no reason not to start."""
+    resource = pytest.importorskip("resource")
+
+    def refuse(*_: object) -> None:
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, -1))
+    monkeypatch.setattr(app.log, "propagate", True)
+    app.raise_open_files()
+    assert caplog.messages == ["open files stay limited to 256: current limit exceeds maximum limit"]

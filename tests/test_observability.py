@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 
@@ -83,9 +84,56 @@ def test_scrub(key: str, shape: str) -> None:
     assert redactor.scrub((body % echo).encode()).decode() == body % "***"
 
 
-def test_scrub_leaves_other_bodies() -> None:
-    """What holds no secret comes out byte by byte."""
+@pytest.mark.parametrize("stars", ["***", "*" * 40, "*" * 300, "...", "…", "•" * 9, "***...***", "\\u2026"])
+@pytest.mark.parametrize("letters", [3, 4, 5, 8, 9, 12, 20])
+@pytest.mark.parametrize("before", [" ", '"', "=", "\\n"])
+def test_scrub_masks(before: str, letters: int, stars: str) -> None:
+    """However many first letters are shown, and by whatever mask, the last four go with them."""
     redactor = app.Redactor()
-    redactor.watch([KEY])
-    body = b'{"error":"sk- *** **bold** \xff ... wxyz"}'
-    assert redactor.scrub(body) == body
+    redactor.watch([KEY[:3] + KEY[8:]])
+    body = "Incorrect API key provided:%s%s%s. You can find"
+    echo = (KEY[:3] + KEY[8:])[:letters] + stars + KEY[-4:]
+    assert redactor.scrub((body % (before, echo, "")).encode()).decode() == body % (before, "***", "")
+
+
+def test_scrub_of_most_of_a_key() -> None:
+    """A dozen letters of a key go whatever follows the mask; a secret with quotes goes as JSON spells it."""
+    redactor = app.Redactor()
+    redactor.watch([KEY, 'pass"word\\'])
+    assert redactor.scrub(("x %s*** y" % KEY[:12]).encode()) == b"x *** y"
+    assert redactor.scrub(json.dumps({"a": 'pass"word\\'}).encode()) == b'{"a": "***"}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"error":"sk- *** **bold** \xff ... wxyz"}',
+        "keys look like sk-proj-... or sk-***, and end; see task-1...wxyz, sk-ip...wxy and sk-...z",
+        "sk-proj-*** is masked",
+        "a high-level-risk-*** remains",
+        "ask ollama...",
+        "*" * 100 + "." * 100,
+    ],
+)
+def test_scrub_leaves_other_bodies(body: str) -> None:
+    """What holds no secret comes out byte by byte; a dummy key of a local server is none."""
+    redactor = app.Redactor()
+    redactor.watch([KEY, "ollama"])
+    assert redactor.scrub(body.encode("latin-1")) == body.encode("latin-1")
+    assert redactor.clean(body) == body
+
+
+@pytest.mark.parametrize("piece", ["sk-", "sk-***", "sk-a*** ", "*", ".", "a", "…", "sk-abcd***wxy ", "sk-proj-Abcd***wxyz"])
+def test_scrub_is_linear(piece: str) -> None:
+    """Four times the body takes about four times as long, whatever it is made of and however many secrets there are."""
+    redactor = app.Redactor()
+    redactor.watch([KEY, *("sk-%040d" % number for number in range(20))])
+
+    def seconds(size: int) -> float:
+        body = (piece * size)[:size].encode()
+        since = time.process_time()
+        redactor.scrub(body)
+        return time.process_time() - since
+
+    short, long = (min(seconds(size) for _ in range(3)) for size in (40_000, 160_000))
+    assert long < 10 * short + 0.01

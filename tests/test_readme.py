@@ -32,7 +32,7 @@ def test_keys_of_the_tables_exist() -> None:
 def test_every_key_is_in_the_tables() -> None:
     """No server limit, pool key or timeout is missing from the reference."""
     for section, kind in (("limits", app.ServerLimits), ("pool", app.PoolConfig), ("timeouts", app.Timeouts)):
-        for key in kind.__dataclass_fields__:
+        for key in kind.fields:
             assert f"`{section}.{key}`" in README, f"{section}.{key}"
 
 
