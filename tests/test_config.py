@@ -639,6 +639,9 @@ def test_diff_of_the_rest(tmp_path: Path) -> None:
         "pool.max_wait: 30.0 -> 5.0",
         'pool.fallbacks: [] -> [["a", ["b"]]]',
         'cors.allow_origins: [] -> ["https://a"]',
+        'tls.cert: "" -> %s' % app.shown(str(tmp_path / "server.pem")),
+        'tls.key: "" -> %s' % app.shown(str(tmp_path / "server.key")),
         "limits.body_bytes: 33554432 -> 6",
+        "limits.connections: 10000 -> 5",
         'log.level: "info" -> "debug"',
     ]

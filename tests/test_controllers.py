@@ -1,5 +1,6 @@
 """What an account gets to see of a request, and what is refused before anything is sent."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -271,7 +272,8 @@ async def echo(data: dict[str, Any]) -> tuple[list[bytes], list[str], app.Respon
     config = app.parse_config({"controllers": [{"type": "echo"}]}, "c.json", {}).controllers[0]
     sent: list[str] = []
     asked = request(data, request_id="r1", prompt_tokens=3)
-    exchange = app.EchoController(config).exchange(asked, app.ConnectionPool(), lambda now: sent.append("sent"))
+    pool = app.ConnectionPool(app.Outbox(asyncio.get_running_loop()))
+    exchange = app.EchoController(config).exchange(asked, pool, lambda now: sent.append("sent"))
     assert sent == []
     await exchange.start()
     pieces = []

@@ -15,13 +15,14 @@ def record(model: str = "gpt", path: str = "/v1/x", key: str = "") -> app.Access
     """A finished request."""
     found = app.AccessRecord("127.0.0.1", "POST", path, 10.0)
     found.model, found.key, found.controller, found.status, found.bytes = model, key, "a", 502, 7
+    found.until = 11.0
     found.first_at, found.waited_s, found.outcomes = 10.5, 0.25, [("a", "fault", 0.1), ("b", "rate", 0.2)]
     return found
 
 
 def test_text_line() -> None:
     """Every field stands where tools look for it."""
-    assert app.text_line(record(key="alice"), "T", 11.0) == (
+    assert app.text_line(record(key="alice"), "T") == (
         "T 127.0.0.1 POST /v1/x 502 model=gpt controller=a attempts=2 first_ms=500.0 ms=1000.0 bytes=7"
         " key=alice wait_ms=250 tried=a:fault:100,b:rate:200\n"
     )
@@ -33,7 +34,7 @@ FORGED = ["x\nT 127.0.0.1 GET /", "x model=evil", "x\r\n", "x\x1b[31m", "x\u2028
 @pytest.mark.parametrize("text", FORGED)
 def test_text_line_cannot_be_forged(text: str) -> None:
     """What a client writes stays one word of one line of plain ASCII."""
-    plain, forged = (app.text_line(record(t, "/" + t, t), "T", 11.0) for t in ("x", text))
+    plain, forged = (app.text_line(record(t, "/" + t, t), "T") for t in ("x", text))
     assert forged.isascii()
     assert forged[:-1].isprintable()
     assert len(forged.splitlines()) == 1
@@ -43,7 +44,7 @@ def test_text_line_cannot_be_forged(text: str) -> None:
 @pytest.mark.parametrize("text", FORGED)
 def test_json_line_cannot_be_forged(text: str) -> None:
     """The JSON line is one line, and gives back what was sent."""
-    line = app.json_line(record(text, "/" + text), "T", 11.0)
+    line = app.json_line(record(text, "/" + text), "T")
     assert len(line.splitlines()) == 1
     assert line.isascii()
     found = json.loads(line)
