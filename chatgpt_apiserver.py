@@ -1233,7 +1233,7 @@ def check_partial_head(data: bytes) -> None:
     if _BARE_LINE_END.search(data):
         raise BadMessage(400, "A line of the request head does not end with CRLF, or holds a control character.")
     if b"\n" not in data:
-        if len(data) > START_LINE_BYTES:
+        if len(data) > START_LINE_BYTES + 1:  # its CR may have come without the LF
             raise BadMessage(414, "The request line is longer than %d bytes." % START_LINE_BYTES)
         if data and not re.match(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?: |\Z)", data):
             raise BadMessage(400, "This is no HTTP request.")
