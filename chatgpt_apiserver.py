@@ -1098,7 +1098,9 @@ def secrets_of(config: Config) -> "Iterator[str]":
 # regular expression; bodies by push decoders that may be fed at any cut. Nothing that was not parsed is passed on.
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n" % _TOKEN)
+# Origin-form, absolute-form, asterisk-form; authority-form belongs to CONNECT, which nobody may do here.
+_TARGET = rb'/[!-~]*|\*|(?i:https?)://[!"$-.0->@-~][!"$-~]*'
+_REQUEST_LINE = re.compile(rb"(%b) (%b) HTTP/([0-9])\.([0-9])\r\n" % (_TOKEN, _TARGET))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 # `^` holds each match to one line, and a value cannot span lines, so as many matches as lines means that all are good.
 # Possessive, because white space fits both parts: a field of blanks with a bad end took quadratic time to refuse.
@@ -1193,7 +1195,7 @@ def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHe
     """A request's head, from its first byte to and with the empty line. Raises BadMessage."""
     line = _REQUEST_LINE.match(data)
     if line is None:
-        raise BadMessage(400, "The request line is malformed: METHOD SP TARGET SP HTTP/1.1 CRLF is needed.")
+        raise BadMessage(400, "The request line is malformed: METHOD SP /PATH SP HTTP/1.1 CRLF is needed.")
     if line.group(3) != b"1":
         raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
     try:
