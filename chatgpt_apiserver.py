@@ -1410,8 +1410,10 @@ def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | Chun
     if coding is not None:
         if length is not None or head.minor == 0:
             raise BadMessage(400, "Transfer-Encoding cannot stand with Content-Length, nor on HTTP/1.0.")
-        if coding.strip(b" \t").lower() != b"chunked":
-            raise BadMessage(501, "Only the transfer coding chunked is understood, alone and once.")
+        codings = [member.strip(b" \t").lower() for member in coding.split(b",")]
+        if codings != [b"chunked"]:  # 400 where the end of the body cannot be known, 501 where a coding is not spoken
+            status = 501 if codings[-1] == b"chunked" and codings.count(b"chunked") == 1 else 400
+            raise BadMessage(status, "Only the transfer coding chunked is understood, alone and once.")
         return ChunkedDecoder(limit)
     if length is None:
         return None
