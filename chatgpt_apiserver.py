@@ -1239,6 +1239,8 @@ def check_partial_head(data: bytes) -> None:
             raise BadMessage(414, "The request line is longer than %d bytes." % START_LINE_BYTES)
         if data and not re.match(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?: |\Z)", data):
             raise BadMessage(400, "This is no HTTP request.")
+    elif not _REQUEST_LINE.match(data):
+        raise BadMessage(400, "This is no HTTP request.")
 
 
 def content_length(value: bytes) -> int:

@@ -103,6 +103,14 @@ def test_invalid_requests_end_their_connection(name: str, stage: Stage) -> None:
         assert lines.count("\n") == 1 and "smuggled" not in body.decode() + lines and "wire-follow" not in lines
 
 
+@pytest.mark.parametrize("line", [b"GET /", b"SSH-2.0-client_1.0", b"EHLO client.example", b"*1", b"GET / HTTP/1.1 x", b"GET / http/1.1"])
+def test_a_bad_first_line_is_refused_without_waiting_for_more(line: bytes, stage: Stage) -> None:
+    """Whoever speaks another protocol, HTTP/0.9 among them, hears so after the first line, also when it comes in one piece."""
+    for how in HOW[:2]:
+        found, _ = stage.ask(cut(line + b"\r\n", how))
+        assert [status for status, _, _ in read_answers(found)] == [400], how
+
+
 def test_nothing_but_whole_requests_goes_upstream() -> None:
     """An upstream sees each good request once, framed afresh by its length, and of a bad one nothing."""
 
@@ -155,7 +163,7 @@ def exchange_reply(name: str, how: str, closes: bool) -> tuple[Message, str]:
         if len(one.seen) > 1:
             await peer.send(json_reply(200, {"mark": len(one.seen)}))
             return
-        await trickle(peer.writer, cut(message(name), how), peer.reader.at_eof)
+        await trickle(peer.writer.transport, cut(message(name), how), peer.reader.at_eof)
         if closes:
             peer.close()
             await peer.gone()
