@@ -82,23 +82,28 @@ def take_body(decoder: app.Decoder, data: bytes, pieces: Iterator[bytes]) -> tup
     return body, decoder.rest + data, True
 
 
-def read_requests(pieces: Iterable[bytes], limit: int = BODY_LIMIT) -> list[Request]:
+def each_request(pieces: Iterable[bytes], limit: int = BODY_LIMIT) -> Iterator[Request]:
     """The whole requests that the pieces hold, by the pure parser. Raises what it raises."""
-    left, found, data = iter(pieces), [], b""
+    left, data = iter(pieces), b""
     while True:
         data = take_head(data, left)
         while data.startswith(b"\r\n"):
             data = take_head(data[2:], left)
         end = data.find(b"\r\n\r\n")
         if end < 0:
-            return found
+            return
         head = app.parse_request_head(data[: end + 4], app.FIELD_COUNT)
         decoder, data, body, whole = app.request_body_decoder(head, limit), data[end + 4 :], b"", True
         if decoder is not None:
             body, data, whole = take_body(decoder, data, left)
         if not whole:
-            return found
-        found.append((head.method, head.target, head.minor, body))
+            return
+        yield head.method, head.target, head.minor, body
+
+
+def read_requests(pieces: Iterable[bytes]) -> list[Request]:
+    """All of `each_request`."""
+    return list(each_request(pieces))
 
 
 def read_reply(pieces: Iterable[bytes], method: str = "POST") -> tuple[int, bytes, bytes]:
@@ -149,24 +154,46 @@ async def turns(count: int = TURNS) -> None:
         await asyncio.sleep(0)
 
 
-async def trickle(writer: asyncio.StreamWriter, pieces: list[bytes], stop: Callable[[], bool]) -> None:
+async def trickle(transport: asyncio.WriteTransport, pieces: list[bytes], stop: Callable[[], bool]) -> None:
     """Send the pieces one after the other, each handled before the next leaves; end early once `stop` says so."""
     for piece in pieces:
-        if stop() or writer.is_closing():
+        if stop() or transport.is_closing():
             return
-        writer.write(piece)
-        await (turns() if len(pieces) > 1 else writer.drain())
+        transport.write(piece)
+        if len(pieces) > 1:
+            await turns()
 
 
-async def talk(port: int, pieces: list[bytes]) -> bytes:
-    """All that a server answers to the pieces before it closes."""
+class Collector(asyncio.Protocol):
+    """A client that keeps all it hears, also when the connection is reset."""
+
+    def __init__(self) -> None:
+        self.heard = bytearray()
+        self.over = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.heard += data
+
+    def eof_received(self) -> None:
+        self.connection_lost(None)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
+
+
+async def talk(port: int, pieces: list[bytes], leave: bool = False) -> bytes:
+    """All that a server answers to the pieces before it closes; `leave`: the client sends its FIN after them."""
     async with asyncio.timeout(WAIT_S):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        transport, client = await asyncio.get_running_loop().create_connection(Collector, "127.0.0.1", port)
         try:
-            await trickle(writer, pieces, reader.at_eof)
-            return await reader.read()
+            await trickle(transport, pieces, client.over.done)
+            if leave and not client.over.done():
+                transport.write_eof()
+            await client.over
+            return bytes(client.heard)
         finally:
-            writer.transport.abort()
+            transport.abort()
 
 
 class Stage:
@@ -195,11 +222,11 @@ class Stage:
 
         return self.runner.run(main())
 
-    def ask(self, pieces: list[bytes]) -> tuple[bytes, str]:
+    def ask(self, pieces: list[bytes], leave: bool = False) -> tuple[bytes, str]:
         """What the server answers to the pieces until it closes, and the access lines it writes for that."""
 
         async def work() -> bytes:
-            found = await talk(self.running.port, pieces)
+            found = await talk(self.running.port, pieces, leave)
             while self.running.server.connections:
                 await asyncio.sleep(0)
             await turns()
