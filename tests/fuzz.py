@@ -8,6 +8,7 @@ printed as a repr, with the command that makes it again.
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import random
@@ -333,7 +334,7 @@ class Configurations(Target):
 
     def make(self, chooser: random.Random) -> "Any":
         """A document with some places replaced, removed, renamed or moved."""
-        data = json.loads(json.dumps(CONFIG))
+        data = copy.deepcopy(CONFIG)
         for _ in range(chooser.choice((1, 1, 1, 2, 3, 5))):
             *where, last = chooser.choice([path for path in places(data) if path] or [("x",)])
             inner = data
@@ -345,9 +346,9 @@ class Configurations(Target):
             elif kind == 1 and isinstance(inner, dict):
                 inner[chooser.choice([str(last).upper(), str(last) + "s", "", "\x00", "\ud800", "x" * 999])] = inner.pop(last)
             elif kind == 2 and isinstance(inner, list):
-                inner.append(json.loads(json.dumps(inner[last])))
+                inner.append(copy.deepcopy(inner[last]))
             else:
-                inner[last] = chooser.choice(VALUES) if chooser.random() < 0.97 else deepen(chooser)
+                inner[last] = copy.deepcopy(chooser.choice(VALUES)) if chooser.random() < 0.97 else deepen(chooser)
         return chooser.choice(VALUES) if chooser.random() < 0.01 else data
 
     def check(self, value: "Any", chooser: random.Random) -> None:
