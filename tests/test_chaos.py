@@ -5,6 +5,7 @@ tests/test_chaos.py` goes on for a minute with one seed after the other, from CH
 """
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -16,10 +17,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import chatgpt_apiserver as app
 
+from . import support
 from .conftest import VirtualLoop, open_transports
-from .support import Running, controller, error_reply, reply
+from .support import Message, Peer, Running, controller, error_reply, reply
 from .wirefeed import Collector, cut_at, trickle, turns
 
 SECONDS, SEED = float(os.environ.get("CHAOS_SECONDS", "0")), int(os.environ.get("CHAOS_SEED", "1"))
@@ -455,3 +459,28 @@ def test_faults_on_both_sides_lose_nothing_and_leave_nothing() -> None:
         if time.monotonic() >= until:
             return
         seed += 1
+
+
+@pytest.mark.skipif(not FDS.exists(), reason="counts the descriptors in /proc")
+async def test_a_client_that_leaves_during_the_connect_leaves_no_file_open() -> None:
+    """However far a connection to the upstream has come when nobody wants it any more, it is closed at once."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.gone()
+
+    gc.disable()  # it would close what was forgotten
+    try:
+        async with support.Upstream(script) as one, Running(controller("a", one.url)) as server:
+            base = open_files()
+            for count in range(16):
+                client = await server.open()
+                await client.post("m")
+                await turns(count)
+                client.reset()
+                for _ in range(500):
+                    if open_files() == base:
+                        break
+                    await asyncio.sleep(0)
+                assert open_files() == base, count
+    finally:
+        gc.enable()

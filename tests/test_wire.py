@@ -7,6 +7,7 @@ and `cut` hold what an upstream sends; after one of `cut` it closes, after one o
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import ANSWER, Message, Peer, Running, Upstream, controller, json_reply
+from .support import ANSWER, SSE_HEAD, Message, Peer, Running, Upstream, controller, event, json_reply
 from .wirefeed import (
     FOLLOW,
     HOW,
@@ -223,6 +224,28 @@ async def test_what_an_idle_upstream_says_is_nobodys_answer() -> None:
         await turns()
         assert [(await server.post("m")).json() for _ in range(2)] == [{"mark": 2}, {"mark": 3}]
         assert one.connections == 2
+
+
+EVENT = event("hi")
+
+
+@pytest.mark.parametrize("cut_off", [len(EVENT), len(EVENT) - 1, len(EVENT) - 2, 20, 5])
+async def test_the_error_event_stands_alone(cut_off: int) -> None:
+    """A stream that is cut within an event tells so in an event of its own, not at the end of the unfinished line."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD + app.chunk(EVENT) + app.chunk(EVENT[:cut_off]))
+        peer.close()
+        await peer.gone()
+
+    async with Upstream(script) as one, Running(controller("a", one.url)) as server:
+        client = await server.open()
+        await client.post("m", stream=True)
+        found = await client.closed()
+        client.close()
+    assert found.count(b'"error"') == 1 and b"0\r\n\r\n" not in found
+    body = b"".join(re.findall(rb"\r\n[0-9a-f]+\r\n(.*?)(?=\r\n[0-9a-f]+\r\n|\r\n\Z)", found, re.DOTALL))
+    assert [one for one in body.split(b"\n\n") if b'"error"' in one and not one.startswith(b'data: {"error":')] == []
 
 
 def test_a_dribbled_head_costs_no_more_than_a_dribbled_body(stage: Stage) -> None:
