@@ -7,11 +7,14 @@ printed as a repr, with the command that makes it again.
 """
 
 import argparse
+import asyncio
 import contextlib
 import copy
 import json
+import logging
 import math
 import random
+import re
 import signal
 import sys
 import time
@@ -24,7 +27,20 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import chatgpt_apiserver as app
-from tests.wirefeed import FOLLOW, Stage, corpus, cut, cut_at, each_request, message, read_answers, read_reply
+from tests.support import Message, Peer, Running, Upstream, controller, reply, request
+from tests.wirefeed import (
+    FOLLOW,
+    Stage,
+    corpus,
+    cut,
+    cut_at,
+    each_request,
+    message,
+    read_answers,
+    read_reply,
+    split_answers,
+    talk,
+)
 
 HANG_S = 5.0  # real time one case may take
 SMALL, TINY = 3000, 500  # inputs below the first are worth mutating, below the second worth cutting at every byte
@@ -390,6 +406,131 @@ class Live(Target):
                 raise Broken("whole: %r\ncut %r: %r" % (whole, [len(piece) for piece in pieces][:50], found))
 
 
+CHAT_HEADS = (
+    b"X-A: 1",
+    b"x-a:2",
+    b"Accept: */*",
+    b"Cookie: a=b",
+    b"Authorization: Bearer sk-client",
+    b"OpenAI-Organization: other",
+    b"Connection: X-A, close",
+    b"Connection: content-length",
+    b"Connection: host, authorization",
+    b"TE: trailers",
+    b"Upgrade: h2c",
+    b"Proxy-Authorization: Basic eDp5",
+    b"X-Forwarded-For: 1.2.3.4",
+    b"Forwarded: for=1.2.3.4",
+    b"Expect: 100-continue",
+    b"Content_Length: 3",
+    b"Idempotency-Key: 1",
+    b"X-Stainless-Read-Timeout: 600",
+)
+ODD = ("m", "", "a\r\nX-B: 1", "\u2028", "é", "x" * 300, "a\x00b", '"', "\ud800", "..", "%0d%0a")
+OWN = {"authorization": "Bearer sk-secret-a-key", "accept-encoding": "identity"}
+PRIVATE = {
+    *("cookie", "te", "upgrade", "proxy-authorization", "x-forwarded-for", "forwarded", "expect", "transfer-encoding"),
+    *("openai-organization", "api-key", "trailer", "keep-alive", "proxy-connection"),
+}
+
+
+class Behind(Target):
+    """A server between a client and an upstream of which a case says what it sends."""
+
+    def __init__(self) -> None:
+        self.runner = asyncio.Runner(loop_factory=asyncio.SelectorEventLoop)
+
+    def close(self) -> None:
+        self.runner.close()
+
+    def talk(self, raw: bytes, *replies: bytes) -> "tuple[list[bytes], list[Message]]":
+        """What the client hears that sends `raw`, then what others hear; and what the upstream was asked."""
+
+        async def script(peer: Peer, _: Message) -> None:
+            reply = replies[min(len(one.seen), len(replies)) - 1]
+            await peer.send(reply)
+            if reply is not OK:
+                peer.close()
+                await peer.gone()
+
+        async def work() -> "list[bytes]":
+            async with one:
+                account = controller("a", one.url, timeouts={"first_byte": 2, "idle": 2})
+                async with Running(account, pool={"max_wait": 0.05}, allowed_hosts=["*"]) as server:
+                    raws = [raw] + [good_chat(False)] * (len(replies) - 1)
+                    found = [await talk(server.port, [each], leave=True) for each in raws]
+                    while server.server.connections:
+                        await asyncio.sleep(0)
+                    if not repr(server.server.links).endswith("active=0>"):
+                        raise Broken(repr(server.server.links))
+                    return found
+
+        one = Upstream(script)
+        return self.runner.run(work()), one.seen
+
+
+OK = reply(200, b'{"id":"own"}')
+
+
+def good_chat(stream: bool) -> bytes:
+    """A chat request, after which the server closes."""
+    body = json.dumps({"model": "m", "messages": [{"role": "user"}], "stream": stream}).encode()
+    return request(body, "Connection: close")
+
+
+class Forwarding(Behind):
+    """What goes upstream is one whole request with the account's own key, whatever fields and names a client sends."""
+
+    def make(self, chooser: random.Random) -> bytes:
+        data = {"model": chooser.choice(ODD), "messages": [{"role": "user", "content": chooser.choice(ODD)}]}
+        body = json.dumps(data | {chooser.choice(ODD): chooser.choice(VALUES[:20])}).encode()
+        fields = [chooser.choice(CHAT_HEADS) for _ in range(chooser.randrange(6))]
+        head = b"".join(field + b"\r\n" for field in fields)
+        if chooser.random() < 0.4:
+            head = mutate(head, chooser, CHAT_HEADS)
+        framing = b"Content-Length: %d\r\n\r\n" % len(body) + body
+        if chooser.random() < 0.3:
+            framing = b"Transfer-Encoding: chunked\r\n\r\n" + app.chunk(body) + b"0\r\nX-T: 1\r\n\r\n"
+        query = chooser.choice((b"", b"", b"?a=b", b"?a=%0d%0aX:%201", b"?a=\"<>", b"?\\"))
+        return b"POST /v1/chat/completions%b HTTP/1.1\r\nHost: localhost\r\n" % query + head + framing + FOLLOW
+
+    def check(self, value: "Any", chooser: random.Random) -> None:
+        (found,), seen = self.talk(value, OK)
+        answers, rest = split_answers(found)
+        if rest:
+            raise Broken("half an answer: %r" % rest)
+        if len(seen) != sum(status == 200 for status, _, _ in answers):
+            raise Broken("%d requests went upstream for %r" % (len(seen), answers))
+        for one in seen:
+            lengths = [field for name, field in one.fields if name.lower() == "content-length"]
+            if one.start.partition("?")[0].partition(" HTTP")[0] != "POST /v1/chat/completions" or lengths != [str(len(one.body))]:
+                raise Broken("%r %r" % (one.start, one.fields))
+            if PRIVATE & set(one.headers) or any(one.headers.get(name) != text for name, text in OWN.items()):
+                raise Broken("%r" % (one.fields,))
+            if not all(re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) for name, _ in one.fields):
+                raise Broken("%r" % (one.fields,))
+
+
+class Upstreams(Behind):
+    """Whatever an upstream sends, its client hears one well-formed answer, and the next client its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        events = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        streams = [events + app.chunk(chat[:40]) + app.chunk(chat[40:]) + b"0\r\n\r\n" for chat in CHATS]
+        self.seeds = small("replies/valid", "replies/invalid", "replies/cut") + 20 * streams
+
+    def check(self, value: "Any", chooser: random.Random) -> None:
+        stream = chooser.random() < 0.5
+        (found, own), _ = self.talk(good_chat(stream), value, OK)
+        answers, rest = split_answers(found)
+        if len(answers) != 1 and not (rest.startswith(b"HTTP/1.1 2") and not answers):
+            raise Broken("not one answer: %r" % found)
+        status, _, body = read_answers(own)[0]
+        if (status == 200 and body != b'{"id":"own"}') or (status != 200 and "error" not in json.loads(body)):
+            raise Broken("the next client heard %r" % own)
+
+
 TARGETS: "dict[str, Callable[[], Target]]" = {
     "requests": Requests,
     "replies": Replies,
@@ -397,6 +538,8 @@ TARGETS: "dict[str, Callable[[], Target]]" = {
     "events": Events,
     "config": Configurations,
     "live": Live,
+    "forwarding": Forwarding,
+    "upstreams": Upstreams,
 }
 
 
@@ -458,6 +601,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="only this number")
     parser.add_argument("--keep-going", type=int, default=3, metavar="N", help="end a target after N failures (default 3)")
     options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
     names = [options.target] if options.target else list(TARGETS)
     failed = 0
     for name in names:

@@ -24,7 +24,7 @@ import chatgpt_apiserver as app
 from . import support
 from .conftest import VirtualLoop, open_transports
 from .support import Message, Peer, Running, controller, error_reply, reply
-from .wirefeed import Collector, cut_at, trickle, turns
+from .wirefeed import Collector, cut_at, dechunk, split_answers, trickle, turns
 
 SECONDS, SEED = float(os.environ.get("CHAOS_SECONDS", "0")), int(os.environ.get("CHAOS_SEED", "1"))
 SESSIONS, AT_ONCE = 180, 24  # of one round
@@ -225,44 +225,6 @@ class Client(Collector):
             await self.news
 
 
-def split_answers(data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
-    """The whole final answers at the beginning of `data`, as status and body, and what comes after them."""
-    found = []
-    while True:
-        head, end, rest = data.partition(b"\r\n\r\n")
-        if not end:
-            return found, data
-        assert head.startswith(b"HTTP/1.1 "), data[:200]
-        status, fields = int(head[9:12]), head.lower()
-        if status >= 200:
-            if b"\r\ntransfer-encoding: chunked" in fields:
-                taken = dechunk(rest)
-                if taken is None:
-                    return found, data
-                body, rest = taken
-            else:
-                length = int(fields.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0] or b"0")
-                if len(rest) < length:
-                    return found, data
-                body, rest = rest[:length], rest[length:]
-            found.append((status, body))
-        data = rest
-
-
-def dechunk(data: bytes, strict: bool = True) -> tuple[bytes, bytes] | None:
-    """The body and what follows it; None while it is not whole, or then what there is of it unless `strict`."""
-    body = b""
-    while True:
-        line, end, rest = data.partition(b"\r\n")
-        size = int(line, 16) if end else 0
-        if not end or len(rest) < size + 2:
-            return None if strict else (body, b"")
-        assert rest[size : size + 2] == b"\r\n"
-        if not size:
-            return body, rest[2:]
-        body, data = body + rest[:size], rest[size + 2 :]
-
-
 class Session:
     """One client connection: requests with marks, in good and bad manners."""
 
@@ -326,7 +288,7 @@ class Session:
         count = len(expected) + manner.startswith("bad")
         await self.client.until(lambda heard: len(split_answers(heard)[0]) >= count)
         answers, rest = split_answers(bytes(self.client.heard))
-        for (status, body), (one, streamed) in zip(answers, expected, strict=False):
+        for (status, _, body), (one, streamed) in zip(answers, expected, strict=False):
             self.round.check_answer(status, body, one, streamed)
         if len(answers) < len(expected):
             assert self.client.over.done(), (manner, mark)

@@ -125,26 +125,57 @@ def read_reply(pieces: Iterable[bytes], method: str = "POST") -> tuple[int, byte
     return head.status, body, rest
 
 
-ANSWER_HEAD = re.compile(r"HTTP/1\.1 ([1-5][0-9]{2}) [ -~]*\r\n((?:[0-9A-Za-z-]+: [ -~]*\r\n)*)\r\n\Z")
+ANSWER_HEAD = re.compile(
+    r"HTTP/1\.1 ([1-5][0-9]{2}) [ -~]*\r\n((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t -~\x80-\xff]*\r\n)*)\r\n\Z"
+)
 
 
-def read_answers(data: bytes, methods: Iterable[str] = ()) -> list[Answer]:
-    """The server's final answers, all of them whole; `methods` says which were asked with HEAD."""
-    asked, found = iter(methods), []
-    while data:
-        head, _, data = data.partition(b"\r\n\r\n")
+def split_answers(data: bytes, methods: Iterable[str] = ()) -> tuple[list[Answer], bytes]:
+    """The server's whole final answers at the beginning of `data`, and what follows; `methods` are those asked with."""
+    asked = iter(methods)
+    found: list[Answer] = []
+    while True:
+        head, end, rest = data.partition(b"\r\n\r\n")
+        if not end:
+            return found, data
         parsed = ANSWER_HEAD.match(head.decode("latin-1") + "\r\n\r\n")
         assert parsed, head
         status = int(parsed[1])
-        if status < 200:
-            continue
-        lines = [line.partition(": ") for line in parsed[2].split("\r\n")[:-1]]
-        fields = {name.lower(): value for name, _, value in lines}
-        body = b""
-        if next(asked, "GET") != "HEAD" and status not in (204, 304):
-            body, data = data[: int(fields["content-length"])], data[int(fields["content-length"]) :]
-            assert len(body) == int(fields["content-length"])
-        found.append((status, fields, body))
+        if status >= 200:
+            lines = [line.partition(": ") for line in parsed[2].split("\r\n")[:-1]]
+            fields = {name.lower(): value for name, _, value in lines}
+            framings = [name for name, _, _ in lines if name.lower() in ("content-length", "transfer-encoding")]
+            assert len(framings) == (status not in (204, 304)), head
+            body = b""
+            if next(asked, "GET") != "HEAD" and status not in (204, 304):
+                length = int(fields.get("content-length", "-1"))
+                taken = dechunk(rest) if length < 0 else (rest[:length], rest[length:]) if len(rest) >= length else None
+                if taken is None:
+                    return found, data
+                body, rest = taken
+            found.append((status, fields, body))
+        data = rest
+
+
+def dechunk(data: bytes, strict: bool = True) -> tuple[bytes, bytes] | None:
+    """The body and what follows it; None while it is not whole, or then what there is of it unless `strict`."""
+    body = b""
+    while True:
+        line, end, rest = data.partition(b"\r\n")
+        assert re.fullmatch(rb"[0-9a-f]*", line), line[:50]
+        size = int(line, 16) if end else 0
+        if not end or len(rest) < size + 2:
+            return None if strict else (body, b"")
+        assert rest[size : size + 2] == b"\r\n"
+        if not size:
+            return body, rest[2:]
+        body, data = body + rest[:size], rest[size + 2 :]
+
+
+def read_answers(data: bytes, methods: Iterable[str] = ()) -> list[Answer]:
+    """The server's final answers, all of them whole."""
+    found, rest = split_answers(data, methods)
+    assert not rest, rest[:200]
     return found
 
 
