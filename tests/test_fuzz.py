@@ -2,6 +2,8 @@
 
 import pytest
 
+import chatgpt_apiserver as app
+
 from . import fuzz
 
 CASES = {  # about 0.4 s each
@@ -51,3 +53,10 @@ def test_what_goes_wrong_is_reported_with_its_input(monkeypatch: pytest.MonkeyPa
     value = fuzz.Events().make(fuzz.chooser_of("events", 5, 3))
     assert "ZeroDivisionError" in found and repr(value) in found
     assert "replay: python3 tests/fuzz.py --target events --seed 5 --case 3" in found
+
+
+def test_a_name_that_no_file_can_have_is_refused_in_words() -> None:
+    """A NUL in the path of a secret's file is an error of the configuration, found by the fuzzer (config, seed 1, 2948)."""
+    data = {"controllers": [{"type": "openai", "config": {"api_key": "file:\0"}}]}
+    with pytest.raises(app.ConfigError):
+        app.parse_config(data, "fuzz", {})
