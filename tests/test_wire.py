@@ -16,7 +16,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import ANSWER, SSE_HEAD, Message, Peer, Running, Upstream, controller, event, json_reply
+from .support import ANSWER, SSE_HEAD, Message, Peer, Running, Upstream, controller, error_reply, event, json_reply
 from .wirefeed import (
     FOLLOW,
     HOW,
@@ -265,3 +265,40 @@ def test_a_dribbled_head_costs_no_more_than_a_dribbled_body(stage: Stage) -> Non
 def get_status(fields: bytes) -> bytes:
     """A request for the status."""
     return b"GET /status HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n"
+
+
+@pytest.mark.parametrize("ending", ["close", "stay"])
+async def test_a_reply_that_comes_before_the_request_was_read(ending: str) -> None:
+    """An early answer is the client's; a connection on which the request is not sent whole carries no other request."""
+    connections: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(len(connections))
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if int(re.findall(rb"Content-Length: ([0-9]+)", head)[0]) < 1000:
+                writer.write(json_reply(200, ANSWER))
+                await reader.read()
+                return
+            writer.write(error_reply(422, "early", "too long for me"))
+            if ending == "close":
+                writer.write_eof()
+            else:
+                await done.wait()
+            while await reader.read(1 << 20):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.transport.abort()
+
+    done = asyncio.Event()
+    upstream = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url, timeouts = "http://127.0.0.1:%d/v1" % upstream.sockets[0].getsockname()[1], {"first_byte": 1}
+    async with Running(controller("a", url, timeouts=timeouts)) as server:
+        found = await server.post("m", messages=[{"role": "user", "content": "x" * 12_000_000}])
+        assert found.status == 422 and found.json()["error"]["code"] == "early"
+        again = await server.post("m")
+        done.set()
+        assert again.status == 200 and again.json() == ANSWER and len(connections) == 2
+    upstream.close()
