@@ -86,6 +86,7 @@ TLS_BUFFER_BYTES = 32768  # asyncio's own 256 kB for each TLS connection is most
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head goes out, and can be replayed
 HOLD_BYTES = 65536  # what may come before the first real event of a stream
 HOLD_S = 15.0  # and for how long it is kept
+UNWANTED_S = 1.0  # for a connect that nobody waits for any more to end by itself, so that its socket can be closed
 EVENT_BYTES = 1_048_576  # one event that is looked into; a larger one counts as real unseen
 IDLE_UPSTREAM_S = 55.0  # a pooled connection is closed after this; servers commonly close after 60 s
 IDLE_UPSTREAM_COUNT = 1024  # pooled connections per origin
@@ -1372,11 +1373,14 @@ def secrets_of(config: Config) -> "Iterator[str]":
 # regular expression; bodies by push decoders that may be fed at any cut. Nothing that was not parsed is passed on.
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/([0-9])\.([0-9])\Z" % _TOKEN)
+# Origin-form, absolute-form, asterisk-form; authority-form belongs to CONNECT, which nobody may do here.
+_TARGET = rb'/[!-~]*|\*|(?i:https?)://[!"$-.0->@-~][!"$-~]*'
+_REQUEST_LINE = re.compile(rb"(%b) (%b) HTTP/([0-9])\.([0-9])\Z" % (_TOKEN, _TARGET))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
 # Possessive, because white space fits both parts: a field of blanks with a bad end took quadratic time to refuse.
 _FIELD = re.compile(rb"(%b):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)\Z" % _TOKEN)
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # before a request line they are skipped (RFC 9112, 2.2)
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 _ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]+)([^#]*)\Z")
@@ -1534,7 +1538,7 @@ def parse_request_line(line: bytes) -> "tuple[str, str, int]":
     """Method, target and minor version. Raises BadMessage."""
     found = _REQUEST_LINE.match(line)
     if found is None:
-        raise BadMessage(400, "The request line is malformed: METHOD SP TARGET SP HTTP/1.1 CRLF is needed.")
+        raise BadMessage(400, "The request line is malformed: METHOD SP /PATH SP HTTP/1.1 CRLF is needed.")
     if found.group(3) != b"1":
         raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
     return found.group(1).decode(), found.group(2).decode(), 1 if found.group(4) != b"0" else 0
@@ -1563,15 +1567,22 @@ def parse_response_head(data: bytes) -> ResponseHead:
     return ResponseHead(int(line.group(2)), int(line.group(1)), index, lines)
 
 
-def check_partial_head(data: bytes) -> None:
-    """Refuses a head that can no longer become a good one, so that nobody waits for its end. Raises BadMessage."""
-    if _BARE_LINE_END.search(data):
+def check_partial_head(data: bytes, since: int = 0) -> None:
+    """Refuses a head that can no longer become a good one, so that nobody waits for its end. Raises BadMessage.
+
+    What stands before `since` was checked before: a head that comes byte by byte would take quadratic time.
+    """
+    if _BARE_LINE_END.search(data, since):
         raise BadMessage(400, "A line of the request head does not end with CRLF, or holds a control character.")
     if b"\n" not in data:
-        if len(data) > START_LINE_BYTES:
+        if len(data) > START_LINE_BYTES + 1:  # its CR may have come without the LF
             raise BadMessage(414, "The request line is longer than %d bytes." % START_LINE_BYTES)
         if data and not re.match(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?: |\Z)", data):
             raise BadMessage(400, "This is no HTTP request.")
+        return
+    end = data.find(b"\r\n")
+    if end >= since - 1 and not _REQUEST_LINE.match(data[:end]):
+        raise BadMessage(400, "This is no HTTP request.")
 
 
 def content_length(value: bytes) -> int:
@@ -1743,8 +1754,10 @@ def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | Chun
     if coding is not None:
         if length is not None or head.minor == 0:
             raise BadMessage(400, "Transfer-Encoding cannot stand with Content-Length, nor on HTTP/1.0.")
-        if coding.strip(b" \t").lower() != b"chunked":
-            raise BadMessage(501, "Only the transfer coding chunked is understood, alone and once.")
+        codings = [member.strip(b" \t").lower() for member in coding.split(b",")]
+        if codings != [b"chunked"]:  # 400 where the end of the body cannot be known, 501 where a coding is not spoken
+            status = 501 if codings[-1] == b"chunked" and codings.count(b"chunked") == 1 else 400
+            raise BadMessage(status, "Only the transfer coding chunked is understood, alone and once.")
         return ChunkedDecoder(limit)
     if length is None:
         return None
@@ -2014,9 +2027,10 @@ class Fiber:
     def _cancel(self) -> None:
         if self.ended.done():
             return
-        if isinstance(self.waits_for, asyncio.Future):
-            self.waits_for.cancel()
-        else:
+        found, self.waits_for = self.waits_for, None
+        if isinstance(found, asyncio.Future) and found.cancel():
+            self.waits_for = found
+        else:  # also when the future has come to its end, but has not woken us yet
             self._step(asyncio.CancelledError())
 
     def _step(self, error: "BaseException | None") -> None:
@@ -2334,11 +2348,32 @@ async def open_link(host: str, port: int, tls: "ssl.SSLContext | None" = None, n
     loop = asyncio.get_running_loop()
     reader = WireReader(loop)
     protocol = WireProtocol(reader)
-    transport, _ = await loop.create_connection(
-        lambda: protocol, host, port, ssl=tls, server_hostname=name, happy_eyeballs_delay=0.25
+    dialling = loop.create_task(
+        loop.create_connection(
+            lambda: protocol, host, port, ssl=tls, server_hostname=name, happy_eyeballs_delay=0.25
+        )
     )
+    try:
+        transport, _ = await asyncio.shield(dialling)
+    except asyncio.CancelledError:
+        # Cancelled in the race of addresses, asyncio forgets a socket that has just connected without closing it.
+        dialling.add_done_callback(abort_unwanted)
+        loop.call_later(UNWANTED_S, dialling.cancel)
+        raise
     tune(transport)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+def abort_unwanted(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> None:
+    """Closes a connection that nobody waits for any more."""
+    if not dialling.cancelled() and dialling.exception() is None:
+        dialling.result()[0].abort()
+
+
+def close_unwanted(dialling: "asyncio.Task[Link]") -> None:
+    """Closes a link that nobody waits for any more."""
+    if not dialling.cancelled() and dialling.exception() is None:
+        dialling.result()[1].transport.abort()
 
 
 async def dial(origin: Origin) -> Link:
@@ -2487,9 +2522,10 @@ class UpstreamConnection:
         return "<UpstreamConnection %s %s used=%d>" % (self.origin.authority, state, self.used)
 
     def usable(self) -> bool:
-        """Whether a new exchange may start: open, and nothing has come unasked (RFC 9112, 9.5 and 11.2)."""
-        reader = self.reader
-        return not (reader.ended or reader.data or self.writer.transport.is_closing())
+        """Whether a new exchange may start: open, all sent, nothing come unasked (RFC 9112, 9.5 and 11.2)."""
+        reader, transport = self.reader, self.writer.transport
+        unasked = reader.ended or reader.data
+        return not (unasked or transport.is_closing() or transport.get_write_buffer_size())
 
     def sent(self, now: float, within_s: float) -> None:
         """A request was written; its reply must begin within this time, 0 is no limit."""
@@ -2545,8 +2581,13 @@ class ConnectionPool:
 
     async def connect(self, origin: Origin, within_s: float) -> UpstreamConnection:
         """A fresh connection. Raises ConnectFailed, within `within_s` seconds."""
+        dialling = asyncio.get_running_loop().create_task(self._dial(origin, within_s))
         try:
-            link = await asyncio.get_running_loop().create_task(self._dial(origin, within_s))
+            link = await dialling
+        except asyncio.CancelledError:
+            dialling.add_done_callback(close_unwanted)
+            dialling.cancel()
+            raise
         except TimeoutError:
             raise ConnectFailed("no connection to %s within %g s" % (origin.authority, within_s)) from None
         except (OSError, UnicodeError, UpstreamError) as problem:
@@ -5034,6 +5075,7 @@ class ClientConnection:
         "gone",
         "head",
         "head_sent",
+        "last",
         "last_head",
         "loop",
         "on_ready",
@@ -5066,7 +5108,7 @@ class ClientConnection:
         self.origin = b""
         self.head: "RequestHead | None" = None
         self.parsed_head: "RequestHead | None" = None
-        self.last_head = b""
+        self.last_head = self.last = b""
         self.on_ready: "Callable[[], None] | None" = None
         self.record = AccessRecord(self.peer, "-", "-", 0.0)
         self.reader.on_end = self._ended
@@ -5092,7 +5134,7 @@ class ClientConnection:
             await self._linger()
         except asyncio.CancelledError:
             pass  # the client left, or the server stops; asyncio 3.11 prints a traceback for a cancelled stream task
-        except (ConnectionError, TimeoutError, ClientGone):
+        except (OSError, ClientGone):  # OSError: TimeoutError, ConnectionError, and ENOTCONN of a shutdown come late
             self.gone = True
         finally:
             self.phase = Phase.CLOSING
@@ -5162,15 +5204,18 @@ class ClientConnection:
             if not more:
                 return None
             data = data + more if data else more
-            if data[:1] in b"\r\n":  # empty lines before a request (RFC 9112, 2.2)
-                data = data.lstrip(b"\r\n")
+            if data[0] == 13:
+                empty = _EMPTY_LINES.match(data)
+                data = data[empty.end() :] if empty else data
+                if data in (b"", b"\r"):
+                    continue
             end = data.find(b"\r\n\r\n", max(0, len(data) - len(more) - 3))
             if 0 <= end <= limits.header_bytes:
                 break
             if len(data) > limits.header_bytes:
                 raise BadMessage(431, "The request head is larger than %d bytes." % limits.header_bytes)
-            check_partial_head(data)
-            if self.phase is Phase.IDLE and data:
+            check_partial_head(data, max(0, len(data) - len(more) - 1))
+            if self.phase is Phase.IDLE:
                 self.phase = Phase.HEAD
                 self.deadline.set(self.loop.time() + limits.header_timeout)
         if len(data) > end + 4:
@@ -5301,7 +5346,7 @@ class ClientConnection:
             framing, self.chunked = b"Transfer-Encoding: chunked\r\n", True
         else:
             framing, self.close_after = b"", True
-        self.head_sent = True
+        self.head_sent, self.last = True, first
         self.record.bytes = len(first)
         if first and self.chunked:
             first = chunk(first)
@@ -5311,6 +5356,7 @@ class ClientConnection:
 
     def push(self, data: bytes) -> bool:
         """See `Outlet`."""
+        self.last = data
         self.record.bytes += len(data)
         self.outbox.write(self.transport, b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
         return not self.protocol.full
@@ -5329,6 +5375,8 @@ class ClientConnection:
         """See `Sink`."""
         self.close_after = True
         if last:
+            if self.last and not self.last.endswith((b"\n\n", b"\r\r", b"\n\r\n")):
+                last = b"\n\n" + last  # or it would stand at the end of an unfinished line
             self.outbox.write(self.transport, chunk(last) if self.chunked else last)
         else:
             self.gone = True

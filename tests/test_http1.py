@@ -141,9 +141,10 @@ def test_chunked_bodies_are_bounded() -> None:
         (b"Content-Length: 0x5\r\n", 400),
         (b"Content-Length: \r\n", 400),
         (b"Content-Length: 1000\r\n", 413),
-        (b"Transfer-Encoding: xchunked\r\n", 501),
-        (b"Transfer-Encoding: chunked, chunked\r\n", 501),
-        (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 501),
+        (b"Transfer-Encoding: xchunked\r\n", 400),
+        (b"Transfer-Encoding: gzip, chunked\r\n", 501),
+        (b"Transfer-Encoding: chunked, chunked\r\n", 400),
+        (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 400),
     ],
 )
 def test_ambiguous_request_framing(lines: bytes, status: int) -> None:
