@@ -1557,14 +1557,21 @@ def check_host(host: "bytes | None", minor: int) -> None:
 def parse_response_head(data: bytes) -> ResponseHead:
     """A reply's head, from its first byte to and with the empty line. Raises BadReply."""
     end = data.find(b"\r\n")
-    line = _STATUS_LINE.match(data[:end])
-    if line is None:
-        raise BadReply("the upstream's status line is malformed")
+    status, minor = parse_status_line(data[:end])
     try:
         index, lines = REPLY_FIELDS.parse(data[end + 2 : -4], 10 * FIELD_COUNT)
     except ValueError as problem:
         raise BadReply("the upstream's reply head is malformed: %s" % problem) from None
-    return ResponseHead(int(line.group(2)), int(line.group(1)), index, lines)
+    return ResponseHead(status, minor, index, lines)
+
+
+@functools.lru_cache(maxsize=64)
+def parse_status_line(line: bytes) -> "tuple[int, int]":
+    """Status and minor version. Raises BadReply."""
+    found = _STATUS_LINE.match(line)
+    if found is None:
+        raise BadReply("the upstream's status line is malformed")
+    return int(found.group(2)), int(found.group(1))
 
 
 def check_partial_head(data: bytes, since: int = 0) -> None:
@@ -1605,8 +1612,9 @@ class LengthDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The part of `data` that belongs to the body."""
-        if len(data) < self.left:
+        if len(data) <= self.left:
             self.left -= len(data)
+            self.done = not self.left
             return data
         body, self.rest, self.left, self.done = data[: self.left], data[self.left :], 0, True
         return body
@@ -1888,6 +1896,8 @@ _PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress")
 
 def judge_event(event: bytes) -> EventKind:
     """Whether an event is a real answer's first, an error, or what may come before either."""
+    if b'"choices":[{' in event and b'"error"' not in event:  # as nearly all are: no need to parse it
+        return EventKind.REAL
     kind, data = event_fields(event)
     data = data.strip()
     if not data or data[:1] not in b"{[":
@@ -2770,9 +2780,11 @@ class NetworkExchange:
         connection, decoder = self.connection, self.decoder
         if connection is None:
             return
-        whole = decoder is not None and decoder.done and not decoder.rest and not isinstance(decoder, EofDecoder)
+        whole = decoder is not None and decoder.done and not decoder.rest and type(decoder) is not EofDecoder
         self.connection = None
-        self.pool.give_back(connection, whole and keeps_alive(self.head.index, self.head.minor))
+        head = self.head
+        whole = whole and ((head.minor and b"connection" not in head.index) or keeps_alive(head.index, head.minor))
+        self.pool.give_back(connection, whole)
 
     def abort(self) -> None:
         """See `Exchange`."""
@@ -3475,6 +3487,7 @@ def count_after(text: bytes, name: bytes, start: int) -> int:
 # always passed in; nothing here waits, logs or knows HTTP.
 
 WINDOW_S = 60.0  # rpm and tpm are per this
+EDGE_S = 0.005  # a bucket is taken to refill this much later than computed: a request 1 ms too early is a 429
 SLACK_S = 0.25  # a request may reach the upstream this much later than another; then it is counted later too
 CLOSED_MAX_S = 600.0  # no 429 closes for longer without a probe
 CLOSED_FIRST_S, CLOSED_LAST_S = 1.0, 30.0  # for a 429 that names no time, doubling
@@ -3496,13 +3509,18 @@ NEVER = math.inf
 
 
 class Bucket:
-    """A limit as replies tell of it: `level` at the time `at`, refilled by `rate` per second up to `size`."""
+    """A limit as replies tell of it: `level` at the time `at`, refilled by `rate` per second up to `size`.
 
-    __slots__ = ("at", "level", "limit", "newest", "rate", "size", "slow", "told")
+    It is a model that charges and refills move, and that replies correct: `shift` is all that they have corrected so
+    far. A lease keeps what the model said right after its own charge, less the shift of that time, so that a reply is
+    compared with what was expected of it, and each error is corrected once.
+    """
+
+    __slots__ = ("at", "level", "limit", "newest", "rate", "shift", "size", "slow", "told")
 
     def __init__(self, now: float) -> None:
         self.told: "Allowance | None" = None
-        self.level = self.limit = self.size = self.rate = 0.0
+        self.level = self.limit = self.size = self.rate = self.shift = 0.0
         self.at, self.newest, self.slow = now, -1, 0
 
     def level_at(self, now: float) -> float:
@@ -3510,22 +3528,24 @@ class Bucket:
         level = self.level + (now - self.at) * self.rate
         return level if level < self.size else self.size
 
-    def charge(self, amount: float, now: float) -> None:
-        """Takes `amount`; never below zero."""
+    def charge(self, amount: float, now: float) -> float:
+        """Takes `amount`, never below zero; what a reply will be compared with."""
         level = self.level_at(now) - amount
         self.level, self.at = level if level > 0.0 else 0.0, now
+        return level - self.shift
 
     def opens_at(self, amount: float, now: float) -> float:
         """When `amount` can be taken; more than the whole bucket goes when it is full."""
-        lacking = min(amount, self.size) - self.level_at(now) - 1e-6
+        lacking = min(amount, self.size) - self.level_at(now - EDGE_S) - 1e-6
         if lacking <= 0:
             return 0.0
         return now + lacking / self.rate if self.rate > 0 else NEVER
 
-    def rebase(self, told: Allowance, serial: int, sent_at: float, charged_since: float, now: float) -> None:
-        """Takes a reply's word: what it left, plus the refill since its request was sent, minus what was charged after.
+    def rebase(self, told: Allowance, serial: int, expected: "float | None", refilled_s: float, since: float) -> None:
+        """Takes a reply's word, unless one to a request sent later was heard before.
 
-        Replies to requests sent before that of the newest one heard are ignored.
+        `expected`: from the request's own `charge`. None, for one sent before anything was known: then the level is
+        what the reply says, plus the refill since its request was sent, minus what was charged since.
         """
         if serial < self.newest:
             return
@@ -3541,10 +3561,13 @@ class Bucket:
         elif limit != self.limit:
             self.limit = self.size = limit
             self.rate = limit / WINDOW_S
-        left += (now - sent_at) * self.rate
-        left = min(left, self.size)
-        left -= charged_since
-        self.level, self.at = left if left > 0.0 else 0.0, now
+        if expected is None:
+            level = left + refilled_s * self.rate - since
+        else:
+            error = left - (expected + self.shift)
+            self.shift += error
+            level = self.level + error
+        self.level = 0.0 if level < 0.0 else level if level < self.size else self.size
 
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
         """Size and speed. A bucket may hold less than a minute's worth: what is in it and when it will be full tell."""
@@ -3618,7 +3641,6 @@ class Ledger:
         "limited",
         "name",
         "requests",
-        "sent_requests",
         "sent_tokens",
         "serial",
         "tokens",
@@ -3629,7 +3651,7 @@ class Ledger:
         self.name = name
         self.requests: "Bucket | None" = None
         self.tokens: "Bucket | None" = None
-        self.sent_requests, self.sent_tokens, self.serial = 0, 0.0, 0
+        self.sent_tokens, self.serial = 0.0, 0
         self.closed_until = self.closed_for = 0.0
         self.large_until, self.large_need = 0.0, 0.0
         self.burst_s = limits.burst_s
@@ -3643,10 +3665,10 @@ class Ledger:
         if not self.limited:  # nothing known, nothing configured: the usual case must cost nothing
             return 0.0
         requests, tokens, windows = self.requests, self.tokens, self.windows
-        # What was left at the last look is there still: no arithmetic while that is enough.
+        # What was left at the last look is there still: no arithmetic while that is plenty.
         if (
-            (requests is None or requests.level >= 1.0)
-            and (tokens is None or tokens.level >= need)
+            (requests is None or requests.level >= 2.0)
+            and (tokens is None or tokens.level >= 2.0 * need)
             and self.closed_until <= now
             and self.large_until <= now
             and windows is NO_WINDOWS
@@ -3975,7 +3997,8 @@ class Lease:
 
     __slots__ = (
         "entries",
-        "mark_requests",
+        "expected_requests",
+        "expected_tokens",
         "mark_tokens",
         "need",
         "open",
@@ -3998,6 +4021,8 @@ class Lease:
         self.entries: "list[tuple[Window, list[float]]]" = NO_ENTRIES
         self.told_requests: "Allowance | None" = None
         self.told_tokens: "Allowance | None" = None
+        self.expected_requests: "float | None" = None
+        self.expected_tokens: "float | None" = None
         upstream.in_flight += 1
         upstream.requests += 1
         upstream.quota.in_flight += 1
@@ -4006,9 +4031,8 @@ class Lease:
         if upstream.quota.park_s:
             upstream.quota.probe = self
         ledger.serial += 1
-        ledger.sent_requests += 1
         ledger.sent_tokens += need
-        self.serial, self.mark_requests, self.mark_tokens = ledger.serial, ledger.sent_requests, ledger.sent_tokens
+        self.serial, self.mark_tokens = ledger.serial, ledger.sent_tokens
         if ledger.limited:
             self._charge(ledger, now)
 
@@ -4017,9 +4041,9 @@ class Lease:
 
     def _charge(self, ledger: Ledger, now: float) -> None:
         if ledger.requests is not None:
-            ledger.requests.charge(1.0, now)
+            self.expected_requests = ledger.requests.charge(1.0, now)
         if ledger.tokens is not None:
-            ledger.tokens.charge(self.need, now)
+            self.expected_tokens = ledger.tokens.charge(self.need, now)
         if ledger.windows[0] or ledger.windows[1]:
             self.entries = [(window, window.add(1.0)) for window in ledger.windows[0]]
             self.entries += [(window, window.add(self.need)) for window in ledger.windows[1]]
@@ -4046,16 +4070,19 @@ class Lease:
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
         ledger, self.told_requests, self.told_tokens = self.seat.ledger, requests, tokens
+        ledger.limited, refilled_s = True, now - self.sent_at
         if requests is not None:
-            ledger.limited = True
-            ledger.requests = ledger.requests or Bucket(now)
-            since = max(0, ledger.sent_requests - self.mark_requests)
-            ledger.requests.rebase(requests, self.serial, self.sent_at, since, now)
+            if ledger.requests is None:
+                ledger.requests = Bucket(now)
+            ledger.requests.charge(0.0, now)
+            since = ledger.serial - self.serial
+            ledger.requests.rebase(requests, self.serial, self.expected_requests, refilled_s, since)
         if tokens is not None:
-            ledger.limited = True
-            ledger.tokens = ledger.tokens or Bucket(now)
-            spent = max(0.0, ledger.sent_tokens - self.mark_tokens)
-            ledger.tokens.rebase(tokens, self.serial, self.sent_at, spent, now)
+            if ledger.tokens is None:
+                ledger.tokens = Bucket(now)
+            ledger.tokens.charge(0.0, now)
+            spent = ledger.sent_tokens - self.mark_tokens
+            ledger.tokens.rebase(tokens, self.serial, self.expected_tokens, refilled_s, spent)
 
     def was_early(self, verdict: Verdict) -> bool:
         """Whether a 429 came while there should have been room: its own reply said so, or our exact count does."""
@@ -4093,7 +4120,6 @@ class Lease:
 
     def _give_back(self, now: float) -> None:
         ledger = self.seat.ledger
-        ledger.sent_requests -= 1
         ledger.sent_tokens -= self.need
         if ledger.requests is not None:
             ledger.requests.charge(-1.0, now)
@@ -5283,7 +5309,8 @@ class ClientConnection:
         record = self.record = AccessRecord(self.peer, head.method, head.target, self.loop.time())
         record.request_id = server.next_id()
         try:
-            if server.guards_host or b"origin" in head.index:
+            index = head.index
+            if (server.guards_host and index.get(b"host") != server.last_host) or b"origin" in index:
                 self.origin = server.check_doors(head)
             await server.handle(self, head, body)
         except (ProxyError, UpstreamError) as error:
