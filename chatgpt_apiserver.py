@@ -3267,6 +3267,7 @@ class Ledger:
         "burst_s",
         "closed_for",
         "closed_until",
+        "given_back",
         "large",
         "large_until",
         "limited",
@@ -3284,6 +3285,7 @@ class Ledger:
         self.requests: "Bucket | None" = None
         self.tokens: "Bucket | None" = None
         self.sent_requests, self.sent_tokens, self.serial = 0, 0.0, 0
+        self.given_back: "deque[tuple[int, float]]" = deque(maxlen=256)  # serial and need of what was never sent
         self.closed_until = self.closed_for = 0.0
         self.large_until = 0.0
         self.large: "list[tuple[float, float]]" = []  # of token 429s: closed for this need and above, until then
@@ -3350,6 +3352,13 @@ class Ledger:
             self.large_until = max(self.large_until, until)
         else:
             self.closed_until = max(self.closed_until, until)
+
+    def unsent_since(self, serial: int) -> "tuple[int, float]":
+        """Requests and tokens that were counted after `serial` but given back."""
+        while self.given_back and self.given_back[0][0] <= serial:  # no later reply can need it
+            self.given_back.popleft()
+        later = [need for at, need in self.given_back if at > serial]
+        return len(later), sum(later)
 
     def halve_burst(self) -> None:
         """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s)."""
@@ -3714,15 +3723,16 @@ class Lease:
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
         ledger, self.told_requests, self.told_tokens = self.seat.ledger, requests, tokens
+        unsent, untaken = ledger.unsent_since(self.serial) if ledger.given_back else (0, 0.0)
         if requests is not None:
             ledger.limited = True
             ledger.requests = ledger.requests or Bucket(now)
-            since = max(0, ledger.sent_requests - self.mark_requests)
+            since = max(0, ledger.sent_requests - self.mark_requests - unsent)
             ledger.requests.rebase(requests, self.serial, self.sent_at, since, now)
         if tokens is not None:
             ledger.limited = True
             ledger.tokens = ledger.tokens or Bucket(now)
-            spent = max(0.0, ledger.sent_tokens - self.mark_tokens)
+            spent = max(0.0, ledger.sent_tokens - self.mark_tokens - untaken)
             ledger.tokens.rebase(tokens, self.serial, self.sent_at, spent, now)
 
     def was_early(self, verdict: Verdict) -> bool:
@@ -3762,8 +3772,7 @@ class Lease:
 
     def _give_back(self, now: float) -> None:
         ledger = self.seat.ledger
-        ledger.sent_requests -= 1
-        ledger.sent_tokens -= self.need
+        ledger.given_back.append((self.serial, self.need))
         if ledger.requests is not None:
             ledger.requests.charge(-1.0, now)
         if ledger.tokens is not None:
