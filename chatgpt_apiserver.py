@@ -3650,6 +3650,7 @@ class Lease:
 
     __slots__ = (
         "entries",
+        "ledger",
         "mark_requests",
         "mark_tokens",
         "need",
@@ -3668,6 +3669,7 @@ class Lease:
     def __init__(self, seat: Seat, need: float, stream: bool, now: float) -> None:
         upstream, ledger = seat.upstream, seat.ledger
         self.seat, self.upstream, self.need, self.stream, self.since = seat, upstream, need, stream, now
+        self.ledger = ledger  # a 429 may give the seat another one meanwhile
         self.sent_at, self.open = 0.0, True
         self.stuck: "Callable[[], bool] | None" = None
         self.entries: "list[tuple[Window, list[float]]]" = NO_ENTRIES
@@ -3716,13 +3718,13 @@ class Lease:
             self.seat.times[self.stream].append(took_s)
             upstream.heard(self.stream, took_s)
             upstream.works(now)
-            self.seat.ledger.closed_for = 0.0
+            self.ledger.closed_for = 0.0
             if upstream.quota.park_s:
                 upstream.quota.pays(now)
 
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
-        ledger, self.told_requests, self.told_tokens = self.seat.ledger, requests, tokens
+        ledger, self.told_requests, self.told_tokens = self.ledger, requests, tokens
         unsent, untaken = ledger.unsent_since(self.serial) if ledger.given_back else (0, 0.0)
         if requests is not None:
             ledger.limited = True
@@ -3744,7 +3746,7 @@ class Lease:
 
     def correct(self, used: float, now: float) -> None:
         """Takes the true cost of an answer, where the upstream does not tell what is left."""
-        ledger, surplus = self.seat.ledger, self.need - used
+        ledger, surplus = self.ledger, self.need - used
         if ledger.tokens is not None:
             ledger.tokens.charge(-surplus, now)
         for window, entry in self.entries:
@@ -3771,7 +3773,7 @@ class Lease:
             upstream.unstick(now)
 
     def _give_back(self, now: float) -> None:
-        ledger = self.seat.ledger
+        ledger = self.ledger
         ledger.given_back.append((self.serial, self.need))
         if ledger.requests is not None:
             ledger.requests.charge(-1.0, now)
