@@ -1726,12 +1726,12 @@ class Fiber:
     What needs a current task (asyncio.timeout) has to be awaited as a task of its own. `ended` is set at the end.
     """
 
-    __slots__ = ("coro", "ended", "loop", "waits_for")
+    __slots__ = ("cancelled", "coro", "ended", "loop", "waits_for")
 
     current: "ClassVar[Fiber | None]" = None  # the one whose code runs now
 
     def __init__(self, coro: "Coroutine[Any, Any, None]", loop: asyncio.AbstractEventLoop) -> None:
-        self.coro, self.loop = coro, loop
+        self.coro, self.loop, self.cancelled = coro, loop, False
         self.ended: "asyncio.Future[None]" = loop.create_future()
         self.waits_for: "Wake | asyncio.Future[Any] | None" = None
         loop.call_soon(self._step, None)
@@ -1752,12 +1752,14 @@ class Fiber:
         if self.ended.done():
             return
         if isinstance(self.waits_for, asyncio.Future):
-            self.waits_for.cancel()
+            self.cancelled = not self.waits_for.cancel()  # it is there already, and its callback is about to run
         else:
             self._step(asyncio.CancelledError())
 
     def _step(self, error: "BaseException | None") -> None:
         before, Fiber.current = Fiber.current, self
+        if self.cancelled:
+            error, self.cancelled = asyncio.CancelledError(), False
         try:
             found = self.coro.send(None) if error is None else self.coro.throw(error)
         except (StopIteration, asyncio.CancelledError):
