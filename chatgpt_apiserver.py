@@ -4213,9 +4213,11 @@ class UpstreamPool:
         """Whether a request has been silent for so long that another controller should be asked too."""
         silent_s, after_s = now - lease.sent_at, self.config.rescue_after
         ours = lease.stream or lease.upstream.out_why == "suspect"
-        if lease.stuck is None or silent_s <= SUSPECT_MIN_S or not ours:
+        if lease.stuck is None or not ours:
             return False
-        return silent_s > (lease.seat.rescue_s(lease.stream) if after_s is None else after_s or NEVER)
+        if after_s is None:
+            return silent_s > RESCUE_MIN_S and silent_s > lease.seat.rescue_s(lease.stream)
+        return silent_s > (after_s or NEVER)
 
     def _rescue(self, lease: Lease, now: float) -> None:
         """Asks the request's owner for a second attempt, within the budget."""
