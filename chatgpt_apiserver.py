@@ -3233,14 +3233,14 @@ USEFULNESS = (
 # Of an account, not of the request: asking again soon is no use (the official SDKs obey x-should-retry).
 LASTING = frozenset((Outcome.LARGE, Outcome.QUOTA, Outcome.AUTH, Outcome.FORBIDDEN, Outcome.MISSING))
 ERROR_STATUSES = {
+    **dict.fromkeys(QUOTA_CODES, 429),
+    **dict.fromkeys(MISSING_CODES, 404),
     "rate_limit_error": 429,
     "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
     "overloaded_error": 529,
     "invalid_request_error": 400,
     "authentication_error": 401,
     "permission_error": 403,
-    "not_found_error": 404,
 }
 
 
@@ -3359,7 +3359,7 @@ def retry_after(index: Index, message: str, body: bytes, wall_s: float) -> "floa
     hint = _HINT.search(message) or _HINT.search(body[:4096].decode("latin-1"))
     if hint is None:
         return None
-    words = re.sub(r"\s|econd[s]?|inute[s]?", "", hint.group(1) or hint.group(2)).lower()
+    words = re.sub(r"\s|econd[s]?|inute[s]?|our[s]?", "", hint.group(1) or hint.group(2)).lower()
     return parse_duration(words)
 
 
@@ -3392,7 +3392,9 @@ def judge_first_event(event: bytes) -> Verdict:
     """What an error in a 200's place means: as if it had come with the status that belongs to it."""
     code, message = error_words(event_fields(event)[1])
     found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
-    status = int(found.group(1)) if found else ERROR_STATUSES.get(code, 502)
+    names = [code, *(kind.decode() for kind in re.findall(rb'"type":\s*"(\w{1,64})"', event))]
+    named = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
+    status = int(found.group(1)) if found else [*named, 502][0]
     verdict = Verdict(outcome_of(status, code, message), status, message)
     if verdict.outcome is Outcome.RATE:
         read_rate_message(verdict, code)
@@ -3501,6 +3503,7 @@ LACKS_S = 600.0  # how long it is remembered that an account lacks a model
 SUSPECT_COUNT = 3  # unanswered requests that make a suspicion
 SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0  # silence that makes one at least; and where nothing is known of the usual
 SUSPECT_FIRST_S, SUSPECT_LAST_S = 1.0, 60.0  # between probes of a suspect, doubling
+GIVEN_BACK = 64  # charges that came to nothing which a ledger remembers
 SAMPLES = 100  # times to the first answer that are remembered, per controller, model and kind
 RESCUE_SAMPLES, RESCUE_MIN_S = 20, 10.0
 RESCUES_A_MINUTE, RESCUE_SHARE = 10, 0.05
@@ -3587,7 +3590,7 @@ class Bucket:
 class Window:
     """A configured limit: at most `limit` in any `span_s` seconds. Entries are [when it was sent, amount, counted].
 
-    One that is leased but not sent yet stands at NEVER, and does not leave before it was sent.
+    One that is leased but not sent yet counts without an entry in line: it can only leave once it was sent.
     """
 
     __slots__ = ("entries", "limit", "span_s", "total")
@@ -3597,11 +3600,15 @@ class Window:
         self.entries: "deque[list[float]]" = deque()
 
     def add(self, amount: float) -> "list[float]":
-        """Counts an amount that will be sent; whoever did it sets the entry's time then."""
-        entry = [NEVER, amount, 1.0]
-        self.entries.append(entry)
+        """Counts an amount that is about to be sent."""
         self.total += amount
-        return entry
+        return [NEVER, amount, 1.0]
+
+    def sent(self, entry: "list[float]", now: float) -> None:
+        """It was sent: from now on its time runs. A second time moves it."""
+        if entry[0] == NEVER:
+            self.entries.append(entry)
+        entry[0] = now
 
     def change(self, entry: "list[float]", amount: float) -> None:
         """Corrects an amount, of an entry that may have left already."""
@@ -3617,13 +3624,13 @@ class Window:
             self.total -= gone[1]
             gone[2] = 0.0
         excess = self.total + min(amount, self.limit) - self.limit
-        if excess <= 1e-9 or not entries:
+        if excess <= 1e-9:
             return 0.0
         for at, taken, _ in entries:
             excess -= taken
-            if excess <= 1e-9 or at == NEVER:
+            if excess <= 1e-9:
                 return at + self.span_s
-        return 0.0
+        return now + self.span_s  # at the earliest: what is in the way has yet to be sent
 
 
 NO_WINDOWS: "tuple[tuple[Window, ...], ...]" = ((), ())  # of requests and of tokens
@@ -3636,7 +3643,9 @@ class Ledger:
         "burst_s",
         "closed_for",
         "closed_until",
-        "large_need",
+        "given_back",
+        "given_count",
+        "large",
         "large_until",
         "limited",
         "name",
@@ -3652,8 +3661,11 @@ class Ledger:
         self.requests: "Bucket | None" = None
         self.tokens: "Bucket | None" = None
         self.sent_tokens, self.serial = 0.0, 0
+        self.given_back: "deque[tuple[int, int, float]]" = deque(maxlen=GIVEN_BACK)  # of what was never sent
+        self.given_count = 0
         self.closed_until = self.closed_for = 0.0
-        self.large_until, self.large_need = 0.0, 0.0
+        self.large_until = 0.0
+        self.large: "list[tuple[float, float]]" = []  # of token 429s: closed for this need and above, until then
         self.burst_s = limits.burst_s
         self.limited = bool(limits.rpm or limits.tpm)
         self.windows = NO_WINDOWS
@@ -3675,8 +3687,8 @@ class Ledger:
         ):
             return 0.0
         at = self.closed_until if self.closed_until > now else 0.0
-        if self.large_until > now and need >= self.large_need:
-            at = max(at, self.large_until)
+        if self.large_until > now:
+            at = max([at, *(until for least, until in self.large if need >= least and until > now)])
         if requests is not None:
             at = max(at, requests.opens_at(1.0, now))
         if tokens is not None:
@@ -3712,10 +3724,16 @@ class Ledger:
         until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
         self.limited = True
         if verdict.by_tokens:
+            self.large = [one for one in self.large if one[1] > now and (one[0] < need or one[1] > until)]
+            self.large.append((need, until))
             self.large_until = max(self.large_until, until)
-            self.large_need = min(need, self.large_need) if self.large_need and self.large_until > now else need
         else:
             self.closed_until = max(self.closed_until, until)
+
+    def give_back(self, serial: int, need: float) -> None:
+        """Remembers a charge that came to nothing: replies to others must not be taken to have seen it."""
+        self.given_back.append((self.given_count, serial, need))
+        self.given_count += 1
 
     def halve_burst(self) -> None:
         """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s)."""
@@ -3775,6 +3793,11 @@ class Quota:
         """Nothing left to spend: closed for minutes, growing."""
         self.park_s = min(max(2 * self.park_s, PARK_FIRST_S), PARK_LAST_S)
         self.parked_until = now + self.park_s
+
+    def pays(self, now: float) -> None:
+        """An answer came: there is something to spend, unless its request was sent before the parking."""
+        if self.parked_until <= now:
+            self.park_s, self.probe = 0.0, None
 
 
 class Upstream:
@@ -3869,35 +3892,43 @@ class Upstream:
         self.out_why, self.recovering, self.probe = "", False, None
         self.recent.clear()
 
-    def failed(self, now: float, verdict: Verdict) -> None:
-        """Counts a failure; opens the breaker when it is one too many, or when a probe failed."""
+    def failed(self, now: float, verdict: Verdict, probed: bool) -> None:
+        """Counts a failure; opens the breaker when it is one too many, or when a probe failed.
+
+        What was under way when it went out already says nothing new.
+        """
         self.recent.append((now, True))
         fresh = [bad for at, bad in self.recent if now - at <= BREAKER_WITHIN_S]
         bad = sum(fresh)
-        if (self.recovering and self.out_why == "breaker") or (bad >= BREAKER_FAILURES and 2 * bad >= len(fresh)):
+        many = bad >= BREAKER_FAILURES and 2 * bad >= len(fresh)
+        if (probed and self.out_why == "breaker") or (many and not (self.recovering and self.out_until > now)):
             self.breaker_s = min(max(2 * self.breaker_s, BREAKER_FIRST_S), BREAKER_LAST_S)
             self.take_out("breaker", now + self.breaker_s)
         if verdict.after_s:
             self.out_until = max(self.out_until, now + min(verdict.after_s, CLOSED_MAX_S))
             self.out_why = self.out_why or "busy"
 
-    def refused(self, now: float, outcome: Outcome) -> None:
-        """A 401 or 403; the key is parked after some in a row."""
+    def refused(self, now: float, outcome: Outcome, probed: bool) -> None:
+        """A 401 or 403; the key is parked after some in a row, and again when a probe met one."""
         if outcome is Outcome.AUTH:
             self.denied += 1
         else:
             self.forbidden += 1
-        again = self.recovering and self.out_why == "parked"
-        if again or self.denied >= DENIED_COUNT or self.forbidden >= FORBIDDEN_COUNT:
+        many = self.denied >= DENIED_COUNT or self.forbidden >= FORBIDDEN_COUNT
+        parked = self.out_why == "parked" and self.out_until > now
+        if (probed and self.out_why == "parked") or (many and not parked):
             self.park_s = min(max(2 * self.park_s, PARK_FIRST_S), PARK_LAST_S)
             self.take_out("parked", now + self.park_s)
 
     def works(self, now: float) -> None:
         """It gave an answer that is no failure."""
         self.denied = self.forbidden = 0
-        self.recent.append((now, False))
         if self.out_why and (self.recovering or self.out_until <= now):
             self.recover()
+
+    def is_busy(self, now: float) -> bool:
+        """Whether it said when it will have time again."""
+        return self.out_why == "busy" and self.out_until > now
 
     # -- suspicion
 
@@ -3913,13 +3944,16 @@ class Upstream:
 
     def is_silent(self, now: float) -> bool:
         """Whether its silence is far beyond the usual (DESIGN: suspicion)."""
-        if not self.unanswered or (self.out_why == "suspect" and self.probe is None):
+        if not self.unanswered:
             return False
         oldest = next(iter(self.unanswered))
-        if self.answered_at >= oldest.sent_at:
-            return False
         many = len(self.unanswered) >= SUSPECT_COUNT or oldest is self.probe
-        return many and now - oldest.sent_at > oldest.seat.usual_s(oldest.stream)
+        if self.out_why == "suspect":  # who was stuck before says nothing of the probe
+            many = self.probe is not None and self.probe in self.unanswered
+            oldest = self.probe if self.probe is not None else oldest
+        if not many or self.answered_at >= oldest.sent_at:
+            return False
+        return now - oldest.sent_at > oldest.seat.usual_s(oldest.stream)
 
 
 class Seat:
@@ -3986,6 +4020,7 @@ def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
     return re.compile("|".join(parts), re.DOTALL)
 
 
+NOTHING_GIVEN = (0.0, 0.0, 0.0, 0.0)
 NO_ENTRIES: "list[tuple[Window, list[float]]]" = []
 
 
@@ -3999,6 +4034,8 @@ class Lease:
         "entries",
         "expected_requests",
         "expected_tokens",
+        "given_count",
+        "ledger",
         "mark_tokens",
         "need",
         "open",
@@ -4016,6 +4053,7 @@ class Lease:
     def __init__(self, seat: Seat, need: float, stream: bool, now: float) -> None:
         upstream, ledger = seat.upstream, seat.ledger
         self.seat, self.upstream, self.need, self.stream, self.since = seat, upstream, need, stream, now
+        self.ledger = ledger  # a 429 may give the seat another one meanwhile
         self.sent_at, self.open = 0.0, True
         self.stuck: "Callable[[], bool] | None" = None
         self.entries: "list[tuple[Window, list[float]]]" = NO_ENTRIES
@@ -4032,7 +4070,7 @@ class Lease:
             upstream.quota.probe = self
         ledger.serial += 1
         ledger.sent_tokens += need
-        self.serial, self.mark_tokens = ledger.serial, ledger.sent_tokens
+        self.serial, self.mark_tokens, self.given_count = ledger.serial, ledger.sent_tokens, ledger.given_count
         if ledger.limited:
             self._charge(ledger, now)
 
@@ -4051,9 +4089,14 @@ class Lease:
     def sent(self, now: float) -> None:
         """The request was written: from now on it counts, whatever comes of it."""
         self.sent_at = now
-        for _, entry in self.entries:
-            entry[0] = now
+        for window, entry in self.entries:
+            window.sent(entry, now)
         self.upstream.unanswered[self] = None
+
+    def heard(self, now: float) -> None:
+        """Something of a reply has come: it is not silent."""
+        self.upstream.unanswered.pop(self, None)
+        self.upstream.answered_at = now
 
     def answered(self, now: float, good: bool) -> None:
         """A reply began to make sense; `good`: it is the answer, and its time counts as usual."""
@@ -4065,24 +4108,36 @@ class Lease:
             self.seat.times[self.stream].append(took_s)
             upstream.heard(self.stream, took_s)
             upstream.works(now)
-            self.seat.ledger.closed_for = upstream.quota.park_s = 0.0
+            self.ledger.closed_for = 0.0
+            if upstream.quota.park_s:
+                upstream.quota.pays(now)
 
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
-        ledger, self.told_requests, self.told_tokens = self.seat.ledger, requests, tokens
+        ledger, self.told_requests, self.told_tokens = self.ledger, requests, tokens
         ledger.limited, refilled_s = True, now - self.sent_at
+        unsent, untaken, places, space = self._not_seen(ledger) if ledger.given_back else NOTHING_GIVEN
         if requests is not None:
             if ledger.requests is None:
                 ledger.requests = Bucket(now)
             ledger.requests.charge(0.0, now)
-            since = ledger.serial - self.serial
-            ledger.requests.rebase(requests, self.serial, self.expected_requests, refilled_s, since)
+            expected = None if self.expected_requests is None else self.expected_requests + places
+            since = ledger.serial - self.serial - unsent
+            ledger.requests.rebase(requests, self.serial, expected, refilled_s, since)
         if tokens is not None:
             if ledger.tokens is None:
                 ledger.tokens = Bucket(now)
             ledger.tokens.charge(0.0, now)
-            spent = ledger.sent_tokens - self.mark_tokens
-            ledger.tokens.rebase(tokens, self.serial, self.expected_tokens, refilled_s, spent)
+            expected = None if self.expected_tokens is None else self.expected_tokens + space
+            spent = ledger.sent_tokens - self.mark_tokens - untaken
+            ledger.tokens.rebase(tokens, self.serial, expected, refilled_s, spent)
+
+    def _not_seen(self, ledger: Ledger) -> "tuple[float, float, float, float]":
+        """What was given back: requests and tokens charged after this; those charged before, and given back since."""
+        given = ledger.given_back
+        after = [need for _, serial, need in given if serial > self.serial]
+        before = [need for number, serial, need in given if number >= self.given_count and serial < self.serial]
+        return len(after), sum(after), len(before), sum(before)
 
     def was_early(self, verdict: Verdict) -> bool:
         """Whether a 429 came while there should have been room: its own reply said so, or our exact count does."""
@@ -4093,7 +4148,7 @@ class Lease:
 
     def correct(self, used: float, now: float) -> None:
         """Takes the true cost of an answer, where the upstream does not tell what is left."""
-        ledger, surplus = self.seat.ledger, self.need - used
+        ledger, surplus = self.ledger, self.need - used
         if ledger.tokens is not None:
             ledger.tokens.charge(-surplus, now)
         for window, entry in self.entries:
@@ -4109,37 +4164,40 @@ class Lease:
         upstream.unanswered.pop(self, None)
         if not self.sent_at:
             self._give_back(now)
-        if upstream.probe is self:
+        probed = upstream.probe is self
+        if probed:
             upstream.probe = None
         if upstream.quota.probe is self:
             upstream.quota.probe = None
-        if verdict is not GOOD:
-            self._learn_health(verdict, now)
+        if verdict is GOOD:
+            upstream.recent.append((now, False))
+        else:
+            self._learn_health(verdict, now, probed)
         if upstream.out_until == NEVER:
             upstream.unstick(now)
 
     def _give_back(self, now: float) -> None:
-        ledger = self.seat.ledger
-        ledger.sent_tokens -= self.need
-        if ledger.requests is not None:
+        ledger = self.ledger
+        ledger.give_back(self.serial, self.need)
+        if ledger.requests is not None and self.expected_requests is not None:
             ledger.requests.charge(-1.0, now)
-        if ledger.tokens is not None:
+        if ledger.tokens is not None and self.expected_tokens is not None:
             ledger.tokens.charge(-self.need, now)
         for window, entry in self.entries:
             window.change(entry, 0.0)
-            entry[0] = now
 
-    def _learn_health(self, verdict: Verdict, now: float) -> None:
+    def _learn_health(self, verdict: Verdict, now: float, probed: bool) -> None:
         """What the controller learns (DESIGN 3, the table's third column)."""
         upstream, outcome = self.upstream, verdict.outcome
         if outcome in ANSWERED:
+            upstream.recent.append((now, False))
             upstream.works(now)
         elif outcome in FAILURES:
             upstream.failures += 1
-            upstream.failed(now, verdict)
+            upstream.failed(now, verdict, probed)
         elif outcome in (Outcome.AUTH, Outcome.FORBIDDEN):
             upstream.failures += 1
-            upstream.refused(now, outcome)
+            upstream.refused(now, outcome, probed)
         if verdict.message:
             upstream.last_error = "%s %d: %s" % (outcome.value, verdict.status, verdict.message[:200])
 # ==== 11. Balancing ====
@@ -4319,7 +4377,7 @@ class UpstreamPool:
         `resort`: when all are out by health alone, one of them will do.
         """
         if self.waiting and self.lines.get(request.model):
-            return None
+            seats, resort = self._unwanted(seats, self.lines[request.model]), False
         lease = self._grant(request, seats, tried, now)
         return lease if lease is not None or not resort else self._last_resort(request, seats, tried, now)
 
@@ -4332,6 +4390,14 @@ class UpstreamPool:
             return None
         return self._count(Lease(self.policy.choose(ready, request.stream), need, request.stream, now), now)
 
+    def _unwanted(self, seats: "list[Seat]", line: "deque[Waiter]") -> "list[Seat]":
+        """Those of `seats` that nobody in `line` waits for: who tried one in vain waits for the others only."""
+        for waiter in line:
+            if len(waiter.seats) >= len(seats):  # mostly the first of them waits for all
+                return []
+            seats = [seat for seat in seats if seat not in waiter.seats]
+        return seats
+
     def _last_resort(
         self, request: ApiRequest, seats: "list[Seat]", tried: "set[Upstream]", now: float
     ) -> "Lease | None":
@@ -4342,8 +4408,9 @@ class UpstreamPool:
         """
         left = [seat for seat in seats if seat.upstream not in tried]
         out = [seat for seat in left if not seat.room_at(request.need, now)]
-        full = [seat for seat in left if seat.room_at(request.need, now) and not seat.well_at(now)]
-        if not out or any(seat.room_at(request.need, now) - now <= request.wait_s for seat in full):
+        full = [seat.room_at(request.need, now) for seat in left if not seat.well_at(now)]
+        full += [seat.well_at(now) for seat in out if seat.upstream.is_busy(now)]
+        if not out or (request.wait_s and any(at == NEVER or now < at <= now + request.wait_s for at in full)):
             return None
         seat = min(out, key=lambda one: one.well_at(now))
         return self._count(Lease(seat, request.need, request.stream, now), now)
@@ -4421,8 +4488,8 @@ class UpstreamPool:
         None when waiting is no use: no controller that failed or was not tried comes back by time. Raises NoRoom.
         """
         now = self.timers.time()
-        seats = [seat for seat in seats if seat.upstream not in tried or seat.room_at(request.need, now) > now]
-        busy = [seat for seat in seats if seat.room_at(request.need, now) > now or seat.upstream.out_why == "busy"]
+        busy = [seat for seat in seats if seat.room_at(request.need, now) > now or seat.upstream.is_busy(now)]
+        seats = [seat for seat in seats if seat.upstream not in tried or seat in busy]
         line = self.lines.get(request.model)
         if not seats or not (busy or line):
             return None
@@ -4447,17 +4514,22 @@ class UpstreamPool:
         """Hands leases to those who are first in their lines, one for each free place, and sets the next alarm."""
         now, soonest = self.timers.time(), NEVER
         for line in list(self.lines.values()):
-            while line:
-                waiter = line[0]
+            blocked: "list[Seat]" = []  # those that somebody further ahead waits for
+            for waiter in list(line):
                 if waiter.future.done():
-                    line.popleft()
+                    line.remove(waiter)
                     continue
-                lease = self._grant(waiter.request, waiter.seats, NOBODY, now)
-                if lease is None:
-                    soonest = min(soonest, *(self._opens_at(seat, waiter.request.need, now) for seat in waiter.seats))
-                    break
-                line.popleft()
-                waiter.future.set_result(lease)
+                seats = [seat for seat in waiter.seats if seat not in blocked] if blocked else waiter.seats
+                lease = self._grant(waiter.request, seats, NOBODY, now) if seats else None
+                if lease is not None:
+                    line.remove(waiter)
+                    waiter.future.set_result(lease)
+                    continue
+                for seat in seats:
+                    soonest = min(soonest, self._opens_at(seat, waiter.request.need, now))
+                blocked += seats
+                if len(waiter.seats) >= len(self.serving.get(waiter.request.model, ())):
+                    break  # whoever comes behind waits for nobody else
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm = None
@@ -4500,8 +4572,9 @@ class UpstreamPool:
         if line is None:
             return
         if waiter.future.cancelled() or waiter.future.exception() is not None:
-            was_first = line[0] is waiter
-            line.remove(waiter)
+            was_first = bool(line) and line[0] is waiter
+            if waiter in line:  # else `pump` came by in the same turn and has taken it out already
+                line.remove(waiter)
             if was_first and line:
                 self.pump()
         if not line:
@@ -4518,10 +4591,10 @@ class UpstreamPool:
             self.minute_end = now - now % 60 + 60
 
     def _sweep(self) -> None:
-        """Looks for controllers that fell silent and for requests stuck in them; runs while anything is unanswered."""
+        """Looks for controllers that fell silent and for requests stuck in them; runs while anything is under way."""
         now, self.sweeper = self.timers.time(), None
         for upstream in self.upstreams:
-            if not upstream.unanswered:
+            if not upstream.in_flight:  # what is still connecting will be silent later
                 continue
             self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
             if upstream.is_silent(now):
@@ -4537,7 +4610,7 @@ class UpstreamPool:
         """Whether a request has been silent for so long that another controller should be asked too."""
         silent_s, after_s = now - lease.sent_at, self.config.rescue_after
         ours = lease.stream or lease.upstream.out_why == "suspect"
-        if lease.stuck is None or silent_s <= SUSPECT_MIN_S or not ours:
+        if lease.stuck is None or not ours:
             return False
         if after_s is not None:
             return silent_s > (after_s or NEVER)
@@ -4546,8 +4619,8 @@ class UpstreamPool:
     def _rescue(self, lease: Lease, now: float) -> None:
         """Asks the request's owner for a second attempt, within the budget."""
         self._turn_minute(now)
-        allowed = max(RESCUES_A_MINUTE, RESCUE_SHARE * sum(self.calls))
-        if lease.stuck is not None and self.config.rescue_after != 0 and sum(self.rescues) < allowed and lease.stuck():
+        allowed = self.rescues[0] < RESCUES_A_MINUTE or sum(self.rescues) < RESCUE_SHARE * sum(self.calls)
+        if lease.stuck is not None and self.config.rescue_after != 0 and allowed and lease.stuck():
             self.rescues[0] += 1
             lease.stuck = None
 
@@ -4599,7 +4672,7 @@ class KeyGate:
         self.quota.in_flight += 1
         for windows, amount in zip(ledger.windows, (1.0, need), strict=True):
             for window in windows:
-                window.add(amount)[0] = now
+                window.sent(window.add(amount), now)
         return 0.0
 
     def leave(self) -> None:
@@ -4680,14 +4753,15 @@ class Reply:
     """What an upstream sent, as far as it decides: its exchange, and what was read of the body.
 
     `at`: when what decides was read. `whole`: `held` is all of the body. `told`: the reply said how many tokens are
-    left.
+    left. `controller`: whose it was, of a refusal.
     """
 
-    __slots__ = ("at", "exchange", "head", "held", "stream", "told", "verdict", "whole")
+    __slots__ = ("at", "controller", "exchange", "head", "held", "stream", "told", "verdict", "whole")
 
     def __init__(self, exchange: Exchange, now: float) -> None:
         self.exchange, self.head, self.at = exchange, exchange.head, now
         self.held, self.whole, self.stream, self.told, self.verdict = b"", False, False, False, GOOD
+        self.controller = ""
 
 
 class Refused(Exception):
@@ -4739,6 +4813,7 @@ class Trip:
             self.seats = [seat for seat in self.seats if seat.ledger.largest() >= verdict.requested]
 
 
+SPACED = bytes.maketrans(b"\r\n", b"  ")  # makes one line of a JSON text
 LEFT = Verdict(Outcome.GONE)  # what an attempt came to that nobody waits for any more
 
 
@@ -4819,19 +4894,25 @@ class Relay:
                 self._drop_rescue(trip)
             verdict = await self._deliver(reply, lease, trip, sink)
             return GOOD  # whatever became of it: it was the client's answer
-        except Refused as refused:
-            verdict = refused.verdict
-            self.pool.answered(lease, False, self.loop.time())
-            trip.best = more_useful(trip.best, refused.reply)
-        except Rescued:
-            verdict = Verdict(Outcome.LOST)
-        except UpstreamError as error:
-            verdict, trip.failure = judge_error(error), error
+        except (Refused, Rescued, UpstreamError) as problem:
+            verdict = self._judge(problem, lease, trip)
         finally:
             if verdict is LEFT:
                 trip.record.outcomes.append((lease.upstream.name, "gone", self.loop.time() - lease.since))
             self.pool.settle(lease, verdict)
         return verdict
+
+    def _judge(self, problem: "Refused | Rescued | UpstreamError", lease: Lease, trip: Trip) -> Verdict:
+        """What an attempt came to that brought no answer; keeps what could be shown of it."""
+        if isinstance(problem, Rescued):
+            return Verdict(Outcome.LOST)
+        if isinstance(problem, UpstreamError):
+            trip.failure = problem
+            return judge_error(problem)
+        problem.reply.controller = lease.upstream.name
+        self.pool.answered(lease, False, self.loop.time())
+        trip.best = more_useful(trip.best, problem.reply)
+        return problem.verdict
 
     async def _ask(self, lease: Lease, trip: Trip) -> Reply:
         """Sends the request and reads as much as decides whether it is the answer. Raises Refused or UpstreamError."""
@@ -4851,9 +4932,9 @@ class Relay:
             if reply.head.status == 200 and exchange.complete:
                 reply.held, reply.whole = exchange.take(), True
             else:
-                await self._collect(reply, others)
-            if reply.head.status >= 300 or reply.held[:9] == b'{"error":':
-                self._check_refusal(reply)
+                await self._collect(reply, lease, others)
+            if reply.head.status >= 300 or b'"error"' in reply.held[:24]:
+                self._check_refusal(reply, request.stateful)
         except BaseException:
             exchange.abort()
             raise
@@ -4861,18 +4942,22 @@ class Relay:
         self.pool.answered(lease, True, reply.at)
         return reply
 
-    def _check_refusal(self, reply: Reply) -> None:
+    def _check_refusal(self, reply: Reply, stateful: bool) -> None:
         """Tells an answer from an error. Raises Refused."""
         head = reply.head
         if head.status >= 300:
             reply.exchange.finish()
-            raise Refused(reply, judge_reply(head.status, head.index, reply.held, time.time()))
-        if not reply.stream and judge_event(b"data: " + reply.held) is EventKind.ERROR:
+            verdict = judge_reply(head.status, head.index, reply.held, time.time())
+            if stateful and head.status == 404:  # about an object of the account, perhaps
+                verdict.outcome = Outcome.CLIENT
+            raise Refused(reply, verdict)
+        event = b"data: " + reply.held.translate(SPACED)
+        if not reply.stream and judge_event(event) is EventKind.ERROR:
             reply.exchange.finish()
-            verdict = judge_first_event(b"data: " + reply.held)  # 200 with an error in it, as OpenRouter may send
+            verdict = judge_first_event(event)  # 200 with an error in it, as OpenRouter may send
             raise Refused(as_error(reply, verdict.status), verdict)
 
-    async def _collect(self, reply: Reply, others: bool) -> None:
+    async def _collect(self, reply: Reply, lease: Lease, others: bool) -> None:
         """Reads a stream up to its first real event, anything else up to its end or to WHOLE_BYTES."""
         head = reply.head
         if head.status < 300 and head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
@@ -4880,6 +4965,7 @@ class Relay:
             await self._hold(reply, others)
             reply.at = self.loop.time()
             return
+        lease.heard(reply.at)
         pieces, size = [], 0
         while size <= WHOLE_BYTES:
             piece = await reply.exchange.read()
@@ -4938,13 +5024,24 @@ class Relay:
         log.warning("%s: silent in %s, asking %s too", *names)
         task = self.loop.create_task(self._ask(other, trip))
         trip.rescue = (other, task)
-        task.add_done_callback(functools.partial(self._end_rescue, exchange))
+        task.add_done_callback(functools.partial(self._end_rescue, trip, other, exchange))
         return True
 
-    def _end_rescue(self, exchange: Exchange, task: "asyncio.Task[Reply]") -> None:
-        """A rescue that brought an answer ends the first attempt; an error never does."""
-        if not task.cancelled() and task.exception() is None:
+    def _end_rescue(self, trip: Trip, lease: Lease, exchange: Exchange, task: "asyncio.Task[Reply]") -> None:
+        """A rescue that brought an answer ends the first attempt; an error never does, but its controller learns it."""
+        problem = None if task.cancelled() else task.exception()
+        if task.cancelled() or trip.rescue is None or trip.rescue[1] is not task:
+            return  # given up, or the only attempt by now
+        if problem is None:
             exchange.interrupt(Rescued())
+            return
+        trip.rescue, verdict = None, LEFT
+        if isinstance(problem, (Refused, UpstreamError)):
+            verdict = self._judge(problem, lease, trip)
+            trip.note(lease, verdict, self.loop.time())
+        else:
+            log.error("%s: a rescue failed", trip.request.request_id, exc_info=problem)
+        self.pool.settle(lease, verdict)
 
     def _drop_rescue(self, trip: Trip) -> None:
         """Gives up a rescue that is not needed any more."""
@@ -5024,6 +5121,7 @@ class Relay:
         """Sends the upstream error that tells most, without the secrets that it may echo."""
         head = reply.head
         trip.record.status, trip.record.first_at = head.status, self.loop.time()
+        trip.record.controller = reply.controller
         if 300 <= head.status < 400:
             raise ProxyError(502, "The upstream redirects; its base_url needs a correction.", "upstream_redirects")
         if fields:
