@@ -3587,7 +3587,7 @@ class Bucket:
 class Window:
     """A configured limit: at most `limit` in any `span_s` seconds. Entries are [when it was sent, amount, counted].
 
-    One that is leased but not sent yet stands at NEVER, and does not leave before it was sent.
+    One that is leased but not sent yet counts without an entry in line: it can only leave once it was sent.
     """
 
     __slots__ = ("entries", "limit", "span_s", "total")
@@ -3597,11 +3597,15 @@ class Window:
         self.entries: "deque[list[float]]" = deque()
 
     def add(self, amount: float) -> "list[float]":
-        """Counts an amount that will be sent; whoever did it sets the entry's time then."""
-        entry = [NEVER, amount, 1.0]
-        self.entries.append(entry)
+        """Counts an amount that is about to be sent."""
         self.total += amount
-        return entry
+        return [NEVER, amount, 1.0]
+
+    def sent(self, entry: "list[float]", now: float) -> None:
+        """It was sent: from now on its time runs. A second time moves it."""
+        if entry[0] == NEVER:
+            self.entries.append(entry)
+        entry[0] = now
 
     def change(self, entry: "list[float]", amount: float) -> None:
         """Corrects an amount, of an entry that may have left already."""
@@ -3617,13 +3621,13 @@ class Window:
             self.total -= gone[1]
             gone[2] = 0.0
         excess = self.total + min(amount, self.limit) - self.limit
-        if excess <= 1e-9 or not entries:
+        if excess <= 1e-9:
             return 0.0
         for at, taken, _ in entries:
             excess -= taken
-            if excess <= 1e-9 or at == NEVER:
+            if excess <= 1e-9:
                 return at + self.span_s
-        return 0.0
+        return now + self.span_s  # at the earliest: what is in the way has yet to be sent
 
 
 NO_WINDOWS: "tuple[tuple[Window, ...], ...]" = ((), ())  # of requests and of tokens
@@ -4051,8 +4055,8 @@ class Lease:
     def sent(self, now: float) -> None:
         """The request was written: from now on it counts, whatever comes of it."""
         self.sent_at = now
-        for _, entry in self.entries:
-            entry[0] = now
+        for window, entry in self.entries:
+            window.sent(entry, now)
         self.upstream.unanswered[self] = None
 
     def answered(self, now: float, good: bool) -> None:
@@ -4127,7 +4131,6 @@ class Lease:
             ledger.tokens.charge(-self.need, now)
         for window, entry in self.entries:
             window.change(entry, 0.0)
-            entry[0] = now
 
     def _learn_health(self, verdict: Verdict, now: float) -> None:
         """What the controller learns (DESIGN 3, the table's third column)."""
@@ -4599,7 +4602,7 @@ class KeyGate:
         self.quota.in_flight += 1
         for windows, amount in zip(ledger.windows, (1.0, need), strict=True):
             for window in windows:
-                window.add(amount)[0] = now
+                window.sent(window.add(amount), now)
         return 0.0
 
     def leave(self) -> None:
