@@ -3873,26 +3873,31 @@ class Upstream:
         self.out_why, self.recovering, self.probe = "", False, None
         self.recent.clear()
 
-    def failed(self, now: float, verdict: Verdict) -> None:
-        """Counts a failure; opens the breaker when it is one too many, or when a probe failed."""
+    def failed(self, now: float, verdict: Verdict, probed: bool) -> None:
+        """Counts a failure; opens the breaker when it is one too many, or when a probe failed.
+
+        What was under way when it went out already says nothing new.
+        """
         self.recent.append((now, True))
         fresh = [bad for at, bad in self.recent if now - at <= BREAKER_WITHIN_S]
         bad = sum(fresh)
-        if (self.recovering and self.out_why == "breaker") or (bad >= BREAKER_FAILURES and 2 * bad >= len(fresh)):
+        many = bad >= BREAKER_FAILURES and 2 * bad >= len(fresh)
+        if (probed and self.out_why == "breaker") or (many and not (self.recovering and self.out_until > now)):
             self.breaker_s = min(max(2 * self.breaker_s, BREAKER_FIRST_S), BREAKER_LAST_S)
             self.take_out("breaker", now + self.breaker_s)
         if verdict.after_s:
             self.out_until = max(self.out_until, now + min(verdict.after_s, CLOSED_MAX_S))
             self.out_why = self.out_why or "busy"
 
-    def refused(self, now: float, outcome: Outcome) -> None:
-        """A 401 or 403; the key is parked after some in a row."""
+    def refused(self, now: float, outcome: Outcome, probed: bool) -> None:
+        """A 401 or 403; the key is parked after some in a row, and again when a probe met one."""
         if outcome is Outcome.AUTH:
             self.denied += 1
         else:
             self.forbidden += 1
-        again = self.recovering and self.out_why == "parked"
-        if again or self.denied >= DENIED_COUNT or self.forbidden >= FORBIDDEN_COUNT:
+        many = self.denied >= DENIED_COUNT or self.forbidden >= FORBIDDEN_COUNT
+        parked = self.out_why == "parked" and self.out_until > now
+        if (probed and self.out_why == "parked") or (many and not parked):
             self.park_s = min(max(2 * self.park_s, PARK_FIRST_S), PARK_LAST_S)
             self.take_out("parked", now + self.park_s)
 
@@ -4113,12 +4118,13 @@ class Lease:
         upstream.unanswered.pop(self, None)
         if not self.sent_at:
             self._give_back(now)
-        if upstream.probe is self:
+        probed = upstream.probe is self
+        if probed:
             upstream.probe = None
         if upstream.quota.probe is self:
             upstream.quota.probe = None
         if verdict is not GOOD:
-            self._learn_health(verdict, now)
+            self._learn_health(verdict, now, probed)
         if upstream.out_until == NEVER:
             upstream.unstick(now)
 
@@ -4132,17 +4138,17 @@ class Lease:
         for window, entry in self.entries:
             window.change(entry, 0.0)
 
-    def _learn_health(self, verdict: Verdict, now: float) -> None:
+    def _learn_health(self, verdict: Verdict, now: float, probed: bool) -> None:
         """What the controller learns (DESIGN 3, the table's third column)."""
         upstream, outcome = self.upstream, verdict.outcome
         if outcome in ANSWERED:
             upstream.works(now)
         elif outcome in FAILURES:
             upstream.failures += 1
-            upstream.failed(now, verdict)
+            upstream.failed(now, verdict, probed)
         elif outcome in (Outcome.AUTH, Outcome.FORBIDDEN):
             upstream.failures += 1
-            upstream.refused(now, outcome)
+            upstream.refused(now, outcome, probed)
         if verdict.message:
             upstream.last_error = "%s %d: %s" % (outcome.value, verdict.status, verdict.message[:200])
 # ==== 11. Balancing ====
