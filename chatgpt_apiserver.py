@@ -3780,6 +3780,11 @@ class Quota:
         self.park_s = min(max(2 * self.park_s, PARK_FIRST_S), PARK_LAST_S)
         self.parked_until = now + self.park_s
 
+    def pays(self, now: float) -> None:
+        """An answer came: there is something to spend, unless its request was sent before the parking."""
+        if self.parked_until <= now:
+            self.park_s, self.probe = 0.0, None
+
 
 class Upstream:
     """A controller with its live state. `position` is its place in the configuration.
@@ -4074,7 +4079,9 @@ class Lease:
             self.seat.times[self.stream].append(took_s)
             upstream.heard(self.stream, took_s)
             upstream.works(now)
-            self.seat.ledger.closed_for = upstream.quota.park_s = 0.0
+            self.seat.ledger.closed_for = 0.0
+            if upstream.quota.park_s:
+                upstream.quota.pays(now)
 
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
