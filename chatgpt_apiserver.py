@@ -3927,13 +3927,16 @@ class Upstream:
 
     def is_silent(self, now: float) -> bool:
         """Whether its silence is far beyond the usual (DESIGN: suspicion)."""
-        if not self.unanswered or (self.out_why == "suspect" and self.probe is None):
+        if not self.unanswered:
             return False
         oldest = next(iter(self.unanswered))
-        if self.answered_at >= oldest.sent_at:
-            return False
         many = len(self.unanswered) >= SUSPECT_COUNT or oldest is self.probe
-        return many and now - oldest.sent_at > oldest.seat.usual_s(oldest.stream)
+        if self.out_why == "suspect":  # who was stuck before says nothing of the probe
+            many = self.probe is not None and self.probe in self.unanswered
+            oldest = self.probe if self.probe is not None else oldest
+        if not many or self.answered_at >= oldest.sent_at:
+            return False
+        return now - oldest.sent_at > oldest.seat.usual_s(oldest.stream)
 
 
 class Seat:
