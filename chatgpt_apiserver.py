@@ -3640,7 +3640,7 @@ class Ledger:
         "burst_s",
         "closed_for",
         "closed_until",
-        "large_need",
+        "large",
         "large_until",
         "limited",
         "name",
@@ -3657,7 +3657,8 @@ class Ledger:
         self.tokens: "Bucket | None" = None
         self.sent_tokens, self.serial = 0.0, 0
         self.closed_until = self.closed_for = 0.0
-        self.large_until, self.large_need = 0.0, 0.0
+        self.large_until = 0.0
+        self.large: "list[tuple[float, float]]" = []  # of token 429s: closed for this need and above, until then
         self.burst_s = limits.burst_s
         self.limited = bool(limits.rpm or limits.tpm)
         self.windows = NO_WINDOWS
@@ -3679,8 +3680,8 @@ class Ledger:
         ):
             return 0.0
         at = self.closed_until if self.closed_until > now else 0.0
-        if self.large_until > now and need >= self.large_need:
-            at = max(at, self.large_until)
+        if self.large_until > now:
+            at = max([at, *(until for least, until in self.large if need >= least and until > now)])
         if requests is not None:
             at = max(at, requests.opens_at(1.0, now))
         if tokens is not None:
@@ -3716,8 +3717,9 @@ class Ledger:
         until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
         self.limited = True
         if verdict.by_tokens:
+            self.large = [one for one in self.large if one[1] > now and (one[0] < need or one[1] > until)]
+            self.large.append((need, until))
             self.large_until = max(self.large_until, until)
-            self.large_need = min(need, self.large_need) if self.large_need and self.large_until > now else need
         else:
             self.closed_until = max(self.closed_until, until)
 
