@@ -3640,6 +3640,7 @@ class Ledger:
         "burst_s",
         "closed_for",
         "closed_until",
+        "given_back",
         "large",
         "large_until",
         "limited",
@@ -3656,6 +3657,8 @@ class Ledger:
         self.requests: "Bucket | None" = None
         self.tokens: "Bucket | None" = None
         self.sent_tokens, self.serial = 0.0, 0
+        # Of what was never sent: its serial, its need, and the last serial before it was given back.
+        self.given_back: "deque[tuple[int, float, int]]" = deque(maxlen=256)
         self.closed_until = self.closed_for = 0.0
         self.large_until = 0.0
         self.large: "list[tuple[float, float]]" = []  # of token 429s: closed for this need and above, until then
@@ -3722,6 +3725,14 @@ class Ledger:
             self.large_until = max(self.large_until, until)
         else:
             self.closed_until = max(self.closed_until, until)
+
+    def given_back_around(self, serial: int) -> "tuple[list[float], list[float]]":
+        """What each took that was given back since `serial` was charged: of those charged before it, and after it."""
+        unsent = self.given_back
+        while unsent and unsent[0][2] < serial:  # no later reply can need it
+            unsent.popleft()
+        before = [need for at, need, last in unsent if at < serial <= last]
+        return before, [need for at, need, _ in unsent if at > serial]
 
     def halve_burst(self) -> None:
         """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s)."""
@@ -4006,6 +4017,7 @@ def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
 
 
 NO_ENTRIES: "list[tuple[Window, list[float]]]" = []
+NO_NEEDS: "list[float]" = []
 
 
 class Lease:
@@ -4092,18 +4104,21 @@ class Lease:
         """Takes what a reply says of its quota."""
         ledger, self.told_requests, self.told_tokens = self.seat.ledger, requests, tokens
         ledger.limited, refilled_s = True, now - self.sent_at
+        before, after = ledger.given_back_around(self.serial) if ledger.given_back else (NO_NEEDS, NO_NEEDS)
         if requests is not None:
             if ledger.requests is None:
                 ledger.requests = Bucket(now)
             ledger.requests.charge(0.0, now)
-            since = ledger.serial - self.serial
-            ledger.requests.rebase(requests, self.serial, self.expected_requests, refilled_s, since)
+            expected, since = self.expected_requests, ledger.serial - self.serial - len(after)
+            expected = None if expected is None else expected + len(before)
+            ledger.requests.rebase(requests, self.serial, expected, refilled_s, since)
         if tokens is not None:
             if ledger.tokens is None:
                 ledger.tokens = Bucket(now)
             ledger.tokens.charge(0.0, now)
-            spent = ledger.sent_tokens - self.mark_tokens
-            ledger.tokens.rebase(tokens, self.serial, self.expected_tokens, refilled_s, spent)
+            expected, spent = self.expected_tokens, ledger.sent_tokens - self.mark_tokens - sum(after)
+            expected = None if expected is None else expected + sum(before)
+            ledger.tokens.rebase(tokens, self.serial, expected, refilled_s, spent)
 
     def was_early(self, verdict: Verdict) -> bool:
         """Whether a 429 came while there should have been room: its own reply said so, or our exact count does."""
@@ -4142,7 +4157,7 @@ class Lease:
 
     def _give_back(self, now: float) -> None:
         ledger = self.seat.ledger
-        ledger.sent_tokens -= self.need
+        ledger.given_back.append((self.serial, self.need, ledger.serial))
         if ledger.requests is not None:
             ledger.requests.charge(-1.0, now)
         if ledger.tokens is not None:
