@@ -3359,7 +3359,7 @@ def retry_after(index: Index, message: str, body: bytes, wall_s: float) -> "floa
     hint = _HINT.search(message) or _HINT.search(body[:4096].decode("latin-1"))
     if hint is None:
         return None
-    words = re.sub(r"\s|econd[s]?|inute[s]?", "", hint.group(1) or hint.group(2)).lower()
+    words = re.sub(r"\s|econd[s]?|inute[s]?|our[s]?", "", hint.group(1) or hint.group(2)).lower()
     return parse_duration(words)
 
 
