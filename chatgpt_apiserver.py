@@ -4030,6 +4030,7 @@ class Lease:
         "entries",
         "expected_requests",
         "expected_tokens",
+        "ledger",
         "mark_tokens",
         "need",
         "open",
@@ -4047,6 +4048,7 @@ class Lease:
     def __init__(self, seat: Seat, need: float, stream: bool, now: float) -> None:
         upstream, ledger = seat.upstream, seat.ledger
         self.seat, self.upstream, self.need, self.stream, self.since = seat, upstream, need, stream, now
+        self.ledger = ledger  # a 429 may give the seat another one meanwhile
         self.sent_at, self.open = 0.0, True
         self.stuck: "Callable[[], bool] | None" = None
         self.entries: "list[tuple[Window, list[float]]]" = NO_ENTRIES
@@ -4096,13 +4098,13 @@ class Lease:
             self.seat.times[self.stream].append(took_s)
             upstream.heard(self.stream, took_s)
             upstream.works(now)
-            self.seat.ledger.closed_for = 0.0
+            self.ledger.closed_for = 0.0
             if upstream.quota.park_s:
                 upstream.quota.pays(now)
 
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
-        ledger, self.told_requests, self.told_tokens = self.seat.ledger, requests, tokens
+        ledger, self.told_requests, self.told_tokens = self.ledger, requests, tokens
         ledger.limited, refilled_s = True, now - self.sent_at
         before, after = ledger.given_back_around(self.serial) if ledger.given_back else (NO_NEEDS, NO_NEEDS)
         if requests is not None:
@@ -4129,7 +4131,7 @@ class Lease:
 
     def correct(self, used: float, now: float) -> None:
         """Takes the true cost of an answer, where the upstream does not tell what is left."""
-        ledger, surplus = self.seat.ledger, self.need - used
+        ledger, surplus = self.ledger, self.need - used
         if ledger.tokens is not None:
             ledger.tokens.charge(-surplus, now)
         for window, entry in self.entries:
@@ -4156,7 +4158,7 @@ class Lease:
             upstream.unstick(now)
 
     def _give_back(self, now: float) -> None:
-        ledger = self.seat.ledger
+        ledger = self.ledger
         ledger.given_back.append((self.serial, self.need, ledger.serial))
         if ledger.requests is not None:
             ledger.requests.charge(-1.0, now)
