@@ -1,0 +1,930 @@
+"""What is known of an account: buckets, windows, ledgers, parking, breaker, suspicion; pure arithmetic, no loop."""
+
+import itertools
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+import chatgpt_apiserver as app
+
+NEVER = app.NEVER
+T0 = 10_000.0
+
+
+def upstream(name: str = "a", quota: "app.Quota | None" = None, position: int = 0, **more: Any) -> app.Upstream:
+    """An echo controller with its state."""
+    config = app.ControllerConfig("echo", name, app.AccountConfig(), **more)
+    return app.Upstream(config, app.EchoController(config), position, quota)
+
+
+def seat(name: str = "a", model: str = "m", **limits: Any) -> app.Seat:
+    """A controller with these limits, for one model."""
+    return upstream(name, limits=app.QuotaLimits(**limits)).seat(model)
+
+
+def lease(one: app.Seat, now: float = T0, need: float = 1.0, stream: bool = True, sent: bool = True) -> app.Lease:
+    """A lease, by default of a request that was written at once."""
+    made = app.Lease(one, need, stream, now)
+    if sent:
+        made.sent(now)
+    return made
+
+
+def told(limit: float, left: float, reset_s: "float | None" = None) -> app.Allowance:
+    """What a reply says of a limit."""
+    return app.Allowance(limit, left, reset_s)
+
+
+def verdict(outcome: str, status: int = 500, **more: Any) -> app.Verdict:
+    """What an attempt came to."""
+    made = app.Verdict(app.Outcome(outcome), status)
+    for name, value in more.items():
+        setattr(made, name, value)
+    return made
+
+
+class Clock:
+    """A clock that stands still, and timers that never fire."""
+
+    def time(self) -> float:
+        return T0
+
+    def call_at(self, at: float, call: object, *args: object) -> "Clock":
+        return self
+
+    def cancel(self) -> None:
+        pass
+
+
+def limit_error(message: str = "", code: str = "rate_limit_exceeded", kind: str = "requests") -> bytes:
+    """The body of a 429."""
+    return app.compact_json({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+# -- what replies say
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("17ms", 0.017),
+        ("1s", 1.0),
+        ("6m0s", 360.0),
+        ("1h2m3s", 3723.0),
+        ("2m59.56s", 179.56),
+        ("0", 0.0),
+        ("59", 59.0),
+        ("1.5", 1.5),
+        ("600.0", 600.0),
+        ("100us", 0.0001),
+        ("1d", None),
+        ("-1", None),
+        ("-1s", None),
+        ("", None),
+        ("s", None),
+        ("1s ", None),
+        ("1 s", None),
+        ("nan", None),
+        ("inf", None),
+        ("1e9", None),
+        ("1s2", None),
+        ("Tue, 24 Nov 2026 16:00:00 GMT", None),
+    ],
+)
+def test_durations(text: str, seconds: "float | None") -> None:
+    """Go durations and plain numbers are seconds; everything else is nothing."""
+    found = app.parse_duration(text)
+    assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_durations_never_raise_and_are_never_negative() -> None:
+    """Whatever a header says, the result is None or a finite time from zero on."""
+    chance = random.Random(1)
+    for _ in range(3000):
+        text = "".join(chance.choice("0123456789.hmsuµn -+e") for _ in range(chance.randrange(12)))
+        found = app.parse_duration(text)
+        assert found is None or 0.0 <= found <= 1e12
+
+
+@pytest.mark.parametrize(
+    ("index", "message", "seconds"),
+    [
+        ({b"retry-after-ms": b"1500", b"retry-after": b"9"}, "try again in 7s", 1.5),
+        ({b"retry-after": b"9"}, "try again in 7s", 9.0),
+        ({b"retry-after": b"0"}, "", 0.0),
+        ({b"retry-after": b"Tue, 24 Nov 2026 16:00:30 GMT"}, "", 30.0),
+        ({b"retry-after": b"Tue, 24 Nov 2026 15:00:00 GMT"}, "", 0.0),
+        ({b"retry-after": b"2026-11-24T16:00:05Z"}, "", 5.0),
+        ({b"retry-after": b"-5"}, "try again in 7s", 7.0),
+        ({b"retry-after": b"soon"}, "", None),
+        ({b"retry-after-ms": b"x", b"retry-after": b"3"}, "", 3.0),
+        ({}, "Rate limit reached. Please try again in 41.724s. Visit", 41.724),
+        ({}, "Please try again in 6m0s.", 360.0),
+        ({}, "Please try again in 20ms.", 0.02),
+        ({}, "Please retry after 45 seconds.", 45.0),
+        ({}, "Please retry after 1 second.", 1.0),
+        ({}, "try again in 2 minutes", 120.0),
+        ({}, "try again in 1 hour", 3600.0),
+        ({}, "try again in 1h2m3s", 3723.0),
+        ({}, "nothing to see", None),
+    ],
+)
+def test_retry_after(index: "dict[bytes, bytes]", message: str, seconds: "float | None") -> None:
+    """Milliseconds, seconds, a date, then the prose: the first that makes sense."""
+    wall_s = 1_795_536_000.0  # 2026-11-24T16:00:00Z
+    found = app.retry_after(index, message, b"", wall_s)
+    assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_a_delay_in_the_body_counts() -> None:
+    """Google names its delay in the details of the error."""
+    body = b'[{"error":{"code":429,"details":[{"retryDelay": "34s"}]}}]'
+    assert app.judge_reply(429, {}, body, 0.0).after_s == 34.0
+
+
+def fields(kind: bytes = b"requests", **values: bytes) -> "dict[bytes, bytes]":
+    """OpenAI's fields of one limit."""
+    return {b"x-ratelimit-%b-%b" % (name.encode(), kind): value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (fields(limit=b"500", remaining=b"499", reset=b"120ms"), (500, 499, 0.12)),
+        (fields(limit=b"500", remaining=b"499"), (500, 499, None)),
+        (fields(limit=b"500", remaining=b"0", reset=b"60"), (500, 0, 60.0)),
+        (fields(limit=b"500", remaining=b"900", reset=b"1s"), (500, 500, 1.0)),
+        (fields(limit=b"500", remaining=b"499", reset=b"-1"), (500, 499, None)),
+        (fields(limit=b"500", remaining=b"499", reset=b"soon"), (500, 499, None)),
+        (fields(limit=b"0", remaining=b"0", reset=b"0"), None),
+        (fields(limit=b"-1", remaining=b"-1"), None),
+        (fields(limit=b"500", remaining=b"-1"), None),
+        (fields(limit=b"-1", remaining=b"5"), None),
+        (fields(remaining=b"5"), None),
+        (fields(limit=b"500"), None),
+        (fields(limit=b"5e2", remaining=b"1"), None),
+        (fields(limit=b"500.5", remaining=b"1"), None),
+        (fields(limit=b"9" * 40, remaining=b"1"), None),
+        (fields(limit=b"\xb2", remaining=b"1"), None),
+        ({}, None),
+        (
+            {
+                b"anthropic-ratelimit-requests-limit": b"50",
+                b"anthropic-ratelimit-requests-remaining": b"49",
+                b"anthropic-ratelimit-requests-reset": b"2026-11-24T16:00:05Z",
+            },
+            (50, 49, 5.0),
+        ),
+        (
+            {b"x-ratelimit-limit-req-minute": b"60", b"x-ratelimit-remaining-req-minute": b"7"},
+            (60, 7, None),
+        ),
+    ],
+)
+def test_allowance(index: "dict[bytes, bytes]", expected: "tuple[float, float, float | None] | None") -> None:
+    """Limit, remaining and reset of any vendor; insane values are nothing at all."""
+    found = app.allowance(index, app.REQUEST_NAMES, lambda: 1_795_536_000.0)
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert (found.limit, found.remaining) == expected[:2]
+        assert found.reset_s == (None if expected[2] is None else pytest.approx(expected[2]))
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        (b'..."usage":{"prompt_tokens":5,"completion_tokens":7,"total_tokens":12}}', (12, 7)),
+        (b'"usage": {"prompt_tokens" : 5, "completion_tokens" : 7, "total_tokens" : 12}', (12, 7)),
+        (b'"usage":{"input_tokens":5,"output_tokens":7}', (12, 7)),
+        (b'"usage":{"input_tokens":5,"output_tokens":7,"total_tokens":13}', (13, 7)),
+        (b'"usage":{"prompt_tokens":5,"total_tokens":5}', (5, 0)),
+        (b'"usage":null}\n\ndata: [DONE]\n\n', (0, 0)),
+        (b'"usage":null}\n\ndata: {"choices":[],"usage":{"completion_tokens":1,"total_tokens":2}}', (2, 1)),
+        (b"", (0, 0)),
+        (b'"usage":{"total_tokens":"many"}', (0, 0)),
+    ],
+)
+def test_used_tokens(tail: bytes, expected: "tuple[int, int]") -> None:
+    """The last usage in the end of an answer counts."""
+    assert app.used_tokens(tail) == expected
+
+
+# -- buckets
+
+
+def test_a_bucket_refills_at_its_limit_per_minute() -> None:
+    """Sixty a minute are one a second, up to the size, never below zero."""
+    bucket = app.Bucket(T0)
+    bucket.rebase(told(60, 10), 1, T0, 0, T0)
+    assert bucket.level_at(T0) == 10 and bucket.level_at(T0 + 5) == pytest.approx(15)
+    assert bucket.level_at(T0 + 1000) == 60
+    bucket.charge(100, T0 + 5)
+    assert bucket.level_at(T0 + 5) == 0
+    assert bucket.opens_at(1, T0 + 5) == pytest.approx(T0 + 6)
+    assert bucket.opens_at(1, T0 + 6) == 0
+    assert bucket.opens_at(1000, T0 + 5) == pytest.approx(T0 + 65)  # more than the whole goes when it is full
+    assert bucket.opens_at(1000, T0 + 65) == 0
+
+
+def test_an_older_reply_never_overwrites_a_newer_one() -> None:
+    """Replies arrive in any order; the one whose request was sent last is believed."""
+    chance = random.Random(3)
+    for _ in range(300):
+        bucket, newest = app.Bucket(T0), -1
+        for serial in chance.sample(range(20), 20):
+            before = (bucket.level, bucket.limit)
+            bucket.rebase(told(100, serial), serial, T0, 0, T0)
+            if serial < newest:
+                assert (bucket.level, bucket.limit) == before
+            newest = max(newest, serial)
+            assert bucket.level == newest
+
+
+def test_reset_tells_what_remaining_rounds_down() -> None:
+    """`remaining` is a whole number; the time until the bucket is full tells the fraction, never more than that."""
+    bucket = app.Bucket(T0)
+    bucket.rebase(told(60, 59, 1.0), 1, T0, 0, T0)
+    bucket.rebase(told(60, 9, 50.5), 2, T0, 0, T0)
+    assert bucket.level_at(T0) == pytest.approx(9.5)
+    bucket.rebase(told(60, 9, 1.0), 3, T0, 0, T0)
+    assert 9 <= bucket.level_at(T0) < 10
+
+
+def test_slow_limits_only_after_two_replies() -> None:
+    """One odd reset proves nothing; two running say that the limit counts hours or days, one ordinary that it does not."""
+    bucket = app.Bucket(T0)
+    day = told(14_400, 14_390, 60.0)  # one a six seconds: 86,400 s for all
+    bucket.rebase(day, 1, T0, 0, T0)
+    assert bucket.rate == 240
+    bucket.rebase(day, 2, T0, 0, T0)
+    assert bucket.rate == pytest.approx(1 / 6)
+    bucket.rebase(day, 3, T0, 0, T0)
+    assert bucket.rate == pytest.approx(1 / 6)
+    bucket.rebase(told(14_400, 14_390, 0.04), 4, T0, 0, T0)
+    assert bucket.rate == 240
+    bucket.rebase(day, 5, T0, 0, T0)
+    assert bucket.rate == 240
+
+
+def test_never_faster_than_a_minutes_limit() -> None:
+    """Whatever resets say, a bucket refills by no more than limit / 60 a second and holds no more than the limit."""
+    chance = random.Random(5)
+    for _ in range(200):
+        bucket = app.Bucket(T0)
+        for serial in range(30):
+            limit = chance.choice((1, 60, 500, 10_000))
+            left = chance.randint(0, limit)
+            bucket.rebase(told(limit, left, chance.choice((None, 0.0, 1e-6, 0.01, 1.0, 59.0, 6e4))), serial, T0, 0, T0)
+            assert bucket.rate <= limit / 60 + 1e-9 and 0 <= bucket.level_at(T0 + 1e6) <= limit
+
+
+def test_random_sequences_never_go_below_zero() -> None:
+    """Charges, gifts and replies in any order leave a level between nothing and the limit."""
+    chance = random.Random(7)
+    for _ in range(200):
+        bucket, now = app.Bucket(T0), T0
+        for serial in range(40):
+            now += chance.random() * 5
+            match chance.randrange(4):
+                case 0:
+                    bucket.charge(chance.random() * 100, now)
+                case 1:
+                    bucket.charge(-chance.random() * 3, now)
+                case 2:
+                    left = chance.randrange(101)
+                    sent_at, since = now - chance.random() * 9, chance.randrange(200)
+                    bucket.rebase(told(100, left, chance.choice((None, (100 - left) * 0.6))), serial, sent_at, since, now)
+                case 3:
+                    at = bucket.opens_at(5, now)
+                    assert at in (0.0, NEVER) or bucket.level_at(at + 1e-6) >= 5 - 1e-3
+            assert 0.0 <= bucket.level_at(now) <= max(bucket.size, 0.0)
+
+
+class Account:
+    """An upstream that counts as OpenAI does: a bucket that refills all the time, told in each reply."""
+
+    def __init__(self, limit: int, now: float) -> None:
+        self.limit, self.level, self.at = limit, float(limit), now
+
+    def level_at(self, now: float) -> float:
+        return min(self.limit, self.level + (now - self.at) * self.limit / 60)
+
+    def take(self, amount: float, now: float) -> "app.Allowance | None":
+        """Takes it and says what is left; None for a 429."""
+        level = self.level_at(now)
+        self.at, self.level = now, level
+        if level < amount:
+            return None
+        self.level = level - amount
+        return told(self.limit, int(self.level), (self.limit - self.level) / self.limit * 60)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_in_flight_is_counted_once(seed: int) -> None:
+    """Against an account that counts, over random latencies: what we believe is what is there, less what is on its way."""
+    chance, transit_s, limit = random.Random(seed), 0.005, 120
+    one, account, now = seat(), Account(limit, T0), T0
+    on_way: "list[tuple[float, app.Lease]]" = []
+    replies: "list[tuple[float, app.Lease, app.Allowance]]" = []
+    refused = sent = 0
+    for _ in range(4000):
+        now += chance.expovariate(8)
+        for at, gone in [item for item in on_way if item[0] <= now]:
+            on_way.remove((at, gone))
+            answer = account.take(1, at)
+            refused += answer is None
+            if answer is not None:
+                replies.append((at + chance.choice((0.01, 0.3, 4.0)), gone, answer))
+        for item in sorted((item for item in replies if item[0] <= now), key=lambda item: item[0]):
+            replies.remove(item)
+            item[1].answered(item[0], True)
+            item[1].learn(item[2], None, item[0])
+            item[1].release(app.GOOD, item[0])
+        bucket = one.ledger.requests
+        if bucket is not None:
+            exact = account.level_at(now) - len(on_way)
+            assert exact - 1.1 <= bucket.level_at(now) <= exact + 1.1 + transit_s * limit / 60
+        if one.ready(1, now):
+            sent += 1
+            on_way.append((now + transit_s, lease(one, now)))
+    assert refused <= 3 and sent > 700
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_was_never_sent_is_given_back_whole(seed: int) -> None:
+    """A reply's word less exactly those that were charged after its request and not given back, however many were."""
+    chance = random.Random(seed)
+    one = seat()
+    first = lease(one)
+    first.learn(told(1000, 500), told(100_000, 50_000), T0)
+    flying = [first]
+    for _ in range(200):
+        match chance.randrange(3):
+            case 0:
+                flying.append(lease(one, need=chance.randint(1, 50), sent=chance.random() < 0.6))
+            case 1:
+                unsent = [made for made in flying if not made.sent_at]
+                if unsent:
+                    chosen = chance.choice(unsent)
+                    flying.remove(chosen)
+                    chosen.release(verdict("connect"), T0)
+            case 2:
+                chosen = chance.choice([made for made in flying if made.sent_at])
+                assert one.ledger.requests is not None and one.ledger.tokens is not None
+                if chosen.serial >= one.ledger.requests.newest:
+                    chosen.learn(told(1000, 500), told(100_000, 50_000), T0)
+                    later = [made for made in flying if made.serial > chosen.serial]
+                    assert one.ledger.requests.level_at(T0) == 500 - len(later)
+                    assert one.ledger.tokens.level_at(T0) == 50_000 - sum(made.need for made in later)
+
+
+def test_usage_corrects_where_nothing_is_told() -> None:
+    """The true cost replaces the estimate, in configured windows as in a bucket."""
+    one = seat(tpm=1000)
+    made = lease(one, need=900)
+    assert not one.ready(200, T0)
+    made.correct(100, T0)
+    assert one.ready(900, T0) and not one.ready(901, T0)
+
+
+# -- configured limits
+
+
+def test_a_window_is_exact() -> None:
+    """The limit's last one goes, the next waits until the first is a window old."""
+    window = app.Window(2, 60.0)
+    for at in (T0, T0 + 10):
+        assert window.opens_at(1, at) == 0
+        window.sent(window.add(1), at)
+    assert window.opens_at(1, T0 + 20) == T0 + window.span_s
+    assert window.opens_at(2, T0 + 20) == T0 + 10 + window.span_s
+    assert window.opens_at(50, T0 + 20) == T0 + 10 + window.span_s  # more than all of it goes when it is empty
+    assert window.opens_at(1, T0 + window.span_s) == 0
+
+
+def test_what_is_leased_but_not_sent_yet_holds_its_place_and_nobody_elses() -> None:
+    """A request that is still connecting counts, but what is older than the window leaves although it stands behind it."""
+    window = app.Window(2, 60.0)
+    connecting = window.add(1)
+    window.sent(window.add(1), T0)
+    assert window.opens_at(1, T0 + 1) == T0 + window.span_s
+    assert window.opens_at(1, T0 + 61) == 0
+    assert window.opens_at(2, T0 + 61) == T0 + 61 + window.span_s  # at the earliest: it has not been sent yet
+    window.change(connecting, 0.0)
+    assert window.opens_at(2, T0 + 61) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_at_most_rpm_in_any_minute_and_a_burst_at_once(seed: int) -> None:
+    """Under random concurrency no 60 s hold more than rpm, no burst_s more than its share, and the limit is used up."""
+    chance = random.Random(seed)
+    rpm, burst_s = chance.choice(((30, 60.0), (60, 10.0), (100, 1.0), (7, 60.0), (120, 5.0)))
+    one, now = seat(rpm=rpm, burst_s=burst_s), T0
+    connecting: "list[tuple[float, app.Lease]]" = []
+    sent: "list[float]" = []
+    for _ in range(4000):
+        now += chance.expovariate(6)
+        for item in [item for item in connecting if item[0] <= now]:
+            connecting.remove(item)
+            if chance.random() < 0.1:
+                item[1].release(verdict("gone", 0), now)
+                continue
+            item[1].sent(now)
+            sent.append(now)
+            item[1].release(app.GOOD, now)
+        while one.ready(1, now):
+            connecting.append((now + chance.choice((0.0, 0.002, 0.05, 0.3)), lease(one, now, sent=False)))
+    burst = max(1, int(rpm * burst_s / 60))
+    for span_s, most in ((60.0, rpm), (burst_s, burst)):
+        for at, start in enumerate(sent):
+            assert sum(1 for other in sent[at : at + most + 1] if other < start + span_s) <= most
+    assert len(sent) >= 0.7 * min(rpm / 60.25, burst / (burst_s + 0.25)) * (now - T0)
+
+
+def test_limits_count_per_model_and_concurrency_for_all() -> None:
+    """rpm closes one model; concurrency closes the controller, its quota group too."""
+    first = upstream("a", limits=app.QuotaLimits(rpm=1))
+    lease(first.seat("m"))
+    assert not first.seat("m").ready(1, T0) and first.seat("n").ready(1, T0)
+    shared = app.Quota("g", app.QuotaLimits(concurrency=2))
+    two = [upstream(name, shared) for name in "ab"]
+    held = [lease(one.seat("m")) for one in two]
+    assert not any(one.seat(model).ready(1, T0) for one in two for model in "mn")
+    assert two[0].seat("m").room_at(1, T0) == NEVER
+    held[1].release(app.GOOD, T0)
+    assert two[0].seat("n").ready(1, T0)
+
+
+def test_a_dated_name_is_the_same_model() -> None:
+    """A model with and without its date suffix has one ledger; a 429's "for limit X" gives it another."""
+    quota = app.Quota("q", app.QuotaLimits())
+    assert quota.ledger("gpt-4.1-2025-04-14") is quota.ledger("gpt-4.1") is quota.ledger("gpt-4.1-20250414")
+    assert quota.ledger("gpt-4.1-mini") is not quota.ledger("gpt-4.1")
+    quota.rename("gpt-4.1-mini", "gpt-4.1")
+    assert quota.ledger("gpt-4.1-mini") is quota.ledger("gpt-4.1")
+
+
+def test_an_early_429_halves_the_burst() -> None:
+    """A 429 while our exact count said that there was room: from now on only half as much at once, not below a second."""
+    one = seat(rpm=600)
+    made = lease(one)
+    assert made.was_early(verdict("rate", 429))
+    for expected in (30.0, 15.0, 7.5, 3.75, 1.875, 1.0, 1.0):
+        one.ledger.halve_burst()
+        assert one.ledger.burst_s == expected
+    now, count = T0 + 100, 0
+    while one.ready(1, now):
+        lease(one, now)
+        count += 1
+    assert count == 10
+
+
+def test_a_429_that_says_what_is_left_is_not_early() -> None:
+    """With nothing remaining by its own word a 429 is no surprise; with room left it is."""
+    one = seat()
+    made = lease(one, need=10)
+    made.learn(told(60, 0), told(1000, 500), T0)
+    assert not made.was_early(verdict("rate", 429)) and made.was_early(verdict("rate", 429, by_tokens=True))
+
+
+# -- 429
+
+
+def closed_for(one: app.Seat, need: float = 1.0, now: float = T0) -> float:
+    """Seconds until a request of that size may go."""
+    return max(0.0, one.ledger.opens_at(need, now) - now)
+
+
+@pytest.mark.parametrize(("after_s", "expected"), [(5.0, 5.0), (0.0, 0.01), (601.0, 600.0), (1e9, 600.0)])
+def test_a_429_closes_for_the_time_it_named(after_s: float, expected: float) -> None:
+    """That time, at most ten minutes; "now" is not believed to the letter."""
+    one = seat()
+    one.ledger.close(verdict("rate", 429, after_s=after_s), 1, T0)
+    assert closed_for(one) == pytest.approx(expected)
+
+
+def test_a_429_without_a_time() -> None:
+    """Without a hint: until what is lacking is back, where that is known; else a second, doubling to thirty."""
+    one = seat()
+    lease(one).learn(told(60, 0), None, T0)
+    one.ledger.close(verdict("rate", 429), 1, T0)
+    assert closed_for(one) == pytest.approx(1.0)
+    two = seat()
+    now = T0
+    for expected in (1, 2, 4, 8, 16, 30, 30):
+        two.ledger.close(verdict("rate", 429), 1, now)
+        assert closed_for(two, now=now) == pytest.approx(expected)
+        now += expected
+    made = lease(two, now)
+    made.answered(now, True)
+    two.ledger.close(verdict("rate", 429), 1, now)
+    assert closed_for(two, now=now) == pytest.approx(1.0)
+
+
+def test_a_token_429_closes_only_for_requests_at_least_that_large() -> None:
+    """Smaller requests still go; a smaller one that was refused too closes for its own time, not for the larger one's."""
+    one = seat()
+    one.ledger.close(verdict("rate", 429, by_tokens=True, after_s=60.0), 9000, T0)
+    assert closed_for(one, 9000) == 60 and closed_for(one, 20_000) == 60 and closed_for(one, 8999) == 0
+    one.ledger.close(verdict("rate", 429, by_tokens=True, after_s=2.0), 100, T0)
+    assert closed_for(one, 9000) == 60 and closed_for(one, 100) == 2 and closed_for(one, 99) == 0
+    assert one.ready(100, T0 + 2) and not one.ready(9000, T0 + 2) and one.ready(9000, T0 + 60)
+
+
+def test_token_429s_close_as_each_of_them_said() -> None:
+    """Of any number of token 429s a request obeys those of its size and smaller, and no other."""
+    chance = random.Random(11)
+    for _ in range(100):
+        one, told_ = seat(), []
+        for _ in range(12):
+            need, after_s = chance.randint(1, 20), chance.randint(1, 20)
+            one.ledger.close(verdict("rate", 429, by_tokens=True, after_s=float(after_s)), need, T0)
+            told_.append((need, after_s))
+        for need, later in itertools.product(range(1, 22), (0, 5, 10, 25)):
+            until = max((after_s for least, after_s in told_ if need >= least), default=0)
+            assert closed_for(one, need, T0 + later) == max(0, until - later)
+
+
+@pytest.mark.parametrize(
+    ("message", "outcome", "by_tokens", "bucket"),
+    [
+        ("Rate limit reached for gpt-4.1 in organization org-x on requests per min (RPM): Limit 3, Used 3, Requested 1.", "rate", False, ""),
+        ("Rate limit reached for gpt-4.1 (for limit gpt-4.1-long-context) on tokens per min (TPM): Limit 10000, Used 9000, Requested 2000.", "rate", True, "gpt-4.1-long-context"),
+        ("Request too large for gpt-4.1 on tokens per min (TPM): Limit 10,000, Requested 12,000.", "large", True, ""),
+        ("Limit 0, Requested 5", "rate", False, ""),
+    ],
+)  # fmt: skip
+def test_a_429s_prose(message: str, outcome: str, by_tokens: bool, bucket: str) -> None:
+    """OpenAI says in prose what it was about."""
+    found = app.judge_reply(429, {}, limit_error(message), 0.0)
+    assert (found.outcome.value, found.by_tokens, found.bucket) == (outcome, by_tokens, bucket)
+
+
+def test_replies_count_for_the_ledger_that_their_request_was_charged_to() -> None:
+    """When a 429 gives a model's limit another name, what is under way still belongs to the old one."""
+    ups = [upstream()]
+    pool = app.UpstreamPool(ups, app.SmoothWeighted(), app.PoolConfig(), Clock())  # type: ignore[arg-type]
+    one = ups[0].seat("m")
+    flying = [lease(one) for _ in range(50)]
+    flying[0].learn(told(100, 99), None, T0)
+    pool.settle(flying[1], verdict("rate", 429, bucket="m-long", after_s=1.0))
+    assert one.ledger.name == "m-long" and closed_for(one) == 1.0
+    for made in flying[2:]:
+        made.learn(told(100, 5), None, T0)
+        made.release(verdict("gone", 0), T0)
+    assert one.ledger.requests is None or one.ledger.requests.limit == 0
+    fresh = lease(one, T0 + 1)
+    fresh.learn(told(100, 42), None, T0 + 1)
+    assert one.ledger.requests is not None and one.ledger.requests.level_at(T0 + 1) == 42
+
+
+# -- parking
+
+
+def test_an_exhausted_quota_is_parked_longer_each_time() -> None:
+    """Five minutes, doubling to an hour; then one real request at a time finds out; an answer ends it."""
+    shared = app.Quota("g", app.QuotaLimits())
+    two = [upstream(name, shared).seat("m") for name in "ab"]
+    now = T0
+    for expected in (300, 600, 1200, 2400, 3600, 3600):
+        shared.park(now)
+        assert shared.park_s == expected
+        assert not two[1].ready(1, now + expected - 1) and two[1].room_at(1, now) == now + expected
+        now += expected
+        assert two[0].ready(1, now) and two[1].ready(1, now)
+        probe = lease(two[0], now)
+        assert not two[0].ready(1, now) and not two[1].ready(1, now)
+        probe.release(verdict("quota", 429), now)
+    probe = lease(two[0], now)
+    probe.answered(now, True)
+    assert two[0].ready(1, now) and two[1].ready(1, now) and shared.park_s == 0  # while the probe's stream still runs
+    probe.release(app.GOOD, now)
+    shared.park(now)
+    assert shared.park_s == 300
+
+
+def test_an_answer_of_before_does_not_end_the_parking() -> None:
+    """A request that was under way when the quota ran out proves nothing; the next parking still grows."""
+    one = seat()
+    early = lease(one)
+    one.upstream.quota.park(T0)
+    early.answered(T0 + 1, True)
+    assert not one.ready(1, T0 + 2)
+    assert one.ready(1, T0 + 300)
+    lease(one, T0 + 300)
+    assert not one.ready(1, T0 + 300)
+    one.upstream.quota.park(T0 + 301)
+    assert one.upstream.quota.park_s == 600
+
+
+def fail(one: app.Seat, outcome: str, now: float = T0, status: int = 500, **more: Any) -> None:
+    """One whole attempt that ends so."""
+    lease(one, now).release(verdict(outcome, status, **more), now)
+
+
+def succeed(one: app.Seat, now: float = T0) -> None:
+    """One whole attempt that is answered."""
+    made = lease(one, now)
+    made.answered(now, True)
+    made.release(app.GOOD, now)
+
+
+@pytest.mark.parametrize(("outcome", "count"), [("auth", 2), ("forbidden", 3)])
+def test_a_refused_key_is_parked_after_some_in_a_row(outcome: str, count: int) -> None:
+    """Two 401 or three 403 in a row park; a success in between begins again; each failed probe doubles."""
+    one = seat()
+    for _ in range(count - 1):
+        fail(one, outcome)
+    assert one.ready(1, T0)
+    succeed(one)
+    for _ in range(count - 1):
+        fail(one, outcome)
+    assert one.ready(1, T0)
+    fail(one, outcome)
+    assert one.upstream.out_why == "parked" and not one.ready(1, T0 + 299) and one.ready(1, T0 + 300)
+    fail(one, outcome, T0 + 300)
+    assert not one.ready(1, T0 + 899) and one.ready(1, T0 + 900)
+    succeed(one, T0 + 900)
+    assert one.upstream.out_why == "" and one.ready(1, T0 + 900)
+
+
+def test_refusals_that_were_under_way_do_not_double_the_parking() -> None:
+    """Ten requests that meet a dead key at once park it once."""
+    one = seat()
+    flying = [lease(one) for _ in range(10)]
+    for made in flying:
+        made.release(verdict("auth", 401), T0)
+    assert one.ready(1, T0 + 300)
+
+
+# -- breaker
+
+
+def test_the_breaker_needs_five_failures_that_are_half() -> None:
+    """Five failures open it; with more than as many successes among the last twenty they do not."""
+    one = seat()
+    for _ in range(4):
+        fail(one, "fault")
+    assert one.ready(1, T0)
+    fail(one, "connect")
+    assert one.upstream.out_why == "breaker" and not one.ready(1, T0)
+    two = seat()
+    for _ in range(6):
+        succeed(two)
+    for _ in range(5):
+        fail(two, "cut")
+    assert two.ready(1, T0)
+    fail(two, "silent")
+    assert not two.ready(1, T0)
+
+
+def test_old_failures_are_forgotten() -> None:
+    """Only outcomes of the last 30 s count."""
+    one = seat()
+    for second in range(0, 40, 8):
+        fail(one, "fault", T0 + second)
+    assert one.ready(1, T0 + 40)
+
+
+def test_a_busy_controller_with_one_percent_errors_stays() -> None:
+    """Rare failures never open the breaker, whatever the load."""
+    chance, one, now = random.Random(13), seat(), T0
+    for _ in range(5000):
+        now += 0.01
+        assert one.ready(1, now)
+        if chance.random() < 0.01:
+            fail(one, "fault", now)
+        else:
+            succeed(one, now)
+
+
+def test_half_open_lets_one_request_probe() -> None:
+    """After its time one request goes at a time; its failure doubles the time up to a minute, its success closes."""
+    one, now = seat(), T0
+    for _ in range(5):
+        fail(one, "fault", now)
+    for expected in (2, 4, 8, 16, 32, 60, 60):
+        assert one.upstream.out_until == pytest.approx(now + expected)
+        assert not one.ready(1, now + expected - 0.01)
+        now += expected
+        assert one.ready(1, now)
+        probe = lease(one, now)
+        assert not one.ready(1, now)
+        probe.release(verdict("fault"), now)
+    now += 60
+    succeed(one, now)
+    assert one.ready(1, now) and lease(one, now) and one.ready(1, now)
+    for _ in range(5):
+        fail(one, "fault", now)
+    assert one.upstream.out_until == pytest.approx(now + 2)
+
+
+def test_failures_that_were_under_way_do_not_double_the_breaker() -> None:
+    """A burst that fails together opens the breaker once, for its first time."""
+    one = seat()
+    flying = [lease(one) for _ in range(20)]
+    for made in flying:
+        made.release(verdict("fault"), T0)
+    assert one.upstream.out_until == pytest.approx(T0 + 2)
+
+
+def test_a_probe_whose_client_left_is_no_failure() -> None:
+    """The next request probes at once."""
+    one = seat()
+    for _ in range(5):
+        fail(one, "fault")
+    lease(one, T0 + 2).release(verdict("gone", 0), T0 + 2)
+    assert one.ready(1, T0 + 2) and one.upstream.recovering
+
+
+def test_a_parked_key_is_not_freed_by_failures_under_way() -> None:
+    """A breaker that opens meanwhile does not bring a parked key back sooner."""
+    one = seat()
+    flying = [lease(one) for _ in range(7)]
+    for made in flying[:2]:
+        made.release(verdict("auth", 401), T0)
+    for made in flying[2:]:
+        made.release(verdict("fault"), T0)
+    assert not one.ready(1, T0 + 299)
+
+
+def test_retry_after_of_a_busy_controller_is_honoured() -> None:
+    """A 503 with a Retry-After closes for that time, at most ten minutes, without a probe."""
+    one = seat()
+    fail(one, "fault", status=503, after_s=7.0)
+    assert not one.ready(1, T0 + 6.9) and one.ready(1, T0 + 7)
+    lease(one, T0 + 7)
+    assert one.ready(1, T0 + 7)
+    two = seat()
+    fail(two, "fault", status=503, after_s=1e6)
+    assert two.ready(1, T0 + 600)
+
+
+@pytest.mark.parametrize("outcome", ["client", "gone", "lost", "large", "missing", "rate"])
+def test_what_is_not_the_controllers_fault_costs_it_nothing(outcome: str) -> None:
+    """A client's mistake, a client that left, a lost race: not blamed, however often."""
+    one = seat()
+    for _ in range(100):
+        fail(one, outcome, status=400)
+    assert one.ready(1, T0) and (one.upstream.failures, one.upstream.in_flight) == (0, 0)
+
+
+# -- suspicion
+
+
+def usual(one: app.Seat, seconds: float, count: int = 20, stream: bool = True) -> None:
+    """Gives it a history of answers that took so long."""
+    for _ in range(count):
+        one.times[stream].append(seconds)
+
+
+def test_three_silent_requests_make_a_suspect() -> None:
+    """At least three unanswered, the oldest for more than three times the usual p95, and at least a second."""
+    one = seat()
+    usual(one, 0.8)
+    lease(one, T0)
+    lease(one, T0 + 2)
+    assert not one.upstream.is_silent(T0 + 100)
+    lease(one, T0 + 2.3)
+    assert not one.upstream.is_silent(T0 + 2.4) and one.upstream.is_silent(T0 + 2.41)
+    two = seat()
+    usual(two, 0.01)
+    for _ in range(3):
+        lease(two, T0)
+    assert not two.upstream.is_silent(T0 + 1) and two.upstream.is_silent(T0 + 1.01)
+
+
+def test_an_answer_since_proves_life() -> None:
+    """While it answered anything after the oldest was sent, it is slow and not dead."""
+    one = seat()
+    usual(one, 0.1)
+    flying = [lease(one, T0 + at) for at in range(4)]
+    flying[3].answered(T0 + 4, True)
+    assert not one.upstream.is_silent(T0 + 100)
+
+
+def test_kinds_have_their_own_usual_times() -> None:
+    """A whole answer is not measured by streams, nor one model by another."""
+    one = seat()
+    usual(one, 0.1)
+    usual(one, 20.0, stream=False)
+    assert one.usual_s(True) == 1.0 and one.usual_s(False) == pytest.approx(60)
+    other = one.upstream.seat("n")
+    assert other.usual_s(True) == app.SUSPECT_UNKNOWN_S
+    usual(one, 2.0, 2)
+    assert one.usual_s(True) == pytest.approx(6.0)  # the p95 of 22
+
+
+def test_a_suspect_is_probed_once_nothing_is_stuck() -> None:
+    """No new requests; when it is empty one probes after 1, 2, 4 ... 60 s; an answer clears it."""
+    one, now = seat(), T0
+    usual(one, 0.1)
+    flying = [lease(one, now) for _ in range(3)]
+    one.upstream.suspect()
+    assert not one.ready(1, now + 1000) and one.well_at(now) == NEVER
+    for made in flying:
+        made.release(verdict("lost", 0), now)
+    for expected in (1, 2, 4, 8, 16, 32, 60, 60):
+        assert not one.ready(1, now + expected - 0.01) and one.ready(1, now + expected)
+        now += expected
+        probe = lease(one, now)
+        assert not one.ready(1, now) and not one.upstream.is_silent(now + 1.0) and one.upstream.is_silent(now + 1.01)
+        one.upstream.suspect()
+        probe.release(verdict("lost", 0), now)
+    now += 60
+    succeed(one, now)
+    assert one.ready(1, now) and one.upstream.out_why == ""
+
+
+def test_any_late_answer_clears_a_suspect() -> None:
+    """When one of the stuck is answered after all, it works."""
+    one = seat()
+    flying = [lease(one) for _ in range(3)]
+    one.upstream.suspect()
+    flying[1].answered(T0 + 5, True)
+    assert one.ready(1, T0 + 5)
+
+
+def test_a_last_resort_sent_to_a_suspect_is_judged_by_itself() -> None:
+    """What was stuck before says nothing about the request that was sent now."""
+    one = seat()
+    usual(one, 0.1)
+    for _ in range(3):
+        lease(one)
+    assert one.upstream.is_silent(T0 + 2)
+    one.upstream.suspect()
+    lease(one, T0 + 3)
+    assert not one.upstream.is_silent(T0 + 3.5) and one.upstream.is_silent(T0 + 4.1)
+
+
+def test_when_a_request_wants_a_rescue() -> None:
+    """Past ten seconds and three times the p99, and never with fewer than twenty samples."""
+    one = seat()
+    usual(one, 1.0, 19)
+    assert one.rescue_s(True) == NEVER
+    usual(one, 1.0, 1)
+    assert one.rescue_s(True) == 10.0
+    usual(one, 5.0, 1)
+    assert one.rescue_s(True) == pytest.approx(15.0)
+
+
+# -- shares and the line's estimate
+
+
+def test_equal_weights_share_equally_over_a_cycle_with_any_subset_closed() -> None:
+    """Whichever of five are closed by a 429, each of the others gets its weight's share of every cycle."""
+    for open_ in itertools.chain.from_iterable(itertools.combinations(range(5), size) for size in range(1, 6)):
+        ups = [upstream("abcde"[at], position=at, weight=weight) for at, weight in enumerate((3, 1, 2, 1, 5))]
+        seats = [one.seat("m") for one in ups]
+        for at, one in enumerate(seats):
+            if at not in open_:
+                one.ledger.close(verdict("rate", 429, after_s=60.0), 1, T0)
+        policy = app.SmoothWeighted()
+        cycle = sum(ups[at].weight for at in open_)
+        for _ in range(3):
+            counts = Counter(policy.choose([s for s in seats if s.ready(1, T0)], True).upstream.position for _ in range(cycle))
+            assert counts == {at: ups[at].weight for at in open_}
+
+
+def turn_by_counting(openings: "list[tuple[float, float]]", ahead: int, now: float) -> float:
+    """The same by brute force: the places that each opening has given until T."""
+
+    def places(at: float) -> float:
+        return sum(1 + (at - max(opens, now)) * rate for opens, rate in openings if max(opens, now) <= at)
+
+    low, high = now, now + 1e7
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if places(middle) >= ahead + 1 - 1e-9 else (middle, high)
+    return high
+
+
+def test_turn_at_is_what_counting_says() -> None:
+    """The estimate is when as many places have been given as stand before."""
+    chance = random.Random(17)
+    for _ in range(500):
+        openings = [
+            (chance.choice((0.0, T0 + chance.random() * 50)), chance.choice((0.1, 1.0, 8.3))) for _ in range(chance.randint(1, 5))
+        ]
+        ahead = chance.randrange(40)
+        assert app.turn_at(openings, ahead, T0) == pytest.approx(turn_by_counting(openings, ahead, T0), abs=1e-3)
+
+
+def test_turn_at_ignores_who_never_opens() -> None:
+    """Who opens only when another request ends is no help to an estimate."""
+    assert app.turn_at([(NEVER, 5.0), (T0 + 3, 1.0)], 0, T0) == T0 + 3
+    assert app.turn_at([(NEVER, 5.0)], 0, T0) == NEVER
+    assert app.turn_at([(T0 + 3, NEVER)], 1000, T0) == pytest.approx(T0 + 3, abs=0.01)
+
+
+def test_reprs_tell_the_state() -> None:
+    """What a debugger shows names the controller and why it is out."""
+    one = seat()
+    made = lease(one)
+    assert repr(one) == "<Seat m at a>" and repr(made) == "<Lease a for m>"
+    one.upstream.suspect()
+    assert repr(one.upstream) == "<Upstream a suspect in_flight=1 requests=1>"
