@@ -1,0 +1,955 @@
+"""DESIGN's table row by row, then rounds, line, commit, rescue, exactness: real sockets, scripted upstreams, virtual clock."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+import chatgpt_apiserver as app
+
+from .support import (
+    ANSWER,
+    MESSAGES,
+    SSE_HEAD,
+    Client,
+    Message,
+    Peer,
+    Running,
+    Script,
+    Upstream,
+    answers,
+    controller,
+    error_reply,
+    event,
+    json_reply,
+    reply,
+    request,
+    sse_reply,
+)
+
+pytestmark = pytest.mark.virtual_time
+
+GOOD = json_reply(200, ANSWER)
+STREAM = sse_reply(event("fine"), b"data: [DONE]\n\n")
+AZURE = b'data: {"id":"","model":"","choices":[],"prompt_filter_results":[]}\n\n'
+
+
+def limited(after: str = "", message: str = "slow down", kind: str = "requests", code: str = "rate_limit_exceeded") -> bytes:
+    """A 429."""
+    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return json_reply(429, body, *([f"Retry-After: {after}"] if after else []))
+
+
+def now() -> float:
+    """The loop's time."""
+    return asyncio.get_running_loop().time()
+
+
+async def pause(seconds: float) -> None:
+    """Let the clock go on."""
+    done = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_later(seconds, done.set_result, None)
+    await done
+
+
+async def until(true: Callable[[], Any]) -> None:
+    """Let the loop turn until something is so, within a second of its clock."""
+    give_up = now() + 1
+    while not true():
+        assert now() < give_up, "it never was"
+        await pause(0.001)
+
+
+async def both(peer: Peer, message: Message) -> None:
+    """A good answer, as a stream where one was asked for."""
+    await peer.send(STREAM if message.json().get("stream") else GOOD)
+
+
+async def hang(peer: Peer, _: Message) -> None:
+    """No answer, until the other side goes."""
+    await peer.gone()
+
+
+def then(first: "list[bytes | Script]", last: Script = both) -> Script:
+    """A script that does or sends each of these once, then the last one for ever."""
+    left = list(first)
+
+    async def script(peer: Peer, message: Message) -> None:
+        if not left:
+            await last(peer, message)
+            return
+        step = left.pop(0)
+        if isinstance(step, bytes):
+            await peer.send(step)
+        else:
+            await step(peer, message)
+
+    return script
+
+
+class Timed(Upstream):
+    """An upstream that notes when each request came, and how many there were at once."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__(self._note)
+        self.inner = script
+        self.times: "list[float]" = []
+        self.now_here = self.most_here = self.left = 0
+
+    async def _note(self, peer: Peer, message: Message) -> None:
+        self.times.append(now())
+        self.now_here += 1
+        self.most_here = max(self.most_here, self.now_here)
+        try:
+            await self.inner(peer, message)
+        finally:
+            self.now_here -= 1
+
+
+class House:
+    """A server with upstreams a, b, c ..."""
+
+    def __init__(self, ups: "list[Timed]", server: Running) -> None:
+        self.ups, self.server = ups, server
+        self.pool = server.server.pool
+        self.clients: "list[Client]" = []
+
+    async def post(self, *headers: str, **more: Any) -> Message:
+        """One chat request."""
+        return await self.server.post(more.pop("model", "m"), *headers, **more)
+
+    def later(self, *headers: str, **more: Any) -> "asyncio.Task[Message]":
+        """One that is not waited for yet."""
+        return asyncio.get_running_loop().create_task(self.post(*headers, **more))
+
+    async def ask(self, *headers: str, **more: Any) -> Client:
+        """One whose answer is not read yet."""
+        client = await self.server.open()
+        self.clients.append(client)
+        await client.post(more.pop("model", "m"), *headers, **more)
+        return client
+
+    @property
+    def calls(self) -> "list[int]":
+        """Requests that each upstream got."""
+        return [len(one.seen) for one in self.ups]
+
+    def state(self, at: int = 0) -> "dict[str, Any]":
+        """What /status would say of a controller."""
+        return app.describe_upstream(self.pool.upstreams[at], now())
+
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not (any(one.in_flight for one in self.pool.upstreams) or self.pool.waiting or self.pool.lines)
+
+
+@contextlib.asynccontextmanager
+async def house(*scripts: Script, each: "dict[str, Any] | list[dict[str, Any]] | None" = None, **more: Any) -> AsyncIterator[House]:
+    """A server whose controllers a, b, c ... do what the scripts say; `each`: more configuration, for all or one by one."""
+    async with contextlib.AsyncExitStack() as stack:
+        ups = [await stack.enter_async_context(Timed(script)) for script in scripts]
+        extra = each if isinstance(each, list) else [each or {}] * len(ups)
+        made = [controller("abcdef"[at], one.url, **extra[at]) for at, one in enumerate(ups)]
+        server = await stack.enter_async_context(Running(*made, **more))
+        built = House(ups, server)
+        try:
+            yield built
+        finally:
+            for client in built.clients:
+                client.close()
+
+
+# -- the table, row by row
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\r\n\r\n", 400),
+        (request(b"x" * 2000), 413),
+        (request(b"{nope"), 400),
+        (request(b"[]"), 400),
+        (request(json.dumps({"messages": MESSAGES}).encode()), 400),
+        (request(b'{"model":"m"}'), 400),
+        (request(b'{"model":"m","messages":[]}'), 400),
+        (request(json.dumps({"model": "m", "messages": MESSAGES}).encode(), "Content-Encoding: gzip"), 415),
+    ],
+)
+async def test_row_a_request_that_is_none(raw: bytes, status: int) -> None:
+    """Not HTTP, too big, not JSON, no model or messages, compressed: a 4xx with an error object, nothing sent upstream."""
+    async with house(both, limits={"body_bytes": 1024}) as home:
+        client = await home.server.open()
+        await client.send(raw)
+        found = await client.read()
+        client.close()
+        assert found.status == status and set(found.json()["error"]) == {"message", "type", "param", "code"}
+        assert home.calls == [0] and home.pool.upstreams[0].failures == 0
+
+
+async def test_row_no_controller_serves_the_model() -> None:
+    """404 model_not_found that names the models that are served."""
+    async with house(both, each={"models": ["gpt-4.1*"]}) as home:
+        found = await home.post(model="nope")
+        assert (found.status, found.json()["error"]["code"]) == (404, "model_not_found")
+        assert "gpt-4.1*" in found.json()["error"]["message"] and home.calls == [0]
+
+
+async def close_at_once(peer: Peer, _: Message) -> None:
+    """Close before any byte."""
+    peer.close()
+
+
+async def reset_at_once(peer: Peer, _: Message) -> None:
+    """Reset before any byte."""
+    peer.reset()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("script", [close_at_once, reset_at_once])
+async def test_row_no_reply_byte_on_a_fresh_connection(script: Script, stream: bool) -> None:
+    """Closed or reset before any byte: the next controller at once, and the breaker counts."""
+    async with house(script, both) as home:
+        found = await home.post(stream=stream)
+        assert found.status == 200 and found.headers["x-apiserver-controller"] == "b"
+        assert home.calls == [1, 1] and home.pool.upstreams[0].failures == 1
+
+
+async def test_row_connect_failure() -> None:
+    """Nobody listens: the next controller at once; what was never sent is given back; five of them open the breaker."""
+    async with house(both, both, each=[{"limits": {"rpm": 100}}, {}]) as home:
+        home.ups[0].server.close()
+        for _ in range(20):
+            assert (await home.post()).headers["x-apiserver-controller"] == "b"
+        assert home.state()["state"] == "breaker" and home.pool.upstreams[0].failures == 5
+        assert home.state()["ledger"]["m"]["rpm"]["taken"] == 0
+
+
+async def test_row_a_pooled_connection_that_died() -> None:
+    """Once more on a fresh connection, at the same controller, which is not blamed."""
+    async with house(then([GOOD, close_at_once]), both, each=[{}, {"models": ["n"]}]) as home:
+        for _ in range(2):
+            assert (await home.post()).headers["x-apiserver-controller"] == "a"
+        assert home.calls == [3, 0] and home.ups[0].connections == 2 and home.pool.upstreams[0].failures == 0
+
+
+async def test_row_no_byte_within_first_byte() -> None:
+    """A stream goes to the next controller; a whole answer gets 504 and is not replayed; the breaker counts both."""
+    async with house(hang, both, each={"timeouts": {"first_byte": 5}}, pool={"type": "priority"}) as home:
+        started = now()
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
+        assert now() - started == pytest.approx(5, abs=0.1)
+        found = await home.post()
+        assert (found.status, found.json()["error"]["code"]) == (504, "upstream_timeout")
+        assert home.calls == [2, 1] and home.pool.upstreams[0].failures == 2
+
+
+async def test_row_429_rate_limit() -> None:
+    """The next controller at once; closed for that model until the named time; none has room: waits in line."""
+    async with house(then([limited("7")]), then([both, limited("5")]), pool={"type": "priority"}) as home:
+        started = now()
+        found = await home.post()
+        assert found.headers["x-apiserver-controller"] == "b" and found.headers["x-apiserver-attempts"] == "2"
+        assert now() - started < 0.1 and home.state()["ledger"]["m"]["closed_for_s"] == pytest.approx(7, abs=0.1)
+        assert (await home.post(model="n")).headers["x-apiserver-controller"] == "a"
+        found = await home.post()
+        assert found.status == 200 and now() - started == pytest.approx(5, abs=0.1)
+        assert int(found.headers["x-apiserver-wait-ms"]) == pytest.approx(5000, abs=100)
+        assert home.pool.upstreams[0].failures == 0
+
+
+TOO_LARGE = limited("", "Request too large for m on tokens per min (TPM): Limit 10000, Requested 12000.", "tokens")
+
+
+async def test_row_429_request_too_large_with_a_larger_account() -> None:
+    """Only controllers whose known limit is large enough are asked; the small one learns nothing."""
+    small, large = {"limits": {"tpm": 11_000}}, {"limits": {"tpm": 50_000}}
+    async with house(answers(TOO_LARGE), both, both, each=[{}, small, large], pool={"type": "priority"}) as home:
+        found = await home.post()
+        assert found.status == 200 and found.headers["x-apiserver-controller"] == "c"
+        assert home.calls == [1, 0, 1] and home.state()["state"] == "open"
+        assert "closed_for_s" not in home.state()["ledger"] and home.state()["ledger"]["m"]["closed_for_s"] == 0
+
+
+async def test_row_429_request_too_large_for_all() -> None:
+    """The answer as it is, and the SDKs are told not to come again."""
+    async with house(answers(TOO_LARGE), both) as home:
+        found = await home.post()
+        assert (found.status, found.headers["x-should-retry"]) == (429, "false")
+        assert "Limit 10000" in found.json()["error"]["message"] and home.calls == [1, 0]
+
+
+async def test_row_429_insufficient_quota(caplog: pytest.LogCaptureFixture) -> None:
+    """The next controller; parked with its whole quota group, logged once; a later real request probes, and frees it."""
+    broke = limited("", "You exceeded your current quota", "insufficient_quota", "insufficient_quota")
+    grouped = {"quota_group": "org"}
+    async with house(then([broke]), both, both, each=[grouped, grouped, {}]) as home:
+        with caplog.at_level(logging.WARNING, "chatgpt_apiserver"):
+            for _ in range(4):
+                assert (await home.post()).headers["x-apiserver-controller"] == "c"
+        assert home.calls == [1, 0, 4]
+        assert [home.state(at)["state"] for at in range(3)] == ["parked", "parked", "open"]
+        assert len([one for one in caplog.records if "quota" in one.getMessage()]) == 1
+        await pause(301)
+        assert home.state()["state"] == "half-open"
+        served = {(await home.post()).headers["x-apiserver-controller"] for _ in range(6)}
+        assert served == {"a", "b", "c"} and home.state()["state"] == "open"
+
+
+async def test_row_429_insufficient_quota_refuses() -> None:
+    """Alone, it is not asked again before its time: 429 with the true Retry-After at once."""
+    async with house(answers(limited("", "no money", "insufficient_quota", "insufficient_quota"))) as home:
+        found = await home.post()
+        assert found.status == 429 and found.json()["error"]["code"] == "insufficient_quota"
+        found = await home.post()
+        assert found.status == 429 and int(found.headers["retry-after"]) == pytest.approx(300, abs=1)
+        assert home.calls == [1]
+
+
+async def test_row_401() -> None:
+    """The next controller; parked after two in a row."""
+    async with house(answers(error_reply(401, "invalid_api_key")), both) as home:
+        for _ in range(8):
+            assert (await home.post()).headers["x-apiserver-controller"] == "b"
+        assert home.calls == [2, 8] and home.state()["state"] == "parked"
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_row_the_account_lacks_the_model(status: int) -> None:
+    """The next controller that may have it; remembered for that model only, and only for a while."""
+    lacks = error_reply(status, "model_not_found", "The model `m` does not exist")
+
+    async def script(peer: Peer, message: Message) -> None:
+        await peer.send(lacks if message.json()["model"] == "m" else GOOD)
+
+    async with house(script, both) as home:
+        for _ in range(4):
+            assert (await home.post()).headers["x-apiserver-controller"] == "b"
+        assert home.calls == [1, 4] and home.state()["lacks"] == ["m"] and home.state()["state"] == "open"
+        assert {(await home.post(model="n")).headers["x-apiserver-controller"] for _ in range(2)} == {"a", "b"}
+        await pause(601)
+        for _ in range(2):
+            await home.post()
+        assert home.calls[0] == 3
+
+
+async def test_row_other_403() -> None:
+    """The next controller; parked after three in a row without a success."""
+    async with house(answers(error_reply(403, "unsupported_country")), both) as home:
+        for _ in range(10):
+            assert (await home.post()).headers["x-apiserver-controller"] == "b"
+        assert home.calls == [3, 10] and home.state()["state"] == "parked"
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 413, 415, 422, 451])
+async def test_row_other_4xx(status: int) -> None:
+    """Returned as it is, never replayed; the controller learns nothing, however often."""
+    async with house(answers(error_reply(status, "x")), both, pool={"type": "priority"}) as home:
+        for _ in range(8):
+            found = await home.post(stream=True)
+            assert (found.status, found.headers["x-apiserver-attempts"]) == (status, "1")
+            assert "x-should-retry" not in found.headers
+        assert home.calls == [8, 0] and home.state()["state"] == "open" and home.state()["failures"] == 0
+
+
+@pytest.mark.parametrize("status", [408, 409, 424, 500, 502, 503, 504, 520, 529])
+async def test_row_408_409_5xx(status: int) -> None:
+    """The next controller; the breaker counts."""
+    async with house(answers(error_reply(status)), both, pool={"type": "priority"}) as home:
+        for _ in range(7):
+            assert (await home.post()).headers["x-apiserver-controller"] == "b"
+        assert home.calls == [5, 7] and home.state()["state"] == "breaker"
+
+
+@pytest.mark.parametrize("status", [503, 529])
+async def test_row_503_with_retry_after_waits_in_line(status: int) -> None:
+    """Alone and busy for less than max_wait: the request waits and is answered; others do not go there meanwhile."""
+    async with house(then([error_reply(status, None, "busy", "Retry-After: 3")])) as home:
+        started = now()
+        first = home.later()
+        await until(lambda: home.calls == [1])
+        found = await home.post()
+        assert found.status == (await first).status == 200 and home.calls == [3]
+        assert home.ups[0].times[1] - started == pytest.approx(3, abs=0.05)
+
+
+async def test_row_503_with_a_long_retry_after() -> None:
+    """Busy for longer than a request may wait: its error is passed on at once."""
+    async with house(answers(error_reply(503, None, "busy", "Retry-After: 100"))) as home:
+        started = now()
+        found = await home.post()
+        assert found.status == 503 and now() - started < 0.1 and home.calls == [1]
+
+
+async def test_row_3xx() -> None:
+    """Never followed; the next controller, else 502 without the Location; the breaker counts."""
+    moved = reply(307, b"", "Location: http://127.0.0.1:9/")
+    async with house(answers(moved), both) as home:
+        assert (await home.post()).headers["x-apiserver-controller"] == "b"
+        assert home.pool.upstreams[0].failures == 1
+    async with house(answers(moved)) as home:
+        found = await home.post()
+        assert found.status == 502 and "location" not in found.headers
+
+
+def in_stream(code: str, kind: str = "") -> bytes:
+    """A 200 whose first event is an error."""
+    return sse_reply(AZURE, b"data: " + app.compact_json({"error": {"message": "x", "type": kind, "code": code}}) + b"\n\n")
+
+
+@pytest.mark.parametrize(
+    ("first", "state"),
+    [
+        (in_stream("server_error"), "open"),
+        (in_stream("insufficient_quota", "insufficient_quota"), "parked"),
+        (in_stream("billing_hard_limit_reached"), "parked"),
+        (sse_reply(AZURE), "open"),
+        (sse_reply(b": hello\n\n"), "open"),
+        (sse_reply(), "open"),
+        (reply(200, b'{"error":{"message":"x","type":"server_error","code":null}}'), "open"),
+        (reply(200, b'{\n  "error": {\n    "message": "x", "code": 502}\n}'), "open"),
+    ],
+)
+async def test_row_200_whose_first_event_is_an_error(first: bytes, state: str) -> None:
+    """An error in the place of an answer, or an end before it: the next controller, and the lesson that the error is."""
+    async with house(answers(first), both) as home:
+        found = await home.post(stream=b"event-stream" in first)
+        assert found.status == 200 and found.headers["x-apiserver-controller"] == "b"
+        assert home.state()["state"] == state
+
+
+async def test_row_200_whose_first_event_is_a_429_or_a_lacking_model() -> None:
+    """A rate limit in a stream closes the model; a lacking model is remembered; a client's mistake is not replayed."""
+    for code, kind, calls in (("rate_limit_exceeded", "", 2), ("model_not_found", "", 2), ("too_long", "invalid_request_error", 1)):
+        async with house(answers(in_stream(code, kind)), both) as home:
+            found = await home.post(stream=True)
+            assert (found.status, sum(home.calls)) == ((200, 2) if calls == 2 else (400, 1))
+            assert bool(home.state()["lacks"]) is (code == "model_not_found")
+            assert bool(home.state()["ledger"]["m"]["closed_for_s"]) is (code == "rate_limit_exceeded")
+            assert home.state()["failures"] == 0
+
+
+async def test_row_a_whole_answer_cut_in_the_middle() -> None:
+    """Collected up to 1 MB, so the next controller answers; a larger one is aborted short of its length."""
+
+    async def cut(peer: Peer, _: Message) -> None:
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n", b" " * 800_000)
+        peer.close()
+
+    async def cut_late(peer: Peer, _: Message) -> None:
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n", b" " * 2_000_000)
+        peer.close()
+
+    async with house(cut, both) as home:
+        assert (await home.post()).headers["x-apiserver-controller"] == "b"
+        assert home.pool.upstreams[0].failures == 1
+    async with house(cut_late, both) as home:
+        client = await home.ask()
+        assert (await client.read(head_only=True)).status == 200
+        assert len(await client.closed()) < 3_000_000
+        assert home.calls == [1, 0] and home.pool.upstreams[0].failures == 1
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_row_a_stream_cut_after_its_first_event(how: str) -> None:
+    """An error event, flushed; no final chunk, no [DONE], no replay; the breaker counts."""
+
+    async def cut(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(event("one"))
+        await pause(0.01)
+        getattr(peer, how)()
+
+    async with house(cut, both) as home:
+        client = await home.ask(stream=True)
+        found = await client.closed()
+        assert event("one") in found and b'data: {"error":{' in found and home.calls == [1, 0]
+        assert b"[DONE]" not in found and b"finish_reason" not in found and not found.endswith(b"0\r\n\r\n")
+        await until(home.idle)
+        assert home.pool.upstreams[0].failures == 1 and "cut" in home.state()["last_error"]
+
+
+@pytest.mark.parametrize(
+    ("replies", "status", "name"),
+    [
+        ([error_reply(500), error_reply(404, "model_not_found"), error_reply(401)], 500, "a"),
+        ([error_reply(401), error_reply(403, "model_not_found"), error_reply(403, "x")], 403, "b"),
+        ([error_reply(503), limited("60", "busy"), error_reply(500)], 429, "b"),
+        ([limited("60"), error_reply(502), error_reply(422)], 422, "c"),
+    ],
+)
+async def test_row_every_controller_failed(replies: "list[bytes]", status: int, name: str) -> None:
+    """The most useful answer, as it came: a client's 4xx, then 429, 5xx, 404, 401/403; and whose it was."""
+    async with house(*(answers(one) for one in replies)) as home:
+        found = await home.post()
+        assert found.status == status and found.body in replies["abc".index(name)]
+        assert (found.headers["x-apiserver-controller"], found.headers["x-apiserver-attempts"]) == (name, "3")
+
+
+@pytest.mark.parametrize(("script", "status"), [(reset_at_once, 502), (hang, 504)])
+async def test_row_every_controller_failed_without_an_answer(script: Script, status: int) -> None:
+    """502 or 504 with an OpenAI-style error."""
+    async with house(script, script, each={"timeouts": {"first_byte": 3}}) as home:
+        found = await home.post(stream=True)
+        assert found.status == status and found.json()["error"]["type"] == "server_error" and home.calls == [1, 1]
+
+
+PHASES = ["in line", "connecting", "before the head", "held", "in the stream", "in a whole answer", "in a large answer"]
+
+
+@pytest.mark.parametrize("how", ["reset", "fin"])
+@pytest.mark.parametrize("phase", PHASES)
+async def test_row_the_client_goes_away(phase: str, how: str) -> None:
+    """The upstream connection is closed within 100 ms; before it was sent all is given back, then only the slot."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        if phase in ("held", "in the stream"):
+            await peer.send(SSE_HEAD)
+            await peer.chunk(AZURE if phase == "held" else event("a"))
+        elif phase == "in a whole answer":
+            await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n", b" " * 500)
+        elif phase == "in a large answer":
+            await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n", b" " * 1_500_000)
+        if phase in ("in the stream", "in a large answer") and how == "fin":  # the next writes tell
+            while not peer.reader.at_eof() and not peer.writer.is_closing():
+                await (peer.chunk(event("b")) if phase == "in the stream" else peer.send(b" " * 9))
+                await pause(0.01)
+        await peer.gone()
+
+    tight = {"limits": {"concurrency": 1, "rpm": 5, "tpm": 100_000}}
+    async with house(script, both, each=[tight, {"models": ["n"]} if phase != "held" else {}], pool={"type": "priority"}) as home:
+        stream = phase in ("held", "in the stream", "before the head")
+        if phase == "in line":
+            await home.ask(stream=stream)
+            await until(lambda: home.calls[0] == 1)
+        elif phase == "connecting":
+            home.server.server.links.dial = never_connects
+        client = await home.ask(stream=stream)
+        await until(lambda: home.pool.waiting if phase == "in line" else phase == "connecting" or home.calls[0])
+        await pause(0.05)
+        before = home.pool.upstreams[0].in_flight
+        assert before == 1
+        getattr(client, "reset" if how == "reset" else "close")() if how == "reset" else client.writer.close()
+        left = now()
+        if phase == "in line":
+            await until(lambda: not home.pool.waiting)
+        else:
+            await until(lambda: home.idle() and not home.ups[0].open_connections)
+        assert now() - left <= 0.1
+        taken = home.state()["ledger"]["m"]["rpm"]["taken"]
+        assert taken == (0 if phase == "connecting" else 1)
+        assert home.state()["failures"] == 0 and home.calls[0] == (phase != "connecting")
+
+
+async def never_connects(_: app.Origin) -> app.Link:
+    """A dial that takes for ever."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError
+
+
+async def test_row_sigterm_lets_answers_finish() -> None:
+    """While it drains, the status says so, new connections are refused, the running answer ends."""
+    step = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await step.wait()
+        await peer.send(GOOD)
+
+    async with house(script) as home:
+        client = await home.ask()
+        await until(lambda: home.calls == [1])
+        stopping = asyncio.get_running_loop().create_task(home.server.server.stop())
+        await pause(0.1)
+        assert home.server.server.draining
+        with pytest.raises(OSError):
+            await home.server.open()
+        step.set()
+        assert (await client.read()).status == 200
+        await stopping
+
+
+async def test_row_sighup_keeps_state_and_waiters() -> None:
+    """What is unchanged keeps its ledger; who waits goes on waiting, for whoever is there now."""
+    async with house(then([limited("20")]), both, each=[{}, {"models": ["other"]}]) as home:
+        waiter = home.later()
+        await until(lambda: home.pool.waiting)
+        data = {"port": 0, "controllers": [controller("a", home.ups[0].url), controller("b", home.ups[1].url)]}
+        home.server.server.reconfigure(app.parse_config(data, "test", {}))
+        found = await waiter
+        assert found.status == 200 and found.headers["x-apiserver-controller"] == "b"
+        assert home.state()["ledger"]["m"]["closed_for_s"] > 15
+
+
+# -- rounds and the last resort
+
+
+async def test_once_per_round_and_a_new_round_only_by_waiting() -> None:
+    """Each is asked once; a new round begins when waiting reopened one, and then all may be asked again."""
+    async with house(answers(error_reply(500)), then([limited("2"), limited("2")]), pool={"type": "priority"}) as home:
+        found = await home.post()
+        assert found.status == 200 and home.calls == [2, 3]
+        assert [round(at - home.ups[1].times[0]) for at in home.ups[1].times] == [0, 2, 4]
+
+
+async def test_a_sole_controller_passes_its_errors_on() -> None:
+    """The breaker of the only one never refuses a request."""
+    async with house(answers(error_reply(500, "boom"))) as home:
+        for count in range(1, 12):
+            found = await home.post()
+            assert found.status == 500 and found.json()["error"]["code"] == "boom" and home.calls == [count]
+        assert home.state()["state"] == "breaker"
+
+
+async def test_the_last_resort_is_who_is_due_back_first() -> None:
+    """All out by health: the one due back first is tried anyway, the others only after it."""
+    async with house(both, both, both) as home:
+        for at, seconds in enumerate((50.0, 10.0, 30.0)):
+            home.pool.upstreams[at].take_out("breaker", now() + seconds)
+        assert (await home.post()).headers["x-apiserver-controller"] == "b"
+
+
+async def test_the_last_resort_never_passes_a_limit() -> None:
+    """A 429's time and a configured limit refuse, whatever else is out."""
+    async with house(answers(limited("100")), both, both, each=[{}, {"limits": {"rpm": 1}}, {"models": ["n"]}]) as home:
+        assert (await home.post()).headers["x-apiserver-controller"] == "b"
+        found = await home.post()
+        assert found.status == 429 and found.headers["retry-after"] == "61" and home.calls == [1, 1, 0]
+
+
+async def test_nobody_asks_a_dead_one_while_a_full_one_works() -> None:
+    """With one out and the other at its concurrency, requests wait for the one that works."""
+    step = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await step.wait()
+        await peer.send(GOOD)
+
+    async with house(both, script, each=[{}, {"limits": {"concurrency": 1}}]) as home:
+        home.pool.upstreams[0].take_out("parked", now() + 300)
+        first, second = home.later(), home.later()
+        await until(lambda: home.pool.waiting == 1)
+        step.set()
+        assert [(await one).headers["x-apiserver-controller"] for one in (first, second)] == ["b", "b"]
+        assert home.calls == [0, 2]
+
+
+# -- the line
+
+
+async def test_woken_within_20_ms_of_the_known_reopening() -> None:
+    """The waiter's request arrives when the named time has passed, and hardly later."""
+    async with house(then([limited("", "Please try again in 1.234s.")])) as home:
+        await home.post()
+        assert 1.234 <= home.ups[0].times[1] - home.ups[0].times[0] <= 1.234 + 0.02
+
+
+async def test_woken_while_the_one_before_is_still_silent() -> None:
+    """A burst limit's reopening is known from the moment of sending, not from an answer."""
+
+    async def slow(peer: Peer, message: Message) -> None:
+        await pause(20)
+        await both(peer, message)
+
+    async with house(slow, each={"limits": {"rpm": 60, "burst_s": 1}}) as home:
+        tasks = [home.later() for _ in range(3)]
+        for task in tasks:
+            assert (await task).status == 200
+        gaps = [round(at - home.ups[0].times[0], 2) for at in home.ups[0].times]
+        assert gaps == pytest.approx([0, 1.25, 2.5], abs=0.05)
+
+
+async def test_first_come_first_served_and_one_waiter_per_place() -> None:
+    """With one place, requests go upstream in the order in which they came, one at a time, each once."""
+
+    async def script(peer: Peer, message: Message) -> None:
+        await pause(0.2)
+        await both(peer, message)
+
+    async with house(script, each={"limits": {"concurrency": 1}}) as home:
+        tasks = []
+        for number in range(10):
+            tasks.append(home.later(user=str(number)))
+            await pause(0.01)
+        for task in tasks:
+            assert (await task).status == 200
+        assert [one.json()["user"] for one in home.ups[0].seen] == [str(number) for number in range(10)]
+        assert home.ups[0].most_here == 1 and home.idle()
+
+
+async def test_nobody_waits_behind_another_model() -> None:
+    """A line for one model does not hold up the other."""
+    async with house(then([limited("20")])) as home:
+        waiters = [home.later()]
+        await until(lambda: home.pool.waiting)
+        waiters += [home.later() for _ in range(2)]
+        await until(lambda: home.pool.waiting == 3)
+        started = now()
+        assert (await home.post(model="n")).status == 200 and now() - started < 0.1
+        for waiter in waiters:
+            assert (await waiter).status == 200
+
+
+async def test_nobody_waits_behind_one_that_waits_for_somebody_else() -> None:
+    """One that has tried a healthy controller in vain waits for the other; the next request has that controller's room."""
+    async with house(then([error_reply(500)]), then([limited("20")]), pool={"type": "priority"}) as home:
+        waiter = home.later()
+        await until(lambda: home.pool.waiting == 1)
+        started = now()
+        for _ in range(3):
+            found = await home.post()
+            assert found.status == 200 and found.headers["x-apiserver-controller"] == "a"
+        assert now() - started < 0.5
+        assert (await waiter).headers["x-apiserver-controller"] == "b"
+
+
+@pytest.mark.parametrize("how", ["reset", "fin"])
+async def test_waiters_that_leave_cost_nothing(how: str) -> None:
+    """Of five waiters the first, the middle and the last leave; the others are served, nobody else is asked for."""
+
+    async def script(peer: Peer, message: Message) -> None:
+        await pause(1)
+        await both(peer, message)
+
+    async with house(script, each={"limits": {"concurrency": 1}}) as home:
+        clients = []
+        for number in range(6):
+            clients.append(await home.ask(user=str(number)))
+            await pause(0.01)
+        assert home.pool.waiting == 5
+        for number in (1, 3, 5):
+            clients[number].reset() if how == "reset" else clients[number].writer.close()
+        await until(lambda: home.pool.waiting == 2)
+        for number in (0, 2, 4):
+            assert (await clients[number].read()).status == 200
+        assert [one.json()["user"] for one in home.ups[0].seen] == ["0", "2", "4"] and home.idle()
+
+
+def pool_here(*ups: app.Upstream, **config: Any) -> app.UpstreamPool:
+    """A pool on the running loop."""
+    return app.UpstreamPool(list(ups), app.SmoothWeighted(), app.PoolConfig(**config), asyncio.get_running_loop())
+
+
+def echo(name: str, **limits: Any) -> app.Upstream:
+    """An echo controller with its state."""
+    config = app.ControllerConfig("echo", name, app.AccountConfig(), limits=app.QuotaLimits(**limits))
+    return app.Upstream(config, app.EchoController(config), 0)
+
+
+def asking(model: str = "m", wait_s: float = 30.0, key: str = "") -> app.ApiRequest:
+    """A request as the pool sees it."""
+    made = app.ApiRequest("POST", "/chat/completions", "", [], b"")
+    made.model, made.wait_s, made.key = model, wait_s, key
+    return made
+
+
+async def test_leaving_in_the_turn_of_a_grant() -> None:
+    """A waiter that is cancelled in the very turn in which a place comes free neither keeps it nor breaks the line."""
+    for pumped_first in (True, False):
+        one = echo("a", concurrency=1)
+        pool = pool_here(one)
+        loop = asyncio.get_running_loop()
+        held = pool.lease(asking(), pool.seats("m"), set(), now())
+        assert held is not None
+        waiters = [loop.create_task(pool.wait(asking(), pool.seats("m"), set())) for _ in range(3)]
+        await pause(0.01)
+        if pumped_first:
+            pool.settle(held, app.GOOD)
+            waiters[0].cancel()
+        else:
+            waiters[0].cancel()
+            pool.settle(held, app.GOOD)
+        with pytest.raises(asyncio.CancelledError):
+            await waiters[0]
+        second = await waiters[1]
+        assert second is not None and one.in_flight == 1 and pool.waiting == 1
+        pool.settle(second, app.GOOD)
+        third = await waiters[2]
+        assert third is not None
+        pool.settle(third, app.GOOD)
+        assert (one.in_flight, pool.waiting, pool.lines) == (0, 0, {})
+        pool.close()
+
+
+async def test_giving_up_in_the_turn_of_a_reopening() -> None:
+    """Patience that ends at the very moment at which a place comes free is no internal error."""
+    one = echo("a")
+    pool = pool_here(one)
+    one.seat("m").ledger.close(app.judge_reply(429, {b"retry-after": b"5"}, b"", 0.0), 1, now())
+    one.seat("m").ledger.limited = True
+    tasks = [asyncio.get_running_loop().create_task(pool.wait(asking(wait_s=5.0), pool.seats("m"), set())) for _ in range(2)]
+    for found in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(found, app.NoRoom | app.Lease)
+        if isinstance(found, app.Lease):
+            pool.settle(found, app.GOOD)
+    assert (one.in_flight, pool.waiting, pool.lines) == (0, 0, {})
+    pool.close()
+
+
+@pytest.mark.parametrize("left_first", [True, False])
+async def test_a_client_that_leaves_in_the_turn_of_its_grant_is_not_sent(left_first: bool) -> None:
+    """The connection's fiber hears of it although what it waited for is there: nothing goes upstream for nobody."""
+    async with house(then([hang]), each={"limits": {"concurrency": 1}}) as home:
+        first = await home.ask()
+        await until(lambda: home.calls == [1])
+        await home.ask(user="gone")
+        await until(lambda: home.pool.waiting == 1)
+        waiter = home.pool.lines["m"][0]
+        second = next(one for one in home.server.server.connections if one.task.waits_for is waiter.future)
+        lease = next(iter(home.pool.upstreams[0].unanswered))
+        if left_first:
+            second.task.cancel()
+        home.pool.settle(lease, app.Verdict(app.Outcome.GONE))
+        if not left_first:
+            second.task.cancel()
+        await until(lambda: home.pool.upstreams[0].in_flight == 0)
+        assert home.calls == [1] and home.idle()
+        first.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ((), 5.0),
+        (("X-Apiserver-Max-Wait: 1",), 1.0),
+        (("X-Apiserver-Max-Wait: 500ms",), 0.5),
+        (("X-Apiserver-Max-Wait: 60",), 5.0),
+        (("X-Apiserver-Max-Wait: 0",), 0.0),
+        (("X-Apiserver-Max-Wait: -3",), 5.0),
+        (("X-Stainless-Read-Timeout: 4",), 2.0),
+        (("X-Stainless-Read-Timeout: 600.0",), 5.0),
+        (("X-Stainless-Read-Timeout: 1",), 0.0),
+        (("X-Stainless-Read-Timeout: 6", "X-Apiserver-Max-Wait: 3"), 3.0),
+    ],
+)
+async def test_how_long_a_request_waits(headers: "tuple[str, ...]", seconds: float) -> None:
+    """max_wait, lowered by the client's wish, and two seconds less than its patience."""
+    async with house(hang, each={"limits": {"concurrency": 1}}, pool={"max_wait": 5}) as home:
+        await home.ask()
+        await until(lambda: home.calls == [1])
+        started = now()
+        found = await home.post(*headers)
+        assert found.status == 429 and now() - started == pytest.approx(seconds, abs=0.05)
+        assert home.calls == [1] and not home.pool.waiting
+
+
+async def test_max_wait_bounds_all_rounds_together() -> None:
+    """Three seconds each: with seven in all the third 429 is the last."""
+    async with house(answers(limited("3", "third"))) as home:
+        found = await home.post("X-Apiserver-Max-Wait: 7")
+        assert found.status == 429 and home.calls == [3] and found.json()["error"]["message"] == "third"
+        assert found.headers["x-apiserver-attempts"] == "3"
+        assert int(found.headers["x-apiserver-wait-ms"]) == pytest.approx(6000, abs=100)
+
+
+async def test_refused_at_once_by_the_estimate() -> None:
+    """What reopens too late is not waited for: 429 with when it will be, and the upstream's own body."""
+    async with house(answers(limited("100", "come back later"))) as home:
+        started = now()
+        found = await home.post()
+        assert found.status == 429 and found.json()["error"]["message"] == "come back later"
+        assert found.headers["retry-after"] == "100"
+        assert int(found.headers["retry-after-ms"]) == pytest.approx(100_000, abs=50)
+        found = await home.post()
+        assert found.status == 429 and found.json()["error"]["code"] == "rate_limit_exceeded"
+        assert int(found.headers["retry-after-ms"]) == pytest.approx(100_000, abs=100)
+        assert now() - started < 0.2 and home.calls == [1]
+
+
+async def test_refused_at_once_by_the_position() -> None:
+    """A limit of one a second and forty in line: the forty-first of thirty seconds' patience is told when to come."""
+    pool = pool_here(echo("a", rpm=60))
+    loop = asyncio.get_running_loop()
+    for _ in range(60):
+        made = pool.lease(asking(), pool.seats("m"), set(), now())
+        assert made is not None
+        made.sent(now())
+        pool.settle(made, app.GOOD)
+        await pause(1.0)
+    waiters, refused = [], []
+    for _ in range(60):
+        task = loop.create_task(pool.wait(asking(), pool.seats("m"), set()))
+        await pause(0)
+        (refused if task.done() else waiters).append(task)
+    assert len(waiters) == pytest.approx(30, abs=2)
+    problem = refused[0].exception()
+    assert isinstance(problem, app.NoRoom) and problem.after_s == pytest.approx(31, abs=1.5)
+    for task in refused:
+        assert isinstance(task.exception(), app.NoRoom)
+    for task in waiters:
+        task.cancel()
+    await asyncio.gather(*waiters, return_exceptions=True)
+    assert pool.waiting == 0 and not pool.lines
+    pool.close()
+
+
+async def test_refused_at_once_when_the_line_is_full() -> None:
+    """max_queue waiters and not one more; when one is served there is a place again."""
+    step = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await step.wait()
+        await peer.send(GOOD)
+
+    async with house(script, each={"limits": {"concurrency": 1}}, pool={"max_queue": 2}) as home:
+        tasks = [home.later() for _ in range(3)]
+        await until(lambda: home.pool.waiting == 2)
+        started = now()
+        assert (await home.post()).status == 429 and now() - started < 0.1
+        step.set()
+        for task in tasks:
+            assert (await task).status == 200
+        assert (await home.post()).status == 200
+
+
+async def test_refused_at_once_when_one_key_holds_half() -> None:
+    """A key whose requests are half of the line gets no more of it; another key does."""
+    keys = [{"name": name, "key": f"key-of-{name}"} for name in ("alice", "bob")]
+    alice, bob = "Authorization: Bearer key-of-alice", "Authorization: Bearer key-of-bob"
+    async with house(hang, each={"limits": {"concurrency": 1}}, pool={"max_queue": 4}, client_keys=keys) as home:
+        for count in range(3):
+            await home.ask(alice)
+            await until(lambda count=count: home.pool.waiting == count)
+        assert (await home.post(alice)).status == 429
+        client = await home.ask(bob)
+        await until(lambda: home.pool.waiting == 3)
+        client.close()
+        await until(lambda: home.pool.waiting == 2)
+
+
+async def test_quota_groups_count_as_one() -> None:
+    """Two keys of one organisation: the limit is shared, and a 429 of one closes both."""
+    grouped = {"quota_group": "org", "limits": {"rpm": 3}}
+    async with house(both, both, each=grouped) as home:
+        for _ in range(3):
+            await home.post()
+        found = await home.post()
+        assert found.status == 429 and sum(home.calls) == 3
+        assert float(found.headers["retry-after-ms"]) == pytest.approx(60_250, abs=100)
+    async with house(answers(limited("100")), both, both, each=[{"quota_group": "org"}] * 2 + [{}]) as home:
+        for _ in range(4):
+            assert (await home.post()).headers["x-apiserver-controller"] == "c"
+        assert home.calls == [1, 0, 4]
+
+
+async def test_what_replies_tell_is_kept_to() -> None:
+    """Nothing configured: after the first reply the server knows what is left and never earns a 429."""
+    level, at = 10.0, 0.0
+
+    async def script(peer: Peer, _: Message) -> None:
+        nonlocal level, at
+        level, at = min(10.0, level + (now() - at) * 10 / 60), now()
+        if level < 0.999:  # resets have milliseconds
+            await peer.send(limited("1"))
+            return
+        level -= 1
+        told = ("x-ratelimit-limit-requests: 10", f"x-ratelimit-remaining-requests: {int(level)}", f"x-ratelimit-reset-requests: {(10 - level) * 6:.3f}s")
+        await peer.send(json_reply(200, ANSWER, *told))
+
+    async with house(script) as home:
+        assert (await home.post()).status == 200
+        tasks = [home.later() for _ in range(13)]
+        assert [(await task).status for task in tasks] == [200] * 13
+        assert home.calls == [14]
