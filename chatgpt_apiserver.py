@@ -4538,8 +4538,9 @@ class UpstreamPool:
         if line is None:
             return
         if waiter.future.cancelled() or waiter.future.exception() is not None:
-            was_first = line[0] is waiter
-            line.remove(waiter)
+            was_first = bool(line) and line[0] is waiter
+            if waiter in line:  # else `pump` came by in the same turn and has taken it out already
+                line.remove(waiter)
             if was_first and line:
                 self.pump()
         if not line:
