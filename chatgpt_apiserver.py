@@ -3926,6 +3926,10 @@ class Upstream:
         if self.out_why and (self.recovering or self.out_until <= now):
             self.recover()
 
+    def is_busy(self, now: float) -> bool:
+        """Whether it said when it will have time again."""
+        return self.out_why == "busy" and self.out_until > now
+
     # -- suspicion
 
     def suspect(self) -> None:
@@ -4380,8 +4384,9 @@ class UpstreamPool:
         """
         left = [seat for seat in seats if seat.upstream not in tried]
         out = [seat for seat in left if not seat.room_at(request.need, now)]
-        full = [seat for seat in left if seat.room_at(request.need, now) and not seat.well_at(now)]
-        if not out or any(seat.room_at(request.need, now) - now <= request.wait_s for seat in full):
+        full = [seat.room_at(request.need, now) for seat in left if not seat.well_at(now)]
+        full += [seat.well_at(now) for seat in out if seat.upstream.is_busy(now)]
+        if not out or (request.wait_s and any(at == NEVER or now < at <= now + request.wait_s for at in full)):
             return None
         seat = min(out, key=lambda one: one.well_at(now))
         return self._count(Lease(seat, request.need, request.stream, now), now)
@@ -4459,8 +4464,8 @@ class UpstreamPool:
         None when waiting is no use: no controller that failed or was not tried comes back by time. Raises NoRoom.
         """
         now = self.timers.time()
-        seats = [seat for seat in seats if seat.upstream not in tried or seat.room_at(request.need, now) > now]
-        busy = [seat for seat in seats if seat.room_at(request.need, now) > now or seat.upstream.out_why == "busy"]
+        busy = [seat for seat in seats if seat.room_at(request.need, now) > now or seat.upstream.is_busy(now)]
+        seats = [seat for seat in seats if seat.upstream not in tried or seat in busy]
         line = self.lines.get(request.model)
         if not seats or not (busy or line):
             return None
