@@ -4361,7 +4361,7 @@ class UpstreamPool:
         `resort`: when all are out by health alone, one of them will do.
         """
         if self.waiting and self.lines.get(request.model):
-            return None
+            seats, resort = self._unwanted(seats, self.lines[request.model]), False
         lease = self._grant(request, seats, tried, now)
         return lease if lease is not None or not resort else self._last_resort(request, seats, tried, now)
 
@@ -4373,6 +4373,14 @@ class UpstreamPool:
         if not ready:
             return None
         return self._count(Lease(self.policy.choose(ready, request.stream), need, request.stream, now), now)
+
+    def _unwanted(self, seats: "list[Seat]", line: "deque[Waiter]") -> "list[Seat]":
+        """Those of `seats` that nobody in `line` waits for: who tried one in vain waits for the others only."""
+        for waiter in line:
+            if len(waiter.seats) >= len(seats):  # mostly the first of them waits for all
+                return []
+            seats = [seat for seat in seats if seat not in waiter.seats]
+        return seats
 
     def _last_resort(
         self, request: ApiRequest, seats: "list[Seat]", tried: "set[Upstream]", now: float
@@ -4490,17 +4498,22 @@ class UpstreamPool:
         """Hands leases to those who are first in their lines, one for each free place, and sets the next alarm."""
         now, soonest = self.timers.time(), NEVER
         for line in list(self.lines.values()):
-            while line:
-                waiter = line[0]
+            blocked: "list[Seat]" = []  # those that somebody further ahead waits for
+            for waiter in list(line):
                 if waiter.future.done():
-                    line.popleft()
+                    line.remove(waiter)
                     continue
-                lease = self._grant(waiter.request, waiter.seats, NOBODY, now)
-                if lease is None:
-                    soonest = min(soonest, *(self._opens_at(seat, waiter.request.need, now) for seat in waiter.seats))
-                    break
-                line.popleft()
-                waiter.future.set_result(lease)
+                seats = [seat for seat in waiter.seats if seat not in blocked] if blocked else waiter.seats
+                lease = self._grant(waiter.request, seats, NOBODY, now) if seats else None
+                if lease is not None:
+                    line.remove(waiter)
+                    waiter.future.set_result(lease)
+                    continue
+                for seat in seats:
+                    soonest = min(soonest, self._opens_at(seat, waiter.request.need, now))
+                blocked += seats
+                if len(waiter.seats) >= len(self.serving.get(waiter.request.model, ())):
+                    break  # whoever comes behind waits for nobody else
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm = None
