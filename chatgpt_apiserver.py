@@ -3233,14 +3233,14 @@ USEFULNESS = (
 # Of an account, not of the request: asking again soon is no use (the official SDKs obey x-should-retry).
 LASTING = frozenset((Outcome.LARGE, Outcome.QUOTA, Outcome.AUTH, Outcome.FORBIDDEN, Outcome.MISSING))
 ERROR_STATUSES = {
+    **dict.fromkeys(QUOTA_CODES, 429),
+    **dict.fromkeys(MISSING_CODES, 404),
     "rate_limit_error": 429,
     "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
     "overloaded_error": 529,
     "invalid_request_error": 400,
     "authentication_error": 401,
     "permission_error": 403,
-    "not_found_error": 404,
 }
 
 
@@ -3392,7 +3392,9 @@ def judge_first_event(event: bytes) -> Verdict:
     """What an error in a 200's place means: as if it had come with the status that belongs to it."""
     code, message = error_words(event_fields(event)[1])
     found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
-    status = int(found.group(1)) if found else ERROR_STATUSES.get(code, 502)
+    names = [code, *(kind.decode() for kind in re.findall(rb'"type":\s*"(\w{1,64})"', event))]
+    named = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
+    status = int(found.group(1)) if found else [*named, 502][0]
     verdict = Verdict(outcome_of(status, code, message), status, message)
     if verdict.outcome is Outcome.RATE:
         read_rate_message(verdict, code)
