@@ -4911,7 +4911,7 @@ class Relay:
                 reply.held, reply.whole = exchange.take(), True
             else:
                 await self._collect(reply, others)
-            if reply.head.status >= 300 or reply.held[:9] == b'{"error":':
+            if reply.head.status >= 300 or b'"error"' in reply.held[:24]:
                 self._check_refusal(reply)
         except BaseException:
             exchange.abort()
