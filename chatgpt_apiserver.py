@@ -4739,14 +4739,15 @@ class Reply:
     """What an upstream sent, as far as it decides: its exchange, and what was read of the body.
 
     `at`: when what decides was read. `whole`: `held` is all of the body. `told`: the reply said how many tokens are
-    left.
+    left. `controller`: whose it was, of a refusal.
     """
 
-    __slots__ = ("at", "exchange", "head", "held", "stream", "told", "verdict", "whole")
+    __slots__ = ("at", "controller", "exchange", "head", "held", "stream", "told", "verdict", "whole")
 
     def __init__(self, exchange: Exchange, now: float) -> None:
         self.exchange, self.head, self.at = exchange, exchange.head, now
         self.held, self.whole, self.stream, self.told, self.verdict = b"", False, False, False, GOOD
+        self.controller = ""
 
 
 class Refused(Exception):
@@ -4879,7 +4880,7 @@ class Relay:
             verdict = await self._deliver(reply, lease, trip, sink)
             return GOOD  # whatever became of it: it was the client's answer
         except Refused as refused:
-            verdict = refused.verdict
+            verdict, refused.reply.controller = refused.verdict, lease.upstream.name
             self.pool.answered(lease, False, self.loop.time())
             trip.best = more_useful(trip.best, refused.reply)
         except Rescued:
@@ -5083,6 +5084,7 @@ class Relay:
         """Sends the upstream error that tells most, without the secrets that it may echo."""
         head = reply.head
         trip.record.status, trip.record.first_at = head.status, self.loop.time()
+        trip.record.controller = reply.controller
         if 300 <= head.status < 400:
             raise ProxyError(502, "The upstream redirects; its base_url needs a correction.", "upstream_redirects")
         if fields:
