@@ -4799,6 +4799,7 @@ class Trip:
             self.seats = [seat for seat in self.seats if seat.ledger.largest() >= verdict.requested]
 
 
+SPACED = bytes.maketrans(b"\r\n", b"  ")  # makes one line of a JSON text
 LEFT = Verdict(Outcome.GONE)  # what an attempt came to that nobody waits for any more
 
 
@@ -4927,9 +4928,10 @@ class Relay:
         if head.status >= 300:
             reply.exchange.finish()
             raise Refused(reply, judge_reply(head.status, head.index, reply.held, time.time()))
-        if not reply.stream and judge_event(b"data: " + reply.held) is EventKind.ERROR:
+        event = b"data: " + reply.held.translate(SPACED)
+        if not reply.stream and judge_event(event) is EventKind.ERROR:
             reply.exchange.finish()
-            verdict = judge_first_event(b"data: " + reply.held)  # 200 with an error in it, as OpenRouter may send
+            verdict = judge_first_event(event)  # 200 with an error in it, as OpenRouter may send
             raise Refused(as_error(reply, verdict.status), verdict)
 
     async def _collect(self, reply: Reply, others: bool) -> None:
