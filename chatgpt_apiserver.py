@@ -4577,10 +4577,10 @@ class UpstreamPool:
             self.minute_end = now - now % 60 + 60
 
     def _sweep(self) -> None:
-        """Looks for controllers that fell silent and for requests stuck in them; runs while anything is unanswered."""
+        """Looks for controllers that fell silent and for requests stuck in them; runs while anything is under way."""
         now, self.sweeper = self.timers.time(), None
         for upstream in self.upstreams:
-            if not upstream.unanswered:
+            if not upstream.in_flight:  # what is still connecting will be silent later
                 continue
             self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
             if upstream.is_silent(now):
