@@ -4596,11 +4596,12 @@ class UpstreamPool:
         """Whether a request has been silent for so long that another controller should be asked too."""
         silent_s, after_s = now - lease.sent_at, self.config.rescue_after
         ours = lease.stream or lease.upstream.out_why == "suspect"
-        if lease.stuck is None or silent_s <= SUSPECT_MIN_S or not ours:
+        if lease.stuck is None or not ours:
             return False
         if after_s is not None:
             return silent_s > (after_s or NEVER)
-        return silent_s > rescue_s(lease.seat, self.serving.get(lease.seat.model, []), lease.stream)
+        known = self.serving.get(lease.seat.model, [])
+        return silent_s > SUSPECT_MIN_S and silent_s > rescue_s(lease.seat, known, lease.stream)
 
     def _rescue(self, lease: Lease, now: float) -> None:
         """Asks the request's owner for a second attempt, within the budget."""
