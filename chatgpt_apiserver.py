@@ -4606,8 +4606,8 @@ class UpstreamPool:
     def _rescue(self, lease: Lease, now: float) -> None:
         """Asks the request's owner for a second attempt, within the budget."""
         self._turn_minute(now)
-        allowed = max(RESCUES_A_MINUTE, RESCUE_SHARE * sum(self.calls))
-        if lease.stuck is not None and self.config.rescue_after != 0 and sum(self.rescues) < allowed and lease.stuck():
+        allowed = self.rescues[0] < RESCUES_A_MINUTE or sum(self.rescues) < RESCUE_SHARE * sum(self.calls)
+        if lease.stuck is not None and self.config.rescue_after != 0 and allowed and lease.stuck():
             self.rescues[0] += 1
             lease.stuck = None
 
