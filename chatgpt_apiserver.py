@@ -4915,7 +4915,7 @@ class Relay:
             else:
                 await self._collect(reply, others)
             if reply.head.status >= 300 or b'"error"' in reply.held[:24]:
-                self._check_refusal(reply)
+                self._check_refusal(reply, request.stateful)
         except BaseException:
             exchange.abort()
             raise
@@ -4923,12 +4923,15 @@ class Relay:
         self.pool.answered(lease, True, reply.at)
         return reply
 
-    def _check_refusal(self, reply: Reply) -> None:
+    def _check_refusal(self, reply: Reply, stateful: bool) -> None:
         """Tells an answer from an error. Raises Refused."""
         head = reply.head
         if head.status >= 300:
             reply.exchange.finish()
-            raise Refused(reply, judge_reply(head.status, head.index, reply.held, time.time()))
+            verdict = judge_reply(head.status, head.index, reply.held, time.time())
+            if stateful and head.status == 404:  # about an object of the account, perhaps
+                verdict.outcome = Outcome.CLIENT
+            raise Refused(reply, verdict)
         event = b"data: " + reply.held.translate(SPACED)
         if not reply.stream and judge_event(event) is EventKind.ERROR:
             reply.exchange.finish()
