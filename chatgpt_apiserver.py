@@ -4881,19 +4881,25 @@ class Relay:
                 self._drop_rescue(trip)
             verdict = await self._deliver(reply, lease, trip, sink)
             return GOOD  # whatever became of it: it was the client's answer
-        except Refused as refused:
-            verdict, refused.reply.controller = refused.verdict, lease.upstream.name
-            self.pool.answered(lease, False, self.loop.time())
-            trip.best = more_useful(trip.best, refused.reply)
-        except Rescued:
-            verdict = Verdict(Outcome.LOST)
-        except UpstreamError as error:
-            verdict, trip.failure = judge_error(error), error
+        except (Refused, Rescued, UpstreamError) as problem:
+            verdict = self._judge(problem, lease, trip)
         finally:
             if verdict is LEFT:
                 trip.record.outcomes.append((lease.upstream.name, "gone", self.loop.time() - lease.since))
             self.pool.settle(lease, verdict)
         return verdict
+
+    def _judge(self, problem: "Refused | Rescued | UpstreamError", lease: Lease, trip: Trip) -> Verdict:
+        """What an attempt came to that brought no answer; keeps what could be shown of it."""
+        if isinstance(problem, Rescued):
+            return Verdict(Outcome.LOST)
+        if isinstance(problem, UpstreamError):
+            trip.failure = problem
+            return judge_error(problem)
+        problem.reply.controller = lease.upstream.name
+        self.pool.answered(lease, False, self.loop.time())
+        trip.best = more_useful(trip.best, problem.reply)
+        return problem.verdict
 
     async def _ask(self, lease: Lease, trip: Trip) -> Reply:
         """Sends the request and reads as much as decides whether it is the answer. Raises Refused or UpstreamError."""
@@ -5004,13 +5010,24 @@ class Relay:
         log.warning("%s: silent in %s, asking %s too", *names)
         task = self.loop.create_task(self._ask(other, trip))
         trip.rescue = (other, task)
-        task.add_done_callback(functools.partial(self._end_rescue, exchange))
+        task.add_done_callback(functools.partial(self._end_rescue, trip, other, exchange))
         return True
 
-    def _end_rescue(self, exchange: Exchange, task: "asyncio.Task[Reply]") -> None:
-        """A rescue that brought an answer ends the first attempt; an error never does."""
-        if not task.cancelled() and task.exception() is None:
+    def _end_rescue(self, trip: Trip, lease: Lease, exchange: Exchange, task: "asyncio.Task[Reply]") -> None:
+        """A rescue that brought an answer ends the first attempt; an error never does, but its controller learns it."""
+        problem = None if task.cancelled() else task.exception()
+        if task.cancelled() or trip.rescue is None or trip.rescue[1] is not task:
+            return  # given up, or the only attempt by now
+        if problem is None:
             exchange.interrupt(Rescued())
+            return
+        trip.rescue, verdict = None, LEFT
+        if isinstance(problem, (Refused, UpstreamError)):
+            verdict = self._judge(problem, lease, trip)
+            trip.note(lease, verdict, self.loop.time())
+        else:
+            log.error("%s: a rescue failed", trip.request.request_id, exc_info=problem)
+        self.pool.settle(lease, verdict)
 
     def _drop_rescue(self, trip: Trip) -> None:
         """Gives up a rescue that is not needed any more."""
