@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -953,3 +953,438 @@ async def test_what_replies_tell_is_kept_to() -> None:
         tasks = [home.later() for _ in range(13)]
         assert [(await task).status for task in tasks] == [200] * 13
         assert home.calls == [14]
+
+
+# -- stateful requests
+
+
+@pytest.mark.parametrize("status", [401, 429, 503])
+async def test_stateful_requests_move_on_when_they_did_not_run(status: int) -> None:
+    """After a 401, 429 or 503 another controller may have it."""
+    async with house(answers(error_reply(status)), both) as home:
+        assert (await home.post(store=True)).headers["x-apiserver-controller"] == "b"
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 408, 409, 500, 502, 504])
+async def test_stateful_requests_stay_where_they_may_have_run(status: int) -> None:
+    """Anything else is returned; a 404 about one of them teaches nothing of the model."""
+    async with house(answers(error_reply(status, "model_not_found" if status == 404 else "x")), both) as home:
+        found = await home.post(store=True)
+        assert (found.status, home.calls) == (status, [1, 0])
+        assert not home.state()["lacks"]
+
+
+@pytest.mark.parametrize("script", [close_at_once, hang])
+async def test_stateful_requests_are_not_replayed_after_sending(script: Script) -> None:
+    """A reset or a silence after the write may hide a request that ran."""
+    async with house(script, both, each={"timeouts": {"first_byte": 2}}) as home:
+        found = await home.post(store=True, stream=True)
+        assert found.status in (502, 504) and home.calls == [1, 0]
+
+
+async def test_stateful_requests_move_on_when_nothing_was_sent() -> None:
+    """A connection that could not be made is no trace."""
+    async with house(both, both) as home:
+        home.ups[0].server.close()
+        assert (await home.post(store=True)).headers["x-apiserver-controller"] == "b"
+
+
+# -- commit
+
+
+async def test_what_comes_before_the_first_event_is_kept_and_sent_with_it() -> None:
+    """Comments and Azure's empty choices are held back, then go out in front, unchanged."""
+    step = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(b": hello\n\n")
+        await peer.chunk(AZURE)
+        await step.wait()
+        await peer.chunk(event("real"))
+        await peer.send(b"0\r\n\r\n")
+
+    async with house(script, both) as home:
+        client = await home.ask(stream=True)
+        await pause(1)
+        assert not client.reader._buffer  # type: ignore[attr-defined]
+        step.set()
+        assert (await client.read()).body == b": hello\n\n" + AZURE + event("real")
+
+
+@pytest.mark.parametrize(("preface", "seconds"), [(b": short\n\n", 15.0), (b": " + b"x" * 65536 + b"\n\n", 0.0)])
+async def test_held_for_at_most_64_kb_or_15_s(preface: bytes, seconds: float) -> None:
+    """Then what there is goes out, and the stream goes on."""
+    step = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(preface)
+        await step.wait()
+        await peer.chunk(event("real"))
+        await peer.send(b"0\r\n\r\n")
+
+    async with house(script, both) as home:
+        started = now()
+        client = await home.ask(stream=True)
+        assert (await client.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        assert now() - started == pytest.approx(seconds, abs=0.1)
+        step.set()
+        rest = b""
+        while not rest.endswith(b"0\r\n\r\n"):
+            rest += await client.reader.read(65536)
+        assert preface in rest and event("real") in rest and home.calls == [1, 0]
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, {}), (2, {"store": True})])
+async def test_nothing_is_held_back_when_there_is_nothing_to_fail_over_to(count: int, more: "dict[str, Any]") -> None:
+    """A sole controller's first bytes, or a stateful request's, go out as they come."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(b": hello\n\n")
+        await peer.gone()
+
+    async with house(*[script] * count) as home:
+        started = now()
+        client = await home.ask(stream=True, **more)
+        assert b": hello" in await client.reader.readuntil(b": hello\n\n")
+        assert now() - started < 0.1
+
+
+async def test_a_responses_stream_commits_after_its_preface() -> None:
+    """created, queued and in_progress are no answer; a failure after them still moves on."""
+    preface = b"".join(
+        b'event: response.%b\ndata: {"type":"response.%b"}\n\n' % (one, one) for one in (b"created", b"queued", b"in_progress")
+    )
+    failed = b'event: response.failed\ndata: {"type":"response.failed","response":{"error":{"code":"server_error"}}}\n\n'
+    async with house(answers(sse_reply(preface, failed)), both) as home:
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
+
+
+# -- suspicion and rescue
+
+
+def usual(home: House, at: int = 0, stream: bool = True, seconds: float = 0.1, count: int = 30) -> None:
+    """Gives a controller a history of answers that took so long."""
+    home.pool.upstreams[at].seat("m").times[stream].extend([seconds] * count)
+
+
+async def test_a_silent_controller_gets_no_new_requests() -> None:
+    """Three unanswered and a second of silence: suspect; the next go elsewhere, until a probe of its is answered."""
+    async with house(then([hang] * 3), both, pool={"type": "priority", "rescue_after": 5}) as home:
+        usual(home)
+        tasks = [home.later(stream=True) for _ in range(3)]
+        await pause(0.9)
+        assert home.state()["state"] == "open"
+        await pause(0.5)
+        assert home.state()["state"] == "suspect" and home.state()["for_s"] is None
+        assert (await home.post()).headers["x-apiserver-controller"] == "b"
+        for task in tasks:
+            assert (await task).headers["x-apiserver-controller"] == "b"
+        await pause(1.1)
+        assert home.state()["state"] == "half-open" and home.calls[0] == 3
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "a"
+        assert home.state()["state"] == "open"
+
+
+async def test_a_probe_of_a_suspect_is_itself_rescued() -> None:
+    """The one real request that finds out is answered by another after the suspicious silence, not after ten seconds."""
+    async with house(hang, both, pool={"type": "priority", "rescue_after": 100}) as home:
+        usual(home)
+        home.pool.upstreams[0].suspect()
+        home.pool.upstreams[0].unstick(now())
+        await pause(1.1)
+        started = now()
+        found = await home.post(stream=True)
+        assert found.headers["x-apiserver-controller"] == "b" and now() - started == pytest.approx(1.25, abs=0.3)
+        assert home.state()["state"] == "suspect" and home.calls == [1, 1]
+
+
+async def test_rescue_of_a_stream() -> None:
+    """A stream that is silent past rescue_after is asked of another too; its answer wins, the loser is cancelled."""
+    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        started = now()
+        found = await home.post(stream=True)
+        assert found.status == 200 and found.headers["x-apiserver-controller"] == "b"
+        assert now() - started == pytest.approx(2.15, abs=0.2)
+        await until(lambda: home.idle() and not home.ups[0].open_connections)
+        assert home.state()["failures"] == 0 and home.state()["state"] == "open"
+
+
+async def test_rescue_when_connecting_took_long() -> None:
+    """The silent are looked at also when the request was written long after it was granted."""
+    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        real = home.server.server.links.dial
+
+        async def slow(origin: app.Origin) -> app.Link:
+            await pause(1)
+            return await real(origin)
+
+        home.server.server.links.dial = slow
+        started = now()
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
+        assert now() - started < 5
+
+
+@pytest.mark.parametrize("after", [0.5, 3])
+async def test_rescue_after_is_a_number_of_seconds(after: float) -> None:
+    """The configured time is kept to, below a second too."""
+    async with house(hang, both, pool={"type": "priority", "rescue_after": after}) as home:
+        started = now()
+        await home.post(stream=True)
+        assert after <= now() - started <= after + 0.3
+
+
+async def test_rescue_auto_needs_samples() -> None:
+    """Never with fewer than twenty; with them after ten seconds or three times the p99."""
+    async with house(hang, both, each={"timeouts": {"first_byte": 60}}, pool={"type": "priority"}) as home:
+        usual(home, count=19)
+        started = now()
+        await home.post(stream=True)
+        assert now() - started == pytest.approx(60, abs=0.5)
+        usual(home, count=5, seconds=4.0)
+        started = now()
+        await home.post(stream=True)
+        assert now() - started == pytest.approx(12, abs=0.5)
+
+
+async def test_the_first_answer_wins_the_loser_is_cancelled() -> None:
+    """When the silent one speaks before its rescuer, the rescuer is given up and not blamed."""
+
+    async def slow(peer: Peer, message: Message) -> None:
+        await pause(4)
+        await both(peer, message)
+
+    async with house(slow, hang, pool={"type": "priority", "rescue_after": 2}) as home:
+        found = await home.post(stream=True)
+        assert found.headers["x-apiserver-controller"] == "a" and home.calls == [1, 1]
+        await until(lambda: home.idle() and not home.ups[1].open_connections)
+        assert home.state(1)["failures"] == 0
+
+
+@pytest.mark.parametrize("failure", [error_reply(500), limited("9"), in_stream("server_error"), error_reply(400)])
+async def test_an_error_never_wins(failure: bytes) -> None:
+    """A rescuer that fails is no reason to end the first attempt; its controller learns and is free at once."""
+
+    async def slow(peer: Peer, message: Message) -> None:
+        await pause(6)
+        await both(peer, message)
+
+    async with house(slow, answers(failure), pool={"type": "priority", "rescue_after": 2}) as home:
+        task = home.later(stream=True)
+        await pause(3)
+        assert home.calls == [1, 1] and home.pool.upstreams[1].in_flight == 0
+        assert home.state(1)["last_error"] is not None
+        found = await task
+        assert found.status == 200 and found.headers["x-apiserver-controller"] == "a"
+        assert found.headers["x-apiserver-attempts"] == "2" and home.idle()
+
+
+async def test_the_first_one_fails_while_the_rescuer_works() -> None:
+    """Then the rescuer's answer is the answer, whenever it comes, and nobody else is asked."""
+
+    async def fails(peer: Peer, _: Message) -> None:
+        await pause(3)
+        await peer.send(error_reply(500))
+
+    async def slow(peer: Peer, message: Message) -> None:
+        await pause(1.5)
+        await both(peer, message)
+
+    async with house(fails, slow, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        found = await home.post(stream=True)
+        assert found.headers["x-apiserver-controller"] == "b" and home.calls == [1, 1, 0] and home.idle()
+
+
+@pytest.mark.parametrize("how", ["reset", "fin"])
+async def test_a_client_that_leaves_during_a_rescue_ends_both(how: str) -> None:
+    """Both upstream connections are closed within 100 ms, both places are free."""
+    async with house(hang, hang, pool={"type": "priority", "rescue_after": 2}) as home:
+        client = await home.ask(stream=True)
+        await pause(3)
+        assert home.calls == [1, 1]
+        client.reset() if how == "reset" else client.writer.close()
+        left = now()
+        await until(lambda: home.idle() and not (home.ups[0].open_connections or home.ups[1].open_connections))
+        assert now() - left <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [({"rescue_after": 0}, {"stream": True}), ({"rescue_after": 2}, {"stream": True, "store": True}), ({"rescue_after": 2}, {})],
+)
+async def test_what_is_never_rescued(config: "dict[str, Any]", more: "dict[str, Any]") -> None:
+    """Nothing with rescue_after 0, no stateful request, no whole answer of a controller that is not suspect."""
+
+    async def slow(peer: Peer, message: Message) -> None:
+        await pause(20)
+        await both(peer, message)
+
+    async with house(slow, both, pool={"type": "priority", **config}) as home:
+        found = await home.post(**more)
+        assert found.headers["x-apiserver-controller"] == "a" and home.calls == [1, 0]
+
+
+async def test_whole_answers_are_rescued_from_a_suspect() -> None:
+    """Three whole answers that are stuck in a suspect are asked of another too."""
+    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        usual(home, stream=False)
+        started = now()
+        tasks = [home.later() for _ in range(3)]
+        for task in tasks:
+            assert (await task).headers["x-apiserver-controller"] == "b"
+        assert now() - started < 3
+
+
+async def test_at_most_ten_rescues_a_minute_where_little_is_asked() -> None:
+    """Of fifteen stuck streams ten are rescued in this minute, and the others may be in the next."""
+    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}, each={"timeouts": {"first_byte": 0}}) as home:
+        home.pool._turn_minute(now())
+        await pause(home.pool.minute_end - now() + 1)
+        tasks = [home.later(stream=True) for _ in range(15)]
+        await pause(30)
+        assert sum(task.done() for task in tasks) == 10 and home.calls == [15, 10]
+        await pause(35)
+        assert sum(task.done() for task in tasks) == 15 and home.calls == [15, 15]
+
+
+# -- what is shown
+
+
+async def test_decision_headers_and_the_record_of_attempts() -> None:
+    """Who answered, after how many attempts and how long a wait; the access line has each attempt and what came of it."""
+    async with house(answers(error_reply(500)), then([limited("2")]), pool={"type": "priority"}) as home:
+        found = await home.post()
+        assert found.headers["x-apiserver-controller"] == "b" and found.headers["x-apiserver-attempts"] == "3"
+        assert int(found.headers["x-apiserver-wait-ms"]) == pytest.approx(2000, abs=20)
+        assert found.headers["x-request-id"] == found.headers["x-apiserver-request-id"]
+        home.server.server.access.flush()
+        (line,) = home.server.lines
+        assert [one.rpartition(":")[0] for one in line.split("tried=")[1].split()[0].split(",")] == ["a:fault", "b:rate", "b:ok"]
+
+
+async def test_an_upstreams_request_id_is_kept() -> None:
+    """Ours stands beside it."""
+    async with house(answers(json_reply(200, ANSWER, "x-request-id: theirs"))) as home:
+        found = await home.post()
+        assert found.headers["x-request-id"] == "theirs" and found.headers["x-apiserver-request-id"].startswith("req_")
+
+
+async def test_retry_headers_are_ours_after_a_failover() -> None:
+    """An upstream's advice about its own limit is no advice about all of them."""
+    told = error_reply(429, "rate_limit_exceeded", "x", "Retry-After: 50", "retry-after-ms: 50000", "x-should-retry: true")
+    other = error_reply(429, "rate_limit_exceeded", "x", "Retry-After: 40", "x-should-retry: false")
+    async with house(answers(told), answers(other)) as home:
+        found = await home.post()
+        assert found.headers["retry-after"] == "40" and "x-should-retry" not in found.headers
+        assert [name.lower() for name, _ in found.fields].count("retry-after") == 1
+
+
+async def verbose(home: House) -> Any:
+    """What /status?verbose=1 says."""
+    client = await home.server.open()
+    await client.send(request(b"", target="/status?verbose=1", method="GET"))
+    found = await client.read()
+    client.close()
+    return found.json()
+
+
+async def test_status_tells_each_controllers_state() -> None:
+    """State, in flight, ledger, last error, counts and the length of the line; no secret; valid JSON."""
+    told = ("x-ratelimit-limit-requests: 60", "x-ratelimit-remaining-requests: 41", "x-ratelimit-reset-requests: 19s")
+    scripts = [answers(json_reply(200, ANSWER, *told)), answers(limited("33")), answers(error_reply(401, "invalid_api_key")), hang]
+    only: "dict[str, Any]" = {"models": ["m"]}
+    each = [{**only, "limits": {"rpm": 7}}, only, only, {"models": ["n"], "limits": {"concurrency": 1}}]
+    async with house(*scripts, each=each) as home:
+        for _ in range(7):
+            assert (await home.post()).status == 200
+        tasks = [home.later("X-Apiserver-Max-Wait: 1", model="n") for _ in range(2)]
+        await until(lambda: home.pool.waiting == 1)
+        home.pool.upstreams[3].suspect()
+        found = await verbose(home)
+        a, b, c, d = found["controllers"]
+        assert found["waiting"] == 1 and found["status"] == "ok"
+        assert [one["name"] for one in found["controllers"]] == ["a", "b", "c", "d"]
+        assert (a["state"], a["requests"], a["failures"], a["in_flight"]) == ("open", 7, 0, 0)
+        assert a["ledger"]["m"]["requests"] == {"limit": 60, "left": 41, "per_s": 1.0}
+        assert a["ledger"]["m"]["rpm"] == {"limit": 7, "taken": 7}
+        assert b["ledger"]["m"]["closed_for_s"] == pytest.approx(33, abs=0.2) and "429" in b["last_error"]
+        assert (c["state"], c["failures"]) == ("parked", 2) and c["for_s"] == pytest.approx(300, abs=0.2)
+        assert (d["state"], d["for_s"], d["in_flight"]) == ("suspect", None, 1)
+        assert "sk-secret" not in json.dumps(found)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# -- exactness
+
+
+def worst(times: "list[float]", span_s: float) -> int:
+    """The most requests in any sliding window of that length."""
+    times, first, most = sorted(times), 0, 0
+    for at, end in enumerate(times):
+        while times[first] <= end - span_s:
+            first += 1
+        most = max(most, at - first + 1)
+    return most
+
+
+async def test_exactness_of_configured_limits() -> None:
+    """500 concurrent requests on two controllers: rpm and concurrency as the upstreams count them are never exceeded."""
+
+    async def script(peer: Peer, message: Message) -> None:
+        await pause(0.05)
+        await both(peer, message)
+
+    each: "list[dict[str, Any]]" = [
+        {"limits": {"rpm": 100, "concurrency": 7}},
+        {"limits": {"rpm": 90, "concurrency": 5, "burst_s": 10}},
+    ]
+    async with house(script, script, each=each, pool={"max_wait": 300}) as home:
+        tasks = [home.later(stream=number % 2 == 0) for number in range(500)]
+        for task in tasks:
+            assert (await task).status == 200
+        assert sum(home.calls) == 500 and home.idle()
+        assert worst(home.ups[0].times, 60) == 100 and worst(home.ups[1].times, 60) <= 90
+        assert worst(home.ups[1].times, 10) == 15
+        assert home.ups[0].most_here == 7 and home.ups[1].most_here == 5
+
+
+async def test_exactness_of_a_shared_quota() -> None:
+    """Two controllers of one group together keep to its limits."""
+    grouped = {"quota_group": "org", "limits": {"rpm": 20, "concurrency": 3}}
+
+    async def script(peer: Peer, message: Message) -> None:
+        await pause(0.05)
+        await both(peer, message)
+
+    async with house(script, script, each=grouped, pool={"max_wait": 200}) as home:
+        tasks = [home.later() for _ in range(50)]
+        for task in tasks:
+            assert (await task).status == 200
+        times = home.ups[0].times + home.ups[1].times
+        assert worst(times, 60) == 20 and max(home.ups[0].most_here, home.ups[1].most_here) <= 3
+
+
+async def test_a_line_of_learned_limits_wastes_nothing() -> None:
+    """A hundred requests at once on an account of 60 a minute that tells what is left: all answered, few refused upstream."""
+    level, at = 60.0, now()
+
+    async def script(peer: Peer, _: Message) -> None:
+        nonlocal level, at
+        level, at = min(60.0, level + now() - at), now()
+        left = level - 1 if level >= 0.999 else level
+        told = ("x-ratelimit-limit-requests: 60", f"x-ratelimit-remaining-requests: {int(max(left, 0))}", f"x-ratelimit-reset-requests: {60 - left:.3f}s")
+        if level < 0.999:
+            await peer.send(error_reply(429, None, f"Please try again in {1 - level:.3f}s.", *told))
+            return
+        level = left
+        await peer.send(json_reply(200, ANSWER, *told))
+
+    async with house(script, pool={"max_wait": 60}) as home:
+        assert (await home.post()).status == 200
+        tasks = [home.later() for _ in range(100)]
+        assert {(await task).status for task in tasks} == {200}
+        assert home.calls[0] <= 103
