@@ -58,10 +58,11 @@ async def pause(seconds: float) -> None:
 
 async def until(true: Callable[[], Any]) -> None:
     """Let the loop turn until something is so, within a second of its clock."""
-    give_up = now() + 1
+    give_up, turns = now() + 1, 0
     while not true():
         assert now() < give_up, "it never was"
-        await pause(0.001)
+        turns += 1
+        await (asyncio.sleep(0) if turns % 8 else pause(0.005))
 
 
 async def both(peer: Peer, message: Message) -> None:
@@ -160,7 +161,8 @@ async def house(*scripts: Script, each: "dict[str, Any] | list[dict[str, Any]] |
             yield built
         finally:
             for client in built.clients:
-                client.close()
+                if not client.writer.is_closing():
+                    client.reset()
 
 
 # -- the table, row by row
@@ -222,7 +224,7 @@ async def test_row_connect_failure() -> None:
     """Nobody listens: the next controller at once; what was never sent is given back; five of them open the breaker."""
     async with house(both, both, each=[{"limits": {"rpm": 100}}, {}]) as home:
         home.ups[0].server.close()
-        for _ in range(20):
+        for _ in range(12):
             assert (await home.post()).headers["x-apiserver-controller"] == "b"
         assert home.state()["state"] == "breaker" and home.pool.upstreams[0].failures == 5
         assert home.state()["ledger"]["m"]["rpm"]["taken"] == 0
@@ -348,20 +350,20 @@ async def test_row_other_403() -> None:
 async def test_row_other_4xx(status: int) -> None:
     """Returned as it is, never replayed; the controller learns nothing, however often."""
     async with house(answers(error_reply(status, "x")), both, pool={"type": "priority"}) as home:
-        for _ in range(8):
+        for _ in range(6):
             found = await home.post(stream=True)
             assert (found.status, found.headers["x-apiserver-attempts"]) == (status, "1")
             assert "x-should-retry" not in found.headers
-        assert home.calls == [8, 0] and home.state()["state"] == "open" and home.state()["failures"] == 0
+        assert home.calls == [6, 0] and home.state()["state"] == "open" and home.state()["failures"] == 0
 
 
 @pytest.mark.parametrize("status", [408, 409, 424, 500, 502, 503, 504, 520, 529])
 async def test_row_408_409_5xx(status: int) -> None:
     """The next controller; the breaker counts."""
     async with house(answers(error_reply(status)), both, pool={"type": "priority"}) as home:
-        for _ in range(7):
+        for _ in range(6):
             assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        assert home.calls == [5, 7] and home.state()["state"] == "breaker"
+        assert home.calls == [5, 6] and home.state()["state"] == "breaker"
 
 
 @pytest.mark.parametrize("status", [503, 529])
@@ -867,7 +869,7 @@ async def test_refused_at_once_by_the_position() -> None:
         assert made is not None
         made.sent(now())
         pool.settle(made, app.GOOD)
-        await pause(1.0)
+        await pause(0.99)
     waiters, refused = [], []
     for _ in range(60):
         task = loop.create_task(pool.wait(asking(), pool.seats("m"), set()))
@@ -1138,11 +1140,11 @@ async def test_rescue_after_is_a_number_of_seconds(after: float) -> None:
 
 async def test_rescue_auto_needs_samples() -> None:
     """Never with fewer than twenty; with them after ten seconds or three times the p99."""
-    async with house(hang, both, each={"timeouts": {"first_byte": 60}}, pool={"type": "priority"}) as home:
+    async with house(hang, both, each={"timeouts": {"first_byte": 20}}, pool={"type": "priority"}) as home:
         usual(home, count=19)
         started = now()
         await home.post(stream=True)
-        assert now() - started == pytest.approx(60, abs=0.5)
+        assert now() - started == pytest.approx(20, abs=0.5)
         usual(home, count=5, seconds=4.0)
         started = now()
         await home.post(stream=True)
@@ -1218,7 +1220,7 @@ async def test_what_is_never_rescued(config: "dict[str, Any]", more: "dict[str, 
     """Nothing with rescue_after 0, no stateful request, no whole answer of a controller that is not suspect."""
 
     async def slow(peer: Peer, message: Message) -> None:
-        await pause(20)
+        await pause(9)
         await both(peer, message)
 
     async with house(slow, both, pool={"type": "priority", **config}) as home:
@@ -1339,7 +1341,7 @@ async def test_exactness_of_configured_limits() -> None:
         await both(peer, message)
 
     each: "list[dict[str, Any]]" = [
-        {"limits": {"rpm": 100, "concurrency": 7}},
+        {"limits": {"rpm": 200, "concurrency": 7}},
         {"limits": {"rpm": 90, "concurrency": 5, "burst_s": 10}},
     ]
     async with house(script, script, each=each, pool={"max_wait": 300}) as home:
@@ -1347,7 +1349,7 @@ async def test_exactness_of_configured_limits() -> None:
         for task in tasks:
             assert (await task).status == 200
         assert sum(home.calls) == 500 and home.idle()
-        assert worst(home.ups[0].times, 60) == 100 and worst(home.ups[1].times, 60) <= 90
+        assert worst(home.ups[0].times, 60) == 200 and worst(home.ups[1].times, 60) <= 90
         assert worst(home.ups[1].times, 10) == 15
         assert home.ups[0].most_here == 7 and home.ups[1].most_here == 5
 
