@@ -3924,7 +3924,6 @@ class Upstream:
     def works(self, now: float) -> None:
         """It gave an answer that is no failure."""
         self.denied = self.forbidden = 0
-        self.recent.append((now, False))
         if self.out_why and (self.recovering or self.out_until <= now):
             self.recover()
 
@@ -4158,7 +4157,9 @@ class Lease:
             upstream.probe = None
         if upstream.quota.probe is self:
             upstream.quota.probe = None
-        if verdict is not GOOD:
+        if verdict is GOOD:
+            upstream.recent.append((now, False))
+        else:
             self._learn_health(verdict, now, probed)
         if upstream.out_until == NEVER:
             upstream.unstick(now)
@@ -4177,6 +4178,7 @@ class Lease:
         """What the controller learns (DESIGN 3, the table's third column)."""
         upstream, outcome = self.upstream, verdict.outcome
         if outcome in ANSWERED:
+            upstream.recent.append((now, False))
             upstream.works(now)
         elif outcome in FAILURES:
             upstream.failures += 1
