@@ -4093,6 +4093,11 @@ class Lease:
             window.sent(entry, now)
         self.upstream.unanswered[self] = None
 
+    def heard(self, now: float) -> None:
+        """Something of a reply has come: it is not silent."""
+        self.upstream.unanswered.pop(self, None)
+        self.upstream.answered_at = now
+
     def answered(self, now: float, good: bool) -> None:
         """A reply began to make sense; `good`: it is the answer, and its time counts as usual."""
         upstream = self.upstream
@@ -4921,7 +4926,7 @@ class Relay:
             if reply.head.status == 200 and exchange.complete:
                 reply.held, reply.whole = exchange.take(), True
             else:
-                await self._collect(reply, others)
+                await self._collect(reply, lease, others)
             if reply.head.status >= 300 or b'"error"' in reply.held[:24]:
                 self._check_refusal(reply, request.stateful)
         except BaseException:
@@ -4946,7 +4951,7 @@ class Relay:
             verdict = judge_first_event(event)  # 200 with an error in it, as OpenRouter may send
             raise Refused(as_error(reply, verdict.status), verdict)
 
-    async def _collect(self, reply: Reply, others: bool) -> None:
+    async def _collect(self, reply: Reply, lease: Lease, others: bool) -> None:
         """Reads a stream up to its first real event, anything else up to its end or to WHOLE_BYTES."""
         head = reply.head
         if head.status < 300 and head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
@@ -4954,6 +4959,7 @@ class Relay:
             await self._hold(reply, others)
             reply.at = self.loop.time()
             return
+        lease.heard(reply.at)
         pieces, size = [], 0
         while size <= WHOLE_BYTES:
             piece = await reply.exchange.read()
