@@ -682,6 +682,19 @@ def test_the_breaker_needs_five_failures_that_are_half() -> None:
     assert not two.ready(1, T0)
 
 
+def test_a_stream_that_is_cut_is_one_failure_and_no_success() -> None:
+    """Ten streams that begin and are all cut open the breaker at the fifth."""
+    one = seat()
+    flying = [lease(one) for _ in range(10)]
+    for made in flying:
+        made.answered(T0, True)
+    for made in flying[:4]:
+        made.release(verdict("cut"), T0)
+    assert one.ready(1, T0)
+    flying[4].release(verdict("cut"), T0)
+    assert one.upstream.out_why == "breaker"
+
+
 def test_old_failures_are_forgotten() -> None:
     """Only outcomes of the last 30 s count."""
     one = seat()

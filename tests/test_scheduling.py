@@ -585,6 +585,17 @@ async def test_row_sighup_keeps_state_and_waiters() -> None:
         assert home.state()["ledger"]["m"]["closed_for_s"] > 15
 
 
+async def test_row_sighup_ends_the_waiting_for_a_model_that_is_gone() -> None:
+    """Who waits for what no controller serves any more is told so at once."""
+    async with house(then([limited("20")])) as home:
+        waiter = home.later()
+        await until(lambda: home.pool.waiting)
+        data = {"port": 0, "controllers": [controller("a", home.ups[0].url, models=["n"])]}
+        home.server.server.reconfigure(app.parse_config(data, "test", {}))
+        assert (await waiter).status == 404
+        await until(home.idle)
+
+
 # -- rounds and the last resort
 
 
@@ -596,13 +607,17 @@ async def test_once_per_round_and_a_new_round_only_by_waiting() -> None:
         assert [round(at - home.ups[1].times[0]) for at in home.ups[1].times] == [0, 2, 4]
 
 
-async def test_a_sole_controller_passes_its_errors_on() -> None:
-    """The breaker of the only one never refuses a request."""
-    async with house(answers(error_reply(500, "boom"))) as home:
-        for count in range(1, 12):
+@pytest.mark.parametrize(
+    ("status", "code", "state"),
+    [(500, "boom", "breaker"), (401, "bad_key", "parked"), (403, "region", "parked"), (404, "model_not_found", "open")],
+)
+async def test_a_sole_controller_passes_its_errors_on(status: int, code: str, state: str) -> None:
+    """Neither breaker nor parked key nor a model that it lacks refuses a request to the only one."""
+    async with house(answers(error_reply(status, code))) as home:
+        for count in range(1, 8):
             found = await home.post()
-            assert found.status == 500 and found.json()["error"]["code"] == "boom" and home.calls == [count]
-        assert home.state()["state"] == "breaker"
+            assert found.status == status and found.json()["error"]["code"] == code and home.calls == [count]
+        assert home.state()["state"] == state
 
 
 async def test_the_last_resort_is_who_is_due_back_first() -> None:
@@ -1088,6 +1103,23 @@ async def test_a_silent_controller_gets_no_new_requests() -> None:
         assert home.state()["state"] == "half-open" and home.calls[0] == 3
         assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "a"
         assert home.state()["state"] == "open"
+
+
+async def test_whole_answers_that_are_arriving_are_not_silent() -> None:
+    """A head has come and the body trickles: slow, but no suspect."""
+
+    async def trickle(peer: Peer, _: Message) -> None:
+        await peer.send(GOOD[:-20])
+        await pause(3)
+        await peer.send(GOOD[-20:])
+
+    async with house(trickle, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        usual(home, stream=False)
+        tasks = [home.later() for _ in range(3)]
+        await pause(2)
+        assert home.state()["state"] == "open"
+        for task in tasks:
+            assert (await task).headers["x-apiserver-controller"] == "a"
 
 
 async def test_a_probe_of_a_suspect_is_itself_rescued() -> None:
