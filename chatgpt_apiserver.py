@@ -4536,13 +4536,13 @@ class UpstreamPool:
         """Refuses whom waiting would not help, at once. Raises NoRoom."""
         openings = [(self._opens_at(seat, request.need, now), seat.ledger.rate(request.need)) for seat in seats]
         unknown = any(opens == NEVER for opens, _ in openings)
-        at = now if unknown else turn_at(openings, ahead, now)
+        after_s = NEVER if unknown else turn_at(openings, ahead, now) - now
         if self.waiting >= self.config.max_queue:
-            raise NoRoom("the line is full", at - now)
+            raise NoRoom("the line is full", after_s)
         if request.key and self.waiting_by_key.get(request.key, 0) * 2 >= self.config.max_queue:
-            raise NoRoom("this key holds half of the line", at - now)
-        if at - now > request.wait_s or not request.wait_s:
-            raise NoRoom("no controller has room in time", at - now)
+            raise NoRoom("this key holds half of the line", after_s)
+        if not request.wait_s or (not unknown and after_s > request.wait_s):
+            raise NoRoom("no controller has room in time", after_s)
 
     def _give_up(self, waiter: Waiter) -> None:
         if not waiter.future.done():
