@@ -4805,6 +4805,7 @@ class Trip:
         self.tried.add(lease.upstream)
         if verdict.outcome is Outcome.LARGE:  # only who is known to take that much
             self.seats = [seat for seat in self.seats if seat.ledger.largest() >= verdict.requested]
+            self.tried &= {seat.upstream for seat in self.seats}  # `others` counts
 
 
 SPACED = bytes.maketrans(b"\r\n", b"  ")  # makes one line of a JSON text
