@@ -4608,7 +4608,7 @@ class UpstreamPool:
         if after_s is not None:
             return silent_s > (after_s or NEVER)
         known = self.serving.get(lease.seat.model, [])
-        return silent_s > SUSPECT_MIN_S and silent_s > rescue_s(lease.seat, known, lease.stream)
+        return silent_s > RESCUE_MIN_S and silent_s > rescue_s(lease.seat, known, lease.stream)
 
     def _rescue(self, lease: Lease, now: float) -> None:
         """Asks the request's owner for a second attempt, within the budget."""
