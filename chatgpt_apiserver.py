@@ -3644,7 +3644,6 @@ class Ledger:
         "closed_for",
         "closed_until",
         "given_back",
-        "given_count",
         "large",
         "large_until",
         "limited",
@@ -3661,8 +3660,8 @@ class Ledger:
         self.requests: "Bucket | None" = None
         self.tokens: "Bucket | None" = None
         self.sent_tokens, self.serial = 0.0, 0
-        self.given_back: "deque[tuple[int, int, float]]" = deque(maxlen=GIVEN_BACK)  # of what was never sent
-        self.given_count = 0
+        # Of what was never sent: its serial, its need, and the last serial before it was given back.
+        self.given_back: "deque[tuple[int, float, int]]" = deque(maxlen=256)
         self.closed_until = self.closed_for = 0.0
         self.large_until = 0.0
         self.large: "list[tuple[float, float]]" = []  # of token 429s: closed for this need and above, until then
@@ -3730,10 +3729,13 @@ class Ledger:
         else:
             self.closed_until = max(self.closed_until, until)
 
-    def give_back(self, serial: int, need: float) -> None:
-        """Remembers a charge that came to nothing: replies to others must not be taken to have seen it."""
-        self.given_back.append((self.given_count, serial, need))
-        self.given_count += 1
+    def given_back_around(self, serial: int) -> "tuple[list[float], list[float]]":
+        """What each took that was given back since `serial` was charged: of those charged before it, and after it."""
+        unsent = self.given_back
+        while unsent and unsent[0][2] < serial:  # no later reply can need it
+            unsent.popleft()
+        before = [need for at, need, last in unsent if at < serial <= last]
+        return before, [need for at, need, _ in unsent if at > serial]
 
     def halve_burst(self) -> None:
         """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s)."""
@@ -4022,6 +4024,7 @@ def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
 
 NOTHING_GIVEN = (0.0, 0.0, 0.0, 0.0)
 NO_ENTRIES: "list[tuple[Window, list[float]]]" = []
+NO_NEEDS: "list[float]" = []
 
 
 class Lease:
@@ -4034,7 +4037,6 @@ class Lease:
         "entries",
         "expected_requests",
         "expected_tokens",
-        "given_count",
         "ledger",
         "mark_tokens",
         "need",
@@ -4116,28 +4118,21 @@ class Lease:
         """Takes what a reply says of its quota."""
         ledger, self.told_requests, self.told_tokens = self.ledger, requests, tokens
         ledger.limited, refilled_s = True, now - self.sent_at
-        unsent, untaken, places, space = self._not_seen(ledger) if ledger.given_back else NOTHING_GIVEN
+        before, after = ledger.given_back_around(self.serial) if ledger.given_back else (NO_NEEDS, NO_NEEDS)
         if requests is not None:
             if ledger.requests is None:
                 ledger.requests = Bucket(now)
             ledger.requests.charge(0.0, now)
-            expected = None if self.expected_requests is None else self.expected_requests + places
-            since = ledger.serial - self.serial - unsent
+            expected, since = self.expected_requests, ledger.serial - self.serial - len(after)
+            expected = None if expected is None else expected + len(before)
             ledger.requests.rebase(requests, self.serial, expected, refilled_s, since)
         if tokens is not None:
             if ledger.tokens is None:
                 ledger.tokens = Bucket(now)
             ledger.tokens.charge(0.0, now)
-            expected = None if self.expected_tokens is None else self.expected_tokens + space
-            spent = ledger.sent_tokens - self.mark_tokens - untaken
+            expected, spent = self.expected_tokens, ledger.sent_tokens - self.mark_tokens - sum(after)
+            expected = None if expected is None else expected + sum(before)
             ledger.tokens.rebase(tokens, self.serial, expected, refilled_s, spent)
-
-    def _not_seen(self, ledger: Ledger) -> "tuple[float, float, float, float]":
-        """What was given back: requests and tokens charged after this; those charged before, and given back since."""
-        given = ledger.given_back
-        after = [need for _, serial, need in given if serial > self.serial]
-        before = [need for number, serial, need in given if number >= self.given_count and serial < self.serial]
-        return len(after), sum(after), len(before), sum(before)
 
     def was_early(self, verdict: Verdict) -> bool:
         """Whether a 429 came while there should have been room: its own reply said so, or our exact count does."""
@@ -4178,8 +4173,8 @@ class Lease:
 
     def _give_back(self, now: float) -> None:
         ledger = self.ledger
-        ledger.give_back(self.serial, self.need)
-        if ledger.requests is not None and self.expected_requests is not None:
+        ledger.given_back.append((self.serial, self.need, ledger.serial))
+        if ledger.requests is not None:
             ledger.requests.charge(-1.0, now)
         if ledger.tokens is not None and self.expected_tokens is not None:
             ledger.tokens.charge(-self.need, now)
@@ -4543,13 +4538,13 @@ class UpstreamPool:
         """Refuses whom waiting would not help, at once. Raises NoRoom."""
         openings = [(self._opens_at(seat, request.need, now), seat.ledger.rate(request.need)) for seat in seats]
         unknown = any(opens == NEVER for opens, _ in openings)
-        at = now if unknown else turn_at(openings, ahead, now)
+        after_s = NEVER if unknown else turn_at(openings, ahead, now) - now
         if self.waiting >= self.config.max_queue:
-            raise NoRoom("the line is full", at - now)
+            raise NoRoom("the line is full", after_s)
         if request.key and self.waiting_by_key.get(request.key, 0) * 2 >= self.config.max_queue:
-            raise NoRoom("this key holds half of the line", at - now)
-        if at - now > request.wait_s or not request.wait_s:
-            raise NoRoom("no controller has room in time", at - now)
+            raise NoRoom("this key holds half of the line", after_s)
+        if not request.wait_s or (not unknown and after_s > request.wait_s):
+            raise NoRoom("no controller has room in time", after_s)
 
     def _give_up(self, waiter: Waiter) -> None:
         if not waiter.future.done():
@@ -4614,7 +4609,8 @@ class UpstreamPool:
             return False
         if after_s is not None:
             return silent_s > (after_s or NEVER)
-        return silent_s > rescue_s(lease.seat, self.serving.get(lease.seat.model, []), lease.stream)
+        known = self.serving.get(lease.seat.model, [])
+        return silent_s > RESCUE_MIN_S and silent_s > rescue_s(lease.seat, known, lease.stream)
 
     def _rescue(self, lease: Lease, now: float) -> None:
         """Asks the request's owner for a second attempt, within the budget."""
@@ -4811,6 +4807,7 @@ class Trip:
         self.tried.add(lease.upstream)
         if verdict.outcome is Outcome.LARGE:  # only who is known to take that much
             self.seats = [seat for seat in self.seats if seat.ledger.largest() >= verdict.requested]
+            self.tried &= {seat.upstream for seat in self.seats}  # `others` counts
 
 
 SPACED = bytes.maketrans(b"\r\n", b"  ")  # makes one line of a JSON text

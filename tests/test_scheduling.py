@@ -276,6 +276,15 @@ async def test_row_429_request_too_large_with_a_larger_account() -> None:
         assert "closed_for_s" not in home.state()["ledger"] and home.state()["ledger"]["m"]["closed_for_s"] == 0
 
 
+async def test_row_429_request_too_large_still_fails_over_among_the_large() -> None:
+    """Those that are left are judged by their first event too."""
+    large = {"limits": {"tpm": 50_000}}
+    scripts = [answers(TOO_LARGE), answers(in_stream("server_error")), both]
+    async with house(*scripts, each=[{}, large, large], pool={"type": "priority"}) as home:
+        found = await home.post(stream=True)
+        assert found.status == 200 and found.headers["x-apiserver-controller"] == "c" and home.calls == [1, 1, 1]
+
+
 async def test_row_429_request_too_large_for_all() -> None:
     """The answer as it is, and the SDKs are told not to come again."""
     async with house(answers(TOO_LARGE), both) as home:
@@ -914,7 +923,9 @@ async def test_refused_at_once_when_the_line_is_full() -> None:
         tasks = [home.later() for _ in range(3)]
         await until(lambda: home.pool.waiting == 2)
         started = now()
-        assert (await home.post()).status == 429 and now() - started < 0.1
+        found = await home.post()
+        assert found.status == 429 and now() - started < 0.1
+        assert "retry-after-ms" not in found.headers and found.headers["x-should-retry"] == "true"  # nobody knows when
         step.set()
         for task in tasks:
             assert (await task).status == 200
