@@ -3503,7 +3503,6 @@ LACKS_S = 600.0  # how long it is remembered that an account lacks a model
 SUSPECT_COUNT = 3  # unanswered requests that make a suspicion
 SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0  # silence that makes one at least; and where nothing is known of the usual
 SUSPECT_FIRST_S, SUSPECT_LAST_S = 1.0, 60.0  # between probes of a suspect, doubling
-GIVEN_BACK = 64  # charges that came to nothing which a ledger remembers
 SAMPLES = 100  # times to the first answer that are remembered, per controller, model and kind
 RESCUE_SAMPLES, RESCUE_MIN_S = 20, 10.0
 RESCUES_A_MINUTE, RESCUE_SHARE = 10, 0.05
@@ -4022,7 +4021,6 @@ def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
     return re.compile("|".join(parts), re.DOTALL)
 
 
-NOTHING_GIVEN = (0.0, 0.0, 0.0, 0.0)
 NO_ENTRIES: "list[tuple[Window, list[float]]]" = []
 NO_NEEDS: "list[float]" = []
 
@@ -4072,7 +4070,7 @@ class Lease:
             upstream.quota.probe = self
         ledger.serial += 1
         ledger.sent_tokens += need
-        self.serial, self.mark_tokens, self.given_count = ledger.serial, ledger.sent_tokens, ledger.given_count
+        self.serial, self.mark_tokens = ledger.serial, ledger.sent_tokens
         if ledger.limited:
             self._charge(ledger, now)
 
