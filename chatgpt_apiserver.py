@@ -104,6 +104,7 @@ MODEL_NAME_CHARS = 256  # longer names are not looked up
 FLUSH_S = 0.01  # access lines wait this long for company
 USAGE_BYTES = 4096  # the end of an answer, where its usage stands
 RESERVE_CONNECTIONS = 16  # above the bound, so that /status still answers
+RESERVE_S = 1.0  # and this long each may take to ask for it, as others wait for the place
 PEER_CONNECTIONS = 256  # of one public address, where nothing is configured
 PATIENCE_S = 2.0  # a client is answered this long before it gives up
 KEY_BUSY_S = 1.0  # a client key whose requests are all under way is told to come again after this
@@ -2203,16 +2204,19 @@ class WireReader(asyncio.StreamReader):
 
 
 class WireProtocol(asyncio.StreamReaderProtocol):
-    """Joins a WireReader to a transport. `full`: the peer reads slower than we write; `on_writable` tells its end."""
+    """Joins a WireReader to a transport.
+
+    `full`: the peer reads slower than we write; `on_writable` tells its end. `over_tls`: a FIN is the end of both ways.
+    """
 
     def __init__(
         self,
         reader: WireReader,
-        connected: "Callable[[WireProtocol, WireReader, asyncio.StreamWriter], None] | None" = None,
+        connected: "Callable[[WireProtocol, asyncio.WriteTransport], None] | None" = None,
     ) -> None:
         super().__init__(reader, loop=reader.loop)
         self.wire, self.connected = reader, connected
-        self.full = False
+        self.full = self.over_tls = False
         self.on_writable: "Callable[[], None] | None" = None
         self.data_received = reader.feed_data  # type: ignore[method-assign]  # saves a call and a weak reference a read
 
@@ -2221,8 +2225,11 @@ class WireProtocol(asyncio.StreamReaderProtocol):
         super().connection_made(transport)
         if self.connected is not None:
             assert isinstance(transport, asyncio.WriteTransport)
-            writer = asyncio.StreamWriter(transport, self, self.wire, self.wire.loop)
-            self.connected(self, self.wire, writer)
+            self.connected(self, transport)
+
+    def eof_received(self) -> bool:
+        """Called by asyncio at the FIN; whether we may still write."""
+        return bool(super().eof_received()) and not self.over_tls
 
     def pause_writing(self) -> None:
         """Called by asyncio above the high-water mark."""
@@ -5185,7 +5192,7 @@ class Phase(enum.Enum):
 class ClientConnection:
     """A client's connection and, during an answer, the Sink that the relay writes to.
 
-    `reserve`: it came above the bound on connections and may ask for /status only.
+    `reserve`: it came above the bound on connections and may ask for /status only. `raw`: the transport below TLS.
     """
 
     __slots__ = (
@@ -5206,21 +5213,22 @@ class ClientConnection:
         "phase",
         "probes",
         "protocol",
+        "raw",
         "reader",
         "record",
         "reserve",
         "server",
         "task",
         "transport",
-        "writer",
     )
 
     def __init__(
-        self, server: "Server", protocol: WireProtocol, writer: asyncio.StreamWriter, peer: str, reserve: bool
+        self, server: "Server", protocol: WireProtocol, transport: asyncio.WriteTransport, peer: str, reserve: bool
     ) -> None:
-        self.server, self.protocol, self.reader, self.writer = server, protocol, protocol.wire, writer
+        self.server, self.protocol, self.reader = server, protocol, protocol.wire
         self.outbox = server.outbox
-        self.transport, self.peer, self.reserve = writer.transport, peer, reserve
+        self.transport = self.raw = transport
+        self.peer, self.reserve = peer, reserve
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
         self.phase, self.probes = Phase.IDLE, 0
@@ -5248,6 +5256,8 @@ class ClientConnection:
 
     async def _run(self) -> None:
         try:
+            if self.server.tls is not None:
+                await self._shake_hands(self.server.tls)
             while not self.close_after and await self._one():
                 pass
             self.phase = Phase.CLOSING
@@ -5270,11 +5280,28 @@ class ClientConnection:
         if self.gone or self._unsent():
             self.transport.abort()
         else:
-            self.writer.close()
+            self.transport.close()
 
     def _unsent(self) -> int:
         """How many bytes of the answers the kernel has not taken yet."""
-        return self.transport.get_write_buffer_size()
+        below = self.raw.get_write_buffer_size() if self.raw is not self.transport else 0
+        return self.transport.get_write_buffer_size() + below
+
+    async def _shake_hands(self, tls: ssl.SSLContext) -> None:
+        """Begins TLS here and not in the listener, whose handshakes nothing counts. Raises OSError."""
+        self.protocol.over_tls, self.reader.link = True, None  # what comes right behind must not stop the socket itself
+        secured = await self.loop.start_tls(
+            self.raw,
+            self.protocol,
+            tls,
+            server_side=True,
+            ssl_handshake_timeout=RESERVE_S if self.reserve else self.server.config.limits.header_timeout,
+            ssl_shutdown_timeout=LINGER_S,
+        )
+        assert secured is not None
+        self.transport = secured
+        self.reader.set_transport(secured)
+        tune(secured)
 
     async def _one(self) -> bool:
         """Reads and answers one request; whether another may follow."""
@@ -5298,7 +5325,7 @@ class ClientConnection:
 
     async def _refuse(self, error: BadMessage) -> None:
         """Answers a message that breaks the rules; nothing after it can be trusted."""
-        self.close_after = True
+        self.close_after, self.phase = True, Phase.ANSWER
         self.record = AccessRecord(self.peer, "-", "-", self.loop.time())
         if self.head is not None:
             self.record.method, self.record.path = self.head.method, self.head.target
@@ -5307,10 +5334,11 @@ class ClientConnection:
 
     async def _linger(self) -> None:
         """Lets a client that still sends read our answer before the connection is reset (RFC 9112, 9.6)."""
-        if not self.transport.can_write_eof() or self.reader.ended or self.server.stopping:
+        if self.reader.ended or self.server.stopping:
             return
         self.outbox.flush()
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS cannot close one way only
+            self.transport.write_eof()
         self.deadline.set(self.loop.time() + LINGER_S)
         budget = LINGER_BYTES
         try:
@@ -5335,7 +5363,7 @@ class ClientConnection:
     async def _read_head(self) -> "RequestHead | None":
         """The next request's head; None when the client closed between requests. Raises BadMessage."""
         limits, data = self.server.config.limits, b""
-        self.deadline.set(self.loop.time() + limits.idle_timeout)
+        self.deadline.set(self.loop.time() + (RESERVE_S if self.reserve else limits.idle_timeout))
         while True:
             more = await self.reader.read_some()
             if not more:
@@ -5354,7 +5382,7 @@ class ClientConnection:
             check_partial_head(data, max(0, len(data) - len(more) - 1))
             if self.phase is Phase.IDLE:
                 self.phase = Phase.HEAD
-                self.deadline.set(self.loop.time() + limits.header_timeout)
+                self.deadline.set(self.loop.time() + (RESERVE_S if self.reserve else limits.header_timeout))
         if len(data) > end + 4:
             self.reader.unread(data[end + 4 :])
             data = data[: end + 4]
@@ -5372,7 +5400,9 @@ class ClientConnection:
         decoder = request_body_decoder(head, limits.body_bytes)
         if (b"connection" in index or not head.minor) and not head.keeps_alive:
             self.close_after = True
-        if decoder is None:
+        if self.reserve:
+            self.close_after = True
+        if decoder is None or self.reserve:
             return b""
         if b"expect" in index:
             self._check_expectation(index[b"expect"], head.minor)
@@ -5533,9 +5563,9 @@ class ClientConnection:
 
     async def _drain(self) -> None:
         """Waits until the client takes more; one that stops reading for too long is dropped."""
-        self.deadline.set(self.loop.time() + self.server.config.limits.write_timeout)
-        await self.writer.drain()
-        self.deadline.set(math.inf)
+        ready: "asyncio.Future[None]" = self.loop.create_future()
+        self.when_ready(functools.partial(set_done, ready))
+        await ready
 
     # -- the client's clock and its leaving
 
@@ -5549,6 +5579,8 @@ class ClientConnection:
         if self.phase is Phase.CLOSING or (self.phase is Phase.IDLE and self._unsent()):
             self.reader.interrupt(EOFError())  # it may still be reading: `_flush` comes next
         elif self.phase is Phase.IDLE:
+            if self.reserve:
+                self.outbox.write(self.transport, FULL)
             self.task.cancel()
         elif self.phase in (Phase.HEAD, Phase.BODY):
             self.reader.interrupt(BadMessage(408, "The request did not arrive in time."))
@@ -5582,6 +5614,12 @@ class ClientConnection:
             self.outbox.write(self.transport, CONTINUE)
         self.probes += 1
         self.loop.call_later(PROBE_S * min(self.probes, 20), self._probe)
+
+
+def set_done(future: "asyncio.Future[None]") -> None:
+    """Wakes who waits for `future`, unless it has been given up."""
+    if not future.done():
+        future.set_result(None)
 
 
 class Call:
@@ -5651,25 +5689,25 @@ class Server:
         """Listens; the addresses. Raises OSError, ConfigError."""
         self.tls = server_tls(self.config) if self.config.tls_cert else None
         self.listener = await self.loop.create_server(
-            self._protocol, self.config.host, self.config.port, ssl=self.tls, backlog=BACKLOG, reuse_address=True
+            self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
         return [one.getsockname()[:2] for one in self.listener.sockets]
 
     def _protocol(self) -> WireProtocol:
         return WireProtocol(WireReader(self.loop), self._connected)
 
-    def _connected(self, protocol: WireProtocol, reader: WireReader, writer: asyncio.StreamWriter) -> None:
-        tune(writer.transport)
-        name = writer.get_extra_info("peername")
+    def _connected(self, protocol: WireProtocol, transport: asyncio.WriteTransport) -> None:
+        tune(transport)
+        name = transport.get_extra_info("peername")
         peer = str(name[0]) if isinstance(name, tuple) else "local"
         limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(peer, 0)
         most = limits.connections_per_client or peer_bound(peer)
         if self.stopping or count >= limits.connections + RESERVE_CONNECTIONS or (most and here >= most):
-            writer.write(FULL)
-            writer.close()
+            transport.write(b"" if self.tls else FULL)
+            transport.close()
             return
         self.per_peer[peer] = here + 1
-        self.connections.add(ClientConnection(self, protocol, writer, peer, count >= limits.connections))
+        self.connections.add(ClientConnection(self, protocol, transport, peer, count >= limits.connections))
 
     def forget(self, client: ClientConnection) -> None:
         """A client's connection has ended."""
@@ -5756,10 +5794,8 @@ class Server:
             split_target(head.target)
             return self._options(client, head)
         handler, path, query = find_route(head.method, head.target)
-        if client.reserve:
-            client.close_after = True
-            if path != "/status":
-                raise ProxyError(503, "All connections are taken; try again.", "too_many_connections", headers=AGAIN)
+        if client.reserve and path != "/status":
+            raise ProxyError(503, "All connections are taken; try again.", "too_many_connections", headers=AGAIN)
         key = None
         if self.config.client_keys and path != "/status":
             key = self.check_key(head)

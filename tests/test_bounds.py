@@ -25,6 +25,7 @@ from .support import (
 from .wirefeed import turns
 
 STALLED = {"write_timeout": 7}
+STATUS = request(b"", target="/status", method="GET")
 
 
 async def pause(seconds: float) -> None:
@@ -145,3 +146,52 @@ async def test_pipelining_without_reading_piles_nothing_up(stream: bool) -> None
         assert connection.transport.get_write_buffer_size() < 200_000 and len(one.seen) < 12
         assert 3 <= await end_of_all(server, 10) <= 8
         client.close()
+
+
+@pytest.mark.virtual_time
+async def test_at_the_bound_new_connections_get_503_and_status_still_answers() -> None:
+    """Above `connections` a reserve answers /status; all else gets 503 at once, without its body, and so do the silent."""
+    async with Running(limits={"connections": 3}) as server:
+        taken = [await server.open() for _ in range(3)]
+        await turns()
+        for raw, status in ((STATUS, 200), (request(b"x" * 100)[:-90], 503), (request(b"", target="/v1/models", method="GET"), 503)):
+            client = await server.open()
+            await client.send(raw)
+            found = await client.read()
+            assert (found.status, found.headers["connection"]) == (status, "close")
+            client.close()
+        while len(server.server.connections) > 3:
+            await asyncio.sleep(0)
+        silent = [await server.open() for _ in range(app.RESERVE_CONNECTIONS)]
+        await turns()
+        since = asyncio.get_running_loop().time()
+        beyond = await server.open()
+        assert (await beyond.read()).status == 503 and await beyond.closed() == b""
+        assert asyncio.get_running_loop().time() == since
+        assert [(await one.read()).status for one in silent] == [503] * len(silent)
+        assert asyncio.get_running_loop().time() - since < 2
+        await taken[0].send(STATUS)
+        assert (await taken[0].read()).status == 200
+        for one in [*taken, *silent, beyond]:
+            one.close()
+
+
+async def test_connections_of_one_address() -> None:
+    """`connections_per_client` holds for each address; unless set, only public ones are bounded."""
+    async with Running(limits={"connections_per_client": 2}) as server:
+        mine = [await server.open() for _ in range(2)]
+        await turns()
+        third = await server.open()
+        assert (await third.read()).status == 503
+        other = Client(*await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0)))
+        mine[0].close()
+        while len(server.server.connections) > 2:
+            await asyncio.sleep(0)
+        for client in (other, await server.open(), mine[1]):
+            await client.send(STATUS)
+            assert (await client.read()).status == 200
+            client.close()
+        third.close()
+    for peer in ("127.0.0.1", "::1", "10.1.2.3", "192.168.1.1", "fe80::1%eth0", "fd00::1", "local"):
+        assert app.peer_bound(peer) == 0
+    assert app.peer_bound("8.8.8.8") == app.peer_bound("2a00::1") == app.PEER_CONNECTIONS
