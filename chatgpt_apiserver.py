@@ -71,6 +71,7 @@ __version__ = "1.0.0"
 
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
+JSON_DEPTH = 128  # objects and lists in one another; schemas of tools stay below 30
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
 KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
 KNOWN_HEAD_BYTES = 2048  # a connection's last request head is remembered up to this size
@@ -384,6 +385,8 @@ class ServerLimits(Record):
     """Bounds on what clients may do: bytes, counts, seconds."""
 
     body_bytes: int = 33_554_432
+    json_depth: int = JSON_DEPTH
+    start_line_bytes: int = START_LINE_BYTES
     header_bytes: int = 65536
     header_count: int = FIELD_COUNT
     connections: int = 10000
@@ -393,6 +396,7 @@ class ServerLimits(Record):
     body_rate: int = 1024
     idle_timeout: float = 75.0
     write_timeout: float = 120.0
+    upstream_head_bytes: int = UPSTREAM_HEAD_BYTES
 
 
 class Config(Record):
@@ -926,6 +930,8 @@ def parse_server_limits(section: Section) -> ServerLimits:
     default = ServerLimits()
     limits = ServerLimits(
         body_bytes=section.whole("body_bytes", default.body_bytes, 1, 2**40),
+        json_depth=section.whole("json_depth", default.json_depth, 3, 500),  # Python's own bound is near 900
+        start_line_bytes=section.whole("start_line_bytes", default.start_line_bytes, 64, 2**20),
         header_bytes=section.whole("header_bytes", default.header_bytes, 1024, 2**24),
         header_count=section.whole("header_count", default.header_count, 10, 10000),
         connections=section.whole("connections", default.connections, 1, 1_000_000),
@@ -935,6 +941,7 @@ def parse_server_limits(section: Section) -> ServerLimits:
         body_rate=section.whole("body_rate", default.body_rate, 0, 2**30),
         idle_timeout=section.number("idle_timeout", default.idle_timeout, 0.001, 86400),
         write_timeout=section.number("write_timeout", default.write_timeout, 0.001, 86400),
+        upstream_head_bytes=section.whole("upstream_head_bytes", default.upstream_head_bytes, 1024, 2**24),
     )
     section.close()
     return limits
@@ -1576,7 +1583,7 @@ def parse_status_line(line: bytes) -> "tuple[int, int]":
     return int(found.group(2)), int(found.group(1))
 
 
-def check_partial_head(data: bytes, since: int = 0) -> None:
+def check_partial_head(data: bytes, since: int = 0, line_limit: int = START_LINE_BYTES) -> None:
     """Refuses a head that can no longer become a good one, so that nobody waits for its end. Raises BadMessage.
 
     What stands before `since` was checked before: a head that comes byte by byte would take quadratic time.
@@ -1584,8 +1591,8 @@ def check_partial_head(data: bytes, since: int = 0) -> None:
     if _BARE_LINE_END.search(data, since):
         raise BadMessage(400, "A line of the request head does not end with CRLF, or holds a control character.")
     if b"\n" not in data:
-        if len(data) > START_LINE_BYTES + 1:  # its CR may have come without the LF
-            raise BadMessage(414, "The request line is longer than %d bytes." % START_LINE_BYTES)
+        if len(data) > line_limit + 1:  # its CR may have come without the LF
+            raise BadMessage(414, "The request line is longer than %d bytes." % line_limit)
         if data and not re.match(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?: |\Z)", data):
             raise BadMessage(400, "This is no HTTP request.")
         return
@@ -2421,29 +2428,29 @@ async def open_tunnel(link: Link, origin: Origin) -> None:
     link[1].write(
         b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (target, target, proxy_authorization(origin.proxy))
     )
-    head, rest = await read_reply_head(link[0])
+    head, rest = await read_reply_head(link[0], UPSTREAM_HEAD_BYTES)
     if not 200 <= head.status < 300:
         raise ConnectFailed("the proxy refused the tunnel with status %d" % head.status)
     if rest:
         raise ConnectFailed("the proxy sent bytes before the tunnel's own")
 
 
-async def read_reply_head(reader: WireReader) -> "tuple[ResponseHead, bytes]":
+async def read_reply_head(reader: WireReader, limit: int) -> "tuple[ResponseHead, bytes]":
     """The final head of a reply, past the interim ones, and what came after it. Raises UpstreamError."""
     data = b""
     for _ in range(INFORMATIONAL_MAX):
         end = data.find(b"\r\n\r\n")
         while end < 0:
             if data:
-                check_reply_beginning(data)
+                check_reply_beginning(data, limit)
             more = await reader.read_some()
             if not more:
                 raise UpstreamClosed("the upstream closed the connection before its reply", early=not data)
             start = max(0, len(data) - 3)
             data = data + more if data else more
             end = data.find(b"\r\n\r\n", start)
-        if end > UPSTREAM_HEAD_BYTES:
-            raise BadReply("the upstream's reply head is longer than %d bytes" % UPSTREAM_HEAD_BYTES)
+        if end > limit:
+            raise BadReply("the upstream's reply head is longer than %d bytes" % limit)
         head = parse_response_head(data[: end + 4])
         data = data[end + 4 :]
         if head.status >= 200:
@@ -2453,10 +2460,10 @@ async def read_reply_head(reader: WireReader) -> "tuple[ResponseHead, bytes]":
     raise BadReply("the upstream sent more interim replies than anyone needs, or switched protocols")
 
 
-def check_reply_beginning(data: bytes) -> None:
+def check_reply_beginning(data: bytes, limit: int) -> None:
     """Refuses what cannot become a reply head, before waiting for more of it."""
-    if len(data) > UPSTREAM_HEAD_BYTES:
-        raise BadReply("the upstream's reply head is longer than %d bytes" % UPSTREAM_HEAD_BYTES)
+    if len(data) > limit + 3:  # of the empty line some may have come
+        raise BadReply("the upstream's reply head is longer than %d bytes" % limit)
     if data[:7] != b"HTTP/1."[: len(data)]:
         raise BadReply("the upstream does not speak HTTP/1.1")
 
@@ -2577,7 +2584,7 @@ class ConnectionPool:
     """Idle connections per origin, the most recently used first, so that the surplus grows old and closes."""
 
     def __init__(self, outbox: Outbox, dial: Dial = dial) -> None:
-        self.outbox, self.dial = outbox, dial
+        self.outbox, self.dial, self.head_bytes = outbox, dial, UPSTREAM_HEAD_BYTES
         self.idle: "dict[Origin, list[UpstreamConnection]]" = {}
         self.active: "set[UpstreamConnection]" = set()
         self.closed = False
@@ -2698,11 +2705,11 @@ class NetworkExchange:
         try:
             data = await connection.reader.read_some()
             end = data.find(b"\r\n\r\n")
-            if 0 <= end <= UPSTREAM_HEAD_BYTES and data[9:10] != b"1":
+            if 0 <= end <= self.pool.head_bytes and data[9:10] != b"1":
                 self.head, self.rest = parse_response_head(data[: end + 4]), data[end + 4 :]
             else:  # not whole yet, or an interim one
                 connection.reader.unread(data)
-                self.head, self.rest = await read_reply_head(connection.reader)
+                self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
         except (UpstreamClosed, ConnectionError) as problem:
             error = as_closed(problem)
             if not connection.was_stale(error):
@@ -2711,7 +2718,7 @@ class NetworkExchange:
             connection = await self.pool.connect(self.origin, self.timeouts.connect)
             self._send(connection)
             try:
-                self.head, self.rest = await read_reply_head(connection.reader)
+                self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
             except ConnectionError as again:
                 raise as_closed(again) from again
         self.decoder = reply_body_decoder(self.head, self.method)
@@ -2878,12 +2885,12 @@ class ApiRequest:
         self.wait_s = 0.0
 
 
-def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
+def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], bytes]":
     """The JSON object of a chat request, and the body to send: as it came, or respelled for Go clients.
 
     Raises ProxyError (400) for what no upstream could answer.
     """
-    data = parse_object(body)
+    data = parse_object(body, depth)
     if "model" not in data or "messages" not in data or "Stream" in data:
         spelled = respell(data)
         if spelled is not data:
@@ -2901,8 +2908,8 @@ def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
 decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
 
 
-def parse_object(body: bytes) -> "dict[str, Any]":
-    """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1). Raises ProxyError (400)."""
+def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
+    """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1), nested to `depth`. Raises ProxyError (400)."""
     try:
         text = body.decode("utf-8-sig" if body[:3] == b"\xef\xbb\xbf" else "utf-8").strip(" \t\r\n")
         data, end = decode_json(text)
@@ -2912,7 +2919,24 @@ def parse_object(body: bytes) -> "dict[str, Any]":
         raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
     if not isinstance(data, dict):
         raise ProxyError(400, "The body must be a JSON object.")
+    if body.count(b"{") + body.count(b"[") > depth and deeper(data, depth):
+        raise ProxyError(400, "The body is nested deeper than %d levels." % depth)
     return data
+
+
+def deeper(data: "Any", depth: int) -> bool:
+    """Whether JSON values stand in more than `depth` objects and lists; whoever handles them later may recurse."""
+    level = [data]
+    for _ in range(depth):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return False
+    return True
 
 
 def top_level_count(body: bytes, key: str) -> int:
@@ -5379,7 +5403,7 @@ class ClientConnection:
                 break
             if len(data) > limits.header_bytes:
                 raise BadMessage(431, "The request head is larger than %d bytes." % limits.header_bytes)
-            check_partial_head(data, max(0, len(data) - len(more) - 1))
+            check_partial_head(data, max(0, len(data) - len(more) - 1), limits.start_line_bytes)
             if self.phase is Phase.IDLE:
                 self.phase = Phase.HEAD
                 self.deadline.set(self.loop.time() + (RESERVE_S if self.reserve else limits.header_timeout))
@@ -5387,8 +5411,8 @@ class ClientConnection:
             self.reader.unread(data[end + 4 :])
             data = data[: end + 4]
         if data != self.last_head:  # many clients repeat theirs to the byte
-            if end > START_LINE_BYTES and data.find(b"\r\n") > START_LINE_BYTES:
-                raise BadMessage(414, "The request line is longer than %d bytes." % START_LINE_BYTES)
+            if end > limits.start_line_bytes and data.find(b"\r\n") > limits.start_line_bytes:
+                raise BadMessage(414, "The request line is longer than %d bytes." % limits.start_line_bytes)
             self.parsed_head = parse_request_head(data, limits.header_count)
             self.last_head = data if end <= KNOWN_HEAD_BYTES else b""
         self.head = self.parsed_head
@@ -5665,7 +5689,7 @@ class Server:
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
             load_certificate(self.tls, config)  # first: it may raise
-        self.config = config
+        self.config, self.links.head_bytes = config, config.limits.upstream_head_bytes
         rebuild_pool(self.pool, config)
         gates = {key.name: KeyGate(key) for key in config.client_keys if key.limits != QuotaLimits()}
         self.gates = {
@@ -5826,7 +5850,7 @@ class Server:
         index = head.index
         if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
             raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
-        data, sent = parse_chat(call.body)
+        data, sent = parse_chat(call.body, self.config.limits.json_depth)
         lines = head.lines
         if b"json" not in index.get(b"content-type", b""):  # curl's default is a form's
             lines = [*without(lines, (b"content-type",)), b"Content-Type: application/json\r\n"]
