@@ -106,6 +106,7 @@ MODEL_NAME_CHARS = 256  # longer names are not looked up
 FLUSH_S = 0.01  # access lines wait this long for company
 USAGE_BYTES = 4096  # the end of an answer, where its usage stands
 RESERVE_CONNECTIONS = 16  # above the bound, so that /status still answers
+SPARE_FILES = 48  # descriptors for the reserve and for what is no connection
 RESERVE_S = 1.0  # and this long each may take to ask for it, as others wait for the place
 PEER_CONNECTIONS = 256  # of one public address, where nothing is configured
 PATIENCE_S = 2.0  # a client is answered this long before it gives up
@@ -2819,8 +2820,8 @@ class NetworkExchange:
         else:
             transport.write(head)
             transport.write(body)
-        now = connection.loop.time()
-        connection.sent(now, self.timeouts.first_byte or 0.0)
+        now, limits = connection.loop.time(), (self.timeouts.first_byte, self.timeouts.total)
+        connection.sent(now, min((limit for limit in limits if limit), default=0.0))
         self.on_sent(now)
 
     def _decode(self, data: bytes) -> bytes:
@@ -5709,6 +5710,7 @@ class Server:
         self.links = ConnectionPool(self.outbox, dial)
         self.connections: "set[ClientConnection]" = set()
         self.per_peer: "dict[str, int]" = {}
+        self.most = math.inf  # connections that the system has room for
         self.held = 0  # bytes of bodies that came in more than one read and whose requests are under way
         self.listener: "asyncio.Server | None" = None
         self.tls: "ssl.SSLContext | None" = None
@@ -5764,13 +5766,14 @@ class Server:
         name = transport.get_extra_info("peername")
         peer = str(name[0]) if isinstance(name, tuple) else "local"
         limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(peer, 0)
+        bound = min(limits.connections, self.most)
         most = limits.connections_per_client or peer_bound(peer)
-        if self.stopping or count >= limits.connections + RESERVE_CONNECTIONS or (most and here >= most):
+        if self.stopping or count >= bound + RESERVE_CONNECTIONS or (most and here >= most):
             transport.write(b"" if self.tls else FULL)
             transport.close()
             return
         self.per_peer[peer] = here + 1
-        self.connections.add(ClientConnection(self, protocol, transport, peer, count >= limits.connections))
+        self.connections.add(ClientConnection(self, protocol, transport, peer, count >= bound))
 
     def forget(self, client: ClientConnection) -> None:
         """A client's connection has ended."""
@@ -6140,17 +6143,26 @@ def parse_args(argv: "list[str]") -> "dict[str, str]":
     return {"help" if name == "-h" else name[2:].replace("-", "_"): value for name, value in found}
 
 
-def raise_open_files() -> None:
-    """Raises the limit on open files as far as allowed: a stream takes two."""
+def raise_open_files() -> float:
+    """Raises the limit on open files as far as allowed, as a stream takes two; what it is then."""
     if sys.platform == "win32":
-        return
+        return math.inf
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
     except (OSError, ValueError) as problem:  # macOS names no limit and then refuses to set none
         log.warning("open files stay limited to %d: %s", soft, problem)
+    return math.inf if soft == resource.RLIM_INFINITY else soft
+
+
+def fit_connections(server: Server, files: float) -> None:
+    """Bounds the connections by the open files, two each: without one for the upstream a client is of no use."""
+    server.most = max(1.0, (files - SPARE_FILES) // 2)
+    if server.most < server.config.limits.connections:
+        log.warning("open files are limited to %d: at most %d clients at once", files, server.most)
 
 
 def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
@@ -6192,7 +6204,7 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
     for host, port in await server.start():
         shown_host = "[%s]" % host if ":" in host else host
         log.info("listening on %s://%s:%d", "https" if config.tls_cert else "http", shown_host, port)
-    raise_open_files()
+    fit_connections(server, raise_open_files())
     shrink_tls_buffers()
     gc.enable()
     gc.collect()
