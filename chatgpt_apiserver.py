@@ -1420,7 +1420,16 @@ REQUEST_DROPPED = HOP_BY_HOP | frozenset(
     )
 )
 REQUEST_DROPPED_PREFIXES = (b"proxy-", b"x-forwarded-")
-REPLY_DROPPED = HOP_BY_HOP | frozenset((b"set-cookie", b"set-cookie2", b"content-length", b"alt-svc"))
+REPLY_DROPPED = HOP_BY_HOP | frozenset(
+    (
+        b"set-cookie",
+        b"set-cookie2",
+        b"content-length",
+        b"alt-svc",
+        b"proxy-authenticate",
+        b"proxy-authentication-info",
+    )
+)
 # On an answer that took waiting or failover these would speak of one account of many.
 RETRY_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-should-retry"))
 
@@ -2725,6 +2734,8 @@ class NetworkExchange:
                 self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
             except ConnectionError as again:
                 raise as_closed(again) from again
+        if self.head.status == 407:  # said before the request reached its upstream, and of no use to a client
+            raise ConnectFailed("a proxy on the way to %s wants another password" % self.origin.authority)
         self.decoder = reply_body_decoder(self.head, self.method)
         connection.early = False
         connection.waits_for = "nothing came from the upstream in time"
@@ -2833,7 +2844,8 @@ class NetworkExchange:
 
     def _check_end(self, decoder: Decoder) -> None:
         """Refuses a body that ends before it is whole."""
-        if not decoder.done and not decoder.feed_eof():
+        assert self.connection is not None
+        if not decoder.done and not (decoder.feed_eof() and ended_well(self.connection.writer.transport)):
             raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
 
     def _idle_until(self, connection: UpstreamConnection) -> float:
@@ -2841,6 +2853,17 @@ class NetworkExchange:
         idle, total = self.timeouts.idle, self.timeouts.total
         silent = connection.loop.time() + idle if idle else math.inf
         return min(silent, connection.written_at + total) if total else silent
+
+
+def ended_well(transport: asyncio.BaseTransport) -> bool:
+    """Whether TLS, where there is any, said that nothing more comes: anybody can forge a FIN (RFC 9112, 9.8)."""
+    tls = transport.get_extra_info("ssl_object")
+    try:
+        return tls is None or not tls.read(1)
+    except ssl.SSLWantReadError:
+        return False
+    except ssl.SSLError:
+        return True
 
 
 def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
