@@ -5776,7 +5776,7 @@ class Server:
         self.listener: "asyncio.Server | None" = None
         self.tls: "ssl.SSLContext | None" = None
         self.stopping = self.draining = False
-        self.last_host = b""
+        self.last_host: "bytes | None" = None
         self.serial, self.id_prefix = 0, "req_" + os.urandom(6).hex()
         self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
         self.pool = UpstreamPool([], SmoothWeighted(), config.pool, loop)
@@ -5801,7 +5801,7 @@ class Server:
         self.access.render = json_line if config.log_format == "json" else text_line
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.allow_origins)
-        self.last_host = b""
+        self.last_host = None
         REPLY_FIELDS.known.clear()  # as there may be new secrets
         self.models.clear()
 
@@ -5911,7 +5911,8 @@ class Server:
             if same_digest(digest, key.digest):
                 found = key
         if found is None:
-            raise ProxyError(401, "Incorrect API key provided: it is none of this server's keys.", "invalid_api_key")
+            message = "Incorrect API key provided: it is none of this server's keys."
+            raise ProxyError(401, message, "invalid_api_key", headers=ASK)
         return found
 
     # -- routes
@@ -6033,6 +6034,7 @@ ROUTES: "dict[str, tuple[str, Handler]]" = {
     "/status": ("GET", Server._status),
 }
 AGAIN = b"Retry-After: 1\r\n"
+ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
 
 
 @functools.lru_cache(maxsize=256)
