@@ -89,9 +89,14 @@ ALERT = b"\x15\x03\x03\x00\x02\x02\x28"  # fatal, handshake_failure
         (b"", ""),
     ],
 )
-@pytest.mark.parametrize("end", ["fin", "reset"])
-async def test_handshakes_that_fail(sent: bytes, word: str, end: str) -> None:
+async def test_handshakes_that_fail(sent: bytes, word: str) -> None:
     """An alert, plain HTTP, a cut or a reset in the handshake is a connect failure that says why."""
+    for end in ("fin", "reset"):
+        await check_handshakes_that_fail(sent, word, end)
+
+
+async def check_handshakes_that_fail(sent: bytes, word: str, end: str) -> None:
+    """One of them."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(100)
@@ -137,9 +142,14 @@ def below_tls(writer: asyncio.StreamWriter) -> socket.socket:
 
 
 @pytest.mark.parametrize("how", ["garbage", "alert", "reset", "fin without close_notify"])
-@pytest.mark.parametrize("when", ["before the reply", "in the head", "in the body", "in a stream"])
-async def test_tls_that_breaks_in_the_middle(how: str, when: str) -> None:
+async def test_tls_that_breaks_in_the_middle(how: str) -> None:
     """Garbage, an alert, a reset or a bare FIN within TLS is a broken connection: an error or a told cut, never a hang."""
+    for when in ("before the reply", "in the head", "in the body", "in a stream"):
+        await check_tls_that_breaks_in_the_middle(how, when)
+
+
+async def check_tls_that_breaks_in_the_middle(how: str, when: str) -> None:
+    """At one moment."""
     stream = when == "in a stream"
     sent = {"before the reply": b"", "in the head": GOOD[:20], "in the body": GOOD[:-5]}.get(when, SSE_HEAD + app.chunk(event("a")))
 
@@ -171,10 +181,15 @@ async def test_tls_that_breaks_in_the_middle(how: str, when: str) -> None:
             assert repr(server.server.links) == "<ConnectionPool idle=0 active=0>"
 
 
-@pytest.mark.parametrize("cleanly", [True, False])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_answer_that_ends_with_its_tls_connection(cleanly: bool, stream: bool) -> None:
+async def test_an_answer_that_ends_with_its_tls_connection(stream: bool) -> None:
     """Without other framing an answer is whole only if TLS said that it is over: a FIN alone can be forged."""
+    for cleanly in (True, False):
+        await check_an_answer_that_ends_with_its_tls_connection(cleanly, stream)
+
+
+async def check_an_answer_that_ends_with_its_tls_connection(cleanly: bool, stream: bool) -> None:
+    """One way to end."""
     kind, body = (b"text/event-stream", event("a")) if stream else (b"application/json", b"{}")
 
     async def script(peer: Peer, _: Message) -> None:
@@ -287,17 +302,17 @@ async def test_an_http_proxys_407_is_not_the_clients_fault() -> None:
 @pytest.mark.parametrize(
     ("timeouts", "every_s", "status", "ends_s"),
     [
-        ({"idle": 5}, 4, 200, 40),
-        ({"idle": 5}, 6, 504, 5),
-        ({"idle": 5, "total": 12}, 4, 504, 12),
-        ({"idle": 0, "total": 12}, 400, 504, 12),
+        ({"idle": 0.5}, 0.4, 200, 2.4),
+        ({"idle": 0.5}, 0.6, 504, 0.5),
+        ({"idle": 0.5, "total": 1.2}, 0.4, 504, 1.2),
+        ({"idle": 0, "total": 1.2}, 40, 504, 1.2),
     ],
 )
 async def test_an_answer_that_trickles(timeouts: dict[str, float], every_s: float, status: int, ends_s: float, stream: bool) -> None:
     """Each pause is bounded by idle and all of them by total; a stream that is cut so says so."""
-    body = b"".join(event(str(n)) for n in range(10)) if stream else json.dumps({"pad": "x" * 500}).encode()
+    body = b"".join(event(str(n)) for n in range(6)) if stream else json.dumps({"pad": "x" * 500}).encode()
     head = SSE_HEAD if stream else b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    pieces = [body[len(body) * n // 10 : len(body) * (n + 1) // 10] for n in range(10)]
+    pieces = [body[len(body) * n // 6 : len(body) * (n + 1) // 6] for n in range(6)]
 
     async def script(peer: Peer, _: Message) -> None:
         await peer.send(head)
@@ -311,7 +326,7 @@ async def test_an_answer_that_trickles(timeouts: dict[str, float], every_s: floa
         client, since = await server.open(), loop.time()
         await client.post("m", "Connection: close", stream=stream)
         found = await client.closed()
-        assert ends_s <= loop.time() - since <= ends_s + 3
+        assert ends_s - 0.01 <= loop.time() - since <= ends_s + 0.3
         assert found.startswith(b"HTTP/1.1 %d " % (200 if stream else status))
         assert (b'"upstream_timeout"' in found) is (status == 504)
         client.close()
@@ -326,12 +341,12 @@ async def test_an_answer_that_trickles(timeouts: dict[str, float], every_s: floa
 @pytest.mark.parametrize("how", ["silence", "a trickled head", "interim replies"])
 async def test_a_head_that_does_not_end(how: str, timeouts: dict[str, float], ends_s: float) -> None:
     """Silence, a head byte by byte and 1xx replies now and then all end with first_byte, or with total where that is less."""
-    pieces = {"silence": [], "a trickled head": [b"HTTP/1.1 200 OK\r\nX: ", *([b"x"] * 50)]}.get(how, [b"HTTP/1.1 103 X\r\n\r\n"] * 15)
+    pieces = {"silence": [], "a trickled head": [b"HTTP/1.1 200 OK\r\nX: ", *([b"x"] * 12)]}.get(how, [b"HTTP/1.1 103 X\r\n\r\n"] * 15)
 
     async def script(peer: Peer, _: Message) -> None:
         for piece in pieces:
             await peer.send(piece)
-            await pause(1)
+            await pause(0.9)
         await peer.gone()
 
     loop = asyncio.get_running_loop()
@@ -344,10 +359,15 @@ async def test_a_head_that_does_not_end(how: str, timeouts: dict[str, float], en
 # ---- pooled connections
 
 
-@pytest.mark.parametrize("when", ["fin", "reset", "reply", "half a reply", "408 and fin"])
 @pytest.mark.parametrize("tls", [False, True])
-async def test_what_comes_after_an_answer_on_its_connection(when: str, tls: bool) -> None:
+async def test_what_comes_after_an_answer_on_its_connection(tls: bool) -> None:
     """A pooled connection that ends or speaks unasked serves nobody any more, and nobody notices."""
+    for when in ("fin", "reset", "reply", "half a reply", "408 and fin"):
+        await check_what_comes_after_an_answer_on_its_connection(when, tls)
+
+
+async def check_what_comes_after_an_answer_on_its_connection(when: str, tls: bool) -> None:
+    """One of them."""
     late = {"reply": GOOD, "half a reply": GOOD[:30], "408 and fin": error_reply(408, None, "too slow", "Connection: close")}.get(when, b"")
     idle = asyncio.Event()
 
@@ -396,10 +416,15 @@ async def test_a_late_word_that_meets_the_next_request(late: bytes) -> None:
 # ---- early replies
 
 
-@pytest.mark.parametrize("status", [200, 400, 413, 500])
 @pytest.mark.parametrize("then", ["stays", "closes", "resets"])
-async def test_a_reply_before_the_request_is_sent_whole(status: int, then: str) -> None:
+async def test_a_reply_before_the_request_is_sent_whole(then: str) -> None:
     """The early answer to a large request is what the client gets; the half-sent request's connection is never used again."""
+    for status in (200, 400, 500):
+        await check_a_reply_before_the_request_is_sent_whole(status, then)
+
+
+async def check_a_reply_before_the_request_is_sent_whole(status: int, then: str) -> None:
+    """One status."""
     asked: list[int] = []
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -416,7 +441,7 @@ async def test_a_reply_before_the_request_is_sent_whole(status: int, then: str) 
             await turns(1)
 
     async with listener(talk) as port, Running(controller("a", "http://127.0.0.1:%d/v1" % port)) as server:
-        found = await server.post("m", pad="x" * 8_000_000)
+        found = await server.post("m", pad="x" * 7_000_000)
         assert found.status == status or (then == "resets" and found.status == 502), found.body
         await turns()
         assert repr(server.server.links) == "<ConnectionPool idle=0 active=0>"
@@ -438,7 +463,7 @@ async def test_a_client_that_leaves_at_any_moment_takes_nobodys_answer(stream: b
             await asyncio.sleep(0)
 
     async with Upstream(script) as one, Running(controller("a", one.url)) as server:
-        for count in range(30):
+        for count in range(16):
             leaver, stayer = await server.open(), await server.open()
             await leaver.post("m", "X-Mark: leaver-%d" % count, stream=stream)
             await stayer.post("m", "X-Mark: stayer-%d" % count, stream=stream)
