@@ -272,7 +272,7 @@ async def test_a_pipelined_body_is_never_a_request(first: str) -> None:
 
 # ---- nothing is injected
 
-NASTY = ("a\r\nX-Injected: 1", "a\nX-Injected: 1", "a\rX-Injected: 1", "a\x00b", "a\x0bb", "a\u2028b", "a\x85b", "é", "☃", "a b", 'a"b', "a%0d%0aX-Injected: 1", "%s{}")
+NASTY = ("a\r\nX-Injected: 1", "a\nX-Injected: 1", "a\rX-Injected: 1", "a\x00b", "a\u2028b", "a\x85b", "☃", "a b", 'a"b', "a%0d%0aX-Injected: 1", "%s{}")
 PLACES = ("name", "model", "model_map", "api_key", "organization", "project", "base_url", "chat_path", "headers", "header name", "proxy", "key name")
 
 
