@@ -3503,6 +3503,7 @@ LACKS_S = 600.0  # how long it is remembered that an account lacks a model
 SUSPECT_COUNT = 3  # unanswered requests that make a suspicion
 SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0  # silence that makes one at least; and where nothing is known of the usual
 SUSPECT_FIRST_S, SUSPECT_LAST_S = 1.0, 60.0  # between probes of a suspect, doubling
+PACE_MIN_S, PACE_MOST = 0.02, 4.0  # slow start ends at this pace, and allows no larger bursts
 SAMPLES = 100  # times to the first answer that are remembered, per controller, model and kind
 RESCUE_SAMPLES, RESCUE_MIN_S = 20, 10.0
 RESCUES_A_MINUTE, RESCUE_SHARE = 10, 0.05
@@ -3518,12 +3519,12 @@ class Bucket:
     compared with what was expected of it, and each error is corrected once.
     """
 
-    __slots__ = ("at", "level", "limit", "newest", "rate", "shift", "size", "slow", "told")
+    __slots__ = ("at", "level", "limit", "most", "newest", "rate", "shift", "size", "slow", "told")
 
     def __init__(self, now: float) -> None:
         self.told: "Allowance | None" = None
         self.level = self.limit = self.size = self.rate = self.shift = 0.0
-        self.at, self.newest, self.slow = now, -1, 0
+        self.at, self.newest, self.slow, self.most = now, -1, 0, NEVER
 
     def level_at(self, now: float) -> float:
         """What may be taken at `now`."""
@@ -3561,7 +3562,7 @@ class Bucket:
             if exact > left:
                 left = exact if exact < left + 0.999 else left + 0.999
         elif limit != self.limit:
-            self.limit = self.size = limit
+            self.limit, self.size = limit, min(limit, self.most)
             self.rate = limit / WINDOW_S
         if expected is None:
             level = left + refilled_s * self.rate - since
@@ -3580,7 +3581,8 @@ class Bucket:
             self.slow = 0
         rate = self.rate = spent / reset_s if self.slow > 1 else limit / WINDOW_S
         size = left + reset_s * rate
-        size = min(size, limit)
+        if size > limit or size > self.most:
+            size = min(limit, self.most)
         if limit != self.limit or size > self.size:
             self.size = size if size > 1.0 else 1.0
         self.limit = limit
@@ -3642,15 +3644,20 @@ class Ledger:
         "burst_s",
         "closed_for",
         "closed_until",
+        "easy",
         "given_back",
         "large",
         "large_until",
         "limited",
         "name",
+        "pace",
+        "pace_at",
+        "pace_s",
         "requests",
         "sent_tokens",
         "serial",
         "tokens",
+        "used_at",
         "windows",
     )
 
@@ -3665,26 +3672,21 @@ class Ledger:
         self.large_until = 0.0
         self.large: "list[tuple[float, float]]" = []  # of token 429s: closed for this need and above, until then
         self.burst_s = limits.burst_s
+        self.pace = self.pace_s = self.pace_at = self.used_at = 0.0
         self.limited = bool(limits.rpm or limits.tpm)
+        self.easy = -1.0 if self.limited else NEVER
         self.windows = NO_WINDOWS
         if self.limited:
             self.windows = tuple(configured_windows(limit, limits.burst_s) for limit in (limits.rpm, limits.tpm))
 
     def opens_at(self, need: float, now: float) -> float:
         """When a request of `need` tokens may be sent; 0 for now."""
-        if not self.limited:  # nothing known, nothing configured: the usual case must cost nothing
+        if need <= self.easy:
             return 0.0
         requests, tokens, windows = self.requests, self.tokens, self.windows
-        # What was left at the last look is there still: no arithmetic while that is plenty.
-        if (
-            (requests is None or requests.level >= 2.0)
-            and (tokens is None or tokens.level >= 2.0 * need)
-            and self.closed_until <= now
-            and self.large_until <= now
-            and windows is NO_WINDOWS
-        ):
-            return 0.0
         at = self.closed_until if self.closed_until > now else 0.0
+        if self.pace_s:
+            at = max(at, self._paced_at(now))
         if self.large_until > now:
             at = max([at, *(until for least, until in self.large if need >= least and until > now)])
         if requests is not None:
@@ -3695,7 +3697,40 @@ class Ledger:
             at = max(at, window.opens_at(1.0, now))
         for window in windows[1]:
             at = max(at, window.opens_at(need, now))
+        if not at:
+            self.easy = self._spare(now)
         return at
+
+    def _spare(self, now: float) -> float:
+        """The largest need that surely fits until something is charged or learned; -1 where that has to be asked."""
+        requests, tokens, windows = self.requests, self.tokens, self.windows
+        if self.pace_s or self.large_until > now or (requests is not None and requests.level < 2.0):
+            return -1.0
+        if any(window.total + 1.0 > window.limit for window in windows[0]):
+            return -1.0
+        spare = NEVER if tokens is None else tokens.level / 2
+        return min([spare, *(window.limit - window.total for window in windows[1])])
+
+    def _paced_at(self, now: float) -> float:
+        """When the next one may follow after a 429 of an account that says nothing of its limits."""
+        lacking = 1.0 - self.pace - max(0.0, now - self.pace_at) / self.pace_s
+        return max(now, self.pace_at) + lacking * self.pace_s if lacking > 1e-6 else 0.0
+
+    def _pace(self, after_s: float, until: float) -> None:
+        """Slow start: at the reopening one goes, then one each time as long again; each good answer halves that."""
+        self.pace_s = min(max(after_s, 2 * self.pace_s, PACE_MIN_S), CLOSED_LAST_S)
+        self.pace, self.pace_at = 1.0, until
+
+    def charge_pace(self, now: float) -> None:
+        """One of those that slow start allows is taken."""
+        gained = max(0.0, now - self.pace_at) / self.pace_s
+        self.pace, self.pace_at = min(self.pace + gained, PACE_MOST) - 1.0, max(now, self.pace_at)
+
+    def answered(self) -> None:
+        """An answer came: the next 429 without a time starts small again, and slow start goes faster."""
+        self.closed_for = 0.0
+        if self.pace_s:
+            self.pace, self.pace_s = self.pace + 1.0, self.pace_s / 2 if self.pace_s > PACE_MIN_S else 0.0
 
     def rate(self, need: float) -> float:
         """Requests per second that it can take for long; infinite while nothing is known."""
@@ -3720,7 +3755,9 @@ class Ledger:
             self.closed_for = min(max(2 * self.closed_for, CLOSED_FIRST_S), CLOSED_LAST_S)
             after_s = self.closed_for
         until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
-        self.limited = True
+        self.limited, self.easy = True, -1.0
+        if self.requests is None and self.windows is NO_WINDOWS:
+            self._pace(after_s, until)
         if verdict.by_tokens:
             self.large = [one for one in self.large if one[1] > now and (one[0] < need or one[1] > until)]
             self.large.append((need, until))
@@ -3744,9 +3781,10 @@ class Ledger:
             kept = self.windows
             self.windows = tuple(configured_windows(limit, self.burst_s) for limit in limits)
             self.windows = tuple(old[:1] + new[1:] for old, new in zip(kept, self.windows, strict=True))
+        self.easy = -1.0
         for bucket in (self.requests, self.tokens):
             if bucket is not None:
-                bucket.size = max(1.0, bucket.size / 2)
+                bucket.size = bucket.most = max(1.0, bucket.size / 2)
 
 
 def configured_windows(limit: float, burst_s: float) -> "tuple[Window, ...]":
@@ -3775,12 +3813,12 @@ class Quota:
         self.probe: "Lease | None" = None
 
     def ledger(self, model: str) -> Ledger:
-        """The ledger that counts for `model`; the least recently made one goes when there are too many."""
+        """The ledger that counts for `model`; the least recently used goes when there are too many."""
         name = self.aliases.get(model) or _DATED.sub("", model)
         found = self.ledgers.get(name)
         if found is None:
-            if len(self.ledgers) >= MEMORY_MODELS:
-                self.ledgers.pop(next(iter(self.ledgers)))
+            if len(self.ledgers) >= MEMORY_MODELS:  # clients choose the names: what is in use must stay
+                del self.ledgers[min(self.ledgers, key=lambda one: self.ledgers[one].used_at)]
             found = self.ledgers[name] = Ledger(name, self.limits)
         return found
 
@@ -3872,7 +3910,7 @@ class Upstream:
         found = self.seats.get(model)
         if found is None:
             if len(self.seats) >= MEMORY_MODELS:
-                self.seats.pop(next(iter(self.seats)))
+                del self.seats[min(self.seats, key=lambda one: self.seats[one].ledger.used_at)]
             found = self.seats[model] = Seat(self, model)
         return found
 
@@ -3979,7 +4017,8 @@ class Seat:
         quota = upstream.quota
         if quota.in_flight >= quota.most or quota.parked_until > now or quota.probe is not None:
             return False
-        return self.ledger.opens_at(need, now) <= now
+        ledger = self.ledger
+        return need <= ledger.easy or ledger.opens_at(need, now) <= now
 
     def room_at(self, need: float, now: float) -> float:
         """When there is room, by quota alone: 0 for now, NEVER where only another request's end makes some."""
@@ -4069,6 +4108,7 @@ class Lease:
         if upstream.quota.park_s:
             upstream.quota.probe = self
         ledger.serial += 1
+        ledger.used_at = now
         ledger.sent_tokens += need
         self.serial, self.mark_tokens = ledger.serial, ledger.sent_tokens
         if ledger.limited:
@@ -4078,6 +4118,9 @@ class Lease:
         return "<Lease %s for %s>" % (self.upstream.name, self.seat.model)
 
     def _charge(self, ledger: Ledger, now: float) -> None:
+        ledger.easy = -1.0
+        if ledger.pace_s:
+            ledger.charge_pace(now)
         if ledger.requests is not None:
             self.expected_requests = ledger.requests.charge(1.0, now)
         if ledger.tokens is not None:
@@ -4108,18 +4151,18 @@ class Lease:
             self.seat.times[self.stream].append(took_s)
             upstream.heard(self.stream, took_s)
             upstream.works(now)
-            self.ledger.closed_for = 0.0
+            self.ledger.answered()
             if upstream.quota.park_s:
                 upstream.quota.pays(now)
 
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
         ledger, self.told_requests, self.told_tokens = self.ledger, requests, tokens
-        ledger.limited, refilled_s = True, now - self.sent_at
+        ledger.limited, ledger.easy, refilled_s = True, -1.0, now - self.sent_at
         before, after = ledger.given_back_around(self.serial) if ledger.given_back else (NO_NEEDS, NO_NEEDS)
         if requests is not None:
             if ledger.requests is None:
-                ledger.requests = Bucket(now)
+                ledger.requests, ledger.pace_s = Bucket(now), 0.0
             ledger.requests.charge(0.0, now)
             expected, since = self.expected_requests, ledger.serial - self.serial - len(after)
             expected = None if expected is None else expected + len(before)
