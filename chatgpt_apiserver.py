@@ -3533,7 +3533,8 @@ class Bucket:
 
     def charge(self, amount: float, now: float) -> float:
         """Takes `amount`, never below zero; what a reply will be compared with."""
-        level = self.level_at(now) - amount
+        level = self.level + (now - self.at) * self.rate
+        level = (level if level < self.size else self.size) - amount
         self.level, self.at = level if level > 0.0 else 0.0, now
         return level - self.shift
 
@@ -5104,7 +5105,8 @@ class Relay:
             if reply.whole and not reply.stream:
                 exchange.finish()
                 # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
-                if lease.seat.ledger.limited and not (reply.told and (request.max_tokens or lease.serial & 7)):
+                counts = lease.ledger.tokens is not None or lease.ledger.windows is not NO_WINDOWS
+                if counts and not (reply.told and (request.max_tokens or lease.serial & 7)):
                     self._account(reply.held[-USAGE_BYTES:], reply, lease, trip)
                 await sink.whole(reply.head.status, fields, reply.held)
                 return GOOD
