@@ -4774,8 +4774,11 @@ def describe_ledger(ledger: Ledger, now: float) -> "dict[str, Any]":
 class Sink(Outlet, Protocol):
     """Where an answer goes: the client's connection. `open` writes the head, `end` what its framing needs last."""
 
-    async def whole(self, status: int, fields: bytes, body: bytes) -> None:
-        """Writes an answer of known length, head and body in one piece."""
+    def whole(self, status: int, fields: bytes, body: bytes) -> bool:
+        """Writes an answer of known length, head and body in one piece. As `push`, but `drain` waits."""
+
+    async def drain(self) -> None:
+        """Waits until the client takes more."""
 
     def open(self, status: int, fields: bytes, length: "int | None", first: bytes) -> bool:
         """Begins an answer that is written as it comes, with its first bytes; `length` None: not known. As `push`."""
@@ -5101,15 +5104,16 @@ class Relay:
         record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
         record.controller, record.status, record.first_at = lease.upstream.name, reply.head.status, reply.at
         fields = self._fields(reply, trip)
+        if reply.whole and not reply.stream:
+            exchange.finish()
+            # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
+            counts = lease.ledger.tokens is not None or lease.ledger.windows is not NO_WINDOWS
+            if counts and not (reply.told and (request.max_tokens or lease.serial & 7)):
+                self._account(reply.held[-USAGE_BYTES:], reply, lease, trip)
+            if not sink.whole(reply.head.status, fields, reply.held):
+                await sink.drain()
+            return GOOD
         try:
-            if reply.whole and not reply.stream:
-                exchange.finish()
-                # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
-                counts = lease.ledger.tokens is not None or lease.ledger.windows is not NO_WINDOWS
-                if counts and not (reply.told and (request.max_tokens or lease.serial & 7)):
-                    self._account(reply.held[-USAGE_BYTES:], reply, lease, trip)
-                await sink.whole(reply.head.status, fields, reply.held)
-                return GOOD
             outlet: "Meter | Sink" = Meter(sink, reply.held) if "stream_options" in request.data else sink
             length = reply.head.index.get(b"content-length")
             sink.open(reply.head.status, fields, content_length(length) if length else None, reply.held)
@@ -5169,7 +5173,8 @@ class Relay:
         else:
             fields = self._fields(reply, trip)
         encoded = head.index.get(b"content-encoding")
-        await sink.whole(head.status, fields, reply.held if encoded else redactor.scrub(reply.held))
+        if not sink.whole(head.status, fields, reply.held if encoded else redactor.scrub(reply.held)):
+            await sink.drain()
 
     def _fields(self, reply: Reply, trip: Trip, ours: bool = False) -> bytes:
         """The head's field lines: the upstream's that may pass, and ours."""
@@ -5282,7 +5287,7 @@ class ClientConnection:
     def __repr__(self) -> str:
         return "<ClientConnection %s %s>" % (self.peer, self.phase.value)
 
-    def drain(self) -> None:
+    def retire(self) -> None:
         """The server is about to stop: an idle connection closes, a busy one after its answer."""
         self.close_after = True
         if self.phase is Phase.IDLE:
@@ -5483,14 +5488,16 @@ class ClientConnection:
             serial = record.request_id.encode()
             fields += b"x-request-id: %b\r\nx-apiserver-request-id: %b\r\n" % (serial, serial)
         body = redactor.clean(error_body(error).decode()).encode()
-        await self.whole(error.status, b"Content-Type: application/json\r\n" + fields, body)
+        if not self.whole(error.status, b"Content-Type: application/json\r\n" + fields, body):
+            await self.drain()
 
     async def json(self, value: "Any", status: int = 200) -> None:
         """Answers with a JSON document of our own."""
         self.record.status = status
-        await self.whole(status, b"Content-Type: application/json\r\n", compact_json(value))
+        if not self.whole(status, b"Content-Type: application/json\r\n", compact_json(value)):
+            await self.drain()
 
-    async def whole(self, status: int, fields: bytes, body: bytes) -> None:
+    def whole(self, status: int, fields: bytes, body: bytes) -> bool:
         """See `Sink`."""
         length = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % len(body)
         if self.head is not None and self.head.method == "HEAD":
@@ -5499,8 +5506,13 @@ class ClientConnection:
         self.record.bytes = len(body)
         answer = b"".join((status_line(status), fields, self._own_fields(), length, b"\r\n", body))
         self.outbox.write(self.transport, answer)
-        if self.protocol.full:
-            await self._drain()
+        return not self.protocol.full
+
+    async def drain(self) -> None:
+        """See `Sink`. A client that stops reading for too long is dropped."""
+        self.deadline.set(self.loop.time() + self.server.config.limits.write_timeout)
+        await self.writer.drain()
+        self.deadline.set(math.inf)
 
     def open(self, status: int, fields: bytes, length: "int | None", first: bytes) -> bool:
         """See `Sink`."""
@@ -5557,12 +5569,6 @@ class ClientConnection:
             fields += b"Access-Control-Allow-Origin: %b\r\nVary: Origin\r\n" % self.origin
             fields += b"Access-Control-Expose-Headers: *\r\n"
         return fields
-
-    async def _drain(self) -> None:
-        """Waits until the client takes more; one that stops reading for too long is dropped."""
-        self.deadline.set(self.loop.time() + self.server.config.limits.write_timeout)
-        await self.writer.drain()
-        self.deadline.set(math.inf)
 
     # -- the client's clock and its leaving
 
@@ -5713,7 +5719,7 @@ class Server:
         if self.listener is not None:
             self.listener.close()
         for connection in list(self.connections):
-            connection.drain()
+            connection.retire()
         tasks = [connection.task for connection in self.connections]
         if tasks:
             await asyncio.wait([task.ended for task in tasks], timeout=self.config.drain_timeout)
@@ -5799,7 +5805,7 @@ class Server:
             asked = head.index.get(b"access-control-request-headers", b"*")
             fields += b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\nAccess-Control-Max-Age: 600\r\n"
             fields += b"Access-Control-Allow-Headers: %b\r\n" % asked
-        await client.whole(204, fields, b"")
+        client.whole(204, fields, b"")
 
     async def _status(self, call: Call) -> None:
         status: "dict[str, Any]" = {"status": "draining" if self.draining else "ok"}
