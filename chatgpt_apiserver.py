@@ -94,6 +94,7 @@ STALE_S = 1.0  # a pooled connection that dies this soon after the write had bee
 BACKLOG = 4096  # connections that the kernel completes before they are accepted
 LINGER_S = 2.0  # how long a client may go on sending after our side is closed
 LINGER_BYTES = 1_048_576  # and how much
+FLUSH_FIRST_S, FLUSH_MOST_S = 0.01, 1.0  # between two looks at whether a closing connection has sent all
 PROBE_S = 0.05  # between the two interim replies that tell a half-closed client from one that left
 MODELS_TTL_S = 300.0  # how long an upstream's model list is believed
 MODELS_TIMEOUT_S = 10.0  # for asking it
@@ -5301,6 +5302,7 @@ class ClientConnection:
                 pass
             self.phase = Phase.CLOSING
             await self._linger()
+            await self._flush()
         except asyncio.CancelledError:
             pass  # the client left, or the server stops; asyncio 3.11 prints a traceback for a cancelled stream task
         except (OSError, ClientGone):  # OSError: TimeoutError, ConnectionError, and ENOTCONN of a shutdown come late
@@ -5313,15 +5315,16 @@ class ClientConnection:
             self.server.forget(self)
 
     def _close(self) -> None:
-        """Closes; a client that does not take the rest of its answer in time is cut off."""
-        if self.gone:
-            self.outbox.flush()
-            self.transport.abort()
-            return
+        """Closes; whoever has not taken the rest of its answer by now is cut off."""
         self.outbox.flush()
-        self.writer.close()
-        if self.transport.get_write_buffer_size():
-            self.loop.call_later(self.server.config.limits.write_timeout, self.transport.abort)
+        if self.gone or self._unsent():
+            self.transport.abort()
+        else:
+            self.writer.close()
+
+    def _unsent(self) -> int:
+        """How many bytes of the answers the kernel has not taken yet."""
+        return self.transport.get_write_buffer_size()
 
     async def _one(self) -> bool:
         """Reads and answers one request; whether another may follow."""
@@ -5334,9 +5337,13 @@ class ClientConnection:
         except BadMessage as error:
             await self._refuse(error)
             return False
+        except EOFError:
+            return False
         self.deadline.at = math.inf
         self.phase = Phase.ANSWER
         await self._answer(head, body)
+        if self.protocol.full:  # or a client that never reads could pile up the answers to what it pipelines
+            await self._drain()
         return not self.close_after
 
     async def _refuse(self, error: BadMessage) -> None:
@@ -5356,11 +5363,22 @@ class ClientConnection:
         self.transport.write_eof()
         self.deadline.set(self.loop.time() + LINGER_S)
         budget = LINGER_BYTES
-        while budget > 0:
-            data = await self.reader.read_some()
-            if not data:
-                return
-            budget -= len(data)
+        try:
+            while budget > 0:
+                data = await self.reader.read_some()
+                if not data:
+                    return
+                budget -= len(data)
+        except EOFError:
+            return
+
+    async def _flush(self) -> None:
+        """Waits until the last bytes are sent; as long as they are not, this counts as a connection."""
+        self.outbox.flush()
+        until, wait_s = self.loop.time() + self.server.config.limits.write_timeout, FLUSH_FIRST_S
+        while self._unsent() and self.loop.time() < until:
+            await asyncio.sleep(min(wait_s, until - self.loop.time()))
+            wait_s = min(2 * wait_s, FLUSH_MOST_S)
 
     # -- reading
 
@@ -5579,7 +5597,9 @@ class ClientConnection:
             call()
 
     def _expired(self) -> None:
-        if self.phase in (Phase.IDLE, Phase.CLOSING):
+        if self.phase is Phase.CLOSING or (self.phase is Phase.IDLE and self._unsent()):
+            self.reader.interrupt(EOFError())  # it may still be reading: `_flush` comes next
+        elif self.phase is Phase.IDLE:
             self.task.cancel()
         elif self.phase in (Phase.HEAD, Phase.BODY):
             self.reader.interrupt(BadMessage(408, "The request did not arrive in time."))
