@@ -98,6 +98,8 @@ FLUSH_FIRST_S, FLUSH_MOST_S = 0.01, 1.0  # between two looks at whether a closin
 PROBE_S = 0.05  # between the two interim replies that tell a half-closed client from one that left
 MODELS_TTL_S = 300.0  # how long an upstream's model list is believed
 MODELS_TIMEOUT_S = 10.0  # for asking it
+INPUT_DEPTH = 8  # nesting of an input that is looked into for its text
+OBJECTS_KNOWN = 10_000  # ids of files, batches, responses ... whose controller is remembered
 TOKENS_PER_PART = 1000  # an image, audio or file part in the token estimate; never the length of a data URL
 TOKENS_ANSWER = 500  # what an answer is taken to need while nothing is known of the model
 MODEL_NAME_CHARS = 256  # longer names are not looked up
@@ -2842,6 +2844,8 @@ class ApiRequest:
 
     `lines`: the client's field lines that may pass. `body` as it came, `data` its parsed JSON object. `need`: the
     tokens that it is taken to cost. `wait_s`: how long it may still stand in line. `key`: the client key's name.
+    `model_span`: where the model stands in a multipart body. `pinned`: the controller that has the object it is about;
+    `seeks`: each is asked until one has it.
     """
 
     __slots__ = (
@@ -2852,11 +2856,14 @@ class ApiRequest:
         "max_tokens",
         "method",
         "model",
+        "model_span",
         "need",
         "path",
+        "pinned",
         "prompt_tokens",
         "query",
         "request_id",
+        "seeks",
         "stateful",
         "stream",
         "wait_s",
@@ -2865,8 +2872,9 @@ class ApiRequest:
     def __init__(self, method: str, path: str, query: str, lines: "list[bytes]", body: bytes) -> None:
         self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
         self.data: "dict[str, Any]" = {}
-        self.model = self.request_id = self.key = ""
-        self.stream = self.stateful = False
+        self.model = self.request_id = self.key = self.pinned = ""
+        self.stream = self.stateful = self.seeks = False
+        self.model_span: "tuple[int, int] | None" = None
         self.prompt_tokens = self.max_tokens = self.need = 0
         self.wait_s = 0.0
 
@@ -2993,8 +3001,49 @@ def answer_limit(data: "dict[str, Any]") -> int:
     return max(0, most) * min(max(1, choices), 128)
 
 
+def count_text(value: "Any", depth: int = 0) -> int:
+    """Characters of text in a prompt or input of any shape; a token that comes as a number counts as four."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, int):
+        return 4
+    if depth > INPUT_DEPTH:
+        return 0
+    if isinstance(value, list):
+        return sum(count_text(item, depth + 1) for item in value)
+    if isinstance(value, dict):
+        if "text" in value or "content" in value:
+            return count_text(value.get("text") or value.get("content"), depth + 1)
+        return 4 * TOKENS_PER_PART
+    return 0
+
+
+def form_field(body: bytes, content_type: bytes, name: bytes) -> "tuple[int, int] | None":
+    """Where the value of the text field `name` stands in a multipart body (RFC 7578); None where there is none."""
+    boundary = re.search(rb'boundary="?([^";,]{1,70})"?', content_type)
+    if boundary is None:
+        raise ProxyError(400, "A multipart/form-data body with its boundary is needed here.")
+    head = rb'--%b\r\n[Cc]ontent-[Dd]isposition: form-data; name="?%b"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{0,256})\r\n--'
+    found = re.search(head % (re.escape(boundary.group(1)), name), body)
+    return found.span(1) if found else None
+
+
+_OBJECT_ID = re.compile(rb'"id"\s*:\s*"([\w\-]{4,128})"')
+
+
+def made_id(beginning: bytes) -> str:
+    """The id of the object that an answer describes: the first that stands in it."""
+    found = _OBJECT_ID.search(beginning)
+    return found.group(1).decode() if found else ""
+
+
 class Controller(Protocol):
-    """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write."""
+    """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write.
+
+    `chat_only`: it takes chat completions and nothing else.
+    """
+
+    chat_only: bool
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """A fresh exchange for `request`, not started."""
@@ -3002,6 +3051,8 @@ class Controller(Protocol):
 
 class OpenAIController:
     """An account that speaks OpenAI's API, at any base URL (openai-openapi; PROVIDERS: vendors alike)."""
+
+    chat_only = False
 
     def __init__(self, config: ControllerConfig) -> None:
         account = config.account
@@ -3023,7 +3074,10 @@ class OpenAIController:
         but values that were parsed."""
         body = request.body
         model = self.model_map.get(request.model)
-        if model is not None and request.data:
+        if model is not None and request.model_span is not None:
+            start, end = request.model_span
+            body = body[:start] + model.encode() + body[end:]
+        elif model is not None and request.data:
             body = replace_model(body, model)
         lines = without(request.lines, self.overrides) if self.overrides else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
@@ -3173,6 +3227,8 @@ class EchoExchange:
 
 class EchoController:
     """An account without a network: answers with the last user message, whole or word by word, with usage."""
+
+    chat_only = True
 
     def __init__(self, config: ControllerConfig) -> None:
         self.name = config.name
@@ -3410,6 +3466,8 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     answer that is still silent may be generating, and be billed: asking another would pay twice.
     """
     outcome = verdict.outcome
+    if request.seeks and verdict.status == 404:
+        return True
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
@@ -4393,7 +4451,8 @@ class UpstreamPool:
         """The controllers that serve `model`. Raises ProxyError (404) when there is none."""
         found = self.serving.get(model)
         if found is None:
-            found = [upstream.seat(model) for upstream in self.upstreams if upstream.serves(model)]
+            # Requests about objects name no model: they may go anywhere.
+            found = [upstream.seat(model) for upstream in self.upstreams if not model or upstream.serves(model)]
             if len(model) <= MODEL_NAME_CHARS:
                 if len(self.serving) >= MEMORY_MODELS:
                     self.serving.pop(next(iter(self.serving)))
@@ -4883,11 +4942,22 @@ class Relay:
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
+        self.makers: "dict[str, str]" = {}  # object id to the name of the controller that made it
+
+    def remember(self, made: str, name: str) -> None:
+        """An object lives in the account that made it; the oldest are forgotten."""
+        if made:
+            if len(self.makers) >= OBJECTS_KNOWN:
+                del self.makers[next(iter(self.makers))]
+            self.makers[made] = name
 
     async def run(self, request: ApiRequest, sink: Sink, record: AccessRecord) -> None:
         """Answers `request` into `sink`. Raises ProxyError or UpstreamError where no upstream answer can be shown."""
         pool, now = self.pool, record.since
-        trip = Trip(request, pool.seats(request.model), record)
+        seats = pool.seats(request.model)
+        if request.path != "/chat/completions":
+            seats = able_seats(seats, request)
+        trip = Trip(request, seats, record)
         pool.estimate(request)
         try:
             while True:
@@ -5105,6 +5175,8 @@ class Relay:
         record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
         record.controller, record.status, record.first_at = lease.upstream.name, reply.head.status, reply.at
         fields = self._fields(reply, trip)
+        if request.stateful:
+            self.remember(made_id(reply.held[:USAGE_BYTES]), lease.upstream.name)
         if reply.whole and not reply.stream:
             exchange.finish()
             # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
@@ -5193,6 +5265,16 @@ class Relay:
             if b"x-request-id" in head.index
             else b"x-apiserver-request-id: %b\r\nx-request-id: %b\r\n" % (serial, serial),
         )
+
+
+def able_seats(seats: "list[Seat]", request: ApiRequest) -> "list[Seat]":
+    """Those of `seats` that can take a request that is no chat. Raises ProxyError (404)."""
+    able = [seat for seat in seats if not seat.upstream.controller.chat_only]
+    if request.pinned:
+        able = [seat for seat in able if seat.upstream.name == request.pinned]
+    if not able:
+        raise ProxyError(404, "No controller here can take %s for this model." % request.path[:200], "unknown_url")
+    return able
 
 
 def retry_fields(after_s: float) -> bytes:
@@ -5343,7 +5425,7 @@ class ClientConnection:
         self.phase = Phase.ANSWER
         await self._answer(head, body)
         if self.protocol.full:  # or a client that never reads could pile up the answers to what it pipelines
-            await self._drain()
+            await self.drain()
         return not self.close_after
 
     async def _refuse(self, error: BadMessage) -> None:
@@ -5806,7 +5888,7 @@ class Server:
         if head.method == "OPTIONS":
             split_target(head.target)
             return self._options(client, head)
-        handler, path, query = find_route(head.method, head.target)
+        handler, path, query = find_route(head.method, head.target, self.config.endpoints)
         if client.reserve:
             client.close_after = True
             if path != "/status":
@@ -5856,6 +5938,56 @@ class Server:
             check_model_allowed(call.key, request.model, call.body)
             return self._for_key(call.key, request, client)
         return self.relay.run(request, client, record)
+
+    def _infer(self, call: Call) -> "Awaitable[None]":
+        """Completions, embeddings, responses, moderations, images, audio: through the same scheduler as chats."""
+        index, (as_form, model) = call.head.index, INFERENCE[call.path]
+        if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
+            raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
+        request = ApiRequest("POST", call.path, call.query, call.head.lines, call.body)
+        if as_form:
+            read_form(request, index.get(b"content-type", b""), model)
+        else:
+            read_input(request, model)
+        previous = request.data.get("previous_response_id")
+        if isinstance(previous, str):
+            request.pinned = self._maker(previous)
+        return self._go(call, request)
+
+    def _object(self, call: Call) -> "Awaitable[None]":
+        """Files, batches, stored responses ...: what lives in one account goes to the controller that made it."""
+        method = call.head.method
+        request = ApiRequest(method, call.path, call.query, call.head.lines, call.body)
+        request.stateful = method not in ("GET", "HEAD")
+        parts = [urllib.parse.unquote(part) for part in call.path.split("/")[2:]]
+        parts += re.findall(r'"([\w\-]{4,128})"', call.body[:WHOLE_BYTES].decode("latin-1")) if call.body else []
+        known = [self.relay.makers[part] for part in parts if part in self.relay.makers]
+        if known:
+            request.pinned = known[0]
+        elif method in ("GET", "HEAD"):
+            request.seeks = True
+        elif len(call.path.split("/")) > 2 and call.path.split("/")[1] in OBJECTS:
+            request.pinned = self._maker(call.path.split("/")[2])
+        return self._go(call, request)
+
+    def _maker(self, made: str) -> str:
+        """The controller that made an object; any, where there is only one. Raises ProxyError (404)."""
+        able = [one.name for one in self.pool.upstreams if not one.controller.chat_only]
+        name = self.relay.makers.get(made) or (able[0] if len(able) == 1 else "")
+        if name not in able:
+            message = "%r lives in one account, and this server does not remember which of %d: it was made elsewhere."
+            raise ProxyError(404, message % (made[:64], len(able)), "object_not_known")
+        return name
+
+    def _go(self, call: Call, request: ApiRequest) -> "Awaitable[None]":
+        """Sends a request that is no chat on its way."""
+        record = call.client.record
+        request.request_id, record.model = record.request_id, request.model[:MODEL_NAME_CHARS]
+        request.wait_s = longest_wait(call.head.index, self.config.pool.max_wait)
+        if call.key is not None:
+            check_model_allowed(call.key, request.model, call.body if request.data else b"{}")
+            return self._for_key(call.key, request, call.client)
+        return self.relay.run(request, call.client, record)
 
     async def _for_key(self, key: ClientKey, request: ApiRequest, client: ClientConnection) -> None:
         """Runs a request within the limits of its client key. Raises ProxyError (429)."""
@@ -5913,30 +6045,55 @@ class Server:
 
 
 Handler = Callable[[Server, Call], Awaitable[None]]
+# Path: whether the body is a form, and the model that counts when none is named.
+INFERENCE = {
+    "/completions": (False, ""),
+    "/embeddings": (False, ""),
+    "/responses": (False, ""),
+    "/moderations": (False, "omni-moderation-latest"),
+    "/images/generations": (False, "dall-e-2"),
+    "/images/edits": (True, "dall-e-2"),
+    "/images/variations": (True, "dall-e-2"),
+    "/audio/speech": (False, ""),
+    "/audio/transcriptions": (True, ""),
+    "/audio/translations": (True, ""),
+}
+OBJECTS = frozenset(
+    "files uploads batches responses conversations vector_stores fine_tuning assistants threads containers evals videos"
+    " chat".split()
+)
 ROUTES: "dict[str, tuple[str, Handler]]" = {
+    **dict.fromkeys(INFERENCE, ("POST", Server._infer)),
     "/chat/completions": ("POST", Server._chat),
     "/models": ("GET", Server._list),
     "/models/*": ("GET", Server._model),
     "/status": ("GET", Server._status),
 }
 AGAIN = b"Retry-After: 1\r\n"
+UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
+CLOSED = "%s is not open here: `endpoints` of the configuration would have to name %r."
 
 
 @functools.lru_cache(maxsize=256)
-def find_route(method: str, target: str) -> "tuple[Handler, str, str]":
+def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple[Handler, str, str]":
     """Handler, path without /v1, and query of a request. Raises BadMessage, ProxyError (404, 405)."""
     _, path, query = split_target(target)
     name = path[3:] if path.startswith("/v1/") else path
     route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/") or "/"
-    if route not in ROUTES:
-        message = "There is no %s here; see /v1/chat/completions, /v1/models, /status." % path[:200]
+    wanted, handler = ROUTES.get(route, ("", Server._object))
+    if method == wanted or (method, wanted) == ("HEAD", "GET"):
+        if route in INFERENCE and "inference" not in endpoints and "*" not in endpoints:
+            raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
+        return handler, name.rstrip("/") if route in INFERENCE else name, query
+    group = "objects" if name.lstrip("/").partition("/")[0] in OBJECTS else "*"
+    if path.startswith("/v1/") and ("*" in endpoints or group in endpoints) and route != "/status":
+        return Server._object, name, query
+    if not wanted:
+        message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
         raise ProxyError(404, message, "unknown_url")
-    wanted, handler = ROUTES[route]
-    if method != wanted and (method, wanted) != ("HEAD", "GET"):
-        allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
-        fields = b"Allow: %b\r\n" % allow.encode()
-        raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
-    return handler, name, query
+    allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
+    fields = b"Allow: %b\r\n" % allow.encode()
+    raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
 
 
 def full_answer() -> bytes:
@@ -5970,6 +6127,39 @@ def longest_wait(index: Index, most: float) -> float:
     if wish is not None:
         most = min(most, wish)
     return most if patience is None else max(0.0, min(most, patience - PATIENCE_S))
+
+
+def read_input(request: ApiRequest, model: str) -> None:
+    """Reads a JSON request that is no chat. Raises ProxyError (400)."""
+    data = request.data = parse_object(request.body)
+    request.model = data.get("model") or model
+    if not isinstance(request.model, str) or not request.model:
+        raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
+    request.stream = data.get("stream") is True
+    request.stateful = request.path == "/responses" and data.get("store") is not False
+    text = [data.get(name) for name in ("prompt", "input", "instructions", "messages")]
+    request.prompt_tokens = count_text(text) // 4
+    most = data.get("max_output_tokens")
+    if request.path in ("/completions", "/responses"):
+        request.max_tokens = most if isinstance(most, int) and most > 0 else answer_limit(data)
+    else:
+        request.max_tokens = 1  # what comes back counts for little
+    if b"json" not in b"".join(line for line in request.lines if line[:13].lower() == b"content-type:"):
+        request.lines = [*without(request.lines, (b"content-type",)), b"Content-Type: application/json\r\n"]
+
+
+def read_form(request: ApiRequest, content_type: bytes, model: str) -> None:
+    """Reads the fields of a multipart request that decide where it goes. Raises ProxyError (400)."""
+    request.model_span = form_field(request.body, content_type, b"model")
+    request.model = model
+    if request.model_span is not None:
+        start, end = request.model_span
+        request.model = request.body[start:end].decode("utf-8", "replace")
+    if not request.model:
+        raise ProxyError(400, "You must provide a model field in the form.", param="model")
+    stream = form_field(request.body, content_type, b"stream")
+    request.stream = stream is not None and request.body[stream[0] : stream[1]] == b"true"
+    request.prompt_tokens, request.max_tokens = TOKENS_PER_PART, 1
 
 
 def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
