@@ -2836,6 +2836,9 @@ def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
 # kind of account is one class here and one line in CONTROLLERS.
 
 
+CHAT_PATH = "/chat/completions"
+
+
 class ApiRequest:
     """One API call as every controller gets it.
 
@@ -2891,6 +2894,7 @@ def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
 
 
 decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
+NO_MORE: "Mapping[str, Any]" = {}
 
 
 def parse_object(body: bytes) -> "dict[str, Any]":
@@ -2945,19 +2949,34 @@ def lower_keys(data: "dict[str, Any]", known: "frozenset[str]") -> "dict[str, An
 
 def replace_model(body: bytes, model: str) -> bytes:
     """`body` with another value for each outermost "model", every other byte as it was."""
+    return edit_members(body, lambda name: (name, json.dumps(model) if name == "model" else None))
+
+
+def edit_members(
+    body: bytes, edit: "Callable[[str], tuple[str, str | None]]", more: "Mapping[str, Any]" = NO_MORE
+) -> bytes:
+    """`body` with its outermost members as `edit` wants them, and `more` after them; what stays, stays byte for byte.
+
+    `edit` gives, for a member's name, the new one ("": the member is left out) and its new value (None: as it was).
+    """
     text = body.decode("utf-8", "surrogatepass")
-    decoder, at, done = json.JSONDecoder(), text.index("{") + 1, 0
-    out: "list[str]" = []
+    first = at = text.index("{") + 1
+    members: "list[str]" = []
     while text[at - 1] != "}":
-        at = _skip_space(text, at)
-        key, at = decoder.raw_decode(text, at)
-        at = _skip_space(text, _skip_space(text, at) + 1)
-        _, end = decoder.raw_decode(text, at)
-        if key == "model":
-            out += [text[done:at], json.dumps(model)]
-            done = end
-        at = _skip_space(text, end) + 1
-    return "".join([*out, text[done:]]).encode("utf-8", "surrogatepass")
+        start, at = at, _skip_space(text, at)
+        name, end_name = decode_json(text, at)
+        value_at = _skip_space(text, _skip_space(text, end_name) + 1)
+        _, end = decode_json(text, value_at)
+        stop = _skip_space(text, end)
+        new_name, value = edit(name)
+        if new_name:
+            key = text[start:end_name] if new_name == name else text[start:at] + json.dumps(new_name)
+            members.append(
+                key + text[end_name:value_at] + (text[value_at:end] if value is None else value) + text[end:stop]
+            )
+        at = stop + 1
+    members += [json.dumps(name) + ":" + json.dumps(value) for name, value in more.items()]
+    return (text[:first] + ",".join(members) + text[at - 1 :]).encode("utf-8", "surrogatepass")
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -2999,17 +3018,48 @@ class Controller(Protocol):
         """A fresh exchange for `request`, not started."""
 
 
+class ParamEdits:
+    """What an account wants changed in the outermost keys of a request: left out, renamed, added."""
+
+    __slots__ = ("drop", "extra", "rename")
+
+    def __init__(self, account: AccountConfig) -> None:
+        self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
+        self.extra = dict(account.extra_body)
+
+    def __bool__(self) -> bool:
+        return bool(self.drop or self.rename or self.extra)
+
+    def apply(self, body: bytes, data: "dict[str, Any]") -> bytes:
+        """`body`, which says `data`, as the account wants it; the same object where nothing of it is meant."""
+        if not (self.extra or self.drop & data.keys() or self.rename.keys() & data.keys()):
+            return body
+        # Of an old and a new name for one thing the one that is renamed counts: clients send the other for servers
+        # that know nothing better.
+        taken = {self.rename[name] for name in self.rename.keys() & data.keys() - self.drop}
+        return edit_members(body, lambda name: (self._name(name, taken), None), self.extra)
+
+    def _name(self, name: str, taken: "set[str]") -> str:
+        if name in self.drop or (name in taken and name not in self.rename):
+            return ""
+        name = self.rename.get(name, name)
+        return "" if name in self.extra else name
+
+
 class OpenAIController:
     """An account that speaks OpenAI's API, at any base URL (openai-openapi; PROVIDERS: vendors alike)."""
 
     def __init__(self, config: ControllerConfig) -> None:
         account = config.account
         self.origin, self.prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
+        self.chat_path = account.chat_path
         self.model_map = dict(config.model_map)
+        self.edits = ParamEdits(account) or None
         self.whole_timeouts = with_first_byte(config.timeouts, 600.0)
         self.stream_timeouts = with_first_byte(config.timeouts, 120.0)
         self.overrides = frozenset(name.lower().encode() for name, _ in account.headers)
         self.fixed = self._fixed_fields(account)
+        self.hidden = self.overrides | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
         self.starts: "dict[str, bytes]" = {}
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
@@ -3024,7 +3074,9 @@ class OpenAIController:
         model = self.model_map.get(request.model)
         if model is not None and request.data:
             body = replace_model(body, model)
-        lines = without(request.lines, self.overrides) if self.overrides else request.lines
+        if self.edits is not None and request.data:
+            body = self.edits.apply(body, request.data)
+        lines = without(request.lines, self.hidden) if self.hidden else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
         return b"".join((self._start(request), *lines, length)), body
 
@@ -3041,6 +3093,8 @@ class OpenAIController:
         return found
 
     def _line(self, method: str, path: str) -> bytes:
+        path, mark, query = path.partition("?")
+        path = (self.chat_path if path == CHAT_PATH else path) + mark + query
         target = urllib.parse.quote(self.prefix, safe="/%:@!$&'()*+,;=~") + path
         if self.origin.proxy and self.origin.scheme == "http":
             target = "http://" + self.origin.authority + target  # absolute-form, RFC 9112, 3.2.2
@@ -3049,7 +3103,7 @@ class OpenAIController:
     def _fixed_fields(self, account: AccountConfig) -> bytes:
         fields = [("Host", self.origin.authority), ("Accept-Encoding", "identity")]
         if account.api_key:
-            fields.append(("Authorization", "Bearer " + account.api_key.reveal()))
+            fields.append((account.auth_header, (account.auth_scheme + " " + account.api_key.reveal()).lstrip()))
         if account.organization:
             fields.append(("OpenAI-Organization", account.organization))
         if account.project:

@@ -128,6 +128,79 @@ def test_bodies_in_utf_16_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("account", "line"),
+    [
+        ({"auth_header": "api-key", "auth_scheme": ""}, b"api-key: sk-test-key-0000"),
+        ({"auth_scheme": "Key"}, b"Authorization: Key sk-test-key-0000"),
+        ({"auth_header": "X-Goog-Api-Key", "auth_scheme": ""}, b"X-Goog-Api-Key: sk-test-key-0000"),
+    ],
+)
+def test_where_the_key_goes(account: dict[str, Any], line: bytes) -> None:
+    """Header and scheme are the configuration's; a client cannot add a second value."""
+    lines = head_of(controller(account), request(lines=[b"x-goog-api-key: theirs\r\n", b"X-A: b\r\n"]))
+    assert lines[3] == line and b"X-A: b" in lines
+    assert (b"x-goog-api-key: theirs" in lines) == (b"X-Goog" not in line)
+
+
+def test_an_empty_key_is_not_sent() -> None:
+    """A server without keys sees no empty header."""
+    assert not any(b"uthoriz" in line for line in head_of(controller({"api_key": ""}), request()))
+
+
+def test_chat_path() -> None:
+    """The configured path takes the place of the chat's own, query or not, and of no other."""
+    one = controller({"chat_path": "/chat"})
+    assert head_of(one, request())[0] == b"POST /v1/chat HTTP/1.1"
+    assert head_of(one, request(query="a=/chat/completions"))[0] == b"POST /v1/chat?a=/chat/completions HTTP/1.1"
+    assert head_of(one, request(path="/embeddings"))[0] == b"POST /v1/embeddings HTTP/1.1"
+
+
+PARAMS = {"drop_params": ["user", "seed"], "rename_params": {"max_completion_tokens": "max_tokens"}}
+
+
+def edited(account: dict[str, Any], body: bytes, **more: Any) -> bytes:
+    """What an account gets of a body."""
+    head, sent = controller(account, **more).message(request(json.loads(body), body=body))
+    assert head.endswith(b"\r\nContent-Length: %d\r\n\r\n" % len(sent))
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("account", "body", "sent"),
+    [
+        (PARAMS, b'{"model" : "m","user":"u", "messages":[]}', b'{"model" : "m", "messages":[]}'),
+        (PARAMS, b'{"user":"u","model":"m","messages":[],"seed":1}', b'{"model":"m","messages":[]}'),
+        (PARAMS, b'{ "max_completion_tokens": 1e1 ,"model":"m"}', b'{ "max_tokens": 1e1 ,"model":"m"}'),
+        (PARAMS, b'{"max_tokens":1,"max_completion_tokens":2}', b'{"max_tokens":2}'),
+        (PARAMS, b'{"max_completion_tokens":2,"max_tokens":1}', b'{"max_tokens":2}'),
+        (PARAMS, b'{"a":"\\ud800","seed":[{"seed":"}"}],"b":1.0}', b'{"a":"\\ud800","b":1.0}'),
+        ({"rename_params": {"a": "b", "b": "a"}}, b'{"a":1,"b":2}', b'{"b":1,"a":2}'),
+        ({"extra_body": {"top_k": 5}}, b'{"model":"m"}', b'{"model":"m","top_k":5}'),
+        ({"extra_body": {"top_k": 5}}, b'{"top_k":1,"model":"m"}\n', b'{"model":"m","top_k":5}\n'),
+        ({"extra_body": {"b": None}, "rename_params": {"a": "b"}}, b'{"a":1,"c":2}', b'{"c":2,"b":null}'),
+        ({"drop_params": ["a"], "extra_body": {"a": {"x": "\u00e9"}}}, b'{"a":1}', b'{"a":{"x": "\\u00e9"}}'),
+        ({"drop_params": ["a"]}, b'{"a":1}', b"{}"),
+    ],
+)
+def test_edited_params(account: dict[str, Any], body: bytes, sent: bytes) -> None:
+    """Outermost keys are left out, renamed, added in this order; every other byte stays."""
+    assert edited(account, body) == sent
+
+
+@pytest.mark.parametrize("body", [b'{"model": "m",  "messages":[{"user":1}]}', b'{"x":{"max_completion_tokens":1}}'])
+def test_bodies_that_no_edit_means_go_as_they_came(body: bytes) -> None:
+    """Inner keys are no params, and the body is handed on as the very same object."""
+    asked = request(json.loads(body), body=body)
+    assert controller(PARAMS).message(asked)[1] is asked.body
+
+
+def test_edits_and_a_mapped_model() -> None:
+    """Both apply to one body."""
+    sent = edited(PARAMS, b'{"model":"fast","user":"u"}', model_map={"fast": "slow"})
+    assert sent == b'{"model":"slow"}'
+
+
+@pytest.mark.parametrize(
     ("before", "after"),
     [
         (b'"messages":[{"model":"no","content":"\\"model\\":\\"x\\""}],', b""),
