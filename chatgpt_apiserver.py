@@ -211,7 +211,7 @@ def compact_json(value: "Any") -> bytes:
 # allowed. `Section` hands keys out one by one, so that what nobody asked for is a typing error by definition.
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
-CONTROLLER_TYPES = ("openai", "echo")
+CONTROLLER_TYPES = ("openai", "echo")  # and those of PRESETS
 ENDPOINTS = ("inference", "objects", "*")
 FRAMING_FIELDS = frozenset("host content-length transfer-encoding connection expect upgrade te trailer".split())
 SCALARS = ("host", "port", "drain_delay", "drain_timeout")  # at the top level; the rest are objects and lists
@@ -221,6 +221,43 @@ CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "config", "/etc/chatgpt-apiserver")
 ENV = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
+_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # the API knows only the older name, and ignores or refuses others
+# Vendors that speak OpenAI's API: what the `config` of an openai controller must say of them. Words in braces stand for
+# further keys of it.
+PRESETS: "dict[str, dict[str, Any]]" = {
+    "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
+    "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
+    "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
+    "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
+    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1"},
+    "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1"},
+    "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"},
+    "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
+    "fireworks": {"base_url": "https://api.fireworks.ai/inference/v1"},
+    "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai"},
+    "groq": {"base_url": "https://api.groq.com/openai/v1"},
+    "huggingface": {"base_url": "https://router.huggingface.co/v1"},
+    "llamacpp": {"base_url": "http://localhost:8080/v1"},
+    "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
+    "mistral": {
+        "base_url": "https://api.mistral.ai/v1",
+        "rename_params": {"max_completion_tokens": "max_tokens", "seed": "random_seed"},
+        "drop_params": ["stream_options"],  # was refused, and usage comes without it
+    },
+    "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
+    "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
+    "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
+    "ollama": {"base_url": "http://localhost:11434/v1", "rename_params": _OLD_LIMIT},
+    "openrouter": {"base_url": "https://openrouter.ai/api/v1"},
+    "perplexity": {"base_url": "https://api.perplexity.ai", "rename_params": _OLD_LIMIT},
+    "sglang": {"base_url": "http://localhost:30000/v1"},
+    "tgi": {"base_url": "http://localhost:8080/v1"},
+    "together": {"base_url": "https://api.together.xyz/v1"},
+    "vllm": {"base_url": "http://localhost:8000/v1"},
+    "xai": {"base_url": "https://api.x.ai/v1"},
+    "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
+    "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
+}
 
 
 class Secret:
@@ -708,7 +745,7 @@ def check_quota_group(section: Section, controller: ControllerConfig, others: "l
 
 def parse_controller(section: Section, number: int) -> ControllerConfig:
     """One of the `controllers`; its `config` may stand in a file of its own."""
-    kind = section.text("type", "openai", CONTROLLER_TYPES)
+    kind = parse_type(section)
     account = section.section("config")
     if section.take("config_file"):
         if section.take("config"):
@@ -727,6 +764,16 @@ def parse_controller(section: Section, number: int) -> ControllerConfig:
     )
     section.close()
     return controller
+
+
+def parse_type(section: Section) -> str:
+    """A controller's type. The vendors are too many for a message, so that only the nearest is named."""
+    kind = section.text("type", "openai")
+    if kind not in CONTROLLER_TYPES and kind not in PRESETS:
+        hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
+        known = " | ".join((*CONTROLLER_TYPES, "a vendor that README.md names"))
+        raise section.error("type", kind, known + (" (%s)" % hint if hint.startswith("did") else ""))
+    return kind
 
 
 def parse_quota_limits(section: Section) -> QuotaLimits:
@@ -761,16 +808,37 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
             delay=section.number("delay", 0, 0, 600), first_delay=section.number("first_delay", 0, 0, 3600)
         )
     else:
-        account = parse_openai_account(section)
+        own = bool(section.data.get("base_url"))
+        section.data = with_preset(section, PRESETS.get(kind, {}))
+        account = parse_openai_account(section, own)
     section.close()
     return account
 
 
-def parse_openai_account(section: Section) -> AccountConfig:
-    """The `config` of an openai controller. Only a base_url of the user's own may do without a key."""
+def with_preset(section: Section, preset: "dict[str, Any]") -> "dict[str, Any]":
+    """What `section` says over what `preset` says. One that names a header for its key means the scheme, too."""
+    said = {key: value for key, value in section.data.items() if value not in (None, "") or key not in preset}
+    found = {**preset, **said}
+    if "auth_header" in said and "auth_scheme" not in section.data:
+        found.pop("auth_scheme", None)
+    if "base_url" in preset and "base_url" not in said:
+        found["base_url"] = re.sub(r"\{(\w+)\}", lambda word: parse_word(section, word.group(1)), preset["base_url"])
+    return found
+
+
+def parse_word(section: Section, key: str) -> str:
+    """A part of a vendor's address that the user has to name."""
+    word = section.text(key)
+    if not re.fullmatch(r"[0-9A-Za-z_-]+", word):
+        raise section.error(key, word, "the %s that is part of the address: letters, digits, - and _" % key)
+    return word
+
+
+def parse_openai_account(section: Section, own: bool) -> AccountConfig:
+    """The `config` of an openai controller. Only a base_url of the user's `own` or a local one may do without a key."""
     base_url = section.text("base_url") or OPENAI_URL
     key = section.secret("api_key")
-    if not key and base_url.startswith("https://api.openai.com"):
+    if not key and (base_url.startswith(OPENAI_URL[:22]) or not (own or base_url.startswith("http://localhost"))):
         raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
     headers = section.section("headers")
     chat_path = section.text("chat_path", AccountConfig.chat_path)
@@ -3237,6 +3305,7 @@ class EchoController:
 
 
 CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
+    **dict.fromkeys(PRESETS, OpenAIController),
     "openai": OpenAIController,
     "echo": EchoController,
 }
