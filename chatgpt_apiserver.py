@@ -141,6 +141,14 @@ class ConfigError(Exception):
     """A configuration that cannot be used: file, path, what was found, what is allowed."""
 
 
+class Untranslatable(ProxyError):
+    """A request that one kind of account has no words for. `field`: the path of what is at fault, `why` the reason."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(400, "%s %s" % (field, why), "unsupported_parameter", param=field)
+        self.field, self.why = field, why
+
+
 class UpstreamError(Exception):
     """An attempt that brought no answer. `sent`: whether the upstream may have seen the request."""
 
@@ -211,7 +219,7 @@ def compact_json(value: "Any") -> bytes:
 # allowed. `Section` hands keys out one by one, so that what nobody asked for is a typing error by definition.
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
-CONTROLLER_TYPES = ("openai", "echo")  # and those of PRESETS
+CONTROLLER_TYPES = ("openai", "azure", "echo")  # and those of PRESETS
 ENDPOINTS = ("inference", "objects", "*")
 FRAMING_FIELDS = frozenset("host content-length transfer-encoding connection expect upgrade te trailer".split())
 SCALARS = ("host", "port", "drain_delay", "drain_timeout")  # at the top level; the rest are objects and lists
@@ -221,7 +229,10 @@ CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "config", "/etc/chatgpt-apiserver")
 ENV = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
+AZURE_API_VERSION = "2024-10-21"  # the newest stable one of the classic surface
 _OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # the API knows only the older name, and ignores or refuses others
+# Accounts that are unlike OpenAI's: what their `config` says when the user says nothing else.
+DIALECTS: "dict[str, dict[str, Any]]" = {"azure": {"auth_header": "api-key", "auth_scheme": ""}}
 # Vendors that speak OpenAI's API: what the `config` of an openai controller must say of them. Words in braces stand for
 # further keys of it.
 PRESETS: "dict[str, dict[str, Any]]" = {
@@ -354,7 +365,7 @@ class AccountConfig(Record):
 
     `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
     place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
-    name; then `extra_body` is added, in place of what the client said.
+    name; then `extra_body` is added, in place of what the client said. `api_version` is Azure's.
     """
 
     api_key: Secret = NO_SECRET
@@ -367,6 +378,7 @@ class AccountConfig(Record):
     auth_header: str = "Authorization"
     auth_scheme: str = "Bearer"
     chat_path: str = "/chat/completions"
+    api_version: str = ""
     drop_params: "tuple[str, ...]" = ()
     rename_params: "tuple[tuple[str, str], ...]" = ()
     extra_body: "tuple[tuple[str, Any], ...]" = ()
@@ -808,9 +820,11 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
             delay=section.number("delay", 0, 0, 600), first_delay=section.number("first_delay", 0, 0, 3600)
         )
     else:
-        own = bool(section.data.get("base_url"))
-        section.data = with_preset(section, PRESETS.get(kind, {}))
+        own = bool(section.data.get("base_url")) and kind != "azure"
+        section.data = with_preset(section, PRESETS.get(kind) or DIALECTS.get(kind, {}))
         account = parse_openai_account(section, own)
+        if kind == "azure":
+            account = account.replace(api_version=check_azure(section, account.base_url))
     section.close()
     return account
 
@@ -859,6 +873,17 @@ def parse_openai_account(section: Section, own: bool) -> AccountConfig:
         rename_params=parse_renames(section),
         extra_body=parse_extra_body(section),
     )
+
+
+def check_azure(section: Section, base_url: str) -> str:
+    """Azure's version, if base_url is a resource's and that is a version."""
+    if base_url == OPENAI_URL or "/deployments" in base_url:
+        found = section.data.get("base_url") or "nothing"
+        raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
+    version = section.text("api_version")
+    if not re.fullmatch(r"[0-9A-Za-z-]*", version):
+        raise section.error("api_version", version, "a date such as %s" % AZURE_API_VERSION)
+    return version
 
 
 def check_scheme(section: Section) -> str:
@@ -3183,6 +3208,39 @@ class OpenAIController:
         return render_fields(lines) + (proxy_authorization(self.origin.proxy) if proxied else b"")
 
 
+# What Azure's classic surface serves below a deployment (openai-python, lib/azure.py); all else stands beside them.
+_AZURE_DEPLOYED = frozenset(
+    "/completions /chat/completions /embeddings /audio/transcriptions /audio/translations /audio/speech"
+    " /images/generations /images/edits".split()
+)
+
+
+class AzureController(OpenAIController):
+    """A resource of Azure OpenAI: its path names deployment and version.
+
+    A base_url that ends in /openai/v1 is the newer surface, where the body's model is the deployment.
+    """
+
+    def __init__(self, config: ControllerConfig) -> None:
+        super().__init__(config)
+        self.api_version, self.deploys = config.account.api_version, not self.prefix.endswith("/openai/v1")
+        if self.deploys:
+            self.api_version = self.api_version or AZURE_API_VERSION
+            self.prefix = self.prefix.removesuffix("/openai") + "/openai"
+
+    def _start(self, request: ApiRequest) -> bytes:
+        path, parts = request.path, [part for part in request.query.split("&") if part[:12] != "api-version="]
+        if self.deploys and path in _AZURE_DEPLOYED:
+            deployment = self.model_map.get(request.model, request.model)
+            if not deployment.strip("."):  # would lead elsewhere
+                raise Untranslatable("model", "is no deployment's name.")
+            path = "/deployments/" + urllib.parse.quote(deployment, "") + path
+        if self.api_version:
+            parts.append("api-version=" + self.api_version)
+        query = "&".join(filter(None, parts))
+        return self._line(request.method, path + "?" * bool(query) + query) + self.fixed
+
+
 def with_first_byte(timeouts: Timeouts, default_s: float) -> Timeouts:
     """`timeouts` with the time to the first byte that this kind of answer needs."""
     return timeouts if timeouts.first_byte is not None else timeouts.replace(first_byte=default_s)
@@ -3307,6 +3365,7 @@ class EchoController:
 CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
     **dict.fromkeys(PRESETS, OpenAIController),
     "openai": OpenAIController,
+    "azure": AzureController,
     "echo": EchoController,
 }
 
@@ -4087,7 +4146,10 @@ class Seat:
 
     def __init__(self, upstream: Upstream, model: str) -> None:
         self.upstream, self.model = upstream, model
-        self.ledger = upstream.quota.ledger(dict(upstream.config.model_map).get(model, model))
+        name = dict(upstream.config.model_map).get(model, model)
+        if upstream.config.type == "azure":  # each deployment has a quota of its own, whatever its name ends in
+            upstream.quota.rename(name, name)
+        self.ledger = upstream.quota.ledger(name)
         self.lacks_until = 0.0
         self.times: "tuple[deque[float], deque[float]]" = (deque(maxlen=SAMPLES), deque(maxlen=SAMPLES))
 
@@ -5942,7 +6004,8 @@ class Server:
     async def _all_models(self) -> "list[dict[str, Any]]":
         """The configured models, and those of the upstreams that have no list; the first of each name."""
         found = {name: model_object(name) for name in self.pool.configured_models()}
-        open_ended = [one for one in self.pool.upstreams if not one.config.models and one.config.type != "echo"]
+        silent = ("echo", "azure")  # Azure lists what could be deployed
+        open_ended = [one for one in self.pool.upstreams if not (one.config.models or one.config.type in silent)]
         for models in await asyncio.gather(*map(self._models_of, open_ended)):
             for model in models:
                 found.setdefault(model["id"], model)

@@ -15,7 +15,10 @@ def controller(account: "dict[str, Any] | None" = None, **more: Any) -> app.Open
     """An openai controller as a configuration makes it."""
     base = {"api_key": "sk-test-key-0000", "base_url": "https://up.example/v1"}
     one = dict({"type": "openai", "config": dict(base, **(account or {}))}, **more)
-    return app.OpenAIController(app.parse_config({"controllers": [one]}, "c.json", {}).controllers[0])
+    config = app.parse_config({"controllers": [one]}, "c.json", {}).controllers[0]
+    made = app.CONTROLLERS[config.type](config)
+    assert isinstance(made, app.OpenAIController)
+    return made
 
 
 def request(data: "dict[str, Any] | None" = None, lines: "list[bytes] | None" = None, **more: Any) -> app.ApiRequest:
@@ -338,6 +341,59 @@ def test_estimate_prompt(content: Any, tokens: int) -> None:
 def test_answer_limit(data: dict[str, Any], tokens: int) -> None:
     """The bound that the client sets, times the answers that it wants; nonsense counts as none."""
     assert app.answer_limit(data) == tokens
+
+
+CHAT = "/chat/completions"
+AZURE = "https://r.openai.azure.com"
+
+
+@pytest.mark.parametrize(
+    ("account", "path", "target"),
+    [
+        ({}, CHAT, "/openai/deployments/gpt%204%2F1/chat/completions?api-version=2024-10-21"),
+        ({"api_version": "v-preview"}, CHAT, "/openai/deployments/gpt%204%2F1/chat/completions?api-version=v-preview"),
+        (
+            {"base_url": AZURE + "/openai/"},
+            "/embeddings?api-version=1&a=b",
+            "/openai/deployments/gpt%204%2F1/embeddings?a=b&api-version=2024-10-21",
+        ),
+        ({"base_url": "https://g.example/t"}, "/files?limit=2", "/t/openai/files?limit=2&api-version=2024-10-21"),
+        ({"base_url": AZURE + "/openai/v1"}, CHAT, "/openai/v1/chat/completions"),
+        (
+            {"base_url": AZURE + "/openai/v1/", "api_version": "preview"},
+            "/responses",
+            "/openai/v1/responses?api-version=preview",
+        ),
+        ({"base_url": AZURE + "/openai/v1"}, "/files?limit=2", "/openai/v1/files?limit=2"),
+    ],
+)
+def test_azure_targets(account: dict[str, Any], path: str, target: str) -> None:
+    """The classic surface names deployment and version, the newer one neither; the version is never the client's."""
+    one = controller({"base_url": AZURE, **account}, type="azure", model_map={"m": "gpt 4/1"})
+    path, _, query = path.partition("?")
+    asked = request(path=path, query=query)
+    assert head_of(one, asked)[0] == f"POST {target} HTTP/1.1".encode()
+    assert json.loads(one.message(asked)[1])["model"] == "gpt 4/1"
+
+
+@pytest.mark.parametrize("model", [".", ".."])
+def test_azure_paths_stay_below_the_deployments(model: str) -> None:
+    """A model cannot lead to another path of the resource."""
+    with pytest.raises(app.Untranslatable, match="model"):
+        controller({"base_url": AZURE}, type="azure").message(request({"model": model, "messages": MESSAGES}))
+
+
+@pytest.mark.parametrize(
+    ("account", "line"),
+    [
+        ({}, b"api-key: sk-test-key-0000"),
+        ({"auth_header": "Authorization"}, b"Authorization: Bearer sk-test-key-0000"),
+        ({"auth_header": "Ocp-Apim-Subscription-Key", "auth_scheme": ""}, b"Ocp-Apim-Subscription-Key: sk-test-key-0000"),
+    ],
+)
+def test_azure_keys(account: dict[str, Any], line: bytes) -> None:
+    """A key has a header of its own; an Entra token is a bearer; a gateway may want another header."""
+    assert head_of(controller({"base_url": AZURE, **account}, type="azure"), request())[3] == line
 
 
 async def echo(data: dict[str, Any]) -> tuple[list[bytes], list[str], app.ResponseHead]:
