@@ -9,13 +9,13 @@ Copy this file to a machine that has Python 3.11 or newer, start it, and point a
 
 The way of a request, top to bottom, and the sections of this file that it passes:
 
-    client --> Server: read head and body, doors, route                        (4, 6, 13)
-           --> Relay: one attempt after the other until one answers            (12)
-                 --> Balancing: who has room now? nobody: wait in line         (10, 11)
-                 --> Controllers: what this account's request looks like       (8)
+    client --> Server: read head and body, doors, route                        (4, 6, 14)
+           --> Relay: one attempt after the other until one answers            (13)
+                 --> Balancing: who has room now? nobody: wait in line         (11, 12)
+                 --> Controllers: what this account's request looks like       (8, 9)
                  --> Upstream connections: a pooled or fresh connection        (7)
-                 --> Outcomes: what did it say, may another be asked?          (9)
-           <-- Relay: hold until the first real event, then every byte at once (5, 12)
+                 --> Outcomes: what did it say, may another be asked?          (10)
+           <-- Relay: hold until the first real event, then every byte at once (5, 13)
 
 Each section uses only what stands above it:
 
@@ -26,13 +26,14 @@ Each section uses only what stands above it:
     5. Server-sent events
     6. Timed streams
     7. Upstream connections
-    8. Controllers
-    9. Outcomes
-    10. Quotas and health
-    11. Balancing
-    12. Relay
-    13. Server
-    14. Command line
+    8. Translations
+    9. Controllers
+    10. Outcomes
+    11. Quotas and health
+    12. Balancing
+    13. Relay
+    14. Server
+    15. Command line
 """
 
 import sys
@@ -116,7 +117,7 @@ log = logging.getLogger("chatgpt_apiserver")
 
 # ==== 1. Errors ====
 # Every way to fail, with what a client is told. `error_body` is the only place that turns an error into JSON. Upstream
-# errors say nothing of retries: section 9 judges them, in one function.
+# errors say nothing of retries: section 10 judges them, in one function.
 
 
 class ProxyError(Exception):
@@ -142,6 +143,18 @@ class BadMessage(ProxyError):
 
 class ConfigError(Exception):
     """A configuration that cannot be used: file, path, what was found, what is allowed."""
+
+
+class Untranslatable(ProxyError):
+    """A request that one account has no words for. `field`: the path of what is at fault, `why` the reason.
+
+    Nothing was sent and nobody is to blame: the next controller is asked, whatever its type, as even one of the same
+    may have other `drop_params`. Where none can say it the client gets this error.
+    """
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(400, "%s %s" % (field, why), "unsupported_parameter", param=field)
+        self.field, self.why = field, why
 
 
 class UpstreamError(Exception):
@@ -214,7 +227,7 @@ def compact_json(value: "Any") -> bytes:
 # allowed. `Section` hands keys out one by one, so that what nobody asked for is a typing error by definition.
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
-CONTROLLER_TYPES = ("openai", "echo")
+CONTROLLER_TYPES = ("openai", "azure", "anthropic", "echo")  # and those of PRESETS
 ENDPOINTS = ("inference", "objects", "*")
 FRAMING_FIELDS = frozenset("host content-length transfer-encoding connection expect upgrade te trailer".split())
 SCALARS = ("host", "port", "drain_delay", "drain_timeout")  # at the top level; the rest are objects and lists
@@ -224,6 +237,55 @@ CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "config", "/etc/chatgpt-apiserver")
 ENV = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
+AZURE_API_VERSION = "2024-10-21"  # the newest stable one of the classic surface
+_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # the API knows only the older name, and ignores or refuses others
+# Accounts that are unlike OpenAI's: what their `config` says when the user says nothing else.
+DIALECTS: "dict[str, dict[str, Any]]" = {
+    "azure": {"auth_header": "api-key", "auth_scheme": ""},
+    "anthropic": {
+        "base_url": "https://api.anthropic.com/v1",
+        "auth_header": "x-api-key",
+        "auth_scheme": "",
+        "chat_path": "/messages",
+    },
+}
+THINKING = ("effort", "adaptive", "budget")  # what reasoning_effort becomes at Anthropic: `to_messages` says it
+# Vendors that speak OpenAI's API: what the `config` of an openai controller must say of them. Words in braces stand for
+# further keys of it.
+PRESETS: "dict[str, dict[str, Any]]" = {
+    "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
+    "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
+    "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
+    "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
+    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1"},
+    "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1"},
+    "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"},
+    "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
+    "fireworks": {"base_url": "https://api.fireworks.ai/inference/v1"},
+    "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai"},
+    "groq": {"base_url": "https://api.groq.com/openai/v1"},
+    "huggingface": {"base_url": "https://router.huggingface.co/v1"},
+    "llamacpp": {"base_url": "http://localhost:8080/v1"},
+    "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
+    "mistral": {
+        "base_url": "https://api.mistral.ai/v1",
+        "rename_params": {"max_completion_tokens": "max_tokens", "seed": "random_seed"},
+        "drop_params": ["stream_options"],  # was refused, and usage comes without it
+    },
+    "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
+    "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
+    "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
+    "ollama": {"base_url": "http://localhost:11434/v1", "rename_params": _OLD_LIMIT},
+    "openrouter": {"base_url": "https://openrouter.ai/api/v1"},
+    "perplexity": {"base_url": "https://api.perplexity.ai", "rename_params": _OLD_LIMIT},
+    "sglang": {"base_url": "http://localhost:30000/v1"},
+    "tgi": {"base_url": "http://localhost:8080/v1"},
+    "together": {"base_url": "https://api.together.xyz/v1"},
+    "vllm": {"base_url": "http://localhost:8000/v1"},
+    "xai": {"base_url": "https://api.x.ai/v1"},
+    "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
+    "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
+}
 
 
 class Secret:
@@ -320,7 +382,8 @@ class AccountConfig(Record):
 
     `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
     place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
-    name; then `extra_body` is added, in place of what the client said.
+    name; then `extra_body` is added, in place of what the client said. `api_version` is Azure's; `thinking` is
+    Anthropic's, and so is `max_tokens`, the limit where the client sets none.
     """
 
     api_key: Secret = NO_SECRET
@@ -333,6 +396,9 @@ class AccountConfig(Record):
     auth_header: str = "Authorization"
     auth_scheme: str = "Bearer"
     chat_path: str = "/chat/completions"
+    api_version: str = ""
+    max_tokens: int = 4096
+    thinking: str = THINKING[0]
     drop_params: "tuple[str, ...]" = ()
     rename_params: "tuple[tuple[str, str], ...]" = ()
     extra_body: "tuple[tuple[str, Any], ...]" = ()
@@ -711,7 +777,7 @@ def check_quota_group(section: Section, controller: ControllerConfig, others: "l
 
 def parse_controller(section: Section, number: int) -> ControllerConfig:
     """One of the `controllers`; its `config` may stand in a file of its own."""
-    kind = section.text("type", "openai", CONTROLLER_TYPES)
+    kind = parse_type(section)
     account = section.section("config")
     if section.take("config_file"):
         if section.take("config"):
@@ -730,6 +796,16 @@ def parse_controller(section: Section, number: int) -> ControllerConfig:
     )
     section.close()
     return controller
+
+
+def parse_type(section: Section) -> str:
+    """A controller's type. The vendors are too many for a message, so that only the nearest is named."""
+    kind = section.text("type", "openai")
+    if kind not in CONTROLLER_TYPES and kind not in PRESETS:
+        hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
+        known = " | ".join((*CONTROLLER_TYPES, "a vendor that README.md names"))
+        raise section.error("type", kind, known + (" (%s)" % hint if hint.startswith("did") else ""))
+    return kind
 
 
 def parse_quota_limits(section: Section) -> QuotaLimits:
@@ -764,16 +840,45 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
             delay=section.number("delay", 0, 0, 600), first_delay=section.number("first_delay", 0, 0, 3600)
         )
     else:
-        account = parse_openai_account(section)
+        own = bool(section.data.get("base_url")) and kind != "azure"
+        section.data = with_preset(section, PRESETS.get(kind) or DIALECTS.get(kind, {}))
+        account = parse_openai_account(section, own, kind != "anthropic")
+        if kind == "azure":
+            account = account.replace(api_version=check_azure(section, account.base_url))
+        elif kind == "anthropic":
+            most = section.whole("max_tokens", AccountConfig.max_tokens, 1, 10**7)
+            account = account.replace(max_tokens=most, thinking=section.text("thinking", THINKING[0], THINKING))
     section.close()
     return account
 
 
-def parse_openai_account(section: Section) -> AccountConfig:
-    """The `config` of an openai controller. Only a base_url of the user's own may do without a key."""
+def with_preset(section: Section, preset: "dict[str, Any]") -> "dict[str, Any]":
+    """What `section` says over what `preset` says. One that names a header for its key means the scheme, too."""
+    said = {key: value for key, value in section.data.items() if value not in (None, "") or key not in preset}
+    found = {**preset, **said}
+    if "auth_header" in said and "auth_scheme" not in section.data:
+        found.pop("auth_scheme", None)
+    if "base_url" in preset and "base_url" not in said:
+        found["base_url"] = re.sub(r"\{(\w+)\}", lambda word: parse_word(section, word.group(1)), preset["base_url"])
+    return found
+
+
+def parse_word(section: Section, key: str) -> str:
+    """A part of a vendor's address that the user has to name."""
+    word = section.text(key)
+    if not re.fullmatch(r"[0-9A-Za-z_-]+", word):
+        raise section.error(key, word, "the %s that is part of the address: letters, digits, - and _" % key)
+    return word
+
+
+def parse_openai_account(section: Section, own: bool, alike: bool) -> AccountConfig:
+    """The `config` of an openai controller, or of one that is not `alike` enough to have all of its keys.
+
+    Only a base_url of the user's `own` or a local one may do without a key.
+    """
     base_url = section.text("base_url") or OPENAI_URL
     key = section.secret("api_key")
-    if not key and base_url.startswith("https://api.openai.com"):
+    if not key and (base_url.startswith(OPENAI_URL[:22]) or not (own or base_url.startswith("http://localhost"))):
         raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
     headers = section.section("headers")
     chat_path = section.text("chat_path", AccountConfig.chat_path)
@@ -782,8 +887,8 @@ def parse_openai_account(section: Section) -> AccountConfig:
     return AccountConfig(
         api_key=key,
         base_url=check_url(section, "base_url", base_url, ("http", "https")),
-        organization=section.text("organization"),
-        project=section.text("project"),
+        organization=section.text("organization") if alike else "",
+        project=section.text("project") if alike else "",
         proxy=parse_proxy(section),
         ca_file=check_ca_file(section),
         headers=tuple((check_field_name(headers, name, name), headers.secret(name)) for name in headers.data),
@@ -791,9 +896,20 @@ def parse_openai_account(section: Section) -> AccountConfig:
         auth_scheme=check_scheme(section),
         chat_path=chat_path,
         drop_params=check_params(section, "drop_params", section.strings("drop_params")),
-        rename_params=parse_renames(section),
+        rename_params=parse_renames(section) if alike else (),
         extra_body=parse_extra_body(section),
     )
+
+
+def check_azure(section: Section, base_url: str) -> str:
+    """Azure's version, if base_url is a resource's and that is a version."""
+    if base_url == OPENAI_URL or "/deployments" in base_url:
+        found = section.data.get("base_url") or "nothing"
+        raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
+    version = section.text("api_version")
+    if not re.fullmatch(r"[0-9A-Za-z-]*", version):
+        raise section.error("api_version", version, "a date such as %s" % AZURE_API_VERSION)
+    return version
 
 
 def check_scheme(section: Section) -> str:
@@ -2834,9 +2950,611 @@ def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
     return UpstreamClosed("the upstream reset the connection before its reply", early=True)
 
 
-# ==== 8. Controllers ====
+# ==== 8. Translations ====
+# How another API says what OpenAI's says: Anthropic's Messages API. Pure functions: no I/O, no clock. What it has no
+# word for raises Untranslatable; nothing is dropped in silence. https://platform.claude.com/docs/en/api/messages, and
+# the types of anthropic-sdk-python.
+
+MESSAGES_VERSION = b"2023-06-01"
+MESSAGE_BYTES = 16_777_216  # a whole answer above this is not translated; the longest ones are a megabyte
+MESSAGES_THINKING_TOKENS = 16384  # the least limit where the client asks for reasoning, which counts towards it
+MESSAGES_BUDGET_MIN = 1024  # the smallest thinking budget that the API takes
+
+_NO_EQUIVALENT = "has no equivalent in Anthropic's Messages API."
+# Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
+_AS_THEY_ARE = ("model", "stream", "top_k", "thinking", "cache_control")
+# The last line's are hints: an answer without them is the same answer. stream_options speaks to our own translation.
+_TRANSLATED = frozenset(_AS_THEY_ARE) | frozenset(
+    "messages max_tokens max_completion_tokens temperature top_p stop user safety_identifier tools tool_choice"
+    " parallel_tool_calls response_format reasoning_effort"
+    " stream_options prompt_cache_key prompt_cache_options prompt_cache_retention".split()
+)
+# Values that ask for nothing but the default.
+_HARMLESS: "dict[str, tuple[Any, ...]]" = {
+    "n": (1,),
+    "store": (False,),
+    "metadata": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "functions": ([],),
+}
+_NOTHING: "tuple[Any, ...]" = (None, "", [], {}, False)
+# Of an answer that comes back these are passed over: the API believes only thinking that it signed.
+_OLD_THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details")
+_MESSAGE_FIELDS: "dict[str, tuple[str, ...]]" = {
+    "system": ("role", "content"),
+    "developer": ("role", "content"),
+    "user": ("role", "content"),
+    "assistant": ("role", "content", "refusal", "tool_calls", "annotations", *_OLD_THOUGHTS),
+    "tool": ("role", "content", "tool_call_id"),
+}
+_IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+_TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
+# reasoning_effort: the word for output_config.effort, and the budget of models that know no effort.
+_EFFORTS = {
+    "none": ("", 0),
+    "minimal": ("low", 1024),
+    "low": ("low", 2048),
+    "medium": ("medium", 4096),
+    "high": ("high", 8192),
+    "xhigh": ("xhigh", 16384),
+    "max": ("max", 32768),
+}
+_JSON_ONLY = "Answer with one valid JSON object and nothing else: no other text and no code fence."
+
+
+def to_messages(
+    data: "dict[str, Any]",
+    drop: "frozenset[str]",
+    max_tokens: int = AccountConfig.defaults["max_tokens"],
+    thinking: str = THINKING[0],
+) -> "dict[str, Any]":
+    """The Messages request that asks what the chat request `data` asks. Raises Untranslatable.
+
+    Fields named in `drop` are left out, wherever they stand; `max_tokens` is the limit when the client sets none.
+    `thinking` says what reasoning_effort becomes: "effort" (output_config.effort), "adaptive" (and thinking switched
+    on, for models where it is off by default), "budget" (for models that know no effort).
+    """
+    asked = {name: value for name, value in data.items() if value is not None and name not in drop}
+    for name, value in asked.items():
+        if name not in _TRANSLATED and value not in _HARMLESS.get(name, ()):
+            raise Untranslatable(name, _NO_EQUIVALENT)
+    out = {name: asked[name] for name in _AS_THEY_ARE if name in asked}
+    out["max_tokens"] = _answer_room(asked, max_tokens)
+    _add_turns(asked.get("messages"), drop, out)
+    _add_sampling(asked, out)
+    _add_tools(asked, out, drop)
+    _add_reasoning(asked, out, thinking)
+    _add_format(asked, out)
+    return out
+
+
+def _only(found: "Any", known: "Iterable[str]", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    """`found`, an object with no fields but `known` ones, empty ones and those in `drop`."""
+    if not isinstance(found, dict):
+        raise Untranslatable(where, "must be an object.")
+    for name, value in found.items():
+        if name not in known and name not in drop and value not in _NOTHING:
+            raise Untranslatable(where + "." + name, _NO_EQUIVALENT)
+    return found
+
+
+def _word(found: "dict[str, Any]", name: str, where: str) -> str:
+    """The text that `found` must have under `name`."""
+    value = found.get(name)
+    if not isinstance(value, str) or not value:
+        raise Untranslatable(where + "." + name, "must be a non-empty string.")
+    return value
+
+
+def _items(found: "Any", where: str) -> "list[Any]":
+    """`found`, which must be a list; null counts as empty."""
+    if found is not None and not isinstance(found, list):
+        raise Untranslatable(where, "must be a list.")
+    return found or []
+
+
+def _answer_room(asked: "dict[str, Any]", default: int) -> int:
+    """The client's limit on the answer, or the default one."""
+    for name in ("max_completion_tokens", "max_tokens"):
+        value = asked.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise Untranslatable(name, "must be a whole number above 0.")
+        return value
+    thinks = asked.get("reasoning_effort", "none") != "none" or "thinking" in asked
+    return max(default, MESSAGES_THINKING_TOKENS) if thinks else default
+
+
+def _add_turns(messages: "Any", drop: "frozenset[str]", out: "dict[str, Any]") -> None:
+    """Adds `messages`, and `system` where there is any: all system messages go to the top."""
+    system: "list[dict[str, Any]]" = []
+    turns: "list[dict[str, Any]]" = []
+    for place, message in enumerate(_items(messages, "messages")):
+        where = "messages[%d]" % place
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in _MESSAGE_FIELDS:
+            raise Untranslatable(where + ".role", "must be one of %s." % ", ".join(_MESSAGE_FIELDS))
+        blocks = _message_blocks(_only(message, _MESSAGE_FIELDS[role], where, drop), where, drop)
+        if role in ("system", "developer"):
+            system += blocks
+        elif blocks:
+            role = "user" if role == "tool" else role
+            if turns and turns[-1]["role"] == role:  # so all results of parallel calls share the one turn they must
+                turns[-1]["content"] += blocks
+            else:
+                turns.append({"role": role, "content": blocks})
+    if not turns:
+        raise Untranslatable("messages", "must hold a user message with content.")
+    _trim_prefill(turns[-1])
+    out["messages"] = turns
+    if system:
+        out["system"] = system
+
+
+def _trim_prefill(turn: "dict[str, Any]") -> None:
+    """Takes the white space from the end of a final assistant turn, which the API refuses."""
+    last = turn["content"][-1]
+    if turn["role"] == "assistant" and last["type"] == "text":
+        last["text"] = last["text"].rstrip()
+
+
+def _message_blocks(message: "dict[str, Any]", where: str, drop: "frozenset[str]") -> "list[dict[str, Any]]":
+    """The content blocks that one message becomes."""
+    content = message.get("content")
+    if message["role"] == "tool":
+        result: "dict[str, Any]" = {"type": "tool_result", "tool_use_id": _word(message, "tool_call_id", where)}
+        shown = content if isinstance(content, str) else _blocks(content, where + ".content", drop)
+        return [dict(result, content=shown) if shown else result]
+    blocks = _blocks(content, where + ".content", drop)
+    if message["role"] in ("system", "developer"):
+        for block in blocks:
+            if block["type"] != "text":
+                raise Untranslatable(where + ".content", "must be text in a %s message." % message["role"])
+    blocks += _blocks(message.get("refusal"), where + ".refusal", drop)
+    calls = _items(message.get("tool_calls"), where + ".tool_calls")
+    return blocks + [_tool_use(call, "%s.tool_calls[%d]" % (where, at), drop) for at, call in enumerate(calls)]
+
+
+def _blocks(content: "Any", where: str, drop: "frozenset[str]") -> "list[dict[str, Any]]":
+    """The blocks of a message's content; those without text are left out, as the API refuses them."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    blocks = [_block(part, "%s[%d]" % (where, place), drop) for place, part in enumerate(_items(content, where))]
+    return [block for block in blocks if block]
+
+
+def _block(part: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    """The block that a part becomes; an empty one where nothing is left of it."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or (kind not in _PARTS and kind not in drop):
+        raise Untranslatable(where, "is a part of a type that " + _NO_EQUIVALENT)
+    if kind in drop:
+        return {}
+    _only(part, ("type", kind, "cache_control"), where, drop)
+    block = _PARTS[kind](part.get(kind), where + "." + kind, drop)
+    if block and part.get("cache_control"):
+        block["cache_control"] = part["cache_control"]
+    return block
+
+
+def _text_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    if not isinstance(found, str):
+        raise Untranslatable(where, "must be a string.")
+    return {"type": "text", "text": found} if found.strip() else {}
+
+
+def _image_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    known = ("url", "detail") if isinstance(found, dict) and found.get("detail") in ("auto", "high") else ("url",)
+    url = _word(_only(found, known, where, drop), "url", where)
+    if url.startswith(("https://", "http://")):
+        return {"type": "image", "source": {"type": "url", "url": url}}
+    return {"type": "image", "source": _inline(url, where + ".url", _IMAGE_TYPES)}
+
+
+def _document_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    data = _word(_only(found, ("file_data", "filename"), where, drop), "file_data", where)
+    block = {"type": "document", "source": _inline(data, where + ".file_data", ("application/pdf",))}
+    return dict(block, title=found["filename"]) if found.get("filename") else block
+
+
+_PARTS: "dict[str, Callable[[Any, str, frozenset[str]], dict[str, Any]]]" = {
+    "text": _text_block,
+    "refusal": _text_block,
+    "image_url": _image_block,
+    "file": _document_block,
+}
+
+
+def _inline(url: str, where: str, allowed: "tuple[str, ...]") -> "dict[str, str]":
+    """The source that a data URL becomes."""
+    head, _, data = url.partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64"):
+        raise Untranslatable(where, "must be a data URL in base64" + (" or an https URL." if "png" in allowed else "."))
+    kind = head[5:-7].partition(";")[0].lower().replace("image/jpg", "image/jpeg")
+    if kind not in allowed:
+        raise Untranslatable(where, "must be of type %s." % " or ".join(allowed))
+    return {"type": "base64", "media_type": kind, "data": data}
+
+
+def _tool_use(call: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    """The block of an earlier tool call. `index` and Gemini's `extra_content` mean nothing here and are no loss."""
+    _only(call, ("id", "type", "function", "index", "extra_content"), where, drop)
+    function = _only(call.get("function"), ("name", "arguments"), where + ".function", drop)
+    try:
+        given = json.loads(function.get("arguments") or "{}")
+    except (ValueError, TypeError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise Untranslatable(where + ".function.arguments", "must be the text of a JSON object.")
+    name = _word(function, "name", where + ".function")
+    return {"type": "tool_use", "id": _word(call, "id", where), "name": name, "input": given}
+
+
+def _add_sampling(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
+    """Adds temperature, top_p, stop sequences and the user's name. Newer models refuse even defaults of the first two
+    together, and other values at all: 1, the default of both APIs, is not sent."""
+    heat = asked.get("temperature")
+    if heat is not None:
+        if isinstance(heat, bool) or not isinstance(heat, (int, float)) or not 0 <= heat <= 2:
+            raise Untranslatable("temperature", "must be a number from 0 to 2.")
+        if heat < 1:  # its scale ends at 1, to which Anthropic's own compatible endpoint lowers all above
+            out["temperature"] = heat
+    if asked.get("top_p", 1) != 1:
+        out["top_p"] = asked["top_p"]
+    stop = asked.get("stop")
+    stops = [stop] if isinstance(stop, str) else _items(stop, "stop")
+    if not all(isinstance(one, str) and one.strip() for one in stops):
+        raise Untranslatable("stop", "must be texts that are more than white space for Anthropic's Messages API.")
+    if stops:
+        out["stop_sequences"] = stops
+    user = asked.get("safety_identifier") or asked.get("user")
+    if user:
+        out["metadata"] = {"user_id": user}
+
+
+def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]", drop: "frozenset[str]") -> None:
+    """Adds tools and tool_choice."""
+    found = _items(asked.get("tools"), "tools")
+    tools = [_tool(tool, "tools[%d]" % place, drop) for place, tool in enumerate(found)]
+    choice = _tool_choice(asked.get("tool_choice", "auto"), drop)
+    if not tools:
+        if choice["type"] not in ("auto", "none"):
+            raise Untranslatable("tool_choice", "needs tools.")
+        blocks = [block for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
+        names = dict.fromkeys(block["name"] for block in blocks)
+        if not names:
+            return
+        # Where the history uses tools, gateways to the API want them defined; as at OpenAI, the answer calls none.
+        tools, choice = [{"name": name, "input_schema": _schema(None)} for name in names], {"type": "none"}
+    if asked.get("parallel_tool_calls") is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    out["tools"] = tools
+    if choice != {"type": "auto"}:
+        out["tool_choice"] = choice
+
+
+def _tool(tool: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    """The tool that a function becomes."""
+    found = _only(tool, ("type", "function", "cache_control"), where, drop).get("function")
+    where += ".function"
+    function = _only(found, ("name", "description", "parameters", "strict"), where, drop)
+    out = {"name": _word(function, "name", where), "input_schema": _schema(function.get("parameters"))}
+    out.update({name: function[name] for name in ("description", "strict") if function.get(name)})
+    return dict(out, cache_control=tool["cache_control"]) if tool.get("cache_control") else out
+
+
+def _schema(parameters: "Any") -> "Any":
+    """The input_schema for a function's parameters; the API demands an object's, even of a function without any."""
+    if not parameters:
+        return {"type": "object", "properties": {}}
+    return dict({"type": "object"}, **parameters) if isinstance(parameters, dict) else parameters
+
+
+def _tool_choice(choice: "Any", drop: "frozenset[str]") -> "dict[str, Any]":
+    """The API's tool_choice; "auto" is its default."""
+    if isinstance(choice, str) and choice in _TOOL_CHOICES:
+        return {"type": _TOOL_CHOICES[choice]}
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        raise Untranslatable("tool_choice", "must be none, auto, required or a function for Anthropic's Messages API.")
+    function = _only(choice.get("function"), ("name",), "tool_choice.function", drop)
+    return {"type": "tool", "name": _word(function, "name", "tool_choice.function")}
+
+
+def _add_reasoning(asked: "dict[str, Any]", out: "dict[str, Any]", thinking: str) -> None:
+    """Adds what reasoning_effort asks for; a `thinking` of the client's own stands."""
+    effort = asked.get("reasoning_effort")
+    if effort is None:
+        return
+    if not isinstance(effort, str) or effort not in _EFFORTS:
+        raise Untranslatable("reasoning_effort", "must be one of %s." % ", ".join(_EFFORTS))
+    word, budget = _EFFORTS[effort]
+    if not word:
+        out.setdefault("thinking", {"type": "disabled"})
+    elif thinking == "budget":
+        # Half of the room is for the answer. A turn that waits for tool results must begin with the thinking that led
+        # to the calls, signed, and chat clients cannot send that back: it goes on without.
+        room = out["max_tokens"]
+        budget = max(MESSAGES_BUDGET_MIN, min(budget, room // 2))
+        if budget >= room:
+            raise Untranslatable("reasoning_effort", "needs a max_tokens above %d." % MESSAGES_BUDGET_MIN)
+        if out["messages"][-1]["content"][0]["type"] != "tool_result":
+            out.setdefault("thinking", {"type": "enabled", "budget_tokens": budget})
+    else:
+        out["output_config"] = {"effort": word}
+        if thinking == "adaptive":
+            out.setdefault("thinking", {"type": "adaptive"})
+
+
+def _add_format(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
+    """Adds the form that the answer must have."""
+    found = _only(
+        asked.get("response_format", {"type": "text"}), ("type", "json_schema"), "response_format", frozenset()
+    )
+    kind = found.get("type")
+    if kind == "json_object":
+        out["system"] = [*out.get("system", ()), {"type": "text", "text": _JSON_ONLY}]
+    elif kind == "json_schema":
+        where = "response_format.json_schema"
+        form = _only(found.get("json_schema"), ("name", "description", "schema", "strict"), where, frozenset())
+        if not isinstance(form.get("schema"), dict):
+            raise Untranslatable(where + ".schema", "must be an object.")
+        about = {"description": form["description"]} if form.get("description") else {}
+        schema = dict(about, **form["schema"])
+        out.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
+    elif kind != "text":
+        raise Untranslatable("response_format.type", "must be text, json_object or json_schema.")
+
+
+_FINISH_REASONS = {
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}  # all others are "stop"
+
+
+def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
+    """The chat.completion that a whole Messages answer is. Raises ValueError where it is none."""
+    try:
+        return _completion(reply, created)
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("the upstream's answer is no message") from None
+
+
+def _completion(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
+    content = reply["content"]
+    message: "dict[str, Any]" = {"role": "assistant", "content": _joined(content, "text"), "refusal": _refusal(reply)}
+    thoughts = _joined(content, "thinking")
+    if thoughts:
+        message["reasoning_content"] = thoughts
+    used = [block for block in content if block["type"] == "tool_use"]
+    calls = [_tool_call(block, compact_json(block["input"]).decode()) for block in used]
+    if calls:
+        message["tool_calls"] = calls
+    reason = _FINISH_REASONS.get(reply["stop_reason"], "stop")
+    return {
+        "id": reply["id"],
+        "object": "chat.completion",
+        "created": created,
+        "model": reply["model"],
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+        "usage": messages_usage(reply.get("usage")),
+    }
+
+
+def _joined(content: "list[dict[str, Any]]", kind: str) -> "str | None":
+    """The text of all blocks of this kind, or None."""
+    return "".join(str(block.get(kind) or "") for block in content if block.get("type") == kind) or None
+
+
+def _tool_call(block: "dict[str, Any]", arguments: str) -> "dict[str, Any]":
+    function = {"name": block["name"], "arguments": arguments}
+    return {"id": block["id"], "type": "function", "function": function}
+
+
+def _refusal(found: "dict[str, Any]") -> "str | None":
+    """Why the model refused, where it says so."""
+    details = found.get("stop_details")
+    return details.get("explanation") or None if isinstance(details, dict) else None
+
+
+def messages_usage(usage: "Any") -> "dict[str, Any]":
+    """OpenAI's usage. Anthropic's input_tokens leave out what the prompt cache read or took in; null counts as 0."""
+    found = usage if isinstance(usage, dict) else {}
+    fresh, written, read, answer = (
+        found.get(name) or 0
+        for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
+    )
+    prompt = fresh + written + read
+    details = found.get("output_tokens_details")
+    thought = details.get("thinking_tokens") or 0 if isinstance(details, dict) else 0
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
+        "completion_tokens_details": {"reasoning_tokens": thought},
+    }
+
+
+class MessageStream:
+    """A Messages stream becoming a chat stream, event by event.
+
+    `done` after the last event, `failed` once an error went out instead; an upstream that ends with neither was cut.
+    Nothing comes out before the first content, so an overloaded upstream can still be left for another.
+    """
+
+    __slots__ = ("calls", "created", "done", "failed", "head", "include_usage", "opened", "reason", "refusal", "usage")
+
+    def __init__(self, created: int, include_usage: bool = False) -> None:
+        self.created, self.include_usage = created, include_usage
+        self.head = b""  # of every chunk, up to its choices
+        self.calls: "dict[int, list[Any]]" = {}  # of each tool block: its number, its input if that comes in no delta
+        self.usage: "dict[str, Any]" = {}
+        self.reason = ""
+        self.refusal: "str | None" = None
+        self.opened = self.done = self.failed = False
+
+    def feed(self, event_type: bytes, data: bytes) -> bytes:
+        """The chunks that one event of the upstream becomes; often none."""
+        if self.done or self.failed or not data.strip():
+            return b""
+        try:
+            event = json.loads(data)
+            step = _STREAM_STEPS.get(event.get("type") or event_type.decode("latin-1"))
+            return step(self, event) if step else b""
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            self.failed = True
+            return _error_event({"type": "api_error", "message": "The upstream sent an event that cannot be read."})
+
+    def _chunk(self, delta: "dict[str, Any]", reason: "str | None" = None) -> bytes:
+        if not self.head:
+            raise LookupError("content before message_start")
+        if not self.opened:
+            delta = dict({"role": "assistant"}, **delta)
+            self.opened = True
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
+
+    def _count(self, usage: "dict[str, Any] | None") -> None:
+        """Usage is cumulative and comes in parts: the last number of each field holds."""
+        self.usage.update({name: value for name, value in (usage or {}).items() if value is not None})
+
+    def message_start(self, event: "dict[str, Any]") -> bytes:
+        """Id and model of all chunks, and the prompt's tokens."""
+        message = event["message"]
+        self._count(message.get("usage"))
+        if not self.head:
+            same = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
+            self.head = b"data: " + compact_json(dict(same, model=message["model"]))[:-1] + b',"choices":'
+        return b""
+
+    def block_start(self, event: "dict[str, Any]") -> bytes:
+        """A tool's name; and what gateways that send a block whole put here."""
+        block = event["content_block"]
+        if block["type"] != "tool_use":
+            return self._text(block.get("text"), block.get("thinking"))
+        number = len(self.calls)
+        self.calls[event["index"]] = [number, block.get("input") or {}]
+        return self._chunk({"tool_calls": [dict({"index": number}, **_tool_call(block, ""))]})
+
+    def block_delta(self, event: "dict[str, Any]") -> bytes:
+        """A piece of text, of thinking or of a tool's arguments; signatures and citations have no place."""
+        delta = event["delta"]
+        piece, call = delta.get("partial_json"), self.calls.get(event["index"])
+        if not piece or not call:  # the first piece is always empty, and no others come of a tool without arguments
+            return self._text(delta.get("text"), delta.get("thinking"))
+        call[1] = None
+        return self._arguments(call[0], piece)
+
+    def block_stop(self, event: "dict[str, Any]") -> bytes:
+        """The arguments of a tool that had no pieces."""
+        number, whole = self.calls.get(event["index"]) or (0, None)
+        return b"" if whole is None else self._arguments(number, compact_json(whole).decode())
+
+    def message_delta(self, event: "dict[str, Any]") -> bytes:
+        """Why it stops, and the answer's tokens."""
+        self._count(event.get("usage"))
+        delta = event.get("delta") or {}
+        self.reason = delta.get("stop_reason") or self.reason
+        self.refusal = _refusal(delta) or self.refusal
+        return b""
+
+    def message_stop(self, event: "dict[str, Any]") -> bytes:
+        """The end: finish_reason, usage if it was asked for, [DONE]."""
+        delta = {"refusal": self.refusal} if self.refusal else {}
+        out = self._chunk(delta, _FINISH_REASONS.get(self.reason, "stop"))
+        if self.include_usage:
+            out += self.head + b'[],"usage":' + compact_json(messages_usage(self.usage)) + b"}\n\n"
+        self.done = True
+        return out + b"data: [DONE]\n\n"
+
+    def error(self, event: "dict[str, Any]") -> bytes:
+        """An error in the middle; nothing that comes after it counts."""
+        self.failed = True
+        return _error_event(event)
+
+    def _text(self, text: "str | None", thinking: "str | None") -> bytes:
+        return self._chunk({"content": text} if text else {"reasoning_content": thinking}) if text or thinking else b""
+
+    def _arguments(self, number: int, piece: str) -> bytes:
+        return self._chunk({"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
+
+
+_STREAM_STEPS: "dict[str, Callable[[MessageStream, dict[str, Any]], bytes]]" = {
+    "message_start": MessageStream.message_start,
+    "content_block_start": MessageStream.block_start,
+    "content_block_delta": MessageStream.block_delta,
+    "content_block_stop": MessageStream.block_stop,
+    "message_delta": MessageStream.message_delta,
+    "message_stop": MessageStream.message_stop,
+    "error": MessageStream.error,
+}
+
+# Anthropic's error types for which OpenAI has words of its own: type and code. Others stay, as the code.
+_MESSAGES_ERRORS: "dict[str, tuple[str, str | None]]" = {
+    "invalid_request_error": ("invalid_request_error", None),
+    "authentication_error": ("invalid_request_error", "invalid_api_key"),
+    "billing_error": ("insufficient_quota", "insufficient_quota"),
+    "not_found_error": ("invalid_request_error", "model_not_found"),
+    "rate_limit_error": ("rate_limit_error", "rate_limit_exceeded"),
+}
+# Meanings that only the words of a message tell.
+_MESSAGES_ERROR_WORDS = (
+    ("credit balance is too low", ("insufficient_quota", "insufficient_quota")),
+    ("enforced_spend_limit_reached", ("insufficient_quota", "insufficient_quota")),
+    ("prompt is too long", ("invalid_request_error", "context_length_exceeded")),
+    ("exceed context limit", ("invalid_request_error", "context_length_exceeded")),
+)
+
+
+def error_from_messages(status: int, body: bytes) -> "tuple[int, bytes]":
+    """Status and body that tell an error of the Messages API in OpenAI's way; any body at all is taken."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    told = _translate_error(found, status)
+    if told["error"]["code"] == "insufficient_quota":  # a 400 or 402 there
+        status = 429
+    return 503 if status == 529 else status, compact_json(told)
+
+
+def _translate_error(found: "Any", status: int) -> "dict[str, Any]":
+    if isinstance(found, list) and found:
+        found = found[0]
+    error = found.get("error", found) if isinstance(found, dict) else found
+    error = error if isinstance(error, dict) else {"message": error}
+    message = error.get("message") or error.get("detail")
+    if not isinstance(message, str):
+        message = "The upstream answered with status %d." % status
+    word = str(error.get("type") or error.get("code") or "")
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+    meaning = _MESSAGES_ERRORS.get(word, (kind, word or None))
+    for text, told in _MESSAGES_ERROR_WORDS:
+        if text in message:
+            meaning = told
+    return error_object(message, *meaning)
+
+
+def _error_event(found: "dict[str, Any]") -> bytes:
+    return b"data: " + compact_json(_translate_error(found, 500)) + b"\n\n"
+
+
+# ==== 9. Controllers ====
 # What a request to one account looks like. Pure translation: a parsed request in, the bytes for the upstream out. A new
 # kind of account is one class here and one line in CONTROLLERS.
+
+
+CHAT_PATH = "/chat/completions"
 
 
 class ApiRequest:
@@ -2900,6 +3618,7 @@ def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
 
 
 decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
+NO_MORE: "Mapping[str, Any]" = {}
 
 
 def parse_object(body: bytes) -> "dict[str, Any]":
@@ -2954,19 +3673,34 @@ def lower_keys(data: "dict[str, Any]", known: "frozenset[str]") -> "dict[str, An
 
 def replace_model(body: bytes, model: str) -> bytes:
     """`body` with another value for each outermost "model", every other byte as it was."""
+    return edit_members(body, lambda name: (name, json.dumps(model) if name == "model" else None))
+
+
+def edit_members(
+    body: bytes, edit: "Callable[[str], tuple[str, str | None]]", more: "Mapping[str, Any]" = NO_MORE
+) -> bytes:
+    """`body` with its outermost members as `edit` wants them, and `more` after them; what stays, stays byte for byte.
+
+    `edit` gives, for a member's name, the new one ("": the member is left out) and its new value (None: as it was).
+    """
     text = body.decode("utf-8", "surrogatepass")
-    decoder, at, done = json.JSONDecoder(), text.index("{") + 1, 0
-    out: "list[str]" = []
+    first = at = text.index("{") + 1
+    members: "list[str]" = []
     while text[at - 1] != "}":
-        at = _skip_space(text, at)
-        key, at = decoder.raw_decode(text, at)
-        at = _skip_space(text, _skip_space(text, at) + 1)
-        _, end = decoder.raw_decode(text, at)
-        if key == "model":
-            out += [text[done:at], json.dumps(model)]
-            done = end
-        at = _skip_space(text, end) + 1
-    return "".join([*out, text[done:]]).encode("utf-8", "surrogatepass")
+        start, at = at, _skip_space(text, at)
+        name, end_name = decode_json(text, at)
+        value_at = _skip_space(text, _skip_space(text, end_name) + 1)
+        _, end = decode_json(text, value_at)
+        stop = _skip_space(text, end)
+        new_name, value = edit(name)
+        if new_name:
+            key = text[start:end_name] if new_name == name else text[start:at] + json.dumps(new_name)
+            members.append(
+                key + text[end_name:value_at] + (text[value_at:end] if value is None else value) + text[end:stop]
+            )
+        at = stop + 1
+    members += [json.dumps(name) + ":" + json.dumps(value) for name, value in more.items()]
+    return (text[:first] + ",".join(members) + text[at - 1 :]).encode("utf-8", "surrogatepass")
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -3049,6 +3783,34 @@ class Controller(Protocol):
         """A fresh exchange for `request`, not started."""
 
 
+class ParamEdits:
+    """What an account wants changed in the outermost keys of a request: left out, renamed, added."""
+
+    __slots__ = ("drop", "extra", "rename")
+
+    def __init__(self, account: AccountConfig) -> None:
+        self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
+        self.extra = dict(account.extra_body)
+
+    def __bool__(self) -> bool:
+        return bool(self.drop or self.rename or self.extra)
+
+    def apply(self, body: bytes, data: "dict[str, Any]") -> bytes:
+        """`body`, which says `data`, as the account wants it; the same object where nothing of it is meant."""
+        if not (self.extra or self.drop & data.keys() or self.rename.keys() & data.keys()):
+            return body
+        # Of an old and a new name for one thing the one that is renamed counts: clients send the other for servers
+        # that know nothing better.
+        taken = {self.rename[name] for name in self.rename.keys() & data.keys() - self.drop}
+        return edit_members(body, lambda name: (self._name(name, taken), None), self.extra)
+
+    def _name(self, name: str, taken: "set[str]") -> str:
+        if name in self.drop or (name in taken and name not in self.rename):
+            return ""
+        name = self.rename.get(name, name)
+        return "" if name in self.extra else name
+
+
 class OpenAIController:
     """An account that speaks OpenAI's API, at any base URL (openai-openapi; PROVIDERS: vendors alike)."""
 
@@ -3057,11 +3819,14 @@ class OpenAIController:
     def __init__(self, config: ControllerConfig) -> None:
         account = config.account
         self.origin, self.prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
+        self.chat_path = account.chat_path
         self.model_map = dict(config.model_map)
+        self.edits = ParamEdits(account) or None
         self.whole_timeouts = with_first_byte(config.timeouts, 600.0)
         self.stream_timeouts = with_first_byte(config.timeouts, 120.0)
         self.overrides = frozenset(name.lower().encode() for name, _ in account.headers)
         self.fixed = self._fixed_fields(account)
+        self.hidden = self.overrides | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
         self.starts: "dict[str, bytes]" = {}
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
@@ -3079,7 +3844,9 @@ class OpenAIController:
             body = body[:start] + model.encode() + body[end:]
         elif model is not None and request.data:
             body = replace_model(body, model)
-        lines = without(request.lines, self.overrides) if self.overrides else request.lines
+        if self.edits is not None and request.data:
+            body = self.edits.apply(body, request.data)
+        lines = without(request.lines, self.hidden) if self.hidden else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
         return b"".join((self._start(request), *lines, length)), body
 
@@ -3096,6 +3863,8 @@ class OpenAIController:
         return found
 
     def _line(self, method: str, path: str) -> bytes:
+        path, mark, query = path.partition("?")
+        path = (self.chat_path if path == CHAT_PATH else path) + mark + query
         target = urllib.parse.quote(self.prefix, safe="/%:@!$&'()*+,;=~") + path
         if self.origin.proxy and self.origin.scheme == "http":
             target = "http://" + self.origin.authority + target  # absolute-form, RFC 9112, 3.2.2
@@ -3104,7 +3873,7 @@ class OpenAIController:
     def _fixed_fields(self, account: AccountConfig) -> bytes:
         fields = [("Host", self.origin.authority), ("Accept-Encoding", "identity")]
         if account.api_key:
-            fields.append(("Authorization", "Bearer " + account.api_key.reveal()))
+            fields.append((account.auth_header, (account.auth_scheme + " " + account.api_key.reveal()).lstrip()))
         if account.organization:
             fields.append(("OpenAI-Organization", account.organization))
         if account.project:
@@ -3114,6 +3883,213 @@ class OpenAIController:
         lines += [(name.encode(), value.reveal().encode()) for name, value in account.headers]
         proxied = self.origin.proxy and self.origin.scheme == "http"
         return render_fields(lines) + (proxy_authorization(self.origin.proxy) if proxied else b"")
+
+
+# What Azure's classic surface serves below a deployment (openai-python, lib/azure.py); all else stands beside them.
+_AZURE_DEPLOYED = frozenset(
+    "/completions /chat/completions /embeddings /audio/transcriptions /audio/translations /audio/speech"
+    " /images/generations /images/edits".split()
+)
+
+
+class AzureController(OpenAIController):
+    """A resource of Azure OpenAI: its path names deployment and version.
+
+    A base_url that ends in /openai/v1 is the newer surface, where the body's model is the deployment.
+    """
+
+    def __init__(self, config: ControllerConfig) -> None:
+        super().__init__(config)
+        self.api_version, self.deploys = config.account.api_version, not self.prefix.endswith("/openai/v1")
+        if self.deploys:
+            self.api_version = self.api_version or AZURE_API_VERSION
+            self.prefix = self.prefix.removesuffix("/openai") + "/openai"
+
+    def _start(self, request: ApiRequest) -> bytes:
+        path, parts = request.path, [part for part in request.query.split("&") if part[:12] != "api-version="]
+        if self.deploys and path in _AZURE_DEPLOYED:
+            deployment = self.model_map.get(request.model, request.model)
+            if not deployment.strip("."):  # would lead elsewhere
+                raise Untranslatable("model", "is no deployment's name.")
+            path = "/deployments/" + urllib.parse.quote(deployment, "") + path
+        if self.api_version:
+            parts.append("api-version=" + self.api_version)
+        query = "&".join(filter(None, parts))
+        return self._line(request.method, path + "?" * bool(query) + query) + self.fixed
+
+
+class MessagesExchange:
+    """An exchange with Anthropic's Messages API that reads as one with OpenAI's. See `Exchange`.
+
+    Streams are translated event by event as they come, whole answers and errors once they are all there.
+    """
+
+    __slots__ = ("ended", "head", "inner", "outlet", "ready", "splitter", "stream", "usage")
+
+    def __init__(self, inner: Exchange, usage: bool) -> None:
+        self.inner, self.usage = inner, usage
+        self.splitter = EventSplitter()
+        self.stream: "MessageStream | None" = None
+        self.outlet: "Outlet | None" = None
+        self.ready, self.ended = b"", False  # translated and not handed out; whether nothing follows it
+        self.head: ResponseHead
+
+    @property
+    def complete(self) -> bool:
+        """See `Exchange`."""
+        return self.ended
+
+    async def start(self) -> None:
+        """See `Exchange`. Errors are read to their end, as only their words tell their status."""
+        await self.inner.start()
+        found = self.inner.head
+        if found.index.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise BadReply("the upstream compressed its answer unasked")
+        if found.status >= 300:
+            status, self.ready = error_from_messages(found.status, await self._read_all(HOLD_BYTES))
+            self.head, self.ended = messages_head(found, status, b"application/json"), True
+        elif found.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
+            self.stream = MessageStream(int(time.time()), self.usage)
+            self.head = messages_head(found, found.status, b"text/event-stream; charset=utf-8")
+        else:
+            self.head = messages_head(found, found.status, b"application/json")
+            if self.inner.complete:
+                self._take_whole(self.inner.take())
+
+    def take(self) -> bytes:
+        """See `Exchange`."""
+        data, self.ready = self.ready, b""
+        return data
+
+    async def read(self) -> bytes:
+        """See `Exchange`."""
+        while not (self.ready or self.ended):
+            if self.stream is None:
+                self._take_whole(await self._read_all(MESSAGE_BYTES))
+            else:
+                await self._read_events(self.stream)
+        return self.take()
+
+    async def pipe(self, outlet: Outlet) -> None:
+        """See `Exchange`."""
+        stream, self.outlet = self.stream, outlet
+        if self.ready or stream is None:
+            outlet.push(await self.read())
+        if stream is None or self.ended:
+            return
+        try:
+            await self.inner.pipe(self)
+        except UpstreamError:
+            if not stream.done:
+                raise
+        outlet.push(self._last_events(stream))
+
+    def push(self, data: bytes) -> bool:
+        """See `Outlet`: what the upstream sent while `pipe` runs."""
+        assert self.outlet is not None and self.stream is not None
+        out = self._translate(self.stream, data)
+        return self.outlet.push(out) if out else True
+
+    def when_ready(self, call: "Callable[[], None]") -> None:
+        """See `Outlet`."""
+        assert self.outlet is not None
+        self.outlet.when_ready(call)
+
+    def interrupt(self, error: Exception) -> None:
+        """See `Exchange`."""
+        self.inner.interrupt(error)
+
+    def finish(self) -> None:
+        """See `Exchange`."""
+        self.inner.finish()
+
+    def abort(self) -> None:
+        """See `Exchange`."""
+        self.inner.abort()
+
+    async def _read_all(self, most: int) -> bytes:
+        """The upstream's whole body, or as much of it as decides that it is too large."""
+        body = b""
+        while len(body) <= most:
+            piece = await self.inner.read()
+            if not piece:
+                break
+            body += piece
+        return body
+
+    def _take_whole(self, body: bytes) -> None:
+        try:
+            self.ready = compact_json(from_message(json.loads(body), int(time.time())))
+        except (ValueError, RecursionError) as problem:
+            raise BadReply("the upstream's answer cannot be translated: %s" % problem) from None
+        self.ended = True
+
+    async def _read_events(self, stream: MessageStream) -> None:
+        """Translates the next bytes of a stream; what goes wrong after its last event does no harm."""
+        try:
+            data = await self.inner.read()
+        except UpstreamError:
+            if not stream.done:
+                raise
+            data = b""
+        self.ready = self._translate(stream, data) if data else self._last_events(stream)
+        self.ended = not data
+
+    def _translate(self, stream: MessageStream, data: bytes) -> bytes:
+        out = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
+        if len(self.splitter.pending) > EVENT_BYTES:
+            self.splitter.pending = b""
+            out += stream.error({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
+        return out
+
+    def _last_events(self, stream: MessageStream) -> bytes:
+        """What is left at the end of a stream, whose last event may lack its blank line. Raises UpstreamClosed."""
+        out = self._translate(stream, b"\n\n") if b"message_stop" in self.splitter.pending else b""
+        if not (stream.done or stream.failed):
+            raise UpstreamClosed("the upstream ended its stream before the last event")
+        return out
+
+
+def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
+    """The head of a translated answer: nothing of the framing or the type of the original."""
+    index = {
+        name: value for name, value in found.index.items() if name not in (b"content-length", b"transfer-encoding")
+    }
+    index[b"content-type"] = kind
+    lines = [*without(found.lines, (b"content-type",)), b"Content-Type: %b\r\n" % kind]
+    return ResponseHead(status, found.minor, index, lines)
+
+
+class AnthropicController(OpenAIController):
+    """An account that speaks Anthropic's Messages API. Chats are translated, other calls than for models refused."""
+
+    chat_only = True
+
+    def __init__(self, config: ControllerConfig) -> None:
+        super().__init__(config)
+        account = config.account
+        self.dropped, self.extra = frozenset(account.drop_params), dict(account.extra_body)
+        self.max_tokens, self.thinking, self.edits = account.max_tokens, account.thinking, None
+        self.hidden |= {b"anthropic-version"}
+        if b"anthropic-version" not in self.overrides:
+            self.fixed += b"anthropic-version: %b\r\n" % MESSAGES_VERSION
+        self.starts["GET/models"] = self._line("GET", "/models?limit=1000") + self.fixed
+
+    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
+        """See `Controller`."""
+        inner, options = super().exchange(request, pool, on_sent), request.data.get("stream_options")
+        usage = isinstance(options, dict) and options.get("include_usage") is True
+        return MessagesExchange(inner, usage) if request.path == CHAT_PATH else inner
+
+    def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
+        """See `OpenAIController`. Raises Untranslatable."""
+        body = b""
+        if request.path == CHAT_PATH:
+            asked = dict(request.data, model=self.model_map.get(request.model, request.model))
+            body = compact_json({**to_messages(asked, self.dropped, self.max_tokens, self.thinking), **self.extra})
+        elif request.path != "/models":
+            raise Untranslatable(request.path, "has no equivalent in Anthropic's Messages API.")
+        return super().message(ApiRequest(request.method, request.path, request.query, request.lines, body))
 
 
 def with_first_byte(timeouts: Timeouts, default_s: float) -> Timeouts:
@@ -3240,12 +4216,15 @@ class EchoController:
 
 
 CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
+    **dict.fromkeys(PRESETS, OpenAIController),
     "openai": OpenAIController,
+    "azure": AzureController,
+    "anthropic": AnthropicController,
     "echo": EchoController,
 }
 
 
-# ==== 9. Outcomes ====
+# ==== 10. Outcomes ====
 # What came of an attempt: one pure function reads an upstream's answer for its meaning, another knows when the next
 # controller may be asked, a third reads what replies tell of quotas. Providers differ, so bodies are read tolerantly.
 
@@ -3265,6 +4244,7 @@ class Outcome(enum.Enum):
     CONNECT = "connect"  # nothing was sent
     SILENT = "silent"  # no byte within first_byte: it may be generating
     CUT = "cut"
+    UNFIT = "unfit"  # its API has no words for the request: nothing was sent
     GONE = "gone"  # the client left
     LOST = "lost"  # another controller answered first, in its rescue
 
@@ -3471,7 +4451,7 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
-        refused = outcome in (Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
+        refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
         return refused or verdict.status == 503
     return request.stream or outcome is not Outcome.SILENT
 
@@ -3543,7 +4523,7 @@ def count_after(text: bytes, name: bytes, start: int) -> int:
     return int(found.group(1)) if found else 0
 
 
-# ==== 10. Quotas and health ====
+# ==== 11. Quotas and health ====
 # What is known of an account: what it may still send, whether it works. Pure arithmetic: `now` is the loop's clock and
 # always passed in; nothing here waits, logs or knows HTTP.
 
@@ -4062,7 +5042,10 @@ class Seat:
 
     def __init__(self, upstream: Upstream, model: str) -> None:
         self.upstream, self.model = upstream, model
-        self.ledger = upstream.quota.ledger(dict(upstream.config.model_map).get(model, model))
+        name = dict(upstream.config.model_map).get(model, model)
+        if upstream.config.type == "azure":  # each deployment has a quota of its own, whatever its name ends in
+            upstream.quota.rename(name, name)
+        self.ledger = upstream.quota.ledger(name)
         self.lacks_until = 0.0
         self.times: "tuple[deque[float], deque[float]]" = (deque(maxlen=SAMPLES), deque(maxlen=SAMPLES))
 
@@ -4296,7 +5279,9 @@ class Lease:
             upstream.refused(now, outcome, probed)
         if verdict.message:
             upstream.last_error = "%s %d: %s" % (outcome.value, verdict.status, verdict.message[:200])
-# ==== 11. Balancing ====
+
+
+# ==== 12. Balancing ====
 # Who gets a request, and who waits for whom. The pool knows no connection and no head, only outcomes; its clock, its
 # chance and its timers are passed in.
 
@@ -4826,7 +5811,7 @@ def describe_ledger(ledger: Ledger, now: float) -> "dict[str, Any]":
     return found
 
 
-# ==== 12. Relay ====
+# ==== 13. Relay ====
 # One request, attempt after attempt, until an answer is committed to the client; then every byte at once. The first
 # byte to the client is the point of no return: before it every failure may move on, after it a cut is told honestly.
 
@@ -4885,7 +5870,7 @@ class HeldLongEnough(Exception):
 class Trip:
     """One request on its way: whom it may ask, whom it asked in this round, and what came of it."""
 
-    __slots__ = ("best", "failure", "line", "record", "request", "rescue", "seats", "tried")
+    __slots__ = ("best", "failure", "line", "record", "request", "rescue", "seats", "tried", "unfit")
 
     def __init__(self, request: ApiRequest, seats: "list[Seat]", record: AccessRecord) -> None:
         self.request, self.seats, self.record = request, seats, record
@@ -4893,6 +5878,7 @@ class Trip:
         self.best: "Reply | None" = None
         self.failure: "UpstreamError | None" = None
         self.line: "NoRoom | None" = None
+        self.unfit: "ProxyError | None" = None
         self.rescue: "tuple[Lease, asyncio.Task[Reply]] | None" = None
 
     @property
@@ -4913,6 +5899,9 @@ class Trip:
         if verdict.outcome is Outcome.LARGE:  # only who is known to take that much
             self.seats = [seat for seat in self.seats if seat.ledger.largest() >= verdict.requested]
             self.tried &= {seat.upstream for seat in self.seats}  # `others` counts
+        elif verdict.outcome is Outcome.UNFIT:  # waiting for it would be no use either
+            self.seats = [seat for seat in self.seats if seat.upstream is not lease.upstream]
+            self.tried.discard(lease.upstream)
 
 
 SPACED = bytes.maketrans(b"\r\n", b"  ")  # makes one line of a JSON text
@@ -5007,7 +5996,7 @@ class Relay:
                 self._drop_rescue(trip)
             verdict = await self._deliver(reply, lease, trip, sink)
             return GOOD  # whatever became of it: it was the client's answer
-        except (Refused, Rescued, UpstreamError) as problem:
+        except (Refused, Rescued, UpstreamError, Untranslatable) as problem:
             verdict = self._judge(problem, lease, trip)
         finally:
             if verdict is LEFT:
@@ -5015,10 +6004,15 @@ class Relay:
             self.pool.settle(lease, verdict)
         return verdict
 
-    def _judge(self, problem: "Refused | Rescued | UpstreamError", lease: Lease, trip: Trip) -> Verdict:
+    def _judge(
+        self, problem: "Refused | Rescued | UpstreamError | Untranslatable", lease: Lease, trip: Trip
+    ) -> Verdict:
         """What an attempt came to that brought no answer; keeps what could be shown of it."""
         if isinstance(problem, Rescued):
             return Verdict(Outcome.LOST)
+        if isinstance(problem, Untranslatable):
+            trip.unfit = problem
+            return Verdict(Outcome.UNFIT)
         if isinstance(problem, UpstreamError):
             trip.failure = problem
             return judge_error(problem)
@@ -5149,7 +6143,7 @@ class Relay:
             exchange.interrupt(Rescued())
             return
         trip.rescue, verdict = None, LEFT
-        if isinstance(problem, (Refused, UpstreamError)):
+        if isinstance(problem, (Refused, UpstreamError, Untranslatable)):
             verdict = self._judge(problem, lease, trip)
             trip.note(lease, verdict, self.loop.time())
         else:
@@ -5231,8 +6225,7 @@ class Relay:
                 fields = b"x-should-retry: false\r\n" if lasting else b""
             await self._show(best, trip, sink, fields)
         else:
-            failure = trip.failure
-            raise failure if failure is not None else ProxyError(503, "No controller could be asked.", "no_controller")
+            raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
     async def _show(self, reply: Reply, trip: Trip, sink: Sink, fields: bytes) -> None:
         """Sends the upstream error that tells most, without the secrets that it may echo."""
@@ -5299,7 +6292,7 @@ def as_error(reply: Reply, status: int) -> Reply:
     return reply
 
 
-# ==== 13. Server ====
+# ==== 14. Server ====
 # One task per client connection: read a request, answer it, read the next. Framing is judged before doors, doors before
 # routes. A client that leaves cancels its task, and with it whatever was under way upstream.
 
@@ -6022,7 +7015,8 @@ class Server:
     async def _all_models(self) -> "list[dict[str, Any]]":
         """The configured models, and those of the upstreams that have no list; the first of each name."""
         found = {name: model_object(name) for name in self.pool.configured_models()}
-        open_ended = [one for one in self.pool.upstreams if not one.config.models and one.config.type != "echo"]
+        silent = ("echo", "azure")  # Azure lists what could be deployed
+        open_ended = [one for one in self.pool.upstreams if not (one.config.models or one.config.type in silent)]
         for models in await asyncio.gather(*map(self._models_of, open_ended)):
             for model in models:
                 found.setdefault(model["id"], model)
@@ -6087,13 +7081,26 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
         return handler, name.rstrip("/") if route in INFERENCE else name, query
     group = "objects" if name.lstrip("/").partition("/")[0] in OBJECTS else "*"
     if path.startswith("/v1/") and ("*" in endpoints or group in endpoints) and route != "/status":
-        return Server._object, name, query
+        return Server._object, raw_path(target, path), query
     if not wanted:
         message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
         raise ProxyError(404, message, "unknown_url")
     allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
     fields = b"Allow: %b\r\n" % allow.encode()
     raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
+
+
+def raw_path(target: str, path: str) -> str:
+    """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404).
+
+    Dot segments would lead out of the account's base_url, with its key.
+    """
+    if not {".", ".."}.isdisjoint(path.split("/")) or "\\" in path:
+        raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
+    spelled = target.partition("?")[0]
+    at = spelled.find("/", spelled.find("://") + 3) if "://" in spelled else 0
+    first = spelled.find("/", at + 1)
+    return spelled[first:]
 
 
 def full_answer() -> bytes:
@@ -6201,7 +7208,8 @@ async def fetch_models(exchange: Exchange) -> "list[dict[str, Any]]":
         found = None
     if not isinstance(found, list):
         raise BadReply("status %d instead of a list of models" % exchange.head.status)
-    return [model for model in found if isinstance(model, dict) and isinstance(model.get("id"), str)]
+    found = [model for model in found if isinstance(model, dict) and isinstance(model.get("id"), str)]
+    return [{**model_object(model["id"]), **model, "object": "model"} for model in found]  # Anthropic's have a `type`
 
 
 def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
@@ -6245,7 +7253,7 @@ def write_stderr(text: str) -> None:
     sys.stderr.flush()
 
 
-# ==== 14. Command line ====
+# ==== 15. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
 # cannot be listened on.
 
