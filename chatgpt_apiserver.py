@@ -73,6 +73,7 @@ __version__ = "1.0.0"
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
+HOST_BYTES = 300  # a name has at most 255 (RFC 1035), a port five digits
 KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
 KNOWN_HEAD_BYTES = 2048  # a connection's last request head is remembered up to this size
 KNOWN_LINE_BYTES = 256  # this many bytes: half a megabyte in all
@@ -1648,7 +1649,10 @@ def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHe
     except ValueError as problem:
         status = 431 if "more than" in str(problem) else 400
         raise BadMessage(status, "The request head is refused: %s." % problem) from None
-    check_host(index.get(b"host"), minor)
+    host = index.get(b"host")
+    if host is not None and len(host) > HOST_BYTES:
+        raise BadMessage(400, "The Host header is longer than %d bytes." % HOST_BYTES)
+    check_host(host, minor)
     return RequestHead(method, target, minor, index, lines)
 
 
@@ -4370,9 +4374,14 @@ _HINT = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=4096)  # a reply has two; most repeat
 def parse_duration(text: str) -> "float | None":
     """Seconds of a Go duration (`17ms`, `6m0s`, `1h2m3s`) or a plain number of seconds; None for anything else."""
+    return known_duration(text) if len(text) <= 40 else None  # what is remembered must be short
+
+
+@functools.lru_cache(maxsize=4096)  # a reply has two; most repeat
+def known_duration(text: str) -> "float | None":
+    """`parse_duration` of a short text."""
     plainly = _PLAIN_DURATION.match(text)
     if plainly is not None:
         return float(plainly.group(1)) * _UNITS_S[plainly.group(2)]
@@ -4487,6 +4496,8 @@ def allowance(
         remaining = index.get(remaining_name)
         if remaining is not None:
             limit, reset = index.get(limit_name, b""), index.get(reset_name, b"")
+            if len(limit) + len(remaining) + len(reset) > 100:  # what is remembered must be short
+                return None
             if reset[10:11] == b"T":  # a time (RFC 3339), not a duration
                 reset_s = seconds_until(reset.decode("latin-1"), clock())
                 found = as_allowance(limit, remaining, b"")
