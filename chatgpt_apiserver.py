@@ -2373,10 +2373,13 @@ class Outbox:
     with one client waits for nothing. Who closes a transport calls `flush` first.
     """
 
-    __slots__ = ("loop", "open", "waiting")
+    __slots__ = ("loop", "open", "ready", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.open = loop, False
+        # What the loop has still to do in this turn. It is private; without it every first write opens a window, which
+        # costs a turn (3 us) where nothing follows.
+        self.ready: "Collection[Any] | None" = getattr(loop, "_ready", None)
         self.waiting: "list[tuple[asyncio.WriteTransport, bytes]]" = []
 
     def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
@@ -2386,7 +2389,7 @@ class Outbox:
                 self.waiting.append((transport, data))
                 return
             self.flush()
-        else:
+        elif self.ready is None or self.ready:
             self.open = True
             self.loop.call_soon(self._close)
         transport.write(data)
