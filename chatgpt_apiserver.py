@@ -2484,20 +2484,31 @@ async def open_link(host: str, port: int, tls: "ssl.SSLContext | None" = None, n
     loop = asyncio.get_running_loop()
     reader = WireReader(loop)
     protocol = WireProtocol(reader)
-    dialling = loop.create_task(
-        loop.create_connection(
-            lambda: protocol, host, port, ssl=tls, server_hostname=name, happy_eyeballs_delay=0.25
-        )
+    literal = ":" in host or not host.strip("0123456789.")  # one address: no race, which takes three tasks
+    connecting = loop.create_connection(
+        lambda: protocol,
+        host,
+        port,
+        ssl=tls,
+        server_hostname=name,
+        happy_eyeballs_delay=None if literal else 0.25,
     )
-    try:
-        transport, _ = await asyncio.shield(dialling)
-    except asyncio.CancelledError:
-        # Cancelled in the race of addresses, asyncio forgets a socket that has just connected without closing it.
-        dialling.add_done_callback(abort_unwanted)
-        loop.call_later(UNWANTED_S, dialling.cancel)
-        raise
+    transport, _ = await (connecting if literal else unless_cancelled(loop.create_task(connecting)))
     tune(transport)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def unless_cancelled(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> "tuple[Any, Any]":
+    """The connection that a race of addresses brings.
+
+    Cancelled in the race, asyncio forgets a socket that has just connected without closing it.
+    """
+    try:
+        return await asyncio.shield(dialling)
+    except asyncio.CancelledError:
+        dialling.add_done_callback(abort_unwanted)
+        dialling.get_loop().call_later(UNWANTED_S, dialling.cancel)
+        raise
 
 
 def abort_unwanted(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> None:
