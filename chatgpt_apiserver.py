@@ -5450,9 +5450,10 @@ class UpstreamPool:
             self.pump()
 
     def _take_names(self, config: PoolConfig) -> None:
-        """Other names of models, and models that stand in for others; None where there are none."""
-        self.aliases = dict(config.aliases) or None
-        self.fallbacks, self.context_fallbacks = dict(config.fallbacks) or None, dict(config.context_fallbacks)
+        """Other names of models, and models that stand in for others."""
+        self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
+        self.context_fallbacks = dict(config.context_fallbacks)
+        self.detours = bool(self.aliases or self.fallbacks)
 
     # -- choosing
 
@@ -5737,12 +5738,12 @@ class UpstreamPool:
         """The model names that the configuration spells out, sorted."""
         names = {name for upstream in self.upstreams for name in upstream.config.models}
         names |= {name for upstream in self.upstreams for name, _ in upstream.config.model_map}
-        names |= (self.fallbacks or {}).keys()
+        names |= self.fallbacks.keys()
         return sorted(name for name in names if "*" not in name and "?" not in name)
 
     def is_served(self, model: str) -> bool:
         """Whether requests for `model` have somebody to go to."""
-        return model in (self.fallbacks or {}) or any(upstream.serves(model) for upstream in self.upstreams)
+        return model in self.fallbacks or any(upstream.serves(model) for upstream in self.upstreams)
 
     def reopens_after(self, seats: "list[Seat]", need: float) -> float:
         """Seconds until somebody has room, as far as is known; NEVER where nothing is."""
@@ -5911,8 +5912,8 @@ class Trip:
         self.failure: "UpstreamError | None" = None
         self.line: "NoRoom | None" = None
         self.unfit: "ProxyError | None" = None
-        self.spare = False
         self.models: "Iterator[str] | None" = None
+        self.spare = False
         self.rescue: "tuple[Lease, asyncio.Task[Reply]] | None" = None
 
     @property
@@ -5977,7 +5978,10 @@ class Relay:
     async def run(self, request: ApiRequest, sink: Sink, record: AccessRecord) -> None:
         """Answers `request` into `sink`. Raises ProxyError or UpstreamError where no upstream answer can be shown."""
         pool, now, verdict = self.pool, record.since, LEFT
-        trip = self._set_out(request, record)
+        if pool.detours or request.path != CHAT_PATH:
+            trip = self._set_out(request, record)
+        else:
+            trip = Trip(request, pool.seats(request.model), record)
         while True:
             pool.estimate(request)
             try:
@@ -6010,9 +6014,9 @@ class Relay:
     def _set_out(self, request: ApiRequest, record: AccessRecord) -> Trip:
         """A trip to whoever serves the model. Raises ProxyError (404) when nobody does and no other may stand in."""
         pool = self.pool
-        if pool.aliases is not None and request.model in pool.aliases:
+        if request.model in pool.aliases:
             request.substitute(pool.aliases[request.model])
-        if pool.fallbacks is None or request.model not in pool.fallbacks:
+        if request.model not in pool.fallbacks:
             return Trip(request, self._seats(request, request.model), record)
         trip = Trip(request, [], record)
         trip.spare = True
@@ -6038,7 +6042,7 @@ class Relay:
         if not (long or verdict is LEFT or may_retry(verdict, request)):
             return False
         if trip.models is None:
-            known = pool.context_fallbacks if long else pool.fallbacks or {}
+            known = pool.context_fallbacks if long else pool.fallbacks
             trip.models = iter(known.get(request.model, ()))
         for model in trip.models:
             try:
@@ -7108,7 +7112,7 @@ class Server:
         for models in await asyncio.gather(*map(self._models_of, open_ended)):
             for model in models:
                 found.setdefault(model["id"], model)
-        for name, model_name in (self.pool.aliases or {}).items():
+        for name, model_name in self.pool.aliases.items():
             if self.pool.is_served(model_name):
                 found[name] = {**model_object(name), "root": model_name}  # as vLLM says it of its own
         return [found[name] for name in sorted(found)]
