@@ -3581,10 +3581,11 @@ class ApiRequest:
     `lines`: the client's field lines that may pass. `body` as it came, `data` its parsed JSON object. `need`: the
     tokens that it is taken to cost. `wait_s`: how long it may still stand in line. `key`: the client key's name.
     `model_span`: where the model stands in a multipart body. `pinned`: the controller that has the object it is about;
-    `seeks`: each is asked until one has it.
+    `seeks`: each is asked until one has it. `asked`: what the client asked for, where `model` is another one by now.
     """
 
     __slots__ = (
+        "asked",
         "body",
         "data",
         "key",
@@ -3608,11 +3609,21 @@ class ApiRequest:
     def __init__(self, method: str, path: str, query: str, lines: "list[bytes]", body: bytes) -> None:
         self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
         self.data: "dict[str, Any]" = {}
-        self.model = self.request_id = self.key = self.pinned = ""
+        self.model = self.request_id = self.key = self.pinned = self.asked = ""
         self.stream = self.stateful = self.seeks = False
         self.model_span: "tuple[int, int] | None" = None
         self.prompt_tokens = self.max_tokens = self.need = 0
         self.wait_s = 0.0
+
+    def substitute(self, model: str) -> None:
+        """Asks for `model` from now on."""
+        self.asked, self.model = self.asked or self.model, model
+        if self.model_span is not None:
+            start, end = self.model_span
+            self.body = self.body[:start] + model.encode() + self.body[end:]
+            self.model_span = start, start + len(model.encode())
+        elif self.data:
+            self.data, self.body = {**self.data, "model": model}, replace_model(self.body, model)
 
 
 def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
@@ -3802,7 +3813,7 @@ class Controller(Protocol):
 
 
 class ParamEdits:
-    """What an account wants changed in the outermost keys of a request: left out, renamed, added."""
+    """What an account wants changed in the outermost keys of a request: left out, renamed, and of a chat added."""
 
     __slots__ = ("drop", "extra", "rename")
 
@@ -3813,20 +3824,20 @@ class ParamEdits:
     def __bool__(self) -> bool:
         return bool(self.drop or self.rename or self.extra)
 
-    def apply(self, body: bytes, data: "dict[str, Any]") -> bytes:
-        """`body`, which says `data`, as the account wants it; the same object where nothing of it is meant."""
-        if not (self.extra or self.drop & data.keys() or self.rename.keys() & data.keys()):
+    def apply(self, body: bytes, request: ApiRequest) -> bytes:
+        """The request's `body` as the account wants it; the same object where nothing of it is meant."""
+        extra, names = self.extra if request.path == CHAT_PATH else NO_MORE, request.data.keys()
+        if not (extra or self.drop & names or self.rename.keys() & names):
             return body
         # Of an old and a new name for one thing the one that is renamed counts: clients send the other for servers
         # that know nothing better.
-        taken = {self.rename[name] for name in self.rename.keys() & data.keys() - self.drop}
-        return edit_members(body, lambda name: (self._name(name, taken), None), self.extra)
+        gone = self.drop | ({self.rename[name] for name in self.rename.keys() & names - self.drop} - self.rename.keys())
 
-    def _name(self, name: str, taken: "set[str]") -> str:
-        if name in self.drop or (name in taken and name not in self.rename):
-            return ""
-        name = self.rename.get(name, name)
-        return "" if name in self.extra else name
+        def edit(name: str) -> "tuple[str, None]":
+            new = "" if name in gone else self.rename.get(name, name)
+            return "" if new in extra else new, None
+
+        return edit_members(body, edit, extra)
 
 
 class OpenAIController:
@@ -3863,7 +3874,7 @@ class OpenAIController:
         elif model is not None and request.data:
             body = replace_model(body, model)
         if self.edits is not None and request.data:
-            body = self.edits.apply(body, request.data)
+            body = self.edits.apply(body, request)
         lines = without(request.lines, self.hidden) if self.hidden else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
         return b"".join((self._start(request), *lines, length)), body
@@ -4079,7 +4090,7 @@ def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead
 
 
 class AnthropicController(OpenAIController):
-    """An account that speaks Anthropic's Messages API. Chats are translated, other calls than for models refused."""
+    """An account that speaks Anthropic's Messages API, to which chats are translated."""
 
     chat_only = True
 
@@ -4101,12 +4112,10 @@ class AnthropicController(OpenAIController):
 
     def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
         """See `OpenAIController`. Raises Untranslatable."""
-        body = b""
+        body = request.body
         if request.path == CHAT_PATH:
             asked = dict(request.data, model=self.model_map.get(request.model, request.model))
             body = compact_json({**to_messages(asked, self.dropped, self.max_tokens, self.thinking), **self.extra})
-        elif request.path != "/models":
-            raise Untranslatable(request.path, "has no equivalent in Anthropic's Messages API.")
         return super().message(ApiRequest(request.method, request.path, request.query, request.lines, body))
 
 
@@ -4273,6 +4282,7 @@ QUOTA_CODES = frozenset(
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached".split()
 )
+TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 MISSING_CODES = frozenset(("model_not_found", "DeploymentNotFound", "not_found_error"))
 # The answer shown when every controller failed: what tells the client most comes first.
 USEFULNESS = (
@@ -4363,6 +4373,12 @@ def outcome_of(status: int, code: str, message: str) -> Outcome:
             return Outcome.MISSING
         return Outcome.FORBIDDEN if status == 403 else Outcome.CLIENT
     return Outcome.CLIENT if 400 <= status < 500 and status not in (408, 409, 424) else Outcome.FAULT
+
+
+def is_too_long(body: bytes) -> bool:
+    """Whether an error says that the prompt is longer than the model can take."""
+    code, message = error_words(body)
+    return code in TOO_LONG_CODES or "maximum context length" in message
 
 
 def read_rate_message(verdict: Verdict, code: str) -> None:
@@ -5063,11 +5079,12 @@ class Upstream:
 class Seat:
     """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer."""
 
-    __slots__ = ("lacks_until", "ledger", "model", "times", "upstream")
+    __slots__ = ("lacks_until", "ledger", "mapped", "model", "times", "upstream")
 
     def __init__(self, upstream: Upstream, model: str) -> None:
         self.upstream, self.model = upstream, model
-        name = dict(upstream.config.model_map).get(model, model)
+        self.mapped = dict(upstream.config.model_map).get(model)
+        name = self.mapped or model
         if upstream.config.type == "azure":  # each deployment has a quota of its own, whatever its name ends in
             upstream.quota.rename(name, name)
         self.ledger = upstream.quota.ledger(name)
@@ -5431,6 +5448,7 @@ class UpstreamPool:
         self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig, timers: asyncio.AbstractEventLoop
     ) -> None:
         self.upstreams, self.policy, self.config, self.timers = upstreams, policy, config, timers
+        self._take_names(config)
         self.serving: "dict[str, list[Seat]]" = {}
         self.lines: "dict[str, deque[Waiter]]" = {}
         self.waiting = 0
@@ -5444,6 +5462,7 @@ class UpstreamPool:
     def replace(self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig) -> None:
         """Goes on with these controllers; whoever waits now waits for them."""
         self.upstreams, self.policy, self.config = upstreams, policy, config
+        self._take_names(config)
         self.serving.clear()
         for line in list(self.lines.values()):
             for waiter in list(line):
@@ -5454,6 +5473,12 @@ class UpstreamPool:
                         waiter.future.set_exception(problem)
         if self.waiting:
             self.pump()
+
+    def _take_names(self, config: PoolConfig) -> None:
+        """Other names of models, and models that stand in for others."""
+        self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
+        self.context_fallbacks = dict(config.context_fallbacks)
+        self.detours = bool(self.aliases or self.fallbacks)
 
     # -- choosing
 
@@ -5738,7 +5763,12 @@ class UpstreamPool:
         """The model names that the configuration spells out, sorted."""
         names = {name for upstream in self.upstreams for name in upstream.config.models}
         names |= {name for upstream in self.upstreams for name, _ in upstream.config.model_map}
+        names |= self.fallbacks.keys()
         return sorted(name for name in names if "*" not in name and "?" not in name)
+
+    def is_served(self, model: str) -> bool:
+        """Whether requests for `model` have somebody to go to."""
+        return model in self.fallbacks or any(upstream.serves(model) for upstream in self.upstreams)
 
     def reopens_after(self, seats: "list[Seat]", need: float) -> float:
         """Seconds until somebody has room, as far as is known; NEVER where nothing is."""
@@ -5893,9 +5923,12 @@ class HeldLongEnough(Exception):
 
 
 class Trip:
-    """One request on its way: whom it may ask, whom it asked in this round, and what came of it."""
+    """One request on its way: whom it may ask, whom it asked in this round, and what came of it.
 
-    __slots__ = ("best", "failure", "line", "record", "request", "rescue", "seats", "tried", "unfit")
+    `spare`: whether other models may stand in for its own; `models`: those that are left, once the first did.
+    """
+
+    __slots__ = ("best", "failure", "line", "models", "record", "request", "rescue", "seats", "spare", "tried", "unfit")
 
     def __init__(self, request: ApiRequest, seats: "list[Seat]", record: AccessRecord) -> None:
         self.request, self.seats, self.record = request, seats, record
@@ -5904,12 +5937,14 @@ class Trip:
         self.failure: "UpstreamError | None" = None
         self.line: "NoRoom | None" = None
         self.unfit: "ProxyError | None" = None
+        self.models: "Iterator[str] | None" = None
+        self.spare = False
         self.rescue: "tuple[Lease, asyncio.Task[Reply]] | None" = None
 
     @property
     def others(self) -> bool:
         """Whether there is somebody to fail over to."""
-        return len(self.seats) - len(self.tried) > 1 and not self.request.stateful
+        return (self.spare or len(self.seats) - len(self.tried) > 1) and not self.request.stateful
 
     @property
     def rescued(self) -> bool:
@@ -5967,33 +6002,82 @@ class Relay:
 
     async def run(self, request: ApiRequest, sink: Sink, record: AccessRecord) -> None:
         """Answers `request` into `sink`. Raises ProxyError or UpstreamError where no upstream answer can be shown."""
-        pool, now = self.pool, record.since
-        seats = pool.seats(request.model)
-        if request.path != "/chat/completions":
-            seats = able_seats(seats, request)
-        trip = Trip(request, seats, record)
-        pool.estimate(request)
-        try:
-            while True:
-                if trip.rescue is None:
-                    lease, asked = pool.lease(request, trip.seats, trip.tried, now), None
-                    if lease is None:
-                        lease = await self._stand_in_line(trip)
+        pool, now, verdict = self.pool, record.since, LEFT
+        if pool.detours or request.path != CHAT_PATH:
+            trip = self._set_out(request, record)
+        else:
+            trip = Trip(request, pool.seats(request.model), record)
+        while True:
+            pool.estimate(request)
+            try:
+                while True:
+                    if trip.rescue is None:
+                        lease, asked = pool.lease(request, trip.seats, trip.tried, now), None
                         if lease is None:
-                            break
-                else:
-                    (lease, asked), trip.rescue = trip.rescue, None
-                verdict = await self._attempt(lease, asked, trip, sink)
-                if verdict is GOOD:
-                    return
-                now = self.loop.time()
-                trip.note(lease, verdict, now)
-                if not trip.rescued and not may_retry(verdict, request):
-                    break
-        finally:
-            if trip.rescued:
-                self._drop_rescue(trip)
+                            lease = await self._stand_in_line(trip)
+                            if lease is None:
+                                break
+                    else:
+                        (lease, asked), trip.rescue = trip.rescue, None
+                    verdict = await self._attempt(lease, asked, trip, sink)
+                    if verdict is GOOD:
+                        return
+                    now = self.loop.time()
+                    trip.note(lease, verdict, now)
+                    if not trip.rescued and not may_retry(verdict, request):
+                        break
+            finally:
+                if trip.rescued:
+                    self._drop_rescue(trip)
+            if not self._turn(trip, verdict):
+                break
+            now = self.loop.time()
         await self._fail(trip, sink)
+
+    # -- which model
+
+    def _set_out(self, request: ApiRequest, record: AccessRecord) -> Trip:
+        """A trip to whoever serves the model. Raises ProxyError (404) when nobody does and no other may stand in."""
+        pool = self.pool
+        if request.model in pool.aliases:
+            request.substitute(pool.aliases[request.model])
+        if request.model not in pool.fallbacks:
+            return Trip(request, self._seats(request, request.model), record)
+        trip = Trip(request, [], record)
+        trip.spare = True
+        try:
+            trip.seats = self._seats(request, request.model)
+        except ProxyError as problem:
+            trip.unfit = problem
+        return trip
+
+    def _seats(self, request: ApiRequest, model: str) -> "list[Seat]":
+        """The controllers that serve `model` and can take the request. Raises ProxyError (404)."""
+        seats = self.pool.seats(model)
+        return seats if request.path == CHAT_PATH else able_seats(seats, request)
+
+    def _turn(self, trip: Trip, verdict: Verdict) -> bool:
+        """Turns a trip that came to nothing to the next model that may stand in; whether there is one.
+
+        `verdict`: what the last attempt came to. A client's mistake stays one with any model, unless the prompt is too
+        long for this one; what may be running already is not asked for twice.
+        """
+        pool, request, best = self.pool, trip.request, trip.best
+        long = verdict.outcome is Outcome.CLIENT and best is not None and is_too_long(best.held)
+        if not (long or verdict is LEFT or may_retry(verdict, request)):
+            return False
+        if trip.models is None:
+            known = pool.context_fallbacks if long else pool.fallbacks
+            trip.models = iter(known.get(request.model, ()))
+        for model in trip.models:
+            try:
+                trip.seats = self._seats(request, model)
+            except ProxyError:
+                continue  # configured, but served by nobody
+            request.substitute(model)
+            trip.tried.clear()
+            return True
+        return False
 
     async def _stand_in_line(self, trip: Trip) -> "Lease | None":
         """A lease from the line, which begins a new round; None when waiting is no use."""
@@ -6194,6 +6278,8 @@ class Relay:
         record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
         record.controller, record.status, record.first_at = lease.upstream.name, reply.head.status, reply.at
         fields = self._fields(reply, trip)
+        if lease.seat.mapped is not None or request.asked:
+            fields += model_field(request, lease.seat)
         if request.stateful:
             self.remember(made_id(reply.held[:USAGE_BYTES]), lease.upstream.name)
         if reply.whole and not reply.stream:
@@ -6283,6 +6369,12 @@ class Relay:
             if b"x-request-id" in head.index
             else b"x-apiserver-request-id: %b\r\nx-request-id: %b\r\n" % (serial, serial),
         )
+
+
+def model_field(request: ApiRequest, seat: Seat) -> bytes:
+    """Which model was asked for and which one was sent for; all of these names are the configuration's."""
+    names = (request.asked or request.model, seat.mapped or request.model)
+    return b"x-apiserver-model: %b -> %b\r\n" % tuple(name.encode("ascii", "backslashreplace") for name in names)
 
 
 def able_seats(seats: "list[Seat]", request: ApiRequest) -> "list[Seat]":
@@ -7045,6 +7137,9 @@ class Server:
         for models in await asyncio.gather(*map(self._models_of, open_ended)):
             for model in models:
                 found.setdefault(model["id"], model)
+        for name, model_name in self.pool.aliases.items():
+            if self.pool.is_served(model_name):
+                found[name] = {**model_object(name), "root": model_name}  # as vLLM says it of its own
         return [found[name] for name in sorted(found)]
 
     async def _models_of(self, upstream: Upstream) -> "list[dict[str, Any]]":

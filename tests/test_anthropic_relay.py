@@ -10,7 +10,19 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import ANSWER, SSE_HEAD, Message, Peer, Running, Upstream, answers, controller, json_reply, sse_reply
+from .support import (
+    ANSWER,
+    SSE_HEAD,
+    Message,
+    Peer,
+    Running,
+    Upstream,
+    answers,
+    controller,
+    json_reply,
+    request,
+    sse_reply,
+)
 
 STREAMS = Path(__file__).parent / "golden" / "anthropic" / "streams"
 REPLY = {
@@ -372,11 +384,16 @@ async def test_models_are_listed_in_openais_form() -> None:
         assert one.seen[0].headers["anthropic-version"] == "2023-06-01"
 
 
-def test_other_calls_are_refused() -> None:
+async def test_other_calls_go_elsewhere() -> None:
     """What has no place in the Messages API is not sent there."""
-    config = app.parse_config({"controllers": [{"type": "anthropic", "config": {"api_key": "k" * 9}}]}, "c", {})
-    with pytest.raises(app.Untranslatable, match="/embeddings"):
-        app.AnthropicController(config.controllers[0]).message(app.ApiRequest("POST", "/embeddings", "", [], b"{}"))
+    async with Upstream(answers(GOOD)) as one, Upstream(answers(json_reply(200, {"data": []}))) as two:
+        async with Running(anthropic("a", one), controller("b", two.url)) as server:
+            for _ in range(3):
+                client = await server.open()
+                await client.send(request(b'{"model":"m","input":"x"}', target="/v1/embeddings"))
+                assert (await client.read()).status == 200
+                client.close()
+        assert not one.seen
 
 
 async def test_an_endless_event_ends() -> None:

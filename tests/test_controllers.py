@@ -197,6 +197,24 @@ def test_bodies_that_no_edit_means_go_as_they_came(body: bytes) -> None:
     assert controller(PARAMS).message(asked)[1] is asked.body
 
 
+def test_only_chats_get_the_extra_body() -> None:
+    """Other calls have other parameters; what is dropped and renamed is so there, too."""
+    one = controller({"extra_body": {"top_k": 5}, "drop_params": ["user"]})
+    body = b'{"model":"m","input":"x","user":"u"}'
+    _, sent = one.message(request(json.loads(body), body=body, path="/embeddings"))
+    assert sent == b'{"model":"m","input":"x"}'
+
+
+@pytest.mark.parametrize("long", ["a", "model-with-a-longer-name"])
+def test_another_model_in_a_form(long: str) -> None:
+    """A model that stands in takes its place in a multipart body, and a mapped one its place in turn."""
+    body = b"--b\r\nfast\r\n--b--"
+    asked = request({}, body=body, path="/audio/speech", model="fast", model_span=(5, 9))
+    asked.substitute(long)
+    assert (asked.asked, asked.model, asked.body) == ("fast", long, body.replace(b"fast", long.encode()))
+    assert controller(model_map={long: "m-2"}).message(asked)[1] == body.replace(b"fast", b"m-2")
+
+
 def test_edits_and_a_mapped_model() -> None:
     """Both apply to one body."""
     sent = edited(PARAMS, b'{"model":"fast","user":"u"}', model_map={"fast": "slow"})
