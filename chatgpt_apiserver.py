@@ -73,6 +73,7 @@ __version__ = "1.0.0"
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
+HOST_BYTES = 300  # a name has at most 255 (RFC 1035), a port five digits
 KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
 KNOWN_HEAD_BYTES = 2048  # a connection's last request head is remembered up to this size
 KNOWN_LINE_BYTES = 256  # this many bytes: half a megabyte in all
@@ -1648,7 +1649,10 @@ def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHe
     except ValueError as problem:
         status = 431 if "more than" in str(problem) else 400
         raise BadMessage(status, "The request head is refused: %s." % problem) from None
-    check_host(index.get(b"host"), minor)
+    host = index.get(b"host")
+    if host is not None and len(host) > HOST_BYTES:
+        raise BadMessage(400, "The Host header is longer than %d bytes." % HOST_BYTES)
+    check_host(host, minor)
     return RequestHead(method, target, minor, index, lines)
 
 
@@ -2369,10 +2373,13 @@ class Outbox:
     with one client waits for nothing. Who closes a transport calls `flush` first.
     """
 
-    __slots__ = ("loop", "open", "waiting")
+    __slots__ = ("loop", "open", "ready", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.open = loop, False
+        # What the loop has still to do in this turn. It is private; without it every first write opens a window, which
+        # costs a turn (3 us) where nothing follows.
+        self.ready: "Collection[Any] | None" = getattr(loop, "_ready", None)
         self.waiting: "list[tuple[asyncio.WriteTransport, bytes]]" = []
 
     def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
@@ -2382,7 +2389,7 @@ class Outbox:
                 self.waiting.append((transport, data))
                 return
             self.flush()
-        else:
+        elif self.ready is None or self.ready:
             self.open = True
             self.loop.call_soon(self._close)
         transport.write(data)
@@ -2477,20 +2484,31 @@ async def open_link(host: str, port: int, tls: "ssl.SSLContext | None" = None, n
     loop = asyncio.get_running_loop()
     reader = WireReader(loop)
     protocol = WireProtocol(reader)
-    dialling = loop.create_task(
-        loop.create_connection(
-            lambda: protocol, host, port, ssl=tls, server_hostname=name, happy_eyeballs_delay=0.25
-        )
+    literal = ":" in host or not host.strip("0123456789.")  # one address: no race, which takes three tasks
+    connecting = loop.create_connection(
+        lambda: protocol,
+        host,
+        port,
+        ssl=tls,
+        server_hostname=name,
+        happy_eyeballs_delay=None if literal else 0.25,
     )
-    try:
-        transport, _ = await asyncio.shield(dialling)
-    except asyncio.CancelledError:
-        # Cancelled in the race of addresses, asyncio forgets a socket that has just connected without closing it.
-        dialling.add_done_callback(abort_unwanted)
-        loop.call_later(UNWANTED_S, dialling.cancel)
-        raise
+    transport, _ = await (connecting if literal else unless_cancelled(loop.create_task(connecting)))
     tune(transport)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def unless_cancelled(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> "tuple[Any, Any]":
+    """The connection that a race of addresses brings.
+
+    Cancelled in the race, asyncio forgets a socket that has just connected without closing it.
+    """
+    try:
+        return await asyncio.shield(dialling)
+    except asyncio.CancelledError:
+        dialling.add_done_callback(abort_unwanted)
+        dialling.get_loop().call_later(UNWANTED_S, dialling.cancel)
+        raise
 
 
 def abort_unwanted(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> None:
@@ -4076,6 +4094,8 @@ class AnthropicController(OpenAIController):
 
     chat_only = True
 
+    chat_only = True
+
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
         account = config.account
@@ -4386,9 +4406,14 @@ _HINT = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=4096)  # a reply has two; most repeat
 def parse_duration(text: str) -> "float | None":
     """Seconds of a Go duration (`17ms`, `6m0s`, `1h2m3s`) or a plain number of seconds; None for anything else."""
+    return known_duration(text) if len(text) <= 40 else None  # what is remembered must be short
+
+
+@functools.lru_cache(maxsize=4096)  # a reply has two; most repeat
+def known_duration(text: str) -> "float | None":
+    """`parse_duration` of a short text."""
     plainly = _PLAIN_DURATION.match(text)
     if plainly is not None:
         return float(plainly.group(1)) * _UNITS_S[plainly.group(2)]
@@ -4503,6 +4528,8 @@ def allowance(
         remaining = index.get(remaining_name)
         if remaining is not None:
             limit, reset = index.get(limit_name, b""), index.get(reset_name, b"")
+            if len(limit) + len(remaining) + len(reset) > 100:  # what is remembered must be short
+                return None
             if reset[10:11] == b"T":  # a time (RFC 3339), not a duration
                 reset_s = seconds_until(reset.decode("latin-1"), clock())
                 found = as_allowance(limit, remaining, b"")
@@ -7176,13 +7203,26 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
         return handler, name.rstrip("/") if route in INFERENCE else name, query
     group = "objects" if name.lstrip("/").partition("/")[0] in OBJECTS else "*"
     if path.startswith("/v1/") and ("*" in endpoints or group in endpoints) and route != "/status":
-        return Server._object, name, query
+        return Server._object, raw_path(target, path), query
     if not wanted:
         message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
         raise ProxyError(404, message, "unknown_url")
     allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
     fields = b"Allow: %b\r\n" % allow.encode()
     raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
+
+
+def raw_path(target: str, path: str) -> str:
+    """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404).
+
+    Dot segments would lead out of the account's base_url, with its key.
+    """
+    if not {".", ".."}.isdisjoint(path.split("/")) or "\\" in path:
+        raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
+    spelled = target.partition("?")[0]
+    at = spelled.find("/", spelled.find("://") + 3) if "://" in spelled else 0
+    first = spelled.find("/", at + 1)
+    return spelled[first:]
 
 
 def full_answer() -> bytes:

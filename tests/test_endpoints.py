@@ -168,6 +168,18 @@ async def test_endpoints_decide_what_may_be_reached() -> None:
             assert (await ask(server, "GET", "/status")).json() == {"status": "ok"}
 
 
+async def test_a_path_goes_as_it_was_spelled_and_never_out_of_the_account() -> None:
+    """Percent-encoding stays, dot segments are refused however they are spelled."""
+    async with Upstream(answers(json_reply(200, LISTED))) as one:
+        async with Running(controller("a", one.url), endpoints=["*"]) as server:
+            for target in ("/v1/x/a%2Fb%C3%A9%25?q=%20", "http://localhost/v1/x/a%2Fb%C3%A9%25?q=%20"):
+                assert (await ask(server, "GET", target)).status == 200
+                assert one.seen[-1].start == "GET /v1/x/a%2Fb%C3%A9%25?q=%20 HTTP/1.1"
+            for target in ("/v1/../admin", "/v1/x/%2e%2e/%2E%2e/admin", "/v1/x/./y", "/v1/x/..%5cadmin", "/v1/.."):
+                assert (await ask(server, "GET", target)).status == 404
+            assert len(one.seen) == 2
+
+
 async def test_binary_answers_come_back_as_they_are() -> None:
     """Speech is bytes, not JSON."""
     sound = bytes(range(256)) * 9

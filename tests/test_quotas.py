@@ -998,3 +998,18 @@ def test_models_in_use_are_not_forgotten_for_names_that_clients_make_up() -> Non
             one.seat("real").ledger.used_at = T0 + number
     assert not one.seat("real").ready(1, T0 + 1)
     assert len(one.seats) <= app.MEMORY_MODELS and len(one.quota.ledgers) <= app.MEMORY_MODELS
+
+
+def test_what_is_remembered_of_headers_is_short() -> None:
+    """Neither a client nor an upstream can fill a memory with long values."""
+    assert app.parse_duration("1" * 41) is None
+    size = app.as_allowance.cache_info().currsize
+    index = {
+        b"x-ratelimit-limit-requests": b"10",
+        b"x-ratelimit-remaining-requests": b"5",
+        b"x-ratelimit-reset-requests": b"1" * 50_000,
+    }
+    assert app.allowance(index, app.REQUEST_NAMES, float) is None
+    assert app.as_allowance.cache_info().currsize == size
+    with pytest.raises(app.BadMessage):
+        app.parse_request_head(b"GET / HTTP/1.1\r\nHost: " + b"a" * 301 + b"\r\n\r\n")
