@@ -3953,6 +3953,11 @@ class AzureController(OpenAIController):
         return self._line(request.method, path + "?" * bool(query) + query) + self.fixed
 
 
+def push_some(outlet: Outlet, data: bytes) -> bool:
+    """As `Outlet.push`, but of what may be nothing, which would look like the end to a client that reads chunks."""
+    return outlet.push(data) if data else True
+
+
 class MessagesExchange:
     """An exchange with Anthropic's Messages API that reads as one with OpenAI's. See `Exchange`.
 
@@ -4009,7 +4014,7 @@ class MessagesExchange:
         """See `Exchange`."""
         stream, self.outlet = self.stream, outlet
         if self.ready or stream is None:
-            outlet.push(await self.read())
+            push_some(outlet, await self.read())
         if stream is None or self.ended:
             return
         try:
@@ -4017,13 +4022,12 @@ class MessagesExchange:
         except UpstreamError:
             if not stream.done:
                 raise
-        outlet.push(self._last_events(stream))
+        push_some(outlet, self._last_events(stream))
 
     def push(self, data: bytes) -> bool:
         """See `Outlet`: what the upstream sent while `pipe` runs."""
         assert self.outlet is not None and self.stream is not None
-        out = self._translate(self.stream, data)
-        return self.outlet.push(out) if out else True
+        return push_some(self.outlet, self._translate(self.stream, data))
 
     def when_ready(self, call: "Callable[[], None]") -> None:
         """See `Outlet`."""
