@@ -1235,6 +1235,8 @@ def describe(config: Config) -> "list[str]":
         if one.type != "echo":
             about[1:1] = [account.base_url, "key %r" % account.api_key] + (["by a proxy"] if account.proxy else [])
         lines.append("controller %s: %s" % (one.name, "; ".join(about)))
+    lines += ["model %s: %s" % pair for pair in config.pool.aliases]
+    lines += ["model %s: else %s" % (name, ", ".join(models)) for name, models in config.pool.fallbacks]
     lines += ["client key %s: models %s" % (key.name, ", ".join(key.models) or "all") for key in config.client_keys]
     scheme = "https" if config.tls_cert else "http"
     host = "[%s]" % config.host if ":" in config.host else config.host
