@@ -113,6 +113,9 @@ RESERVE_S = 1.0  # and this long each may take to ask for it, as others wait for
 PEER_CONNECTIONS = 256  # of one public address, where nothing is configured
 PATIENCE_S = 2.0  # a client is answered this long before it gives up
 KEY_BUSY_S = 1.0  # a client key whose requests are all under way is told to come again after this
+AFFINE_TOKENS = 1000  # 4,000 characters; providers cache no shorter prompts
+AFFINE_CHARS = 16_384  # of the beginning and of the end of each message, where a conversation is told from others
+AFFINE_LOAD = 1.25  # times its share: more in flight goes elsewhere
 MEMORY_MODELS = 256  # models of which one controller's ledger is kept; the least recently used goes first
 
 log = logging.getLogger("chatgpt_apiserver")
@@ -1240,6 +1243,8 @@ def describe(config: Config) -> "list[str]":
         if one.type != "echo":
             about[1:1] = [account.base_url, "key %r" % account.api_key] + (["by a proxy"] if account.proxy else [])
         lines.append("controller %s: %s" % (one.name, "; ".join(about)))
+    lines += ["model %s: %s" % pair for pair in config.pool.aliases]
+    lines += ["model %s: else %s" % (name, ", ".join(models)) for name, models in config.pool.fallbacks]
     lines += ["client key %s: models %s" % (key.name, ", ".join(key.models) or "all") for key in config.client_keys]
     scheme = "https" if config.tls_cert else "http"
     host = "[%s]" % config.host if ":" in config.host else config.host
@@ -3596,6 +3601,7 @@ class ApiRequest:
     tokens that it is taken to cost. `wait_s`: how long it may still stand in line. `key`: the client key's name.
     `model_span`: where the model stands in a multipart body. `pinned`: the controller that has the object it is about;
     `seeks`: each is asked until one has it. `asked`: what the client asked for, where `model` is another one by now.
+    `thread`: what its conversation goes by, once somebody wanted to know.
     """
 
     __slots__ = (
@@ -3617,6 +3623,7 @@ class ApiRequest:
         "seeks",
         "stateful",
         "stream",
+        "thread",
         "wait_s",
     )
 
@@ -3626,6 +3633,7 @@ class ApiRequest:
         self.model = self.request_id = self.key = self.pinned = self.asked = ""
         self.stream = self.stateful = self.seeks = False
         self.model_span: "tuple[int, int] | None" = None
+        self.thread: "bytes | None" = None
         self.prompt_tokens = self.max_tokens = self.need = 0
         self.wait_s = 0.0
 
@@ -3978,6 +3986,11 @@ class AzureController(OpenAIController):
         return self._line(request.method, path + "?" * bool(query) + query) + self.fixed
 
 
+def push_some(outlet: Outlet, data: bytes) -> bool:
+    """As `Outlet.push`, but of what may be nothing, which would look like the end to a client that reads chunks."""
+    return outlet.push(data) if data else True
+
+
 class MessagesExchange:
     """An exchange with Anthropic's Messages API that reads as one with OpenAI's. See `Exchange`.
 
@@ -4034,7 +4047,7 @@ class MessagesExchange:
         """See `Exchange`."""
         stream, self.outlet = self.stream, outlet
         if self.ready or stream is None:
-            outlet.push(await self.read())
+            push_some(outlet, await self.read())
         if stream is None or self.ended:
             return
         try:
@@ -4042,13 +4055,12 @@ class MessagesExchange:
         except UpstreamError:
             if not stream.done:
                 raise
-        outlet.push(self._last_events(stream))
+        push_some(outlet, self._last_events(stream))
 
     def push(self, data: bytes) -> bool:
         """See `Outlet`: what the upstream sent while `pipe` runs."""
         assert self.outlet is not None and self.stream is not None
-        out = self._translate(self.stream, data)
-        return self.outlet.push(out) if out else True
+        return push_some(self.outlet, self._translate(self.stream, data))
 
     def when_ready(self, call: "Callable[[], None]") -> None:
         """See `Outlet`."""
@@ -5359,6 +5371,41 @@ class Lease:
 # chance and its timers are passed in.
 
 
+def thread_of(data: "dict[str, Any]") -> bytes:
+    """What a conversation goes by: its prompt_cache_key, else its texts through the first of the user; b"" for none.
+
+    So turns of one conversation are equal, and a common system prompt alone makes none.
+    """
+    import hashlib  # 2 ms that only long prompts need
+
+    key, messages = data.get("prompt_cache_key"), data.get("messages")
+    if isinstance(key, str) and key:
+        return hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=16).digest()
+    seen = hashlib.blake2b(digest_size=16)
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict):
+            return b""
+        content = message.get("content")
+        for part in content if isinstance(content, list) else (content,):
+            text = part.get("text") if isinstance(part, dict) else part
+            text = text if isinstance(text, str) else ""
+            if len(text) > 2 * AFFINE_CHARS:
+                text = text[:AFFINE_CHARS] + text[-AFFINE_CHARS:]
+            seen.update(text.encode("utf-8", "replace") + b"\0")
+        if message.get("role") == "user":
+            return seen.digest()
+    return b""
+
+
+def attraction(thread: bytes, upstream: Upstream) -> float:
+    """How much a conversation prefers a controller: weighted rendezvous, so each gets its weight's share of them all,
+    and when one comes or goes only its own move."""
+    import hashlib  # as above
+
+    mixed = hashlib.blake2b(thread + upstream.name.encode(), digest_size=6).digest()
+    return upstream.weight / -math.log((int.from_bytes(mixed, "big") + 0.5) / 2**48)
+
+
 class Policy(Protocol):
     """How a pool chooses among the controllers that could take a request."""
 
@@ -5425,6 +5472,8 @@ class Fastest:
         return min(seats, key=lambda seat: seat.upstream.first_byte_s[stream])
 
 
+# Whose choice may give way to a conversation's preference: to the others it is their point where a request goes.
+AFFINE_POLICIES = ("balanced", "random", "least_busy")
 POLICIES: "dict[str, Callable[[], Policy]]" = {
     "balanced": SmoothWeighted,
     "random": WeightedRandom,
@@ -5510,6 +5559,7 @@ class UpstreamPool:
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
         self.context_fallbacks = dict(config.context_fallbacks)
         self.detours = bool(self.aliases or self.fallbacks)
+        self.affine_above = AFFINE_TOKENS if config.affinity and config.type in AFFINE_POLICIES else NEVER
 
     # -- choosing
 
@@ -5551,7 +5601,25 @@ class UpstreamPool:
             ready = [seat for seat in ready if seat.upstream not in tried]
         if not ready:
             return None
+        if request.prompt_tokens > self.affine_above and len(ready) > 1:
+            return self._count(Lease(self._choose_affine(request, ready), need, request.stream, now), now)
         return self._count(Lease(self.policy.choose(ready, request.stream), need, request.stream, now), now)
+
+    def _choose_affine(self, request: ApiRequest, ready: "list[Seat]") -> Seat:
+        """The one that a long conversation prefers, whose prompt cache may know its beginning.
+
+        It is left at once when it has no room or is ill, then it is not among `ready`; and when it has more in flight
+        than its share allows (consistent hashing with bounded loads).
+        """
+        thread = request.thread
+        if thread is None:
+            thread = request.thread = thread_of(request.data)
+        if not thread:
+            return self.policy.choose(ready, request.stream)
+        total = sum(seat.upstream.in_flight for seat in ready) + 1
+        share = AFFINE_LOAD * total / sum(seat.upstream.weight for seat in ready)
+        idle = [seat for seat in ready if seat.upstream.in_flight < math.ceil(share * seat.upstream.weight)]
+        return max(idle, key=lambda seat: attraction(thread, seat.upstream))
 
     def _unwanted(self, seats: "list[Seat]", line: "deque[Waiter]") -> "list[Seat]":
         """Those of `seats` that nobody in `line` waits for: who tried one in vain waits for the others only."""

@@ -144,6 +144,21 @@ async def test_events_leave_as_they_arrive() -> None:
         client.close()
 
 
+@pytest.mark.parametrize("others", [0, 1])
+async def test_a_stream_ends_once(others: int) -> None:
+    """What follows a stream on the client's connection is the next answer, and the upstream's serves again."""
+    pieces = (START, sse("ping"), text("a"), sse("ping"), sse("message_delta", delta={}), STOP, sse("ping"))
+    async with Upstream(answers(sse_reply(*pieces))) as one:
+        async with Running(anthropic("a", one), *[anthropic("b", one)] * others, pool={"type": "priority"}) as server:
+            client = await server.open()
+            for _ in range(3):
+                await client.post(stream=True)
+                found = await client.read()
+                assert found.status == 200 and found.body.endswith(b"data: [DONE]\n\n")
+            client.close()
+        assert one.connections == 1
+
+
 @pytest.mark.parametrize("path", sorted(STREAMS.glob("t*.sse")), ids=lambda path: path.stem)
 async def test_recorded_streams(path: Path) -> None:
     """What comes out is the golden translation, whatever the pieces, with and without somebody to fail over to."""

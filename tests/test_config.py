@@ -530,6 +530,12 @@ def test_configuration_can_be_printed() -> None:
     assert set(app.secrets_of(config)) >= {KEY, SHORT, SHORT + "-more"}
 
 
+def test_the_summary_names_models() -> None:
+    """Other names and models that stand in are part of it."""
+    pool = {"aliases": {"fast": "m"}, "fallbacks": {"m": ["n", "o"]}}
+    assert {"model fast: m", "model m: else n, o"} <= set(app.describe(parse(pool=pool)))
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
     [("localhost", True), ("127.0.0.9", True), ("::1", True), ("[::1]", True), ("0.0.0.0", False), ("a", False)],
