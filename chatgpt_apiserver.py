@@ -75,6 +75,7 @@ START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a req
 JSON_DEPTH = 128  # objects and lists in one another; schemas of tools stay below 30
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
 HOST_BYTES = 300  # a name has at most 255 (RFC 1035), a port five digits
+PIECES = 64  # of a body that are kept apart; joining them once costs least
 KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
 KNOWN_HEAD_BYTES = 2048  # a connection's last request head is remembered up to this size
 KNOWN_LINE_BYTES = 256  # this many bytes: half a megabyte in all
@@ -109,6 +110,7 @@ MODEL_NAME_CHARS = 256  # longer names are not looked up
 FLUSH_S = 0.01  # access lines wait this long for company
 USAGE_BYTES = 4096  # the end of an answer, where its usage stands
 RESERVE_CONNECTIONS = 16  # above the bound, so that /status still answers
+SPARE_FILES = 48  # descriptors for the reserve and for what is no connection
 RESERVE_S = 1.0  # and this long each may take to ask for it, as others wait for the place
 PEER_CONNECTIONS = 256  # of one public address, where nothing is configured
 PATIENCE_S = 2.0  # a client is answered this long before it gives up
@@ -457,6 +459,7 @@ class ServerLimits(Record):
     """Bounds on what clients may do: bytes, counts, seconds."""
 
     body_bytes: int = 33_554_432
+    bodies_bytes: int = 1 << 30
     json_depth: int = JSON_DEPTH
     start_line_bytes: int = START_LINE_BYTES
     header_bytes: int = 65536
@@ -1052,6 +1055,7 @@ def parse_server_limits(section: Section) -> ServerLimits:
     default = ServerLimits()
     limits = ServerLimits(
         body_bytes=section.whole("body_bytes", default.body_bytes, 1, 2**40),
+        bodies_bytes=section.whole("bodies_bytes", default.bodies_bytes, 1, 2**50),
         json_depth=section.whole("json_depth", default.json_depth, 3, 500),  # Python's own bound is near 900
         start_line_bytes=section.whole("start_line_bytes", default.start_line_bytes, 64, 2**20),
         header_bytes=section.whole("header_bytes", default.header_bytes, 1024, 2**24),
@@ -2957,8 +2961,8 @@ class NetworkExchange:
         else:
             transport.write(head)
             transport.write(body)
-        now = connection.loop.time()
-        connection.sent(now, self.timeouts.first_byte or 0.0)
+        now, limits = connection.loop.time(), (self.timeouts.first_byte, self.timeouts.total)
+        connection.sent(now, min((limit for limit in limits if limit), default=0.0))
         self.on_sent(now)
 
     def _decode(self, data: bytes) -> bytes:
@@ -6536,6 +6540,7 @@ class ClientConnection:
         "gone",
         "head",
         "head_sent",
+        "held",
         "last",
         "last_head",
         "loop",
@@ -6565,7 +6570,7 @@ class ClientConnection:
         self.peer, self.reserve = peer, reserve
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
-        self.phase, self.probes = Phase.IDLE, 0
+        self.phase, self.probes, self.held = Phase.IDLE, 0, 0
         self.gone = self.close_after = self.head_sent = self.chunked = False
         self.origin = b""
         self.head: "RequestHead | None" = None
@@ -6603,6 +6608,7 @@ class ClientConnection:
             self.gone = True
         finally:
             self.phase = Phase.CLOSING
+            self._release()
             self.deadline.cancel()
             self.reader.on_end = self.protocol.on_writable = self.on_ready = None
             self._close()
@@ -6646,6 +6652,7 @@ class ClientConnection:
                 return False
             body = await self._read_body(head)
         except BadMessage as error:
+            self._release()
             await self._refuse(error)
             return False
         except EOFError:
@@ -6653,6 +6660,8 @@ class ClientConnection:
         self.deadline.at = math.inf
         self.phase = Phase.ANSWER
         await self._answer(head, body)
+        if self.held:
+            self._release()
         if self.protocol.full:  # or a client that never reads could pile up the answers to what it pipelines
             await self.drain()
         return not self.close_after
@@ -6738,37 +6747,67 @@ class ClientConnection:
             self.close_after = True
         if decoder is None or self.reserve:
             return b""
-        if b"expect" in index:
-            self._check_expectation(index[b"expect"], head.minor)
+        if b"expect" in index and head.minor and index[b"expect"].lower() != b"100-continue":
+            raise BadMessage(417, "The only expectation understood is 100-continue.")
         if isinstance(decoder, LengthDecoder) and decoder.left <= len(self.reader.data):
             return self.reader.cut(decoder.left)
-        self.phase = Phase.BODY
+        self.phase, kept = Phase.BODY, self._admits(head)
+        if b"expect" in index and head.minor and not self.reader.data:
+            if not kept:
+                self.close_after = True  # the body may come or not, so what comes can be no request
+                return b""
+            self.outbox.write(self.transport, CONTINUE)  # RFC 9110, 10.1.1
+        return await self._collect_body(decoder, kept)
+
+    def _admits(self, head: RequestHead) -> bool:
+        """Whether a request will pass the doors. If not its body is read and forgotten: strangers fill no memory."""
+        try:
+            self.server.check_doors(head)
+            if self.server.config.client_keys:
+                self.server.check_key(head)
+        except ProxyError:
+            return False
+        return True
+
+    async def _collect_body(self, decoder: "LengthDecoder | ChunkedDecoder", kept: bool) -> bytes:
+        """A body as it comes; b"" unless it is `kept`. Raises BadMessage."""
         pieces: "list[bytes]" = []
-        size, since = 0, self.loop.time()
+        body = bytearray()  # what has come in many small pieces, which would take many times their size
+        size, since, waits = 0, self.loop.time(), not self.reader.data
         while not decoder.done:
-            if pieces or not self.reader.data:
+            if waits:
                 self.deadline.set(self._body_deadline(since, size))
-            data = await self.reader.read_some()
+            data, waits = await self.reader.read_some(), True
             if not data:
                 raise ClientGone
             try:
-                pieces.append(decoder.feed(data))
+                piece = decoder.feed(data)
             except OverflowError as problem:
                 raise BadMessage(413, "%s." % str(problem).capitalize(), "request_too_large") from None
             except ValueError as problem:
                 raise BadMessage(400, "The request body is malformed: %s." % problem) from None
-            size += len(pieces[-1])
+            size += len(piece)
+            if kept:
+                self._hold(len(piece))
+                pieces.append(piece)
+                if len(pieces) > PIECES:
+                    body += b"".join(pieces)
+                    pieces.clear()
         if decoder.rest:
             self.reader.unread(decoder.rest)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 and not body else b"".join((body, *pieces))
 
-    def _check_expectation(self, expected: bytes, minor: int) -> None:
-        """Answers Expect: 100-continue once the head is found good (RFC 9110, 10.1.1)."""
-        if minor >= 1:
-            if expected.lower() != b"100-continue":
-                raise BadMessage(417, "The only expectation understood is 100-continue.")
-            if not self.reader.data:
-                self.outbox.write(self.transport, CONTINUE)
+    def _hold(self, size: int) -> None:
+        """Counts bytes of a body that is kept, until its request has been answered. Raises BadMessage (503)."""
+        self.held += size
+        self.server.held += size
+        if self.server.held > self.server.config.limits.bodies_bytes:
+            raise BadMessage(503, "Too many bodies are under way; try again.", "server_overloaded", headers=AGAIN)
+
+    def _release(self) -> None:
+        """Counts them no more."""
+        self.server.held -= self.held
+        self.held = 0
 
     def _body_deadline(self, since: float, size: int) -> float:
         """When a body that began at `since` and has `size` bytes by now is too slow: by total, and by rate."""
@@ -6982,6 +7021,8 @@ class Server:
         self.links = ConnectionPool(self.outbox, dial)
         self.connections: "set[ClientConnection]" = set()
         self.per_peer: "dict[str, int]" = {}
+        self.most = math.inf  # connections that the system has room for
+        self.held = 0  # bytes of bodies that came in more than one read and whose requests are under way
         self.listener: "asyncio.Server | None" = None
         self.tls: "ssl.SSLContext | None" = None
         self.stopping = self.draining = False
@@ -7036,13 +7077,14 @@ class Server:
         name = transport.get_extra_info("peername")
         peer = str(name[0]) if isinstance(name, tuple) else "local"
         limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(peer, 0)
+        bound = min(limits.connections, self.most)
         most = limits.connections_per_client or peer_bound(peer)
-        if self.stopping or count >= limits.connections + RESERVE_CONNECTIONS or (most and here >= most):
+        if self.stopping or count >= bound + RESERVE_CONNECTIONS or (most and here >= most):
             transport.write(b"" if self.tls else FULL)
             transport.close()
             return
         self.per_peer[peer] = here + 1
-        self.connections.add(ClientConnection(self, protocol, transport, peer, count >= limits.connections))
+        self.connections.add(ClientConnection(self, protocol, transport, peer, count >= bound))
 
     def forget(self, client: ClientConnection) -> None:
         """A client's connection has ended."""
@@ -7538,28 +7580,26 @@ def parse_args(argv: "list[str]") -> "dict[str, str]":
     return {"help" if name == "-h" else name[2:].replace("-", "_"): value for name, value in found}
 
 
-def raise_open_files() -> None:
-    """Raises the limit on open files as far as allowed: a stream takes two."""
+def raise_open_files() -> float:
+    """Raises the limit on open files as far as allowed, as a stream takes two; what it is then."""
     if sys.platform == "win32":
-        return
+        return math.inf
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
     except (OSError, ValueError) as problem:  # macOS names no limit and then refuses to set none
         log.warning("open files stay limited to %d: %s", soft, problem)
+    return math.inf if soft == resource.RLIM_INFINITY else soft
 
 
-def trim_memory() -> None:
-    """Gives back what compiling this file left over: 9 of 34 MB with glibc, which keeps it otherwise."""
-    try:
-        import ctypes
-    except ImportError:  # a Python built without libffi: then it is kept
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+def fit_connections(server: Server, files: float) -> None:
+    """Bounds the connections by the open files, two each: without one for the upstream a client is of no use."""
+    server.most = max(1.0, (files - SPARE_FILES) // 2)
+    if server.most < server.config.limits.connections:
+        log.warning("open files are limited to %d: at most %d clients at once", files, server.most)
 
 
 def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
@@ -7601,13 +7641,12 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
     for host, port in await server.start():
         shown_host = "[%s]" % host if ":" in host else host
         log.info("listening on %s://%s:%d", "https" if config.tls_cert else "http", shown_host, port)
-    raise_open_files()
+    fit_connections(server, raise_open_files())
     shrink_tls_buffers()
     gc.enable()
     gc.collect()
     gc.set_threshold(20_000, 20, 50)  # requests make few cycles; the default looks for them every few requests
     gc.freeze()  # what start-up made lives as long as the process
-    loop.call_soon(trim_memory)
     await stop.wait()
     log.info("stopping: %d connections open", len(server.connections))
     await server.stop()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import tracemalloc
 
 import pytest
 
@@ -331,3 +332,88 @@ async def test_an_upstreams_chunk_may_be_huge_and_is_never_kept_whole(stream: bo
         assert len(connection.reader.data) <= 2 * app.READ_BYTES
         client.close()
         assert (await server.post("m", stream=stream)).status == 502
+
+
+async def test_all_bodies_together() -> None:
+    """Bodies that wait or are under way count towards bodies_bytes; one too many gets 503, the next after that passes."""
+    go = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await go.wait()
+        await peer.send(json_reply(200, {}))
+
+    async def until_held(size: int) -> None:
+        while server.server.held < size:
+            await asyncio.sleep(0)
+
+    async with Upstream(script) as one, Running(controller("a", one.url), limits={"bodies_bytes": 1_000_000}) as server:
+        clients = [await server.open() for _ in range(4)]
+        await clients[0].post("m", pad="x" * 400_000)
+        await until_held(400_000)
+        clients[1].writer.write(request(b"x" * 500_000)[:-1])
+        await until_held(890_000)
+        await clients[2].post("m", pad="x" * 300_000)
+        found = await clients[2].read()
+        assert (found.status, found.headers["retry-after"], found.headers["connection"]) == (503, "1", "close")
+        clients[1].close()
+        while server.server.held > 500_000:
+            await asyncio.sleep(0)
+        await clients[3].post("m", pad="x" * 300_000)
+        await until_held(700_000)
+        go.set()
+        assert [(await clients[number].read()).status for number in (0, 3)] == [200, 200]
+        assert server.server.held == 0
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("api-key: wrong", 401), ("X: 1", 401), ("Origin: https://evil.example", 403), ("api-key: alice-key-123456", 200)],
+)
+async def test_nothing_is_kept_of_a_strangers_body(line: str, status: int) -> None:
+    """Who may not come in can send a body, and go on after the answer; but it fills no memory meanwhile."""
+    keys, cors = [{"key": "alice-key-123456"}], {"allow_origins": ["https://app.example"]}
+    raw = request(json.dumps({"model": "echo", "messages": MESSAGES, "pad": "x" * 300_000}).encode(), line)
+    async with Running(client_keys=keys, cors=cors) as server:
+        client = await server.open()
+        await client.send(raw[:-10])
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert (server.server.held > 0) is (status == 200)
+        await client.send(raw[-10:] + STATUS)
+        assert [(await client.read()).status for _ in range(2)] == [status, 200]
+        client.close()
+
+
+async def test_a_stranger_is_not_asked_for_its_body() -> None:
+    """With Expect: 100-continue the refusal comes at once, and what comes then is no request."""
+    async with Running(client_keys=[{"key": "alice-key-123456"}]) as server:
+        client = await server.open()
+        raw = request(b"x" * 1000, "Expect: 100-continue", "api-key: wrong")
+        await client.send(raw[:-1000])
+        found = await client.read()
+        assert (found.status, found.interim, found.headers["connection"]) == (401, [], "close")
+        await client.send(STATUS)
+        assert await client.closed() == b""
+        client.close()
+
+
+async def test_a_body_in_the_smallest_pieces_takes_no_more_memory() -> None:
+    """Reads of a byte or two, whose objects would take twenty times their size, are joined as they come."""
+    body = json.dumps({"model": "echo", "messages": [{"role": "user", "content": "x" * 6000}]}).encode()
+    raw = request(body)
+    async with Running() as server:
+        client = await server.open()
+        await client.send(raw[: -len(body)])
+        while not (server.server.connections and next(iter(server.server.connections)).phase is app.Phase.BODY):
+            await asyncio.sleep(0)
+        (connection,) = server.server.connections
+        tracemalloc.start()
+        for at in range(0, len(body) - 2, 2):
+            connection.reader.feed_data(body[at : at + 2])
+        current, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        connection.reader.feed_data(body[len(body) - 2 :] if len(body) % 2 == 0 else body[len(body) - 1 :])
+        assert (await client.read()).status == 200 and current < 6 * len(body)
+        client.close()
