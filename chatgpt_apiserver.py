@@ -72,6 +72,7 @@ __version__ = "1.0.0"
 
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
+JSON_DEPTH = 128  # objects and lists in one another; schemas of tools stay below 30
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
 HOST_BYTES = 300  # a name has at most 255 (RFC 1035), a port five digits
 KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
@@ -108,6 +109,7 @@ MODEL_NAME_CHARS = 256  # longer names are not looked up
 FLUSH_S = 0.01  # access lines wait this long for company
 USAGE_BYTES = 4096  # the end of an answer, where its usage stands
 RESERVE_CONNECTIONS = 16  # above the bound, so that /status still answers
+RESERVE_S = 1.0  # and this long each may take to ask for it, as others wait for the place
 PEER_CONNECTIONS = 256  # of one public address, where nothing is configured
 PATIENCE_S = 2.0  # a client is answered this long before it gives up
 KEY_BUSY_S = 1.0  # a client key whose requests are all under way is told to come again after this
@@ -455,6 +457,8 @@ class ServerLimits(Record):
     """Bounds on what clients may do: bytes, counts, seconds."""
 
     body_bytes: int = 33_554_432
+    json_depth: int = JSON_DEPTH
+    start_line_bytes: int = START_LINE_BYTES
     header_bytes: int = 65536
     header_count: int = FIELD_COUNT
     connections: int = 10000
@@ -464,6 +468,7 @@ class ServerLimits(Record):
     body_rate: int = 1024
     idle_timeout: float = 75.0
     write_timeout: float = 120.0
+    upstream_head_bytes: int = UPSTREAM_HEAD_BYTES
 
 
 class Config(Record):
@@ -1047,6 +1052,8 @@ def parse_server_limits(section: Section) -> ServerLimits:
     default = ServerLimits()
     limits = ServerLimits(
         body_bytes=section.whole("body_bytes", default.body_bytes, 1, 2**40),
+        json_depth=section.whole("json_depth", default.json_depth, 3, 500),  # Python's own bound is near 900
+        start_line_bytes=section.whole("start_line_bytes", default.start_line_bytes, 64, 2**20),
         header_bytes=section.whole("header_bytes", default.header_bytes, 1024, 2**24),
         header_count=section.whole("header_count", default.header_count, 10, 10000),
         connections=section.whole("connections", default.connections, 1, 1_000_000),
@@ -1056,6 +1063,7 @@ def parse_server_limits(section: Section) -> ServerLimits:
         body_rate=section.whole("body_rate", default.body_rate, 0, 2**30),
         idle_timeout=section.number("idle_timeout", default.idle_timeout, 0.001, 86400),
         write_timeout=section.number("write_timeout", default.write_timeout, 0.001, 86400),
+        upstream_head_bytes=section.whole("upstream_head_bytes", default.upstream_head_bytes, 1024, 2**24),
     )
     section.close()
     return limits
@@ -1702,7 +1710,7 @@ def parse_status_line(line: bytes) -> "tuple[int, int]":
     return int(found.group(2)), int(found.group(1))
 
 
-def check_partial_head(data: bytes, since: int = 0) -> None:
+def check_partial_head(data: bytes, since: int = 0, line_limit: int = START_LINE_BYTES) -> None:
     """Refuses a head that can no longer become a good one, so that nobody waits for its end. Raises BadMessage.
 
     What stands before `since` was checked before: a head that comes byte by byte would take quadratic time.
@@ -1710,8 +1718,8 @@ def check_partial_head(data: bytes, since: int = 0) -> None:
     if _BARE_LINE_END.search(data, since):
         raise BadMessage(400, "A line of the request head does not end with CRLF, or holds a control character.")
     if b"\n" not in data:
-        if len(data) > START_LINE_BYTES + 1:  # its CR may have come without the LF
-            raise BadMessage(414, "The request line is longer than %d bytes." % START_LINE_BYTES)
+        if len(data) > line_limit + 1:  # its CR may have come without the LF
+            raise BadMessage(414, "The request line is longer than %d bytes." % line_limit)
         if data and not re.match(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?: |\Z)", data):
             raise BadMessage(400, "This is no HTTP request.")
         return
@@ -2330,16 +2338,19 @@ class WireReader(asyncio.StreamReader):
 
 
 class WireProtocol(asyncio.StreamReaderProtocol):
-    """Joins a WireReader to a transport. `full`: the peer reads slower than we write; `on_writable` tells its end."""
+    """Joins a WireReader to a transport.
+
+    `full`: the peer reads slower than we write; `on_writable` tells its end. `over_tls`: a FIN is the end of both ways.
+    """
 
     def __init__(
         self,
         reader: WireReader,
-        connected: "Callable[[WireProtocol, WireReader, asyncio.StreamWriter], None] | None" = None,
+        connected: "Callable[[WireProtocol, asyncio.WriteTransport], None] | None" = None,
     ) -> None:
         super().__init__(reader, loop=reader.loop)
         self.wire, self.connected = reader, connected
-        self.full = False
+        self.full = self.over_tls = False
         self.on_writable: "Callable[[], None] | None" = None
         self.data_received = reader.feed_data  # type: ignore[method-assign]  # saves a call and a weak reference a read
 
@@ -2348,8 +2359,11 @@ class WireProtocol(asyncio.StreamReaderProtocol):
         super().connection_made(transport)
         if self.connected is not None:
             assert isinstance(transport, asyncio.WriteTransport)
-            writer = asyncio.StreamWriter(transport, self, self.wire, self.wire.loop)
-            self.connected(self, self.wire, writer)
+            self.connected(self, transport)
+
+    def eof_received(self) -> bool:
+        """Called by asyncio at the FIN; whether we may still write."""
+        return bool(super().eof_received()) and not self.over_tls
 
     def pause_writing(self) -> None:
         """Called by asyncio above the high-water mark."""
@@ -2555,29 +2569,29 @@ async def open_tunnel(link: Link, origin: Origin) -> None:
     link[1].write(
         b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (target, target, proxy_authorization(origin.proxy))
     )
-    head, rest = await read_reply_head(link[0])
+    head, rest = await read_reply_head(link[0], UPSTREAM_HEAD_BYTES)
     if not 200 <= head.status < 300:
         raise ConnectFailed("the proxy refused the tunnel with status %d" % head.status)
     if rest:
         raise ConnectFailed("the proxy sent bytes before the tunnel's own")
 
 
-async def read_reply_head(reader: WireReader) -> "tuple[ResponseHead, bytes]":
+async def read_reply_head(reader: WireReader, limit: int) -> "tuple[ResponseHead, bytes]":
     """The final head of a reply, past the interim ones, and what came after it. Raises UpstreamError."""
     data = b""
     for _ in range(INFORMATIONAL_MAX):
         end = data.find(b"\r\n\r\n")
         while end < 0:
             if data:
-                check_reply_beginning(data)
+                check_reply_beginning(data, limit)
             more = await reader.read_some()
             if not more:
                 raise UpstreamClosed("the upstream closed the connection before its reply", early=not data)
             start = max(0, len(data) - 3)
             data = data + more if data else more
             end = data.find(b"\r\n\r\n", start)
-        if end > UPSTREAM_HEAD_BYTES:
-            raise BadReply("the upstream's reply head is longer than %d bytes" % UPSTREAM_HEAD_BYTES)
+        if end > limit:
+            raise BadReply("the upstream's reply head is longer than %d bytes" % limit)
         head = parse_response_head(data[: end + 4])
         data = data[end + 4 :]
         if head.status >= 200:
@@ -2587,10 +2601,10 @@ async def read_reply_head(reader: WireReader) -> "tuple[ResponseHead, bytes]":
     raise BadReply("the upstream sent more interim replies than anyone needs, or switched protocols")
 
 
-def check_reply_beginning(data: bytes) -> None:
+def check_reply_beginning(data: bytes, limit: int) -> None:
     """Refuses what cannot become a reply head, before waiting for more of it."""
-    if len(data) > UPSTREAM_HEAD_BYTES:
-        raise BadReply("the upstream's reply head is longer than %d bytes" % UPSTREAM_HEAD_BYTES)
+    if len(data) > limit + 3:  # of the empty line some may have come
+        raise BadReply("the upstream's reply head is longer than %d bytes" % limit)
     if data[:7] != b"HTTP/1."[: len(data)]:
         raise BadReply("the upstream does not speak HTTP/1.1")
 
@@ -2711,7 +2725,7 @@ class ConnectionPool:
     """Idle connections per origin, the most recently used first, so that the surplus grows old and closes."""
 
     def __init__(self, outbox: Outbox, dial: Dial = dial) -> None:
-        self.outbox, self.dial = outbox, dial
+        self.outbox, self.dial, self.head_bytes = outbox, dial, UPSTREAM_HEAD_BYTES
         self.idle: "dict[Origin, list[UpstreamConnection]]" = {}
         self.active: "set[UpstreamConnection]" = set()
         self.closed = False
@@ -2832,11 +2846,11 @@ class NetworkExchange:
         try:
             data = await connection.reader.read_some()
             end = data.find(b"\r\n\r\n")
-            if 0 <= end <= UPSTREAM_HEAD_BYTES and data[9:10] != b"1":
+            if 0 <= end <= self.pool.head_bytes and data[9:10] != b"1":
                 self.head, self.rest = parse_response_head(data[: end + 4]), data[end + 4 :]
             else:  # not whole yet, or an interim one
                 connection.reader.unread(data)
-                self.head, self.rest = await read_reply_head(connection.reader)
+                self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
         except (UpstreamClosed, ConnectionError) as problem:
             error = as_closed(problem)
             if not connection.was_stale(error):
@@ -2845,7 +2859,7 @@ class NetworkExchange:
             connection = await self.pool.connect(self.origin, self.timeouts.connect)
             self._send(connection)
             try:
-                self.head, self.rest = await read_reply_head(connection.reader)
+                self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
             except ConnectionError as again:
                 raise as_closed(again) from again
         self.decoder = reply_body_decoder(self.head, self.method)
@@ -3634,12 +3648,12 @@ class ApiRequest:
             self.data, self.body = {**self.data, "model": model}, replace_model(self.body, model)
 
 
-def parse_chat(body: bytes) -> "tuple[dict[str, Any], bytes]":
+def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], bytes]":
     """The JSON object of a chat request, and the body to send: as it came, or respelled for Go clients.
 
     Raises ProxyError (400) for what no upstream could answer.
     """
-    data = parse_object(body)
+    data = parse_object(body, depth)
     if "model" not in data or "messages" not in data or "Stream" in data:
         spelled = respell(data)
         if spelled is not data:
@@ -3658,8 +3672,8 @@ decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
 NO_MORE: "Mapping[str, Any]" = {}
 
 
-def parse_object(body: bytes) -> "dict[str, Any]":
-    """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1). Raises ProxyError (400)."""
+def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
+    """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1), nested to `depth`. Raises ProxyError (400)."""
     try:
         text = body.decode("utf-8-sig" if body[:3] == b"\xef\xbb\xbf" else "utf-8").strip(" \t\r\n")
         data, end = decode_json(text)
@@ -3669,7 +3683,24 @@ def parse_object(body: bytes) -> "dict[str, Any]":
         raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
     if not isinstance(data, dict):
         raise ProxyError(400, "The body must be a JSON object.")
+    if body.count(b"{") + body.count(b"[") > depth and deeper(data, depth):
+        raise ProxyError(400, "The body is nested deeper than %d levels." % depth)
     return data
+
+
+def deeper(data: "Any", depth: int) -> bool:
+    """Whether JSON values stand in more than `depth` objects and lists; whoever handles them later may recurse."""
+    level = [data]
+    for _ in range(depth):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return False
+    return True
 
 
 def top_level_count(body: bytes, key: str) -> int:
@@ -6495,7 +6526,7 @@ class Phase(enum.Enum):
 class ClientConnection:
     """A client's connection and, during an answer, the Sink that the relay writes to.
 
-    `reserve`: it came above the bound on connections and may ask for /status only.
+    `reserve`: it came above the bound on connections and may ask for /status only. `raw`: the transport below TLS.
     """
 
     __slots__ = (
@@ -6516,21 +6547,22 @@ class ClientConnection:
         "phase",
         "probes",
         "protocol",
+        "raw",
         "reader",
         "record",
         "reserve",
         "server",
         "task",
         "transport",
-        "writer",
     )
 
     def __init__(
-        self, server: "Server", protocol: WireProtocol, writer: asyncio.StreamWriter, peer: str, reserve: bool
+        self, server: "Server", protocol: WireProtocol, transport: asyncio.WriteTransport, peer: str, reserve: bool
     ) -> None:
-        self.server, self.protocol, self.reader, self.writer = server, protocol, protocol.wire, writer
+        self.server, self.protocol, self.reader = server, protocol, protocol.wire
         self.outbox = server.outbox
-        self.transport, self.peer, self.reserve = writer.transport, peer, reserve
+        self.transport = self.raw = transport
+        self.peer, self.reserve = peer, reserve
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
         self.phase, self.probes = Phase.IDLE, 0
@@ -6558,6 +6590,8 @@ class ClientConnection:
 
     async def _run(self) -> None:
         try:
+            if self.server.tls is not None:
+                await self._shake_hands(self.server.tls)
             while not self.close_after and await self._one():
                 pass
             self.phase = Phase.CLOSING
@@ -6580,11 +6614,28 @@ class ClientConnection:
         if self.gone or self._unsent():
             self.transport.abort()
         else:
-            self.writer.close()
+            self.transport.close()
 
     def _unsent(self) -> int:
         """How many bytes of the answers the kernel has not taken yet."""
-        return self.transport.get_write_buffer_size()
+        below = self.raw.get_write_buffer_size() if self.raw is not self.transport else 0
+        return self.transport.get_write_buffer_size() + below
+
+    async def _shake_hands(self, tls: ssl.SSLContext) -> None:
+        """Begins TLS here and not in the listener, whose handshakes nothing counts. Raises OSError."""
+        self.protocol.over_tls, self.reader.link = True, None  # what comes right behind must not stop the socket itself
+        secured = await self.loop.start_tls(
+            self.raw,
+            self.protocol,
+            tls,
+            server_side=True,
+            ssl_handshake_timeout=RESERVE_S if self.reserve else self.server.config.limits.header_timeout,
+            ssl_shutdown_timeout=LINGER_S,
+        )
+        assert secured is not None
+        self.transport = secured
+        self.reader.set_transport(secured)
+        tune(secured)
 
     async def _one(self) -> bool:
         """Reads and answers one request; whether another may follow."""
@@ -6608,7 +6659,7 @@ class ClientConnection:
 
     async def _refuse(self, error: BadMessage) -> None:
         """Answers a message that breaks the rules; nothing after it can be trusted."""
-        self.close_after = True
+        self.close_after, self.phase = True, Phase.ANSWER
         self.record = AccessRecord(self.peer, "-", "-", self.loop.time())
         if self.head is not None:
             self.record.method, self.record.path = self.head.method, self.head.target
@@ -6617,10 +6668,11 @@ class ClientConnection:
 
     async def _linger(self) -> None:
         """Lets a client that still sends read our answer before the connection is reset (RFC 9112, 9.6)."""
-        if not self.transport.can_write_eof() or self.reader.ended or self.server.stopping:
+        if self.reader.ended or self.server.stopping:
             return
         self.outbox.flush()
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS cannot close one way only
+            self.transport.write_eof()
         self.deadline.set(self.loop.time() + LINGER_S)
         budget = LINGER_BYTES
         try:
@@ -6645,7 +6697,7 @@ class ClientConnection:
     async def _read_head(self) -> "RequestHead | None":
         """The next request's head; None when the client closed between requests. Raises BadMessage."""
         limits, data = self.server.config.limits, b""
-        self.deadline.set(self.loop.time() + limits.idle_timeout)
+        self.deadline.set(self.loop.time() + (RESERVE_S if self.reserve else limits.idle_timeout))
         while True:
             more = await self.reader.read_some()
             if not more:
@@ -6661,16 +6713,16 @@ class ClientConnection:
                 break
             if len(data) > limits.header_bytes:
                 raise BadMessage(431, "The request head is larger than %d bytes." % limits.header_bytes)
-            check_partial_head(data, max(0, len(data) - len(more) - 1))
+            check_partial_head(data, max(0, len(data) - len(more) - 1), limits.start_line_bytes)
             if self.phase is Phase.IDLE:
                 self.phase = Phase.HEAD
-                self.deadline.set(self.loop.time() + limits.header_timeout)
+                self.deadline.set(self.loop.time() + (RESERVE_S if self.reserve else limits.header_timeout))
         if len(data) > end + 4:
             self.reader.unread(data[end + 4 :])
             data = data[: end + 4]
         if data != self.last_head:  # many clients repeat theirs to the byte
-            if end > START_LINE_BYTES and data.find(b"\r\n") > START_LINE_BYTES:
-                raise BadMessage(414, "The request line is longer than %d bytes." % START_LINE_BYTES)
+            if end > limits.start_line_bytes and data.find(b"\r\n") > limits.start_line_bytes:
+                raise BadMessage(414, "The request line is longer than %d bytes." % limits.start_line_bytes)
             self.parsed_head = parse_request_head(data, limits.header_count)
             self.last_head = data if end <= KNOWN_HEAD_BYTES else b""
         self.head = self.parsed_head
@@ -6682,7 +6734,9 @@ class ClientConnection:
         decoder = request_body_decoder(head, limits.body_bytes)
         if (b"connection" in index or not head.minor) and not head.keeps_alive:
             self.close_after = True
-        if decoder is None:
+        if self.reserve:
+            self.close_after = True
+        if decoder is None or self.reserve:
             return b""
         if b"expect" in index:
             self._check_expectation(index[b"expect"], head.minor)
@@ -6788,9 +6842,9 @@ class ClientConnection:
 
     async def drain(self) -> None:
         """See `Sink`. A client that stops reading for too long is dropped."""
-        self.deadline.set(self.loop.time() + self.server.config.limits.write_timeout)
-        await self.writer.drain()
-        self.deadline.set(math.inf)
+        ready: "asyncio.Future[None]" = self.loop.create_future()
+        self.when_ready(functools.partial(set_done, ready))
+        await ready
 
     def open(self, status: int, fields: bytes, length: "int | None", first: bytes) -> bool:
         """See `Sink`."""
@@ -6860,6 +6914,8 @@ class ClientConnection:
         if self.phase is Phase.CLOSING or (self.phase is Phase.IDLE and self._unsent()):
             self.reader.interrupt(EOFError())  # it may still be reading: `_flush` comes next
         elif self.phase is Phase.IDLE:
+            if self.reserve:
+                self.outbox.write(self.transport, FULL)
             self.task.cancel()
         elif self.phase in (Phase.HEAD, Phase.BODY):
             self.reader.interrupt(BadMessage(408, "The request did not arrive in time."))
@@ -6893,6 +6949,12 @@ class ClientConnection:
             self.outbox.write(self.transport, CONTINUE)
         self.probes += 1
         self.loop.call_later(PROBE_S * min(self.probes, 20), self._probe)
+
+
+def set_done(future: "asyncio.Future[None]") -> None:
+    """Wakes who waits for `future`, unless it has been given up."""
+    if not future.done():
+        future.set_result(None)
 
 
 class Call:
@@ -6938,7 +7000,7 @@ class Server:
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
             load_certificate(self.tls, config)  # first: it may raise
-        self.config = config
+        self.config, self.links.head_bytes = config, config.limits.upstream_head_bytes
         rebuild_pool(self.pool, config)
         gates = {key.name: KeyGate(key) for key in config.client_keys if key.limits != QuotaLimits()}
         self.gates = {
@@ -6962,25 +7024,25 @@ class Server:
         """Listens; the addresses. Raises OSError, ConfigError."""
         self.tls = server_tls(self.config) if self.config.tls_cert else None
         self.listener = await self.loop.create_server(
-            self._protocol, self.config.host, self.config.port, ssl=self.tls, backlog=BACKLOG, reuse_address=True
+            self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
         return [one.getsockname()[:2] for one in self.listener.sockets]
 
     def _protocol(self) -> WireProtocol:
         return WireProtocol(WireReader(self.loop), self._connected)
 
-    def _connected(self, protocol: WireProtocol, reader: WireReader, writer: asyncio.StreamWriter) -> None:
-        tune(writer.transport)
-        name = writer.get_extra_info("peername")
+    def _connected(self, protocol: WireProtocol, transport: asyncio.WriteTransport) -> None:
+        tune(transport)
+        name = transport.get_extra_info("peername")
         peer = str(name[0]) if isinstance(name, tuple) else "local"
         limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(peer, 0)
         most = limits.connections_per_client or peer_bound(peer)
         if self.stopping or count >= limits.connections + RESERVE_CONNECTIONS or (most and here >= most):
-            writer.write(FULL)
-            writer.close()
+            transport.write(b"" if self.tls else FULL)
+            transport.close()
             return
         self.per_peer[peer] = here + 1
-        self.connections.add(ClientConnection(self, protocol, writer, peer, count >= limits.connections))
+        self.connections.add(ClientConnection(self, protocol, transport, peer, count >= limits.connections))
 
     def forget(self, client: ClientConnection) -> None:
         """A client's connection has ended."""
@@ -7067,10 +7129,8 @@ class Server:
             split_target(head.target)
             return self._options(client, head)
         handler, path, query = find_route(head.method, head.target, self.config.endpoints)
-        if client.reserve:
-            client.close_after = True
-            if path != "/status":
-                raise ProxyError(503, "All connections are taken; try again.", "too_many_connections", headers=AGAIN)
+        if client.reserve and path != "/status":
+            raise ProxyError(503, "All connections are taken; try again.", "too_many_connections", headers=AGAIN)
         key = None
         if self.config.client_keys and path != "/status":
             key = self.check_key(head)
@@ -7101,7 +7161,7 @@ class Server:
         index = head.index
         if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
             raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
-        data, sent = parse_chat(call.body)
+        data, sent = parse_chat(call.body, self.config.limits.json_depth)
         lines = head.lines
         if b"json" not in index.get(b"content-type", b""):  # curl's default is a form's
             lines = [*without(lines, (b"content-type",)), b"Content-Type: application/json\r\n"]

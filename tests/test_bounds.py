@@ -25,6 +25,7 @@ from .support import (
 from .wirefeed import turns
 
 STALLED = {"write_timeout": 7}
+STATUS = request(b"", target="/status", method="GET")
 
 
 async def pause(seconds: float) -> None:
@@ -145,3 +146,188 @@ async def test_pipelining_without_reading_piles_nothing_up(stream: bool) -> None
         assert connection.transport.get_write_buffer_size() < 200_000 and len(one.seen) < 12
         assert 3 <= await end_of_all(server, 10) <= 8
         client.close()
+
+
+@pytest.mark.virtual_time
+async def test_at_the_bound_new_connections_get_503_and_status_still_answers() -> None:
+    """Above `connections` a reserve answers /status; all else gets 503 at once, without its body, and so do the silent."""
+    async with Running(limits={"connections": 3}) as server:
+        taken = [await server.open() for _ in range(3)]
+        await turns()
+        for raw, status in ((STATUS, 200), (request(b"x" * 100)[:-90], 503), (request(b"", target="/v1/models", method="GET"), 503)):
+            client = await server.open()
+            await client.send(raw)
+            found = await client.read()
+            assert (found.status, found.headers["connection"]) == (status, "close")
+            client.close()
+        while len(server.server.connections) > 3:
+            await asyncio.sleep(0)
+        silent = [await server.open() for _ in range(app.RESERVE_CONNECTIONS)]
+        await turns()
+        since = asyncio.get_running_loop().time()
+        beyond = await server.open()
+        assert (await beyond.read()).status == 503 and await beyond.closed() == b""
+        assert asyncio.get_running_loop().time() == since
+        assert [(await one.read()).status for one in silent] == [503] * len(silent)
+        assert asyncio.get_running_loop().time() - since < 2
+        await taken[0].send(STATUS)
+        assert (await taken[0].read()).status == 200
+        for one in [*taken, *silent, beyond]:
+            one.close()
+
+
+async def test_connections_of_one_address() -> None:
+    """`connections_per_client` holds for each address; unless set, only public ones are bounded."""
+    async with Running(limits={"connections_per_client": 2}) as server:
+        mine = [await server.open() for _ in range(2)]
+        await turns()
+        third = await server.open()
+        assert (await third.read()).status == 503
+        other = Client(*await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0)))
+        mine[0].close()
+        while len(server.server.connections) > 2:
+            await asyncio.sleep(0)
+        for client in (other, await server.open(), mine[1]):
+            await client.send(STATUS)
+            assert (await client.read()).status == 200
+            client.close()
+        third.close()
+    for peer in ("127.0.0.1", "::1", "10.1.2.3", "192.168.1.1", "fe80::1%eth0", "fd00::1", "local"):
+        assert app.peer_bound(peer) == 0
+    assert app.peer_bound("8.8.8.8") == app.peer_bound("2a00::1") == app.PEER_CONNECTIONS
+
+
+def get(line: str = "", target: str = "/status") -> bytes:
+    """A request without a body."""
+    return request(b"", *([line] if line else []), target=target, method="GET")
+
+
+def chunked(*sizes: int) -> bytes:
+    """The beginning of a request whose body comes in chunks of these sizes."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"".join(app.chunk(b" " * size) for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "good", "bad", "status"),
+    [
+        ("start_line_bytes", 300, get(target="/status?" + "a" * 279), get(target="/status?" + "a" * 280), 414),
+        ("header_bytes", 2000, get("X: " + "a" * 1900), get("X: " + "a" * 2000), 431),
+        ("header_count", 10, get("\r\n".join(["X: 1"] * 8)), get("\r\n".join(["X: 1"] * 9)), 431),
+        ("body_bytes", 500, request(b" " * 500), request(b" " * 501)[:-501], 413),
+        ("body_bytes", 500, chunked(250, 250) + app.LAST_CHUNK, chunked(250, 251), 413),
+        ("body_bytes", 500, chunked(500) + app.LAST_CHUNK, chunked()[:-2] + b"\r\n1f5\r\n", 413),
+    ],
+)
+async def test_sizes_of_requests(key: str, value: int, good: bytes, bad: bytes, status: int) -> None:
+    """Exactly as much as configured is taken; a byte more is refused as soon as it is known, and the connection ends."""
+    async with Running(limits={key: value}) as server:
+        client = await server.open()
+        await client.send(good)
+        found = await client.read()
+        assert found.status in (200, 400) and "connection" not in found.headers
+        await client.send(bad)
+        found = await client.read()
+        assert (found.status, found.headers["connection"]) == (status, "close")
+        client.close()
+
+
+DEEP = {
+    "lists": '{"model":"m","messages":[{"role":"user","content":"x"}],"x":%s}',
+    "messages": '{"model":"m","messages":[{"role":"user","content":%s}]}',
+    "tools": '{"tools":%s,"model":"m","messages":[{"role":"user","content":"x"}]}',
+    "capitals": '{"Model":"m","Messages":[{"Role":"user","Content":"x"}],"Tools":%s}',
+}
+
+
+@pytest.mark.parametrize("shape", DEEP)
+@pytest.mark.parametrize("opening", ["[", '{"a":', '[{"a":'])
+async def test_the_depth_of_json(shape: str, opening: str) -> None:
+    """A body nested deeper than json_depth gets 400, wherever it is deep and however deep; what is less deep passes."""
+    above = 3 if shape == "messages" else 1
+    step = opening.count("[") + opening.count("{")
+    closing = "".join({"[": "]", "{": "}"}[char] for char in reversed(opening) if char in "[{")
+    keys = [{"key": "alice-key-123456", "models": ["*"]}]
+    async with Upstream(answers(json_reply(200, {}))) as one:
+        async with Running(controller("a", one.url, model_map={"m": "n"}), client_keys=keys, limits={"json_depth": 100}) as server:
+            client = await server.open()
+            levels = (100 - above) // step
+            for count, status in ((levels, 200), (levels + 1, 400), (450, 400), (970, 400), (5000, 400), (100_000, 400)):
+                deep = opening * count + "1" + closing * count
+                await client.send(request((DEEP[shape] % deep).encode(), "api-key: alice-key-123456"))
+                assert (await client.read()).status == status, count
+            client.close()
+            assert len(one.seen) == 1
+    assert app.ServerLimits().json_depth == 128
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize(
+    ("key", "value", "first", "then", "ends_s"),
+    [
+        ("idle_timeout", 9.0, b"", b"", 9),
+        ("idle_timeout", 9.0, b"\r\n", b"\r\n", 9),
+        ("header_timeout", 9.0, b"GET /status HTTP/1.1\r\nHost: localhost\r\nX: ", b"x", 9),
+        ("body_timeout", 40.0, request(b"x" * 9_000_000)[:-9_000_000], b"x" * 8000, 40),
+        ("body_rate", 1000, request(b"x" * 9_000_000)[:-9_000_000], b"x" * 1000, 40),
+        ("body_rate", 1000, chunked(), app.chunk(b"x" * 1000), 40),
+        ("body_rate", 1000, chunked(), b"1;" + b"x" * 200 + b"\r\nx\r\n", 20),
+    ],
+)
+async def test_slowness_of_requests(key: str, value: float, first: bytes, then: bytes, ends_s: int) -> None:
+    """Who sends a request too slowly, by time or by rate, hears 408; who is silent between requests is closed."""
+    async with Running(limits={key: value}) as server:
+        client = await server.open()
+        loop, since = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        client.writer.write(first)
+        while server.server.connections or loop.time() - since < 2:
+            await pause(2)
+            client.writer.write(then)
+            assert loop.time() - since < ends_s + 5
+        assert ends_s <= loop.time() - since <= ends_s + 5
+        found = await client.closed()
+        assert found.startswith(b"HTTP/1.1 408 ") if key != "idle_timeout" else found == b""
+        client.close()
+
+
+@pytest.mark.parametrize("cuts", [1, 7])
+@pytest.mark.parametrize("size", [900, 1000, 1001, 3000])
+async def test_the_size_of_an_upstreams_head(size: int, cuts: int) -> None:
+    """A reply's head may have as many bytes as upstream_head_bytes says, in one read or in many."""
+    pad = size - len(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: ")
+    raw = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: " + b"x" * (pad + 24) + b"\r\n\r\n{}"
+
+    async def script(peer: Peer, _: Message) -> None:
+        for at in range(cuts):
+            await peer.send(raw[len(raw) * at // cuts : len(raw) * (at + 1) // cuts])
+            await turns()
+
+    async with Upstream(script) as one, Running(controller("a", one.url), limits={"upstream_head_bytes": 1024}) as server:
+        assert (await server.post("m")).status == (200 if size <= 1000 else 502)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_upstreams_chunk_may_be_huge_and_is_never_kept_whole(stream: bool) -> None:
+    """A chunk of a terabyte is passed on as it arrives; a chunk-size line of many bytes is refused."""
+    kind = b"text/event-stream" if stream else b"application/json"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n" % kind
+
+    async def script(peer: Peer, message: Message) -> None:
+        if len(one.seen) == 1:
+            await peer.send(head + b"ffffffffff\r\n" + event("x"))
+            for _ in range(100):
+                await peer.send(b"x" * 50_000)
+            await peer.gone()
+        else:
+            await peer.send(head + b"5;" + b"x" * 300 + b"\r\nhello\r\n0\r\n\r\n")
+
+    async with Upstream(script) as one, Running(controller("a", one.url)) as server:
+        client = await server.open()
+        await client.post("m", stream=stream)
+        await client.read(head_only=True)
+        for _ in range(60):
+            await client.reader.readexactly(50_000)
+        (connection,) = server.server.links.active
+        assert len(connection.reader.data) <= 2 * app.READ_BYTES
+        client.close()
+        assert (await server.post("m", stream=stream)).status == 502

@@ -169,7 +169,8 @@ async def test_what_may_be_running_is_not_asked_for_twice() -> None:
 
     async with Upstream(script) as one, Upstream(answers(GOOD)) as two:
         pool = {"fallbacks": {"m-1": ["m-2"]}, "rescue_after": 0}
-        async with Running(sole("a", one, "m-1"), sole("b", two, "m-2"), pool=pool) as server:
+        slow = dict(sole("a", one, "m-1"), timeouts={"first_byte": 5})
+        async with Running(slow, sole("b", two, "m-2"), pool=pool) as server:
             assert (await server.post("m-1")).status == 504 and not two.seen
 
 
