@@ -116,7 +116,7 @@ PEER_CONNECTIONS = 256  # of one public address, where nothing is configured
 PATIENCE_S = 2.0  # a client is answered this long before it gives up
 KEY_BUSY_S = 1.0  # a client key whose requests are all under way is told to come again after this
 AFFINE_TOKENS = 1000  # 4,000 characters; providers cache no shorter prompts
-AFFINE_CHARS = 16_384  # of the beginning and of the end of each message, where a conversation is told from others
+AFFINE_CHARS = 4096  # of the beginning and of the end of each message, where a conversation is told from others
 AFFINE_LOAD = 1.25  # times its share: more in flight goes elsewhere
 MEMORY_MODELS = 256  # models of which one controller's ledger is kept; the least recently used goes first
 
