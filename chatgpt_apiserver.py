@@ -72,6 +72,7 @@ __version__ = "1.0.0"
 
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
+COUNTED_BYTES = 4096  # brackets are counted in bodies up to this size
 JSON_DEPTH = 128  # objects and lists in one another; schemas of tools stay below 30
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
 HOST_BYTES = 300  # a name has at most 255 (RFC 1035), a port five digits
@@ -3687,7 +3688,8 @@ def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
         raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
     if not isinstance(data, dict):
         raise ProxyError(400, "The body must be a JSON object.")
-    if body.count(b"{") + body.count(b"[") > depth and deeper(data, depth):
+    # Counting is cheaper for small bodies; a large one is mostly text, and 100 kB of it take 75 us to count in.
+    if (len(body) > COUNTED_BYTES or body.count(b"{") + body.count(b"[") > depth) and deeper(data, depth):
         raise ProxyError(400, "The body is nested deeper than %d levels." % depth)
     return data
 
