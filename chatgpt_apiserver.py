@@ -63,6 +63,7 @@ import signal
 import socket
 import ssl
 import time
+import traceback
 import urllib.parse
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
@@ -995,7 +996,7 @@ def check_url(section: Section, key: str, url: str, schemes: "tuple[str, ...]") 
     except ValueError:
         good = False
     if not good:
-        bare = re.sub(r"//[^/]*@|[?#].*", "…", url)  # what may hold a password is not repeated
+        bare = re.sub(r"//.*@|[?#].*", "…", url)  # what may hold a password is not repeated
         raise section.error(key, bare, " or ".join(name + "://host[:port][/path]" for name in schemes))
     return url.rstrip("/")
 
@@ -1317,6 +1318,7 @@ _MASKED = (  # compiled, and kept by `re`, when the first error comes
     rb"(?<![\w\-])([\w\-]{3,64}+)(?:[*.]{3}|\xe2\x80[\xa2\xa6]|\\u202[26])"
     rb"(?:[*.]|\xe2\x80[\xa2\xa6]|\\u202[26])*+([\w\-]{0,64}+)"
 )
+_MASK_HINT = re.compile(rb"[*.]{2}|\xe2\x80|\\u202")
 # What people write where a server of their own wants some key: words that errors and logs may well hold.
 DUMMY_KEYS = frozenset("ollama lm-studio not-needed no-key-required placeholder".split())
 
@@ -1350,6 +1352,13 @@ class Redactor(logging.Filter):
                 body = body.replace(key, b"***")
         return re.sub(_MASKED, self._unmasked, body) if self.keys else body
 
+    def scrub_field(self, value: bytes) -> bytes:
+        """A reply's field value without secrets; there are many, so that most are only glanced at."""
+        for key in self.keys:
+            if key in value:
+                return self.scrub(value)
+        return self.scrub(value) if _MASK_HINT.search(value) else value
+
     def _unmasked(self, match: "re.Match[bytes]") -> bytes:
         """What stays of a masked word: all of it unless it shows both ends of a key, or a dozen letters of one."""
         word, tail = match.groups()
@@ -1363,6 +1372,8 @@ class Redactor(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Replaces the record's text; never drops it."""
         record.msg, record.args = self.clean(record.getMessage()), ()
+        if record.exc_info and record.exc_info[0]:
+            record.exc_text = self.clean("".join(traceback.format_exception(*record.exc_info))).rstrip()
         return True
 
 
@@ -1488,9 +1499,10 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     redactor.watch(secrets_of(config))
     handler.addFilter(redactor)
-    log.handlers[:] = [handler]
+    for logger in (log, logging.getLogger("asyncio")):  # which reports what no code of ours has caught
+        logger.handlers[:] = [handler]
+        logger.propagate = False
     log.setLevel(config.log_level.upper())
-    log.propagate = False
 
 
 def secrets_of(config: Config) -> "Iterator[str]":
@@ -1504,6 +1516,7 @@ def secrets_of(config: Config) -> "Iterator[str]":
             yield urllib.parse.unquote(parts.password)
             yield parts.password
             yield parts.netloc.rpartition("@")[0]
+            yield base64.b64encode(urllib.parse.unquote(parts.netloc.rpartition("@")[0]).encode()).decode()
 
 
 # ==== 4. HTTP/1.1 on the wire ====
@@ -1545,7 +1558,16 @@ REQUEST_DROPPED = HOP_BY_HOP | frozenset(
     )
 )
 REQUEST_DROPPED_PREFIXES = (b"proxy-", b"x-forwarded-")
-REPLY_DROPPED = HOP_BY_HOP | frozenset((b"set-cookie", b"set-cookie2", b"content-length", b"alt-svc"))
+REPLY_DROPPED = HOP_BY_HOP | frozenset(
+    (
+        b"set-cookie",
+        b"set-cookie2",
+        b"content-length",
+        b"alt-svc",
+        b"proxy-authenticate",
+        b"proxy-authentication-info",
+    )
+)
 # On an answer that took waiting or failover these would speak of one account of many.
 RETRY_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-should-retry"))
 
@@ -1599,13 +1621,15 @@ def tokens(value: bytes) -> "set[bytes]":
 
 
 class FieldLines:
-    """Parses field lines, and remembers what common ones come to: peers repeat theirs, and a look-up costs a tenth of
-    a match. `passes` tells by the lower-case name whether a field goes on to the other side."""
+    """Parses field lines, and remembers what common ones come to: peers repeat theirs, and looking up costs a tenth.
 
-    __slots__ = ("known", "passes")
+    `passes` tells by the lower-case name whether a field goes on to the other side, `clean` with which value.
+    """
 
-    def __init__(self, passes: "Callable[[bytes], bool]") -> None:
-        self.passes = passes
+    __slots__ = ("clean", "known", "passes")
+
+    def __init__(self, passes: "Callable[[bytes], bool]", clean: "Callable[[bytes], bytes]" = bytes) -> None:
+        self.passes, self.clean = passes, clean
         self.known: "dict[bytes, tuple[tuple[bytes, bytes], bytes]]" = {}
 
     def parse(self, block: bytes, limit: int) -> "tuple[Index, list[bytes]]":
@@ -1631,7 +1655,8 @@ class FieldLines:
         if found is None:
             raise ValueError("a header line is malformed")
         name, value = found.group(1).lower(), found.group(2).rstrip(b" \t")
-        entry = ((name, value), b"%b: %b\r\n" % (found.group(1), value) if self.passes(name) else b"")
+        line_on = b"%b: %b\r\n" % (found.group(1), self.clean(value)) if self.passes(name) else b""
+        entry = ((name, value), line_on)
         if len(line) <= KNOWN_LINE_BYTES and name not in SECRET_FIELDS:
             if len(self.known) >= KNOWN_LINES:
                 self.known.clear()
@@ -1655,7 +1680,7 @@ def without(lines: "list[bytes]", names: "Iterable[bytes]") -> "list[bytes]":
 REQUEST_FIELDS = FieldLines(
     lambda name: name not in REQUEST_DROPPED and not name.startswith(REQUEST_DROPPED_PREFIXES)
 )
-REPLY_FIELDS = FieldLines(lambda name: name not in REPLY_DROPPED)
+REPLY_FIELDS = FieldLines(lambda name: name not in REPLY_DROPPED, redactor.scrub_field)
 
 
 def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHead:
@@ -2867,6 +2892,8 @@ class NetworkExchange:
                 self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
             except ConnectionError as again:
                 raise as_closed(again) from again
+        if self.head.status == 407:  # said before the request reached its upstream, and of no use to a client
+            raise ConnectFailed("a proxy on the way to %s wants another password" % self.origin.authority)
         self.decoder = reply_body_decoder(self.head, self.method)
         connection.early = False
         connection.waits_for = "nothing came from the upstream in time"
@@ -2975,7 +3002,8 @@ class NetworkExchange:
 
     def _check_end(self, decoder: Decoder) -> None:
         """Refuses a body that ends before it is whole."""
-        if not decoder.done and not decoder.feed_eof():
+        assert self.connection is not None
+        if not decoder.done and not (decoder.feed_eof() and ended_well(self.connection.writer.transport)):
             raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
 
     def _idle_until(self, connection: UpstreamConnection) -> float:
@@ -2983,6 +3011,17 @@ class NetworkExchange:
         idle, total = self.timeouts.idle, self.timeouts.total
         silent = connection.loop.time() + idle if idle else math.inf
         return min(silent, connection.written_at + total) if total else silent
+
+
+def ended_well(transport: asyncio.BaseTransport) -> bool:
+    """Whether TLS, where there is any, said that nothing more comes: anybody can forge a FIN (RFC 9112, 9.8)."""
+    tls = transport.get_extra_info("ssl_object")
+    try:
+        return tls is None or not tls.read(1)
+    except ssl.SSLWantReadError:
+        return False
+    except ssl.SSLError:
+        return True
 
 
 def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
@@ -4380,7 +4419,7 @@ GOOD = Verdict(Outcome.OK, 200)
 def error_words(body: bytes) -> "tuple[str, str]":
     """Code (or type) and message of an error body, in any of the shapes that providers send."""
     try:
-        found = json.loads(body[:HOLD_BYTES])
+        found = json.loads(redactor.scrub(body[:HOLD_BYTES]))  # what is read here is logged and shown
     except (ValueError, RecursionError):
         return "", ""
     if isinstance(found, list) and found:
@@ -5913,6 +5952,7 @@ class KeyGate:
         if opens > now:
             return opens - now
         self.quota.in_flight += 1
+        ledger.easy = -1.0
         for windows, amount in zip(ledger.windows, (1.0, need), strict=True):
             for window in windows:
                 window.sent(window.add(amount), now)
@@ -6398,7 +6438,7 @@ class Relay:
             return GOOD
         try:
             outlet: "Meter | Sink" = Meter(sink, reply.held) if "stream_options" in request.data else sink
-            length = reply.head.index.get(b"content-length")
+            length = None if reply.stream else reply.head.index.get(b"content-length")
             sink.open(reply.head.status, fields, content_length(length) if length else None, reply.held)
             if not reply.whole:
                 await exchange.pipe(outlet)
@@ -6551,6 +6591,7 @@ class ClientConnection:
         "outbox",
         "parsed_head",
         "peer",
+        "pending",
         "phase",
         "probes",
         "protocol",
@@ -6558,6 +6599,7 @@ class ClientConnection:
         "reader",
         "record",
         "reserve",
+        "scrubs",
         "server",
         "task",
         "transport",
@@ -6577,7 +6619,8 @@ class ClientConnection:
         self.origin = b""
         self.head: "RequestHead | None" = None
         self.parsed_head: "RequestHead | None" = None
-        self.last_head = self.last = b""
+        self.last_head = self.last = self.pending = b""
+        self.scrubs = False
         self.on_ready: "Callable[[], None] | None" = None
         self.record = AccessRecord(self.peer, "-", "-", 0.0)
         self.reader.on_end = self._ended
@@ -6896,6 +6939,9 @@ class ClientConnection:
             framing, self.chunked = b"Transfer-Encoding: chunked\r\n", True
         else:
             framing, self.close_after = b"", True
+        self.scrubs = length is None
+        if self.scrubs and b'"error"' in first:
+            first = self._scrub(first)
         self.head_sent, self.last = True, first
         self.record.bytes = len(first)
         if first and self.chunked:
@@ -6906,6 +6952,10 @@ class ClientConnection:
 
     def push(self, data: bytes) -> bool:
         """See `Outlet`."""
+        if self.scrubs and (self.pending or b'"error"' in data):
+            data = self._scrub(data)
+            if not data:
+                return not self.protocol.full
         self.last = data
         self.record.bytes += len(data)
         self.outbox.write(self.transport, b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
@@ -6916,13 +6966,25 @@ class ClientConnection:
         self.on_ready = call
         self.deadline.set(self.loop.time() + self.server.config.limits.write_timeout)
 
+    def _scrub(self, data: bytes) -> bytes:
+        """What may leave now of a stream that tells of an error: whole events without secrets. The rest waits."""
+        data, self.pending = self.pending + data, b""
+        whole = max((end.end() for end in _EVENT_END.finditer(data)), default=0)
+        if b'"error"' in data[whole:] and len(data) - whole <= EVENT_BYTES:
+            data, self.pending = data[:whole], data[whole:]
+        return redactor.scrub(data)
+
     def end(self) -> None:
         """See `Sink`."""
+        last, self.pending = redactor.scrub(self.pending), b""
+        if last:
+            self.push(last)
         if self.chunked:
             self.outbox.write(self.transport, LAST_CHUNK)
 
     def cut(self, last: bytes) -> None:
         """See `Sink`."""
+        self.pending = b""  # half an error may hold half a secret
         self.close_after = True
         if last:
             if self.last and not self.last.endswith((b"\n\n", b"\r\r", b"\n\r\n")):
@@ -7028,7 +7090,7 @@ class Server:
         self.listener: "asyncio.Server | None" = None
         self.tls: "ssl.SSLContext | None" = None
         self.stopping = self.draining = False
-        self.last_host = b""
+        self.last_host: "bytes | None" = None
         self.serial, self.id_prefix = 0, "req_" + os.urandom(6).hex()
         self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
         self.pool = UpstreamPool([], SmoothWeighted(), config.pool, loop)
@@ -7053,7 +7115,8 @@ class Server:
         self.access.render = json_line if config.log_format == "json" else text_line
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.allow_origins)
-        self.last_host = b""
+        self.last_host = None
+        REPLY_FIELDS.known.clear()  # as there may be new secrets
         self.models.clear()
 
     def next_id(self) -> str:
@@ -7162,7 +7225,8 @@ class Server:
             if same_digest(digest, key.digest):
                 found = key
         if found is None:
-            raise ProxyError(401, "Incorrect API key provided: it is none of this server's keys.", "invalid_api_key")
+            message = "Incorrect API key provided: it is none of this server's keys."
+            raise ProxyError(401, message, "invalid_api_key", headers=ASK)
         return found
 
     # -- routes
@@ -7358,6 +7422,7 @@ ROUTES: "dict[str, tuple[str, Handler]]" = {
 AGAIN = b"Retry-After: 1\r\n"
 UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
 CLOSED = "%s is not open here: `endpoints` of the configuration would have to name %r."
+ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
 
 
 @functools.lru_cache(maxsize=256)
