@@ -1354,6 +1354,8 @@ class Redactor(logging.Filter):
 
     def scrub_field(self, value: bytes) -> bytes:
         """A reply's field value without secrets; there are many, so that most are only glanced at."""
+        if len(value) < 6 or value.isdigit():
+            return value
         for key in self.keys:
             if key in value:
                 return self.scrub(value)
@@ -2989,8 +2991,8 @@ class NetworkExchange:
         else:
             transport.write(head)
             transport.write(body)
-        now, limits = connection.loop.time(), (self.timeouts.first_byte, self.timeouts.total)
-        connection.sent(now, min((limit for limit in limits if limit), default=0.0))
+        now, within_s, total = connection.loop.time(), self.timeouts.first_byte or 0.0, self.timeouts.total
+        connection.sent(now, min(within_s or total, total) if total else within_s)
         self.on_sent(now)
 
     def _decode(self, data: bytes) -> bytes:
