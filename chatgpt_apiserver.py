@@ -9,13 +9,13 @@ Copy this file to a machine that has Python 3.11 or newer, start it, and point a
 
 The way of a request, top to bottom, and the sections of this file that it passes:
 
-    client --> Server: read head and body, doors, route                        (4, 6, 13)
-           --> Relay: one attempt after the other until one answers            (12)
-                 --> Balancing: who has room now? nobody: wait in line         (10, 11)
-                 --> Controllers: what this account's request looks like       (8)
+    client --> Server: read head and body, doors, route                        (4, 6, 14)
+           --> Relay: one attempt after the other until one answers            (13)
+                 --> Balancing: who has room now? nobody: wait in line         (11, 12)
+                 --> Controllers: what this account's request looks like       (8, 9)
                  --> Upstream connections: a pooled or fresh connection        (7)
-                 --> Outcomes: what did it say, may another be asked?          (9)
-           <-- Relay: hold until the first real event, then every byte at once (5, 12)
+                 --> Outcomes: what did it say, may another be asked?          (10)
+           <-- Relay: hold until the first real event, then every byte at once (5, 13)
 
 Each section uses only what stands above it:
 
@@ -26,13 +26,14 @@ Each section uses only what stands above it:
     5. Server-sent events
     6. Timed streams
     7. Upstream connections
-    8. Controllers
-    9. Outcomes
-    10. Quotas and health
-    11. Balancing
-    12. Relay
-    13. Server
-    14. Command line
+    8. Translations
+    9. Controllers
+    10. Outcomes
+    11. Quotas and health
+    12. Balancing
+    13. Relay
+    14. Server
+    15. Command line
 """
 
 import sys
@@ -72,8 +73,10 @@ __version__ = "1.0.0"
 
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
+COUNTED_BYTES = 4096  # brackets are counted in bodies up to this size
 JSON_DEPTH = 128  # objects and lists in one another; schemas of tools stay below 30
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
+HOST_BYTES = 300  # a name has at most 255 (RFC 1035), a port five digits
 PIECES = 64  # of a body that are kept apart; joining them once costs least
 KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
 KNOWN_HEAD_BYTES = 2048  # a connection's last request head is remembered up to this size
@@ -101,6 +104,8 @@ FLUSH_FIRST_S, FLUSH_MOST_S = 0.01, 1.0  # between two looks at whether a closin
 PROBE_S = 0.05  # between the two interim replies that tell a half-closed client from one that left
 MODELS_TTL_S = 300.0  # how long an upstream's model list is believed
 MODELS_TIMEOUT_S = 10.0  # for asking it
+INPUT_DEPTH = 8  # nesting of an input that is looked into for its text
+OBJECTS_KNOWN = 10_000  # ids of files, batches, responses ... whose controller is remembered
 TOKENS_PER_PART = 1000  # an image, audio or file part in the token estimate; never the length of a data URL
 TOKENS_ANSWER = 500  # what an answer is taken to need while nothing is known of the model
 MODEL_NAME_CHARS = 256  # longer names are not looked up
@@ -112,6 +117,9 @@ RESERVE_S = 1.0  # and this long each may take to ask for it, as others wait for
 PEER_CONNECTIONS = 256  # of one public address, where nothing is configured
 PATIENCE_S = 2.0  # a client is answered this long before it gives up
 KEY_BUSY_S = 1.0  # a client key whose requests are all under way is told to come again after this
+AFFINE_TOKENS = 1000  # 4,000 characters; providers cache no shorter prompts
+AFFINE_CHARS = 4096  # of the beginning and of the end of each message, where a conversation is told from others
+AFFINE_LOAD = 1.25  # times its share: more in flight goes elsewhere
 MEMORY_MODELS = 256  # models of which one controller's ledger is kept; the least recently used goes first
 
 log = logging.getLogger("chatgpt_apiserver")
@@ -119,7 +127,7 @@ log = logging.getLogger("chatgpt_apiserver")
 
 # ==== 1. Errors ====
 # Every way to fail, with what a client is told. `error_body` is the only place that turns an error into JSON. Upstream
-# errors say nothing of retries: section 9 judges them, in one function.
+# errors say nothing of retries: section 10 judges them, in one function.
 
 
 class ProxyError(Exception):
@@ -145,6 +153,18 @@ class BadMessage(ProxyError):
 
 class ConfigError(Exception):
     """A configuration that cannot be used: file, path, what was found, what is allowed."""
+
+
+class Untranslatable(ProxyError):
+    """A request that one account has no words for. `field`: the path of what is at fault, `why` the reason.
+
+    Nothing was sent and nobody is to blame: the next controller is asked, whatever its type, as even one of the same
+    may have other `drop_params`. Where none can say it the client gets this error.
+    """
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(400, "%s %s" % (field, why), "unsupported_parameter", param=field)
+        self.field, self.why = field, why
 
 
 class UpstreamError(Exception):
@@ -217,7 +237,7 @@ def compact_json(value: "Any") -> bytes:
 # allowed. `Section` hands keys out one by one, so that what nobody asked for is a typing error by definition.
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
-CONTROLLER_TYPES = ("openai", "echo")
+CONTROLLER_TYPES = ("openai", "azure", "anthropic", "echo")  # and those of PRESETS
 ENDPOINTS = ("inference", "objects", "*")
 FRAMING_FIELDS = frozenset("host content-length transfer-encoding connection expect upgrade te trailer".split())
 SCALARS = ("host", "port", "drain_delay", "drain_timeout")  # at the top level; the rest are objects and lists
@@ -227,6 +247,55 @@ CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "config", "/etc/chatgpt-apiserver")
 ENV = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
+AZURE_API_VERSION = "2024-10-21"  # the newest stable one of the classic surface
+_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # the API knows only the older name, and ignores or refuses others
+# Accounts that are unlike OpenAI's: what their `config` says when the user says nothing else.
+DIALECTS: "dict[str, dict[str, Any]]" = {
+    "azure": {"auth_header": "api-key", "auth_scheme": ""},
+    "anthropic": {
+        "base_url": "https://api.anthropic.com/v1",
+        "auth_header": "x-api-key",
+        "auth_scheme": "",
+        "chat_path": "/messages",
+    },
+}
+THINKING = ("effort", "adaptive", "budget")  # what reasoning_effort becomes at Anthropic: `to_messages` says it
+# Vendors that speak OpenAI's API: what the `config` of an openai controller must say of them. Words in braces stand for
+# further keys of it.
+PRESETS: "dict[str, dict[str, Any]]" = {
+    "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
+    "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
+    "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
+    "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
+    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1"},
+    "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1"},
+    "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"},
+    "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
+    "fireworks": {"base_url": "https://api.fireworks.ai/inference/v1"},
+    "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai"},
+    "groq": {"base_url": "https://api.groq.com/openai/v1"},
+    "huggingface": {"base_url": "https://router.huggingface.co/v1"},
+    "llamacpp": {"base_url": "http://localhost:8080/v1"},
+    "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
+    "mistral": {
+        "base_url": "https://api.mistral.ai/v1",
+        "rename_params": {"max_completion_tokens": "max_tokens", "seed": "random_seed"},
+        "drop_params": ["stream_options"],  # was refused, and usage comes without it
+    },
+    "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
+    "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
+    "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
+    "ollama": {"base_url": "http://localhost:11434/v1", "rename_params": _OLD_LIMIT},
+    "openrouter": {"base_url": "https://openrouter.ai/api/v1"},
+    "perplexity": {"base_url": "https://api.perplexity.ai", "rename_params": _OLD_LIMIT},
+    "sglang": {"base_url": "http://localhost:30000/v1"},
+    "tgi": {"base_url": "http://localhost:8080/v1"},
+    "together": {"base_url": "https://api.together.xyz/v1"},
+    "vllm": {"base_url": "http://localhost:8000/v1"},
+    "xai": {"base_url": "https://api.x.ai/v1"},
+    "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
+    "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
+}
 
 
 class Secret:
@@ -323,7 +392,8 @@ class AccountConfig(Record):
 
     `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
     place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
-    name; then `extra_body` is added, in place of what the client said.
+    name; then `extra_body` is added, in place of what the client said. `api_version` is Azure's; `thinking` is
+    Anthropic's, and so is `max_tokens`, the limit where the client sets none.
     """
 
     api_key: Secret = NO_SECRET
@@ -336,6 +406,9 @@ class AccountConfig(Record):
     auth_header: str = "Authorization"
     auth_scheme: str = "Bearer"
     chat_path: str = "/chat/completions"
+    api_version: str = ""
+    max_tokens: int = 4096
+    thinking: str = THINKING[0]
     drop_params: "tuple[str, ...]" = ()
     rename_params: "tuple[tuple[str, str], ...]" = ()
     extra_body: "tuple[tuple[str, Any], ...]" = ()
@@ -718,7 +791,7 @@ def check_quota_group(section: Section, controller: ControllerConfig, others: "l
 
 def parse_controller(section: Section, number: int) -> ControllerConfig:
     """One of the `controllers`; its `config` may stand in a file of its own."""
-    kind = section.text("type", "openai", CONTROLLER_TYPES)
+    kind = parse_type(section)
     account = section.section("config")
     if section.take("config_file"):
         if section.take("config"):
@@ -737,6 +810,16 @@ def parse_controller(section: Section, number: int) -> ControllerConfig:
     )
     section.close()
     return controller
+
+
+def parse_type(section: Section) -> str:
+    """A controller's type. The vendors are too many for a message, so that only the nearest is named."""
+    kind = section.text("type", "openai")
+    if kind not in CONTROLLER_TYPES and kind not in PRESETS:
+        hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
+        known = " | ".join((*CONTROLLER_TYPES, "a vendor that README.md names"))
+        raise section.error("type", kind, known + (" (%s)" % hint if hint.startswith("did") else ""))
+    return kind
 
 
 def parse_quota_limits(section: Section) -> QuotaLimits:
@@ -771,16 +854,45 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
             delay=section.number("delay", 0, 0, 600), first_delay=section.number("first_delay", 0, 0, 3600)
         )
     else:
-        account = parse_openai_account(section)
+        own = bool(section.data.get("base_url")) and kind != "azure"
+        section.data = with_preset(section, PRESETS.get(kind) or DIALECTS.get(kind, {}))
+        account = parse_openai_account(section, own, kind != "anthropic")
+        if kind == "azure":
+            account = account.replace(api_version=check_azure(section, account.base_url))
+        elif kind == "anthropic":
+            most = section.whole("max_tokens", AccountConfig.max_tokens, 1, 10**7)
+            account = account.replace(max_tokens=most, thinking=section.text("thinking", THINKING[0], THINKING))
     section.close()
     return account
 
 
-def parse_openai_account(section: Section) -> AccountConfig:
-    """The `config` of an openai controller. Only a base_url of the user's own may do without a key."""
+def with_preset(section: Section, preset: "dict[str, Any]") -> "dict[str, Any]":
+    """What `section` says over what `preset` says. One that names a header for its key means the scheme, too."""
+    said = {key: value for key, value in section.data.items() if value not in (None, "") or key not in preset}
+    found = {**preset, **said}
+    if "auth_header" in said and "auth_scheme" not in section.data:
+        found.pop("auth_scheme", None)
+    if "base_url" in preset and "base_url" not in said:
+        found["base_url"] = re.sub(r"\{(\w+)\}", lambda word: parse_word(section, word.group(1)), preset["base_url"])
+    return found
+
+
+def parse_word(section: Section, key: str) -> str:
+    """A part of a vendor's address that the user has to name."""
+    word = section.text(key)
+    if not re.fullmatch(r"[0-9A-Za-z_-]+", word):
+        raise section.error(key, word, "the %s that is part of the address: letters, digits, - and _" % key)
+    return word
+
+
+def parse_openai_account(section: Section, own: bool, alike: bool) -> AccountConfig:
+    """The `config` of an openai controller, or of one that is not `alike` enough to have all of its keys.
+
+    Only a base_url of the user's `own` or a local one may do without a key.
+    """
     base_url = section.text("base_url") or OPENAI_URL
     key = section.secret("api_key")
-    if not key and base_url.startswith("https://api.openai.com"):
+    if not key and (base_url.startswith(OPENAI_URL[:22]) or not (own or base_url.startswith("http://localhost"))):
         raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
     headers = section.section("headers")
     chat_path = section.text("chat_path", AccountConfig.chat_path)
@@ -789,8 +901,8 @@ def parse_openai_account(section: Section) -> AccountConfig:
     return AccountConfig(
         api_key=key,
         base_url=check_url(section, "base_url", base_url, ("http", "https")),
-        organization=section.text("organization"),
-        project=section.text("project"),
+        organization=section.text("organization") if alike else "",
+        project=section.text("project") if alike else "",
         proxy=parse_proxy(section),
         ca_file=check_ca_file(section),
         headers=tuple((check_field_name(headers, name, name), headers.secret(name)) for name in headers.data),
@@ -798,9 +910,20 @@ def parse_openai_account(section: Section) -> AccountConfig:
         auth_scheme=check_scheme(section),
         chat_path=chat_path,
         drop_params=check_params(section, "drop_params", section.strings("drop_params")),
-        rename_params=parse_renames(section),
+        rename_params=parse_renames(section) if alike else (),
         extra_body=parse_extra_body(section),
     )
+
+
+def check_azure(section: Section, base_url: str) -> str:
+    """Azure's version, if base_url is a resource's and that is a version."""
+    if base_url == OPENAI_URL or "/deployments" in base_url:
+        found = section.data.get("base_url") or "nothing"
+        raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
+    version = section.text("api_version")
+    if not re.fullmatch(r"[0-9A-Za-z-]*", version):
+        raise section.error("api_version", version, "a date such as %s" % AZURE_API_VERSION)
+    return version
 
 
 def check_scheme(section: Section) -> str:
@@ -1126,6 +1249,8 @@ def describe(config: Config) -> "list[str]":
         if one.type != "echo":
             about[1:1] = [account.base_url, "key %r" % account.api_key] + (["by a proxy"] if account.proxy else [])
         lines.append("controller %s: %s" % (one.name, "; ".join(about)))
+    lines += ["model %s: %s" % pair for pair in config.pool.aliases]
+    lines += ["model %s: else %s" % (name, ", ".join(models)) for name, models in config.pool.fallbacks]
     lines += ["client key %s: models %s" % (key.name, ", ".join(key.models) or "all") for key in config.client_keys]
     scheme = "https" if config.tls_cert else "http"
     host = "[%s]" % config.host if ":" in config.host else config.host
@@ -1569,7 +1694,10 @@ def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHe
     except ValueError as problem:
         status = 431 if "more than" in str(problem) else 400
         raise BadMessage(status, "The request head is refused: %s." % problem) from None
-    check_host(index.get(b"host"), minor)
+    host = index.get(b"host")
+    if host is not None and len(host) > HOST_BYTES:
+        raise BadMessage(400, "The Host header is longer than %d bytes." % HOST_BYTES)
+    check_host(host, minor)
     return RequestHead(method, target, minor, index, lines)
 
 
@@ -2296,10 +2424,13 @@ class Outbox:
     with one client waits for nothing. Who closes a transport calls `flush` first.
     """
 
-    __slots__ = ("loop", "open", "waiting")
+    __slots__ = ("loop", "open", "ready", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.open = loop, False
+        # What the loop has still to do in this turn. It is private; without it every first write opens a window, which
+        # costs a turn (3 us) where nothing follows.
+        self.ready: "Collection[Any] | None" = getattr(loop, "_ready", None)
         self.waiting: "list[tuple[asyncio.WriteTransport, bytes]]" = []
 
     def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
@@ -2309,7 +2440,7 @@ class Outbox:
                 self.waiting.append((transport, data))
                 return
             self.flush()
-        else:
+        elif self.ready is None or self.ready:
             self.open = True
             self.loop.call_soon(self._close)
         transport.write(data)
@@ -2404,20 +2535,31 @@ async def open_link(host: str, port: int, tls: "ssl.SSLContext | None" = None, n
     loop = asyncio.get_running_loop()
     reader = WireReader(loop)
     protocol = WireProtocol(reader)
-    dialling = loop.create_task(
-        loop.create_connection(
-            lambda: protocol, host, port, ssl=tls, server_hostname=name, happy_eyeballs_delay=0.25
-        )
+    literal = ":" in host or not host.strip("0123456789.")  # one address: no race, which takes three tasks
+    connecting = loop.create_connection(
+        lambda: protocol,
+        host,
+        port,
+        ssl=tls,
+        server_hostname=name,
+        happy_eyeballs_delay=None if literal else 0.25,
     )
-    try:
-        transport, _ = await asyncio.shield(dialling)
-    except asyncio.CancelledError:
-        # Cancelled in the race of addresses, asyncio forgets a socket that has just connected without closing it.
-        dialling.add_done_callback(abort_unwanted)
-        loop.call_later(UNWANTED_S, dialling.cancel)
-        raise
+    transport, _ = await (connecting if literal else unless_cancelled(loop.create_task(connecting)))
     tune(transport)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def unless_cancelled(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> "tuple[Any, Any]":
+    """The connection that a race of addresses brings.
+
+    Cancelled in the race, asyncio forgets a socket that has just connected without closing it.
+    """
+    try:
+        return await asyncio.shield(dialling)
+    except asyncio.CancelledError:
+        dialling.add_done_callback(abort_unwanted)
+        dialling.get_loop().call_later(UNWANTED_S, dialling.cancel)
+        raise
 
 
 def abort_unwanted(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> None:
@@ -2891,9 +3033,611 @@ def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
     return UpstreamClosed("the upstream reset the connection before its reply", early=True)
 
 
-# ==== 8. Controllers ====
+# ==== 8. Translations ====
+# How another API says what OpenAI's says: Anthropic's Messages API. Pure functions: no I/O, no clock. What it has no
+# word for raises Untranslatable; nothing is dropped in silence. https://platform.claude.com/docs/en/api/messages, and
+# the types of anthropic-sdk-python.
+
+MESSAGES_VERSION = b"2023-06-01"
+MESSAGE_BYTES = 16_777_216  # a whole answer above this is not translated; the longest ones are a megabyte
+MESSAGES_THINKING_TOKENS = 16384  # the least limit where the client asks for reasoning, which counts towards it
+MESSAGES_BUDGET_MIN = 1024  # the smallest thinking budget that the API takes
+
+_NO_EQUIVALENT = "has no equivalent in Anthropic's Messages API."
+# Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
+_AS_THEY_ARE = ("model", "stream", "top_k", "thinking", "cache_control")
+# The last line's are hints: an answer without them is the same answer. stream_options speaks to our own translation.
+_TRANSLATED = frozenset(_AS_THEY_ARE) | frozenset(
+    "messages max_tokens max_completion_tokens temperature top_p stop user safety_identifier tools tool_choice"
+    " parallel_tool_calls response_format reasoning_effort"
+    " stream_options prompt_cache_key prompt_cache_options prompt_cache_retention".split()
+)
+# Values that ask for nothing but the default.
+_HARMLESS: "dict[str, tuple[Any, ...]]" = {
+    "n": (1,),
+    "store": (False,),
+    "metadata": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "functions": ([],),
+}
+_NOTHING: "tuple[Any, ...]" = (None, "", [], {}, False)
+# Of an answer that comes back these are passed over: the API believes only thinking that it signed.
+_OLD_THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details")
+_MESSAGE_FIELDS: "dict[str, tuple[str, ...]]" = {
+    "system": ("role", "content"),
+    "developer": ("role", "content"),
+    "user": ("role", "content"),
+    "assistant": ("role", "content", "refusal", "tool_calls", "annotations", *_OLD_THOUGHTS),
+    "tool": ("role", "content", "tool_call_id"),
+}
+_IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+_TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
+# reasoning_effort: the word for output_config.effort, and the budget of models that know no effort.
+_EFFORTS = {
+    "none": ("", 0),
+    "minimal": ("low", 1024),
+    "low": ("low", 2048),
+    "medium": ("medium", 4096),
+    "high": ("high", 8192),
+    "xhigh": ("xhigh", 16384),
+    "max": ("max", 32768),
+}
+_JSON_ONLY = "Answer with one valid JSON object and nothing else: no other text and no code fence."
+
+
+def to_messages(
+    data: "dict[str, Any]",
+    drop: "frozenset[str]",
+    max_tokens: int = AccountConfig.defaults["max_tokens"],
+    thinking: str = THINKING[0],
+) -> "dict[str, Any]":
+    """The Messages request that asks what the chat request `data` asks. Raises Untranslatable.
+
+    Fields named in `drop` are left out, wherever they stand; `max_tokens` is the limit when the client sets none.
+    `thinking` says what reasoning_effort becomes: "effort" (output_config.effort), "adaptive" (and thinking switched
+    on, for models where it is off by default), "budget" (for models that know no effort).
+    """
+    asked = {name: value for name, value in data.items() if value is not None and name not in drop}
+    for name, value in asked.items():
+        if name not in _TRANSLATED and value not in _HARMLESS.get(name, ()):
+            raise Untranslatable(name, _NO_EQUIVALENT)
+    out = {name: asked[name] for name in _AS_THEY_ARE if name in asked}
+    out["max_tokens"] = _answer_room(asked, max_tokens)
+    _add_turns(asked.get("messages"), drop, out)
+    _add_sampling(asked, out)
+    _add_tools(asked, out, drop)
+    _add_reasoning(asked, out, thinking)
+    _add_format(asked, out)
+    return out
+
+
+def _only(found: "Any", known: "Iterable[str]", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    """`found`, an object with no fields but `known` ones, empty ones and those in `drop`."""
+    if not isinstance(found, dict):
+        raise Untranslatable(where, "must be an object.")
+    for name, value in found.items():
+        if name not in known and name not in drop and value not in _NOTHING:
+            raise Untranslatable(where + "." + name, _NO_EQUIVALENT)
+    return found
+
+
+def _word(found: "dict[str, Any]", name: str, where: str) -> str:
+    """The text that `found` must have under `name`."""
+    value = found.get(name)
+    if not isinstance(value, str) or not value:
+        raise Untranslatable(where + "." + name, "must be a non-empty string.")
+    return value
+
+
+def _items(found: "Any", where: str) -> "list[Any]":
+    """`found`, which must be a list; null counts as empty."""
+    if found is not None and not isinstance(found, list):
+        raise Untranslatable(where, "must be a list.")
+    return found or []
+
+
+def _answer_room(asked: "dict[str, Any]", default: int) -> int:
+    """The client's limit on the answer, or the default one."""
+    for name in ("max_completion_tokens", "max_tokens"):
+        value = asked.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise Untranslatable(name, "must be a whole number above 0.")
+        return value
+    thinks = asked.get("reasoning_effort", "none") != "none" or "thinking" in asked
+    return max(default, MESSAGES_THINKING_TOKENS) if thinks else default
+
+
+def _add_turns(messages: "Any", drop: "frozenset[str]", out: "dict[str, Any]") -> None:
+    """Adds `messages`, and `system` where there is any: all system messages go to the top."""
+    system: "list[dict[str, Any]]" = []
+    turns: "list[dict[str, Any]]" = []
+    for place, message in enumerate(_items(messages, "messages")):
+        where = "messages[%d]" % place
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in _MESSAGE_FIELDS:
+            raise Untranslatable(where + ".role", "must be one of %s." % ", ".join(_MESSAGE_FIELDS))
+        blocks = _message_blocks(_only(message, _MESSAGE_FIELDS[role], where, drop), where, drop)
+        if role in ("system", "developer"):
+            system += blocks
+        elif blocks:
+            role = "user" if role == "tool" else role
+            if turns and turns[-1]["role"] == role:  # so all results of parallel calls share the one turn they must
+                turns[-1]["content"] += blocks
+            else:
+                turns.append({"role": role, "content": blocks})
+    if not turns:
+        raise Untranslatable("messages", "must hold a user message with content.")
+    _trim_prefill(turns[-1])
+    out["messages"] = turns
+    if system:
+        out["system"] = system
+
+
+def _trim_prefill(turn: "dict[str, Any]") -> None:
+    """Takes the white space from the end of a final assistant turn, which the API refuses."""
+    last = turn["content"][-1]
+    if turn["role"] == "assistant" and last["type"] == "text":
+        last["text"] = last["text"].rstrip()
+
+
+def _message_blocks(message: "dict[str, Any]", where: str, drop: "frozenset[str]") -> "list[dict[str, Any]]":
+    """The content blocks that one message becomes."""
+    content = message.get("content")
+    if message["role"] == "tool":
+        result: "dict[str, Any]" = {"type": "tool_result", "tool_use_id": _word(message, "tool_call_id", where)}
+        shown = content if isinstance(content, str) else _blocks(content, where + ".content", drop)
+        return [dict(result, content=shown) if shown else result]
+    blocks = _blocks(content, where + ".content", drop)
+    if message["role"] in ("system", "developer"):
+        for block in blocks:
+            if block["type"] != "text":
+                raise Untranslatable(where + ".content", "must be text in a %s message." % message["role"])
+    blocks += _blocks(message.get("refusal"), where + ".refusal", drop)
+    calls = _items(message.get("tool_calls"), where + ".tool_calls")
+    return blocks + [_tool_use(call, "%s.tool_calls[%d]" % (where, at), drop) for at, call in enumerate(calls)]
+
+
+def _blocks(content: "Any", where: str, drop: "frozenset[str]") -> "list[dict[str, Any]]":
+    """The blocks of a message's content; those without text are left out, as the API refuses them."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    blocks = [_block(part, "%s[%d]" % (where, place), drop) for place, part in enumerate(_items(content, where))]
+    return [block for block in blocks if block]
+
+
+def _block(part: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    """The block that a part becomes; an empty one where nothing is left of it."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or (kind not in _PARTS and kind not in drop):
+        raise Untranslatable(where, "is a part of a type that " + _NO_EQUIVALENT)
+    if kind in drop:
+        return {}
+    _only(part, ("type", kind, "cache_control"), where, drop)
+    block = _PARTS[kind](part.get(kind), where + "." + kind, drop)
+    if block and part.get("cache_control"):
+        block["cache_control"] = part["cache_control"]
+    return block
+
+
+def _text_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    if not isinstance(found, str):
+        raise Untranslatable(where, "must be a string.")
+    return {"type": "text", "text": found} if found.strip() else {}
+
+
+def _image_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    known = ("url", "detail") if isinstance(found, dict) and found.get("detail") in ("auto", "high") else ("url",)
+    url = _word(_only(found, known, where, drop), "url", where)
+    if url.startswith(("https://", "http://")):
+        return {"type": "image", "source": {"type": "url", "url": url}}
+    return {"type": "image", "source": _inline(url, where + ".url", _IMAGE_TYPES)}
+
+
+def _document_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    data = _word(_only(found, ("file_data", "filename"), where, drop), "file_data", where)
+    block = {"type": "document", "source": _inline(data, where + ".file_data", ("application/pdf",))}
+    return dict(block, title=found["filename"]) if found.get("filename") else block
+
+
+_PARTS: "dict[str, Callable[[Any, str, frozenset[str]], dict[str, Any]]]" = {
+    "text": _text_block,
+    "refusal": _text_block,
+    "image_url": _image_block,
+    "file": _document_block,
+}
+
+
+def _inline(url: str, where: str, allowed: "tuple[str, ...]") -> "dict[str, str]":
+    """The source that a data URL becomes."""
+    head, _, data = url.partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64"):
+        raise Untranslatable(where, "must be a data URL in base64" + (" or an https URL." if "png" in allowed else "."))
+    kind = head[5:-7].partition(";")[0].lower().replace("image/jpg", "image/jpeg")
+    if kind not in allowed:
+        raise Untranslatable(where, "must be of type %s." % " or ".join(allowed))
+    return {"type": "base64", "media_type": kind, "data": data}
+
+
+def _tool_use(call: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    """The block of an earlier tool call. `index` and Gemini's `extra_content` mean nothing here and are no loss."""
+    _only(call, ("id", "type", "function", "index", "extra_content"), where, drop)
+    function = _only(call.get("function"), ("name", "arguments"), where + ".function", drop)
+    try:
+        given = json.loads(function.get("arguments") or "{}")
+    except (ValueError, TypeError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise Untranslatable(where + ".function.arguments", "must be the text of a JSON object.")
+    name = _word(function, "name", where + ".function")
+    return {"type": "tool_use", "id": _word(call, "id", where), "name": name, "input": given}
+
+
+def _add_sampling(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
+    """Adds temperature, top_p, stop sequences and the user's name. Newer models refuse even defaults of the first two
+    together, and other values at all: 1, the default of both APIs, is not sent."""
+    heat = asked.get("temperature")
+    if heat is not None:
+        if isinstance(heat, bool) or not isinstance(heat, (int, float)) or not 0 <= heat <= 2:
+            raise Untranslatable("temperature", "must be a number from 0 to 2.")
+        if heat < 1:  # its scale ends at 1, to which Anthropic's own compatible endpoint lowers all above
+            out["temperature"] = heat
+    if asked.get("top_p", 1) != 1:
+        out["top_p"] = asked["top_p"]
+    stop = asked.get("stop")
+    stops = [stop] if isinstance(stop, str) else _items(stop, "stop")
+    if not all(isinstance(one, str) and one.strip() for one in stops):
+        raise Untranslatable("stop", "must be texts that are more than white space for Anthropic's Messages API.")
+    if stops:
+        out["stop_sequences"] = stops
+    user = asked.get("safety_identifier") or asked.get("user")
+    if user:
+        out["metadata"] = {"user_id": user}
+
+
+def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]", drop: "frozenset[str]") -> None:
+    """Adds tools and tool_choice."""
+    found = _items(asked.get("tools"), "tools")
+    tools = [_tool(tool, "tools[%d]" % place, drop) for place, tool in enumerate(found)]
+    choice = _tool_choice(asked.get("tool_choice", "auto"), drop)
+    if not tools:
+        if choice["type"] not in ("auto", "none"):
+            raise Untranslatable("tool_choice", "needs tools.")
+        blocks = [block for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
+        names = dict.fromkeys(block["name"] for block in blocks)
+        if not names:
+            return
+        # Where the history uses tools, gateways to the API want them defined; as at OpenAI, the answer calls none.
+        tools, choice = [{"name": name, "input_schema": _schema(None)} for name in names], {"type": "none"}
+    if asked.get("parallel_tool_calls") is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    out["tools"] = tools
+    if choice != {"type": "auto"}:
+        out["tool_choice"] = choice
+
+
+def _tool(tool: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    """The tool that a function becomes."""
+    found = _only(tool, ("type", "function", "cache_control"), where, drop).get("function")
+    where += ".function"
+    function = _only(found, ("name", "description", "parameters", "strict"), where, drop)
+    out = {"name": _word(function, "name", where), "input_schema": _schema(function.get("parameters"))}
+    out.update({name: function[name] for name in ("description", "strict") if function.get(name)})
+    return dict(out, cache_control=tool["cache_control"]) if tool.get("cache_control") else out
+
+
+def _schema(parameters: "Any") -> "Any":
+    """The input_schema for a function's parameters; the API demands an object's, even of a function without any."""
+    if not parameters:
+        return {"type": "object", "properties": {}}
+    return dict({"type": "object"}, **parameters) if isinstance(parameters, dict) else parameters
+
+
+def _tool_choice(choice: "Any", drop: "frozenset[str]") -> "dict[str, Any]":
+    """The API's tool_choice; "auto" is its default."""
+    if isinstance(choice, str) and choice in _TOOL_CHOICES:
+        return {"type": _TOOL_CHOICES[choice]}
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        raise Untranslatable("tool_choice", "must be none, auto, required or a function for Anthropic's Messages API.")
+    function = _only(choice.get("function"), ("name",), "tool_choice.function", drop)
+    return {"type": "tool", "name": _word(function, "name", "tool_choice.function")}
+
+
+def _add_reasoning(asked: "dict[str, Any]", out: "dict[str, Any]", thinking: str) -> None:
+    """Adds what reasoning_effort asks for; a `thinking` of the client's own stands."""
+    effort = asked.get("reasoning_effort")
+    if effort is None:
+        return
+    if not isinstance(effort, str) or effort not in _EFFORTS:
+        raise Untranslatable("reasoning_effort", "must be one of %s." % ", ".join(_EFFORTS))
+    word, budget = _EFFORTS[effort]
+    if not word:
+        out.setdefault("thinking", {"type": "disabled"})
+    elif thinking == "budget":
+        # Half of the room is for the answer. A turn that waits for tool results must begin with the thinking that led
+        # to the calls, signed, and chat clients cannot send that back: it goes on without.
+        room = out["max_tokens"]
+        budget = max(MESSAGES_BUDGET_MIN, min(budget, room // 2))
+        if budget >= room:
+            raise Untranslatable("reasoning_effort", "needs a max_tokens above %d." % MESSAGES_BUDGET_MIN)
+        if out["messages"][-1]["content"][0]["type"] != "tool_result":
+            out.setdefault("thinking", {"type": "enabled", "budget_tokens": budget})
+    else:
+        out["output_config"] = {"effort": word}
+        if thinking == "adaptive":
+            out.setdefault("thinking", {"type": "adaptive"})
+
+
+def _add_format(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
+    """Adds the form that the answer must have."""
+    found = _only(
+        asked.get("response_format", {"type": "text"}), ("type", "json_schema"), "response_format", frozenset()
+    )
+    kind = found.get("type")
+    if kind == "json_object":
+        out["system"] = [*out.get("system", ()), {"type": "text", "text": _JSON_ONLY}]
+    elif kind == "json_schema":
+        where = "response_format.json_schema"
+        form = _only(found.get("json_schema"), ("name", "description", "schema", "strict"), where, frozenset())
+        if not isinstance(form.get("schema"), dict):
+            raise Untranslatable(where + ".schema", "must be an object.")
+        about = {"description": form["description"]} if form.get("description") else {}
+        schema = dict(about, **form["schema"])
+        out.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
+    elif kind != "text":
+        raise Untranslatable("response_format.type", "must be text, json_object or json_schema.")
+
+
+_FINISH_REASONS = {
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}  # all others are "stop"
+
+
+def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
+    """The chat.completion that a whole Messages answer is. Raises ValueError where it is none."""
+    try:
+        return _completion(reply, created)
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("the upstream's answer is no message") from None
+
+
+def _completion(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
+    content = reply["content"]
+    message: "dict[str, Any]" = {"role": "assistant", "content": _joined(content, "text"), "refusal": _refusal(reply)}
+    thoughts = _joined(content, "thinking")
+    if thoughts:
+        message["reasoning_content"] = thoughts
+    used = [block for block in content if block["type"] == "tool_use"]
+    calls = [_tool_call(block, compact_json(block["input"]).decode()) for block in used]
+    if calls:
+        message["tool_calls"] = calls
+    reason = _FINISH_REASONS.get(reply["stop_reason"], "stop")
+    return {
+        "id": reply["id"],
+        "object": "chat.completion",
+        "created": created,
+        "model": reply["model"],
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+        "usage": messages_usage(reply.get("usage")),
+    }
+
+
+def _joined(content: "list[dict[str, Any]]", kind: str) -> "str | None":
+    """The text of all blocks of this kind, or None."""
+    return "".join(str(block.get(kind) or "") for block in content if block.get("type") == kind) or None
+
+
+def _tool_call(block: "dict[str, Any]", arguments: str) -> "dict[str, Any]":
+    function = {"name": block["name"], "arguments": arguments}
+    return {"id": block["id"], "type": "function", "function": function}
+
+
+def _refusal(found: "dict[str, Any]") -> "str | None":
+    """Why the model refused, where it says so."""
+    details = found.get("stop_details")
+    return details.get("explanation") or None if isinstance(details, dict) else None
+
+
+def messages_usage(usage: "Any") -> "dict[str, Any]":
+    """OpenAI's usage. Anthropic's input_tokens leave out what the prompt cache read or took in; null counts as 0."""
+    found = usage if isinstance(usage, dict) else {}
+    fresh, written, read, answer = (
+        found.get(name) or 0
+        for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
+    )
+    prompt = fresh + written + read
+    details = found.get("output_tokens_details")
+    thought = details.get("thinking_tokens") or 0 if isinstance(details, dict) else 0
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
+        "completion_tokens_details": {"reasoning_tokens": thought},
+    }
+
+
+class MessageStream:
+    """A Messages stream becoming a chat stream, event by event.
+
+    `done` after the last event, `failed` once an error went out instead; an upstream that ends with neither was cut.
+    Nothing comes out before the first content, so an overloaded upstream can still be left for another.
+    """
+
+    __slots__ = ("calls", "created", "done", "failed", "head", "include_usage", "opened", "reason", "refusal", "usage")
+
+    def __init__(self, created: int, include_usage: bool = False) -> None:
+        self.created, self.include_usage = created, include_usage
+        self.head = b""  # of every chunk, up to its choices
+        self.calls: "dict[int, list[Any]]" = {}  # of each tool block: its number, its input if that comes in no delta
+        self.usage: "dict[str, Any]" = {}
+        self.reason = ""
+        self.refusal: "str | None" = None
+        self.opened = self.done = self.failed = False
+
+    def feed(self, event_type: bytes, data: bytes) -> bytes:
+        """The chunks that one event of the upstream becomes; often none."""
+        if self.done or self.failed or not data.strip():
+            return b""
+        try:
+            event = json.loads(data)
+            step = _STREAM_STEPS.get(event.get("type") or event_type.decode("latin-1"))
+            return step(self, event) if step else b""
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            self.failed = True
+            return _error_event({"type": "api_error", "message": "The upstream sent an event that cannot be read."})
+
+    def _chunk(self, delta: "dict[str, Any]", reason: "str | None" = None) -> bytes:
+        if not self.head:
+            raise LookupError("content before message_start")
+        if not self.opened:
+            delta = dict({"role": "assistant"}, **delta)
+            self.opened = True
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
+
+    def _count(self, usage: "dict[str, Any] | None") -> None:
+        """Usage is cumulative and comes in parts: the last number of each field holds."""
+        self.usage.update({name: value for name, value in (usage or {}).items() if value is not None})
+
+    def message_start(self, event: "dict[str, Any]") -> bytes:
+        """Id and model of all chunks, and the prompt's tokens."""
+        message = event["message"]
+        self._count(message.get("usage"))
+        if not self.head:
+            same = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
+            self.head = b"data: " + compact_json(dict(same, model=message["model"]))[:-1] + b',"choices":'
+        return b""
+
+    def block_start(self, event: "dict[str, Any]") -> bytes:
+        """A tool's name; and what gateways that send a block whole put here."""
+        block = event["content_block"]
+        if block["type"] != "tool_use":
+            return self._text(block.get("text"), block.get("thinking"))
+        number = len(self.calls)
+        self.calls[event["index"]] = [number, block.get("input") or {}]
+        return self._chunk({"tool_calls": [dict({"index": number}, **_tool_call(block, ""))]})
+
+    def block_delta(self, event: "dict[str, Any]") -> bytes:
+        """A piece of text, of thinking or of a tool's arguments; signatures and citations have no place."""
+        delta = event["delta"]
+        piece, call = delta.get("partial_json"), self.calls.get(event["index"])
+        if not piece or not call:  # the first piece is always empty, and no others come of a tool without arguments
+            return self._text(delta.get("text"), delta.get("thinking"))
+        call[1] = None
+        return self._arguments(call[0], piece)
+
+    def block_stop(self, event: "dict[str, Any]") -> bytes:
+        """The arguments of a tool that had no pieces."""
+        number, whole = self.calls.get(event["index"]) or (0, None)
+        return b"" if whole is None else self._arguments(number, compact_json(whole).decode())
+
+    def message_delta(self, event: "dict[str, Any]") -> bytes:
+        """Why it stops, and the answer's tokens."""
+        self._count(event.get("usage"))
+        delta = event.get("delta") or {}
+        self.reason = delta.get("stop_reason") or self.reason
+        self.refusal = _refusal(delta) or self.refusal
+        return b""
+
+    def message_stop(self, event: "dict[str, Any]") -> bytes:
+        """The end: finish_reason, usage if it was asked for, [DONE]."""
+        delta = {"refusal": self.refusal} if self.refusal else {}
+        out = self._chunk(delta, _FINISH_REASONS.get(self.reason, "stop"))
+        if self.include_usage:
+            out += self.head + b'[],"usage":' + compact_json(messages_usage(self.usage)) + b"}\n\n"
+        self.done = True
+        return out + b"data: [DONE]\n\n"
+
+    def error(self, event: "dict[str, Any]") -> bytes:
+        """An error in the middle; nothing that comes after it counts."""
+        self.failed = True
+        return _error_event(event)
+
+    def _text(self, text: "str | None", thinking: "str | None") -> bytes:
+        return self._chunk({"content": text} if text else {"reasoning_content": thinking}) if text or thinking else b""
+
+    def _arguments(self, number: int, piece: str) -> bytes:
+        return self._chunk({"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
+
+
+_STREAM_STEPS: "dict[str, Callable[[MessageStream, dict[str, Any]], bytes]]" = {
+    "message_start": MessageStream.message_start,
+    "content_block_start": MessageStream.block_start,
+    "content_block_delta": MessageStream.block_delta,
+    "content_block_stop": MessageStream.block_stop,
+    "message_delta": MessageStream.message_delta,
+    "message_stop": MessageStream.message_stop,
+    "error": MessageStream.error,
+}
+
+# Anthropic's error types for which OpenAI has words of its own: type and code. Others stay, as the code.
+_MESSAGES_ERRORS: "dict[str, tuple[str, str | None]]" = {
+    "invalid_request_error": ("invalid_request_error", None),
+    "authentication_error": ("invalid_request_error", "invalid_api_key"),
+    "billing_error": ("insufficient_quota", "insufficient_quota"),
+    "not_found_error": ("invalid_request_error", "model_not_found"),
+    "rate_limit_error": ("rate_limit_error", "rate_limit_exceeded"),
+}
+# Meanings that only the words of a message tell.
+_MESSAGES_ERROR_WORDS = (
+    ("credit balance is too low", ("insufficient_quota", "insufficient_quota")),
+    ("enforced_spend_limit_reached", ("insufficient_quota", "insufficient_quota")),
+    ("prompt is too long", ("invalid_request_error", "context_length_exceeded")),
+    ("exceed context limit", ("invalid_request_error", "context_length_exceeded")),
+)
+
+
+def error_from_messages(status: int, body: bytes) -> "tuple[int, bytes]":
+    """Status and body that tell an error of the Messages API in OpenAI's way; any body at all is taken."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    told = _translate_error(found, status)
+    if told["error"]["code"] == "insufficient_quota":  # a 400 or 402 there
+        status = 429
+    return 503 if status == 529 else status, compact_json(told)
+
+
+def _translate_error(found: "Any", status: int) -> "dict[str, Any]":
+    if isinstance(found, list) and found:
+        found = found[0]
+    error = found.get("error", found) if isinstance(found, dict) else found
+    error = error if isinstance(error, dict) else {"message": error}
+    message = error.get("message") or error.get("detail")
+    if not isinstance(message, str):
+        message = "The upstream answered with status %d." % status
+    word = str(error.get("type") or error.get("code") or "")
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+    meaning = _MESSAGES_ERRORS.get(word, (kind, word or None))
+    for text, told in _MESSAGES_ERROR_WORDS:
+        if text in message:
+            meaning = told
+    return error_object(message, *meaning)
+
+
+def _error_event(found: "dict[str, Any]") -> bytes:
+    return b"data: " + compact_json(_translate_error(found, 500)) + b"\n\n"
+
+
+# ==== 9. Controllers ====
 # What a request to one account looks like. Pure translation: a parsed request in, the bytes for the upstream out. A new
 # kind of account is one class here and one line in CONTROLLERS.
+
+
+CHAT_PATH = "/chat/completions"
 
 
 class ApiRequest:
@@ -2901,9 +3645,13 @@ class ApiRequest:
 
     `lines`: the client's field lines that may pass. `body` as it came, `data` its parsed JSON object. `need`: the
     tokens that it is taken to cost. `wait_s`: how long it may still stand in line. `key`: the client key's name.
+    `model_span`: where the model stands in a multipart body. `pinned`: the controller that has the object it is about;
+    `seeks`: each is asked until one has it. `asked`: what the client asked for, where `model` is another one by now.
+    `thread`: what its conversation goes by, once somebody wanted to know.
     """
 
     __slots__ = (
+        "asked",
         "body",
         "data",
         "key",
@@ -2911,23 +3659,39 @@ class ApiRequest:
         "max_tokens",
         "method",
         "model",
+        "model_span",
         "need",
         "path",
+        "pinned",
         "prompt_tokens",
         "query",
         "request_id",
+        "seeks",
         "stateful",
         "stream",
+        "thread",
         "wait_s",
     )
 
     def __init__(self, method: str, path: str, query: str, lines: "list[bytes]", body: bytes) -> None:
         self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
         self.data: "dict[str, Any]" = {}
-        self.model = self.request_id = self.key = ""
-        self.stream = self.stateful = False
+        self.model = self.request_id = self.key = self.pinned = self.asked = ""
+        self.stream = self.stateful = self.seeks = False
+        self.model_span: "tuple[int, int] | None" = None
+        self.thread: "bytes | None" = None
         self.prompt_tokens = self.max_tokens = self.need = 0
         self.wait_s = 0.0
+
+    def substitute(self, model: str) -> None:
+        """Asks for `model` from now on."""
+        self.asked, self.model = self.asked or self.model, model
+        if self.model_span is not None:
+            start, end = self.model_span
+            self.body = self.body[:start] + model.encode() + self.body[end:]
+            self.model_span = start, start + len(model.encode())
+        elif self.data:
+            self.data, self.body = {**self.data, "model": model}, replace_model(self.body, model)
 
 
 def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], bytes]":
@@ -2951,6 +3715,7 @@ def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], b
 
 
 decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
+NO_MORE: "Mapping[str, Any]" = {}
 
 
 def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
@@ -2964,7 +3729,8 @@ def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
         raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
     if not isinstance(data, dict):
         raise ProxyError(400, "The body must be a JSON object.")
-    if body.count(b"{") + body.count(b"[") > depth and deeper(data, depth):
+    # Counting is cheaper for small bodies; a large one is mostly text, and 100 kB of it take 75 us to count in.
+    if (len(body) > COUNTED_BYTES or body.count(b"{") + body.count(b"[") > depth) and deeper(data, depth):
         raise ProxyError(400, "The body is nested deeper than %d levels." % depth)
     return data
 
@@ -3022,19 +3788,34 @@ def lower_keys(data: "dict[str, Any]", known: "frozenset[str]") -> "dict[str, An
 
 def replace_model(body: bytes, model: str) -> bytes:
     """`body` with another value for each outermost "model", every other byte as it was."""
+    return edit_members(body, lambda name: (name, json.dumps(model) if name == "model" else None))
+
+
+def edit_members(
+    body: bytes, edit: "Callable[[str], tuple[str, str | None]]", more: "Mapping[str, Any]" = NO_MORE
+) -> bytes:
+    """`body` with its outermost members as `edit` wants them, and `more` after them; what stays, stays byte for byte.
+
+    `edit` gives, for a member's name, the new one ("": the member is left out) and its new value (None: as it was).
+    """
     text = body.decode("utf-8", "surrogatepass")
-    decoder, at, done = json.JSONDecoder(), text.index("{") + 1, 0
-    out: "list[str]" = []
+    first = at = text.index("{") + 1
+    members: "list[str]" = []
     while text[at - 1] != "}":
-        at = _skip_space(text, at)
-        key, at = decoder.raw_decode(text, at)
-        at = _skip_space(text, _skip_space(text, at) + 1)
-        _, end = decoder.raw_decode(text, at)
-        if key == "model":
-            out += [text[done:at], json.dumps(model)]
-            done = end
-        at = _skip_space(text, end) + 1
-    return "".join([*out, text[done:]]).encode("utf-8", "surrogatepass")
+        start, at = at, _skip_space(text, at)
+        name, end_name = decode_json(text, at)
+        value_at = _skip_space(text, _skip_space(text, end_name) + 1)
+        _, end = decode_json(text, value_at)
+        stop = _skip_space(text, end)
+        new_name, value = edit(name)
+        if new_name:
+            key = text[start:end_name] if new_name == name else text[start:at] + json.dumps(new_name)
+            members.append(
+                key + text[end_name:value_at] + (text[value_at:end] if value is None else value) + text[end:stop]
+            )
+        at = stop + 1
+    members += [json.dumps(name) + ":" + json.dumps(value) for name, value in more.items()]
+    return (text[:first] + ",".join(members) + text[at - 1 :]).encode("utf-8", "surrogatepass")
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -3069,24 +3850,98 @@ def answer_limit(data: "dict[str, Any]") -> int:
     return max(0, most) * min(max(1, choices), 128)
 
 
+def count_text(value: "Any", depth: int = 0) -> int:
+    """Characters of text in a prompt or input of any shape; a token that comes as a number counts as four."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, int):
+        return 4
+    if depth > INPUT_DEPTH:
+        return 0
+    if isinstance(value, list):
+        return sum(count_text(item, depth + 1) for item in value)
+    if isinstance(value, dict):
+        if "text" in value or "content" in value:
+            return count_text(value.get("text") or value.get("content"), depth + 1)
+        return 4 * TOKENS_PER_PART
+    return 0
+
+
+def form_field(body: bytes, content_type: bytes, name: bytes) -> "tuple[int, int] | None":
+    """Where the value of the text field `name` stands in a multipart body (RFC 7578); None where there is none."""
+    boundary = re.search(rb'boundary="?([^";,]{1,70})"?', content_type)
+    if boundary is None:
+        raise ProxyError(400, "A multipart/form-data body with its boundary is needed here.")
+    head = rb'--%b\r\n[Cc]ontent-[Dd]isposition: form-data; name="?%b"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{0,256})\r\n--'
+    found = re.search(head % (re.escape(boundary.group(1)), name), body)
+    return found.span(1) if found else None
+
+
+_OBJECT_ID = re.compile(rb'"id"\s*:\s*"([\w\-]{4,128})"')
+
+
+def made_id(beginning: bytes) -> str:
+    """The id of the object that an answer describes: the first that stands in it."""
+    found = _OBJECT_ID.search(beginning)
+    return found.group(1).decode() if found else ""
+
+
 class Controller(Protocol):
-    """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write."""
+    """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write.
+
+    `chat_only`: it takes chat completions and nothing else.
+    """
+
+    chat_only: bool
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """A fresh exchange for `request`, not started."""
 
 
+class ParamEdits:
+    """What an account wants changed in the outermost keys of a request: left out, renamed, and of a chat added."""
+
+    __slots__ = ("drop", "extra", "rename")
+
+    def __init__(self, account: AccountConfig) -> None:
+        self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
+        self.extra = dict(account.extra_body)
+
+    def __bool__(self) -> bool:
+        return bool(self.drop or self.rename or self.extra)
+
+    def apply(self, body: bytes, request: ApiRequest) -> bytes:
+        """The request's `body` as the account wants it; the same object where nothing of it is meant."""
+        extra, names = self.extra if request.path == CHAT_PATH else NO_MORE, request.data.keys()
+        if not (extra or self.drop & names or self.rename.keys() & names):
+            return body
+        # Of an old and a new name for one thing the one that is renamed counts: clients send the other for servers
+        # that know nothing better.
+        gone = self.drop | ({self.rename[name] for name in self.rename.keys() & names - self.drop} - self.rename.keys())
+
+        def edit(name: str) -> "tuple[str, None]":
+            new = "" if name in gone else self.rename.get(name, name)
+            return "" if new in extra else new, None
+
+        return edit_members(body, edit, extra)
+
+
 class OpenAIController:
     """An account that speaks OpenAI's API, at any base URL (openai-openapi; PROVIDERS: vendors alike)."""
+
+    chat_only = False
 
     def __init__(self, config: ControllerConfig) -> None:
         account = config.account
         self.origin, self.prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
+        self.chat_path = account.chat_path
         self.model_map = dict(config.model_map)
+        self.edits = ParamEdits(account) or None
         self.whole_timeouts = with_first_byte(config.timeouts, 600.0)
         self.stream_timeouts = with_first_byte(config.timeouts, 120.0)
         self.overrides = frozenset(name.lower().encode() for name, _ in account.headers)
         self.fixed = self._fixed_fields(account)
+        self.hidden = self.overrides | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
         self.starts: "dict[str, bytes]" = {}
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
@@ -3099,9 +3954,14 @@ class OpenAIController:
         but values that were parsed."""
         body = request.body
         model = self.model_map.get(request.model)
-        if model is not None and request.data:
+        if model is not None and request.model_span is not None:
+            start, end = request.model_span
+            body = body[:start] + model.encode() + body[end:]
+        elif model is not None and request.data:
             body = replace_model(body, model)
-        lines = without(request.lines, self.overrides) if self.overrides else request.lines
+        if self.edits is not None and request.data:
+            body = self.edits.apply(body, request)
+        lines = without(request.lines, self.hidden) if self.hidden else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
         return b"".join((self._start(request), *lines, length)), body
 
@@ -3118,6 +3978,8 @@ class OpenAIController:
         return found
 
     def _line(self, method: str, path: str) -> bytes:
+        path, mark, query = path.partition("?")
+        path = (self.chat_path if path == CHAT_PATH else path) + mark + query
         target = urllib.parse.quote(self.prefix, safe="/%:@!$&'()*+,;=~") + path
         if self.origin.proxy and self.origin.scheme == "http":
             target = "http://" + self.origin.authority + target  # absolute-form, RFC 9112, 3.2.2
@@ -3126,7 +3988,7 @@ class OpenAIController:
     def _fixed_fields(self, account: AccountConfig) -> bytes:
         fields = [("Host", self.origin.authority), ("Accept-Encoding", "identity")]
         if account.api_key:
-            fields.append(("Authorization", "Bearer " + account.api_key.reveal()))
+            fields.append((account.auth_header, (account.auth_scheme + " " + account.api_key.reveal()).lstrip()))
         if account.organization:
             fields.append(("OpenAI-Organization", account.organization))
         if account.project:
@@ -3136,6 +3998,215 @@ class OpenAIController:
         lines += [(name.encode(), value.reveal().encode()) for name, value in account.headers]
         proxied = self.origin.proxy and self.origin.scheme == "http"
         return render_fields(lines) + (proxy_authorization(self.origin.proxy) if proxied else b"")
+
+
+# What Azure's classic surface serves below a deployment (openai-python, lib/azure.py); all else stands beside them.
+_AZURE_DEPLOYED = frozenset(
+    "/completions /chat/completions /embeddings /audio/transcriptions /audio/translations /audio/speech"
+    " /images/generations /images/edits".split()
+)
+
+
+class AzureController(OpenAIController):
+    """A resource of Azure OpenAI: its path names deployment and version.
+
+    A base_url that ends in /openai/v1 is the newer surface, where the body's model is the deployment.
+    """
+
+    def __init__(self, config: ControllerConfig) -> None:
+        super().__init__(config)
+        self.api_version, self.deploys = config.account.api_version, not self.prefix.endswith("/openai/v1")
+        if self.deploys:
+            self.api_version = self.api_version or AZURE_API_VERSION
+            self.prefix = self.prefix.removesuffix("/openai") + "/openai"
+
+    def _start(self, request: ApiRequest) -> bytes:
+        path, parts = request.path, [part for part in request.query.split("&") if part[:12] != "api-version="]
+        if self.deploys and path in _AZURE_DEPLOYED:
+            deployment = self.model_map.get(request.model, request.model)
+            if not deployment.strip("."):  # would lead elsewhere
+                raise Untranslatable("model", "is no deployment's name.")
+            path = "/deployments/" + urllib.parse.quote(deployment, "") + path
+        if self.api_version:
+            parts.append("api-version=" + self.api_version)
+        query = "&".join(filter(None, parts))
+        return self._line(request.method, path + "?" * bool(query) + query) + self.fixed
+
+
+def push_some(outlet: Outlet, data: bytes) -> bool:
+    """As `Outlet.push`, but of what may be nothing, which would look like the end to a client that reads chunks."""
+    return outlet.push(data) if data else True
+
+
+class MessagesExchange:
+    """An exchange with Anthropic's Messages API that reads as one with OpenAI's. See `Exchange`.
+
+    Streams are translated event by event as they come, whole answers and errors once they are all there.
+    """
+
+    __slots__ = ("ended", "head", "inner", "outlet", "ready", "splitter", "stream", "usage")
+
+    def __init__(self, inner: Exchange, usage: bool) -> None:
+        self.inner, self.usage = inner, usage
+        self.splitter = EventSplitter()
+        self.stream: "MessageStream | None" = None
+        self.outlet: "Outlet | None" = None
+        self.ready, self.ended = b"", False  # translated and not handed out; whether nothing follows it
+        self.head: ResponseHead
+
+    @property
+    def complete(self) -> bool:
+        """See `Exchange`."""
+        return self.ended
+
+    async def start(self) -> None:
+        """See `Exchange`. Errors are read to their end, as only their words tell their status."""
+        await self.inner.start()
+        found = self.inner.head
+        if found.index.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise BadReply("the upstream compressed its answer unasked")
+        if found.status >= 300:
+            status, self.ready = error_from_messages(found.status, await self._read_all(HOLD_BYTES))
+            self.head, self.ended = messages_head(found, status, b"application/json"), True
+        elif found.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
+            self.stream = MessageStream(int(time.time()), self.usage)
+            self.head = messages_head(found, found.status, b"text/event-stream; charset=utf-8")
+        else:
+            self.head = messages_head(found, found.status, b"application/json")
+            if self.inner.complete:
+                self._take_whole(self.inner.take())
+
+    def take(self) -> bytes:
+        """See `Exchange`."""
+        data, self.ready = self.ready, b""
+        return data
+
+    async def read(self) -> bytes:
+        """See `Exchange`."""
+        while not (self.ready or self.ended):
+            if self.stream is None:
+                self._take_whole(await self._read_all(MESSAGE_BYTES))
+            else:
+                await self._read_events(self.stream)
+        return self.take()
+
+    async def pipe(self, outlet: Outlet) -> None:
+        """See `Exchange`."""
+        stream, self.outlet = self.stream, outlet
+        if self.ready or stream is None:
+            push_some(outlet, await self.read())
+        if stream is None or self.ended:
+            return
+        try:
+            await self.inner.pipe(self)
+        except UpstreamError:
+            if not stream.done:
+                raise
+        push_some(outlet, self._last_events(stream))
+
+    def push(self, data: bytes) -> bool:
+        """See `Outlet`: what the upstream sent while `pipe` runs."""
+        assert self.outlet is not None and self.stream is not None
+        return push_some(self.outlet, self._translate(self.stream, data))
+
+    def when_ready(self, call: "Callable[[], None]") -> None:
+        """See `Outlet`."""
+        assert self.outlet is not None
+        self.outlet.when_ready(call)
+
+    def interrupt(self, error: Exception) -> None:
+        """See `Exchange`."""
+        self.inner.interrupt(error)
+
+    def finish(self) -> None:
+        """See `Exchange`."""
+        self.inner.finish()
+
+    def abort(self) -> None:
+        """See `Exchange`."""
+        self.inner.abort()
+
+    async def _read_all(self, most: int) -> bytes:
+        """The upstream's whole body, or as much of it as decides that it is too large."""
+        body = b""
+        while len(body) <= most:
+            piece = await self.inner.read()
+            if not piece:
+                break
+            body += piece
+        return body
+
+    def _take_whole(self, body: bytes) -> None:
+        try:
+            self.ready = compact_json(from_message(json.loads(body), int(time.time())))
+        except (ValueError, RecursionError) as problem:
+            raise BadReply("the upstream's answer cannot be translated: %s" % problem) from None
+        self.ended = True
+
+    async def _read_events(self, stream: MessageStream) -> None:
+        """Translates the next bytes of a stream; what goes wrong after its last event does no harm."""
+        try:
+            data = await self.inner.read()
+        except UpstreamError:
+            if not stream.done:
+                raise
+            data = b""
+        self.ready = self._translate(stream, data) if data else self._last_events(stream)
+        self.ended = not data
+
+    def _translate(self, stream: MessageStream, data: bytes) -> bytes:
+        out = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
+        if len(self.splitter.pending) > EVENT_BYTES:
+            self.splitter.pending = b""
+            out += stream.error({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
+        return out
+
+    def _last_events(self, stream: MessageStream) -> bytes:
+        """What is left at the end of a stream, whose last event may lack its blank line. Raises UpstreamClosed."""
+        out = self._translate(stream, b"\n\n") if b"message_stop" in self.splitter.pending else b""
+        if not (stream.done or stream.failed):
+            raise UpstreamClosed("the upstream ended its stream before the last event")
+        return out
+
+
+def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
+    """The head of a translated answer: nothing of the framing or the type of the original."""
+    index = {
+        name: value for name, value in found.index.items() if name not in (b"content-length", b"transfer-encoding")
+    }
+    index[b"content-type"] = kind
+    lines = [*without(found.lines, (b"content-type",)), b"Content-Type: %b\r\n" % kind]
+    return ResponseHead(status, found.minor, index, lines)
+
+
+class AnthropicController(OpenAIController):
+    """An account that speaks Anthropic's Messages API, to which chats are translated."""
+
+    chat_only = True
+
+    def __init__(self, config: ControllerConfig) -> None:
+        super().__init__(config)
+        account = config.account
+        self.dropped, self.extra = frozenset(account.drop_params), dict(account.extra_body)
+        self.max_tokens, self.thinking, self.edits = account.max_tokens, account.thinking, None
+        self.hidden |= {b"anthropic-version"}
+        if b"anthropic-version" not in self.overrides:
+            self.fixed += b"anthropic-version: %b\r\n" % MESSAGES_VERSION
+        self.starts["GET/models"] = self._line("GET", "/models?limit=1000") + self.fixed
+
+    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
+        """See `Controller`."""
+        inner, options = super().exchange(request, pool, on_sent), request.data.get("stream_options")
+        usage = isinstance(options, dict) and options.get("include_usage") is True
+        return MessagesExchange(inner, usage) if request.path == CHAT_PATH else inner
+
+    def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
+        """See `OpenAIController`. Raises Untranslatable."""
+        body = request.body
+        if request.path == CHAT_PATH:
+            asked = dict(request.data, model=self.model_map.get(request.model, request.model))
+            body = compact_json({**to_messages(asked, self.dropped, self.max_tokens, self.thinking), **self.extra})
+        return super().message(ApiRequest(request.method, request.path, request.query, request.lines, body))
 
 
 def with_first_byte(timeouts: Timeouts, default_s: float) -> Timeouts:
@@ -3250,6 +4321,8 @@ class EchoExchange:
 class EchoController:
     """An account without a network: answers with the last user message, whole or word by word, with usage."""
 
+    chat_only = True
+
     def __init__(self, config: ControllerConfig) -> None:
         self.name = config.name
         self.delay, self.first_delay = config.account.delay, config.account.first_delay
@@ -3260,12 +4333,15 @@ class EchoController:
 
 
 CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
+    **dict.fromkeys(PRESETS, OpenAIController),
     "openai": OpenAIController,
+    "azure": AzureController,
+    "anthropic": AnthropicController,
     "echo": EchoController,
 }
 
 
-# ==== 9. Outcomes ====
+# ==== 10. Outcomes ====
 # What came of an attempt: one pure function reads an upstream's answer for its meaning, another knows when the next
 # controller may be asked, a third reads what replies tell of quotas. Providers differ, so bodies are read tolerantly.
 
@@ -3285,6 +4361,7 @@ class Outcome(enum.Enum):
     CONNECT = "connect"  # nothing was sent
     SILENT = "silent"  # no byte within first_byte: it may be generating
     CUT = "cut"
+    UNFIT = "unfit"  # its API has no words for the request: nothing was sent
     GONE = "gone"  # the client left
     LOST = "lost"  # another controller answered first, in its rescue
 
@@ -3295,6 +4372,7 @@ QUOTA_CODES = frozenset(
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached".split()
 )
+TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 MISSING_CODES = frozenset(("model_not_found", "DeploymentNotFound", "not_found_error"))
 # The answer shown when every controller failed: what tells the client most comes first.
 USEFULNESS = (
@@ -3387,6 +4465,12 @@ def outcome_of(status: int, code: str, message: str) -> Outcome:
     return Outcome.CLIENT if 400 <= status < 500 and status not in (408, 409, 424) else Outcome.FAULT
 
 
+def is_too_long(body: bytes) -> bool:
+    """Whether an error says that the prompt is longer than the model can take."""
+    code, message = error_words(body)
+    return code in TOO_LONG_CODES or "maximum context length" in message
+
+
 def read_rate_message(verdict: Verdict, code: str) -> None:
     """Reads OpenAI's prose: "... (for limit gpt-4.1) ... on tokens per min (TPM): Limit 10000, Requested 12000"."""
     message = verdict.message
@@ -3410,9 +4494,14 @@ _HINT = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=4096)  # a reply has two; most repeat
 def parse_duration(text: str) -> "float | None":
     """Seconds of a Go duration (`17ms`, `6m0s`, `1h2m3s`) or a plain number of seconds; None for anything else."""
+    return known_duration(text) if len(text) <= 40 else None  # what is remembered must be short
+
+
+@functools.lru_cache(maxsize=4096)  # a reply has two; most repeat
+def known_duration(text: str) -> "float | None":
+    """`parse_duration` of a short text."""
     plainly = _PLAIN_DURATION.match(text)
     if plainly is not None:
         return float(plainly.group(1)) * _UNITS_S[plainly.group(2)]
@@ -3486,10 +4575,12 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     answer that is still silent may be generating, and be billed: asking another would pay twice.
     """
     outcome = verdict.outcome
+    if request.seeks and verdict.status == 404:
+        return True
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
-        refused = outcome in (Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
+        refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
         return refused or verdict.status == 503
     return request.stream or outcome is not Outcome.SILENT
 
@@ -3525,6 +4616,8 @@ def allowance(
         remaining = index.get(remaining_name)
         if remaining is not None:
             limit, reset = index.get(limit_name, b""), index.get(reset_name, b"")
+            if len(limit) + len(remaining) + len(reset) > 100:  # what is remembered must be short
+                return None
             if reset[10:11] == b"T":  # a time (RFC 3339), not a duration
                 reset_s = seconds_until(reset.decode("latin-1"), clock())
                 found = as_allowance(limit, remaining, b"")
@@ -3561,7 +4654,7 @@ def count_after(text: bytes, name: bytes, start: int) -> int:
     return int(found.group(1)) if found else 0
 
 
-# ==== 10. Quotas and health ====
+# ==== 11. Quotas and health ====
 # What is known of an account: what it may still send, whether it works. Pure arithmetic: `now` is the loop's clock and
 # always passed in; nothing here waits, logs or knows HTTP.
 
@@ -3580,6 +4673,7 @@ LACKS_S = 600.0  # how long it is remembered that an account lacks a model
 SUSPECT_COUNT = 3  # unanswered requests that make a suspicion
 SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0  # silence that makes one at least; and where nothing is known of the usual
 SUSPECT_FIRST_S, SUSPECT_LAST_S = 1.0, 60.0  # between probes of a suspect, doubling
+PACE_MIN_S, PACE_MOST = 0.02, 4.0  # slow start ends at this pace, and allows no larger bursts
 SAMPLES = 100  # times to the first answer that are remembered, per controller, model and kind
 RESCUE_SAMPLES, RESCUE_MIN_S = 20, 10.0
 RESCUES_A_MINUTE, RESCUE_SHARE = 10, 0.05
@@ -3595,12 +4689,12 @@ class Bucket:
     compared with what was expected of it, and each error is corrected once.
     """
 
-    __slots__ = ("at", "level", "limit", "newest", "rate", "shift", "size", "slow", "told")
+    __slots__ = ("at", "level", "limit", "most", "newest", "rate", "shift", "size", "slow", "told")
 
     def __init__(self, now: float) -> None:
         self.told: "Allowance | None" = None
         self.level = self.limit = self.size = self.rate = self.shift = 0.0
-        self.at, self.newest, self.slow = now, -1, 0
+        self.at, self.newest, self.slow, self.most = now, -1, 0, NEVER
 
     def level_at(self, now: float) -> float:
         """What may be taken at `now`."""
@@ -3609,7 +4703,8 @@ class Bucket:
 
     def charge(self, amount: float, now: float) -> float:
         """Takes `amount`, never below zero; what a reply will be compared with."""
-        level = self.level_at(now) - amount
+        level = self.level + (now - self.at) * self.rate
+        level = (level if level < self.size else self.size) - amount
         self.level, self.at = level if level > 0.0 else 0.0, now
         return level - self.shift
 
@@ -3638,7 +4733,7 @@ class Bucket:
             if exact > left:
                 left = exact if exact < left + 0.999 else left + 0.999
         elif limit != self.limit:
-            self.limit = self.size = limit
+            self.limit, self.size = limit, min(limit, self.most)
             self.rate = limit / WINDOW_S
         if expected is None:
             level = left + refilled_s * self.rate - since
@@ -3657,7 +4752,8 @@ class Bucket:
             self.slow = 0
         rate = self.rate = spent / reset_s if self.slow > 1 else limit / WINDOW_S
         size = left + reset_s * rate
-        size = min(size, limit)
+        if size > limit or size > self.most:
+            size = min(limit, self.most)
         if limit != self.limit or size > self.size:
             self.size = size if size > 1.0 else 1.0
         self.limit = limit
@@ -3719,15 +4815,20 @@ class Ledger:
         "burst_s",
         "closed_for",
         "closed_until",
+        "easy",
         "given_back",
         "large",
         "large_until",
         "limited",
         "name",
+        "pace",
+        "pace_at",
+        "pace_s",
         "requests",
         "sent_tokens",
         "serial",
         "tokens",
+        "used_at",
         "windows",
     )
 
@@ -3742,26 +4843,21 @@ class Ledger:
         self.large_until = 0.0
         self.large: "list[tuple[float, float]]" = []  # of token 429s: closed for this need and above, until then
         self.burst_s = limits.burst_s
+        self.pace = self.pace_s = self.pace_at = self.used_at = 0.0
         self.limited = bool(limits.rpm or limits.tpm)
+        self.easy = -1.0 if self.limited else NEVER
         self.windows = NO_WINDOWS
         if self.limited:
             self.windows = tuple(configured_windows(limit, limits.burst_s) for limit in (limits.rpm, limits.tpm))
 
     def opens_at(self, need: float, now: float) -> float:
         """When a request of `need` tokens may be sent; 0 for now."""
-        if not self.limited:  # nothing known, nothing configured: the usual case must cost nothing
+        if need <= self.easy:
             return 0.0
         requests, tokens, windows = self.requests, self.tokens, self.windows
-        # What was left at the last look is there still: no arithmetic while that is plenty.
-        if (
-            (requests is None or requests.level >= 2.0)
-            and (tokens is None or tokens.level >= 2.0 * need)
-            and self.closed_until <= now
-            and self.large_until <= now
-            and windows is NO_WINDOWS
-        ):
-            return 0.0
         at = self.closed_until if self.closed_until > now else 0.0
+        if self.pace_s:
+            at = max(at, self._paced_at(now))
         if self.large_until > now:
             at = max([at, *(until for least, until in self.large if need >= least and until > now)])
         if requests is not None:
@@ -3772,7 +4868,40 @@ class Ledger:
             at = max(at, window.opens_at(1.0, now))
         for window in windows[1]:
             at = max(at, window.opens_at(need, now))
+        if not at:
+            self.easy = self._spare(now)
         return at
+
+    def _spare(self, now: float) -> float:
+        """The largest need that surely fits until something is charged or learned; -1 where that has to be asked."""
+        requests, tokens, windows = self.requests, self.tokens, self.windows
+        if self.pace_s or self.large_until > now or (requests is not None and requests.level < 2.0):
+            return -1.0
+        if any(window.total + 1.0 > window.limit for window in windows[0]):
+            return -1.0
+        spare = NEVER if tokens is None else tokens.level / 2
+        return min([spare, *(window.limit - window.total for window in windows[1])])
+
+    def _paced_at(self, now: float) -> float:
+        """When the next one may follow after a 429 of an account that says nothing of its limits."""
+        lacking = 1.0 - self.pace - max(0.0, now - self.pace_at) / self.pace_s
+        return max(now, self.pace_at) + lacking * self.pace_s if lacking > 1e-6 else 0.0
+
+    def _pace(self, after_s: float, until: float) -> None:
+        """Slow start: at the reopening one goes, then one each time as long again; each good answer halves that."""
+        self.pace_s = min(max(after_s, 2 * self.pace_s, PACE_MIN_S), CLOSED_LAST_S)
+        self.pace, self.pace_at = 1.0, until
+
+    def charge_pace(self, now: float) -> None:
+        """One of those that slow start allows is taken."""
+        gained = max(0.0, now - self.pace_at) / self.pace_s
+        self.pace, self.pace_at = min(self.pace + gained, PACE_MOST) - 1.0, max(now, self.pace_at)
+
+    def answered(self) -> None:
+        """An answer came: the next 429 without a time starts small again, and slow start goes faster."""
+        self.closed_for = 0.0
+        if self.pace_s:
+            self.pace, self.pace_s = self.pace + 1.0, self.pace_s / 2 if self.pace_s > PACE_MIN_S else 0.0
 
     def rate(self, need: float) -> float:
         """Requests per second that it can take for long; infinite while nothing is known."""
@@ -3797,7 +4926,9 @@ class Ledger:
             self.closed_for = min(max(2 * self.closed_for, CLOSED_FIRST_S), CLOSED_LAST_S)
             after_s = self.closed_for
         until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
-        self.limited = True
+        self.limited, self.easy = True, -1.0
+        if self.requests is None and self.windows is NO_WINDOWS:
+            self._pace(after_s, until)
         if verdict.by_tokens:
             self.large = [one for one in self.large if one[1] > now and (one[0] < need or one[1] > until)]
             self.large.append((need, until))
@@ -3821,9 +4952,10 @@ class Ledger:
             kept = self.windows
             self.windows = tuple(configured_windows(limit, self.burst_s) for limit in limits)
             self.windows = tuple(old[:1] + new[1:] for old, new in zip(kept, self.windows, strict=True))
+        self.easy = -1.0
         for bucket in (self.requests, self.tokens):
             if bucket is not None:
-                bucket.size = max(1.0, bucket.size / 2)
+                bucket.size = bucket.most = max(1.0, bucket.size / 2)
 
 
 def configured_windows(limit: float, burst_s: float) -> "tuple[Window, ...]":
@@ -3852,12 +4984,12 @@ class Quota:
         self.probe: "Lease | None" = None
 
     def ledger(self, model: str) -> Ledger:
-        """The ledger that counts for `model`; the least recently made one goes when there are too many."""
+        """The ledger that counts for `model`; the least recently used goes when there are too many."""
         name = self.aliases.get(model) or _DATED.sub("", model)
         found = self.ledgers.get(name)
         if found is None:
-            if len(self.ledgers) >= MEMORY_MODELS:
-                self.ledgers.pop(next(iter(self.ledgers)))
+            if len(self.ledgers) >= MEMORY_MODELS:  # clients choose the names: what is in use must stay
+                del self.ledgers[min(self.ledgers, key=lambda one: self.ledgers[one].used_at)]
             found = self.ledgers[name] = Ledger(name, self.limits)
         return found
 
@@ -3949,7 +5081,7 @@ class Upstream:
         found = self.seats.get(model)
         if found is None:
             if len(self.seats) >= MEMORY_MODELS:
-                self.seats.pop(next(iter(self.seats)))
+                del self.seats[min(self.seats, key=lambda one: self.seats[one].ledger.used_at)]
             found = self.seats[model] = Seat(self, model)
         return found
 
@@ -4037,11 +5169,15 @@ class Upstream:
 class Seat:
     """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer."""
 
-    __slots__ = ("lacks_until", "ledger", "model", "times", "upstream")
+    __slots__ = ("lacks_until", "ledger", "mapped", "model", "times", "upstream")
 
     def __init__(self, upstream: Upstream, model: str) -> None:
         self.upstream, self.model = upstream, model
-        self.ledger = upstream.quota.ledger(dict(upstream.config.model_map).get(model, model))
+        self.mapped = dict(upstream.config.model_map).get(model)
+        name = self.mapped or model
+        if upstream.config.type == "azure":  # each deployment has a quota of its own, whatever its name ends in
+            upstream.quota.rename(name, name)
+        self.ledger = upstream.quota.ledger(name)
         self.lacks_until = 0.0
         self.times: "tuple[deque[float], deque[float]]" = (deque(maxlen=SAMPLES), deque(maxlen=SAMPLES))
 
@@ -4056,7 +5192,8 @@ class Seat:
         quota = upstream.quota
         if quota.in_flight >= quota.most or quota.parked_until > now or quota.probe is not None:
             return False
-        return self.ledger.opens_at(need, now) <= now
+        ledger = self.ledger
+        return need <= ledger.easy or ledger.opens_at(need, now) <= now
 
     def room_at(self, need: float, now: float) -> float:
         """When there is room, by quota alone: 0 for now, NEVER where only another request's end makes some."""
@@ -4146,6 +5283,7 @@ class Lease:
         if upstream.quota.park_s:
             upstream.quota.probe = self
         ledger.serial += 1
+        ledger.used_at = now
         ledger.sent_tokens += need
         self.serial, self.mark_tokens = ledger.serial, ledger.sent_tokens
         if ledger.limited:
@@ -4155,6 +5293,9 @@ class Lease:
         return "<Lease %s for %s>" % (self.upstream.name, self.seat.model)
 
     def _charge(self, ledger: Ledger, now: float) -> None:
+        ledger.easy = -1.0
+        if ledger.pace_s:
+            ledger.charge_pace(now)
         if ledger.requests is not None:
             self.expected_requests = ledger.requests.charge(1.0, now)
         if ledger.tokens is not None:
@@ -4185,18 +5326,18 @@ class Lease:
             self.seat.times[self.stream].append(took_s)
             upstream.heard(self.stream, took_s)
             upstream.works(now)
-            self.ledger.closed_for = 0.0
+            self.ledger.answered()
             if upstream.quota.park_s:
                 upstream.quota.pays(now)
 
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
         ledger, self.told_requests, self.told_tokens = self.ledger, requests, tokens
-        ledger.limited, refilled_s = True, now - self.sent_at
+        ledger.limited, ledger.easy, refilled_s = True, -1.0, now - self.sent_at
         before, after = ledger.given_back_around(self.serial) if ledger.given_back else (NO_NEEDS, NO_NEEDS)
         if requests is not None:
             if ledger.requests is None:
-                ledger.requests = Bucket(now)
+                ledger.requests, ledger.pace_s = Bucket(now), 0.0
             ledger.requests.charge(0.0, now)
             expected, since = self.expected_requests, ledger.serial - self.serial - len(after)
             expected = None if expected is None else expected + len(before)
@@ -4270,9 +5411,46 @@ class Lease:
             upstream.refused(now, outcome, probed)
         if verdict.message:
             upstream.last_error = "%s %d: %s" % (outcome.value, verdict.status, verdict.message[:200])
-# ==== 11. Balancing ====
+
+
+# ==== 12. Balancing ====
 # Who gets a request, and who waits for whom. The pool knows no connection and no head, only outcomes; its clock, its
 # chance and its timers are passed in.
+
+
+def thread_of(data: "dict[str, Any]") -> bytes:
+    """What a conversation goes by: its prompt_cache_key, else its texts through the first of the user; b"" for none.
+
+    So turns of one conversation are equal, and a common system prompt alone makes none.
+    """
+    import hashlib  # 2 ms that only long prompts need
+
+    key, messages = data.get("prompt_cache_key"), data.get("messages")
+    if isinstance(key, str) and key:
+        return hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=16).digest()
+    seen = hashlib.blake2b(digest_size=16)
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict):
+            return b""
+        content = message.get("content")
+        for part in content if isinstance(content, list) else (content,):
+            text = part.get("text") if isinstance(part, dict) else part
+            text = text if isinstance(text, str) else ""
+            if len(text) > 2 * AFFINE_CHARS:
+                text = text[:AFFINE_CHARS] + text[-AFFINE_CHARS:]
+            seen.update(text.encode("utf-8", "replace") + b"\0")
+        if message.get("role") == "user":
+            return seen.digest()
+    return b""
+
+
+def attraction(thread: bytes, upstream: Upstream) -> float:
+    """How much a conversation prefers a controller: weighted rendezvous, so each gets its weight's share of them all,
+    and when one comes or goes only its own move."""
+    import hashlib  # as above
+
+    mixed = hashlib.blake2b(thread + upstream.name.encode(), digest_size=6).digest()
+    return upstream.weight / -math.log((int.from_bytes(mixed, "big") + 0.5) / 2**48)
 
 
 class Policy(Protocol):
@@ -4341,6 +5519,8 @@ class Fastest:
         return min(seats, key=lambda seat: seat.upstream.first_byte_s[stream])
 
 
+# Whose choice may give way to a conversation's preference: to the others it is their point where a request goes.
+AFFINE_POLICIES = ("balanced", "random", "least_busy")
 POLICIES: "dict[str, Callable[[], Policy]]" = {
     "balanced": SmoothWeighted,
     "random": WeightedRandom,
@@ -4395,6 +5575,7 @@ class UpstreamPool:
         self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig, timers: asyncio.AbstractEventLoop
     ) -> None:
         self.upstreams, self.policy, self.config, self.timers = upstreams, policy, config, timers
+        self._take_names(config)
         self.serving: "dict[str, list[Seat]]" = {}
         self.lines: "dict[str, deque[Waiter]]" = {}
         self.waiting = 0
@@ -4408,6 +5589,7 @@ class UpstreamPool:
     def replace(self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig) -> None:
         """Goes on with these controllers; whoever waits now waits for them."""
         self.upstreams, self.policy, self.config = upstreams, policy, config
+        self._take_names(config)
         self.serving.clear()
         for line in list(self.lines.values()):
             for waiter in list(line):
@@ -4419,13 +5601,21 @@ class UpstreamPool:
         if self.waiting:
             self.pump()
 
+    def _take_names(self, config: PoolConfig) -> None:
+        """Other names of models, and models that stand in for others."""
+        self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
+        self.context_fallbacks = dict(config.context_fallbacks)
+        self.detours = bool(self.aliases or self.fallbacks)
+        self.affine_above = AFFINE_TOKENS if config.affinity and config.type in AFFINE_POLICIES else NEVER
+
     # -- choosing
 
     def seats(self, model: str) -> "list[Seat]":
         """The controllers that serve `model`. Raises ProxyError (404) when there is none."""
         found = self.serving.get(model)
         if found is None:
-            found = [upstream.seat(model) for upstream in self.upstreams if upstream.serves(model)]
+            # Requests about objects name no model: they may go anywhere.
+            found = [upstream.seat(model) for upstream in self.upstreams if not model or upstream.serves(model)]
             if len(model) <= MODEL_NAME_CHARS:
                 if len(self.serving) >= MEMORY_MODELS:
                     self.serving.pop(next(iter(self.serving)))
@@ -4458,7 +5648,25 @@ class UpstreamPool:
             ready = [seat for seat in ready if seat.upstream not in tried]
         if not ready:
             return None
+        if request.prompt_tokens > self.affine_above and len(ready) > 1:
+            return self._count(Lease(self._choose_affine(request, ready), need, request.stream, now), now)
         return self._count(Lease(self.policy.choose(ready, request.stream), need, request.stream, now), now)
+
+    def _choose_affine(self, request: ApiRequest, ready: "list[Seat]") -> Seat:
+        """The one that a long conversation prefers, whose prompt cache may know its beginning.
+
+        It is left at once when it has no room or is ill, then it is not among `ready`; and when it has more in flight
+        than its share allows (consistent hashing with bounded loads).
+        """
+        thread = request.thread
+        if thread is None:
+            thread = request.thread = thread_of(request.data)
+        if not thread:
+            return self.policy.choose(ready, request.stream)
+        total = sum(seat.upstream.in_flight for seat in ready) + 1
+        share = AFFINE_LOAD * total / sum(seat.upstream.weight for seat in ready)
+        idle = [seat for seat in ready if seat.upstream.in_flight < math.ceil(share * seat.upstream.weight)]
+        return max(idle, key=lambda seat: attraction(thread, seat.upstream))
 
     def _unwanted(self, seats: "list[Seat]", line: "deque[Waiter]") -> "list[Seat]":
         """Those of `seats` that nobody in `line` waits for: who tried one in vain waits for the others only."""
@@ -4701,7 +5909,12 @@ class UpstreamPool:
         """The model names that the configuration spells out, sorted."""
         names = {name for upstream in self.upstreams for name in upstream.config.models}
         names |= {name for upstream in self.upstreams for name, _ in upstream.config.model_map}
+        names |= self.fallbacks.keys()
         return sorted(name for name in names if "*" not in name and "?" not in name)
+
+    def is_served(self, model: str) -> bool:
+        """Whether requests for `model` have somebody to go to."""
+        return model in self.fallbacks or any(upstream.serves(model) for upstream in self.upstreams)
 
     def reopens_after(self, seats: "list[Seat]", need: float) -> float:
         """Seconds until somebody has room, as far as is known; NEVER where nothing is."""
@@ -4741,6 +5954,7 @@ class KeyGate:
         if opens > now:
             return opens - now
         self.quota.in_flight += 1
+        ledger.easy = -1.0
         for windows, amount in zip(ledger.windows, (1.0, need), strict=True):
             for window in windows:
                 window.sent(window.add(amount), now)
@@ -4799,7 +6013,7 @@ def describe_ledger(ledger: Ledger, now: float) -> "dict[str, Any]":
     return found
 
 
-# ==== 12. Relay ====
+# ==== 13. Relay ====
 # One request, attempt after attempt, until an answer is committed to the client; then every byte at once. The first
 # byte to the client is the point of no return: before it every failure may move on, after it a cut is told honestly.
 
@@ -4807,8 +6021,11 @@ def describe_ledger(ledger: Ledger, now: float) -> "dict[str, Any]":
 class Sink(Outlet, Protocol):
     """Where an answer goes: the client's connection. `open` writes the head, `end` what its framing needs last."""
 
-    async def whole(self, status: int, fields: bytes, body: bytes) -> None:
-        """Writes an answer of known length, head and body in one piece."""
+    def whole(self, status: int, fields: bytes, body: bytes) -> bool:
+        """Writes an answer of known length, head and body in one piece. As `push`, but `drain` waits."""
+
+    async def drain(self) -> None:
+        """Waits until the client takes more."""
 
     def open(self, status: int, fields: bytes, length: "int | None", first: bytes) -> bool:
         """Begins an answer that is written as it comes, with its first bytes; `length` None: not known. As `push`."""
@@ -4853,9 +6070,12 @@ class HeldLongEnough(Exception):
 
 
 class Trip:
-    """One request on its way: whom it may ask, whom it asked in this round, and what came of it."""
+    """One request on its way: whom it may ask, whom it asked in this round, and what came of it.
 
-    __slots__ = ("best", "failure", "line", "record", "request", "rescue", "seats", "tried")
+    `spare`: whether other models may stand in for its own; `models`: those that are left, once the first did.
+    """
+
+    __slots__ = ("best", "failure", "line", "models", "record", "request", "rescue", "seats", "spare", "tried", "unfit")
 
     def __init__(self, request: ApiRequest, seats: "list[Seat]", record: AccessRecord) -> None:
         self.request, self.seats, self.record = request, seats, record
@@ -4863,12 +6083,15 @@ class Trip:
         self.best: "Reply | None" = None
         self.failure: "UpstreamError | None" = None
         self.line: "NoRoom | None" = None
+        self.unfit: "ProxyError | None" = None
+        self.models: "Iterator[str] | None" = None
+        self.spare = False
         self.rescue: "tuple[Lease, asyncio.Task[Reply]] | None" = None
 
     @property
     def others(self) -> bool:
         """Whether there is somebody to fail over to."""
-        return len(self.seats) - len(self.tried) > 1 and not self.request.stateful
+        return (self.spare or len(self.seats) - len(self.tried) > 1) and not self.request.stateful
 
     @property
     def rescued(self) -> bool:
@@ -4883,6 +6106,9 @@ class Trip:
         if verdict.outcome is Outcome.LARGE:  # only who is known to take that much
             self.seats = [seat for seat in self.seats if seat.ledger.largest() >= verdict.requested]
             self.tried &= {seat.upstream for seat in self.seats}  # `others` counts
+        elif verdict.outcome is Outcome.UNFIT:  # waiting for it would be no use either
+            self.seats = [seat for seat in self.seats if seat.upstream is not lease.upstream]
+            self.tried.discard(lease.upstream)
 
 
 SPACED = bytes.maketrans(b"\r\n", b"  ")  # makes one line of a JSON text
@@ -4912,33 +6138,93 @@ class Relay:
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
+        self.makers: "dict[str, str]" = {}  # object id to the name of the controller that made it
+
+    def remember(self, made: str, name: str) -> None:
+        """An object lives in the account that made it; the oldest are forgotten."""
+        if made:
+            if len(self.makers) >= OBJECTS_KNOWN:
+                del self.makers[next(iter(self.makers))]
+            self.makers[made] = name
 
     async def run(self, request: ApiRequest, sink: Sink, record: AccessRecord) -> None:
         """Answers `request` into `sink`. Raises ProxyError or UpstreamError where no upstream answer can be shown."""
-        pool, now = self.pool, record.since
-        trip = Trip(request, pool.seats(request.model), record)
-        pool.estimate(request)
-        try:
-            while True:
-                if trip.rescue is None:
-                    lease, asked = pool.lease(request, trip.seats, trip.tried, now), None
-                    if lease is None:
-                        lease = await self._stand_in_line(trip)
+        pool, now, verdict = self.pool, record.since, LEFT
+        if pool.detours or request.path != CHAT_PATH:
+            trip = self._set_out(request, record)
+        else:
+            trip = Trip(request, pool.seats(request.model), record)
+        while True:
+            pool.estimate(request)
+            try:
+                while True:
+                    if trip.rescue is None:
+                        lease, asked = pool.lease(request, trip.seats, trip.tried, now), None
                         if lease is None:
-                            break
-                else:
-                    (lease, asked), trip.rescue = trip.rescue, None
-                verdict = await self._attempt(lease, asked, trip, sink)
-                if verdict is GOOD:
-                    return
-                now = self.loop.time()
-                trip.note(lease, verdict, now)
-                if not trip.rescued and not may_retry(verdict, request):
-                    break
-        finally:
-            if trip.rescued:
-                self._drop_rescue(trip)
+                            lease = await self._stand_in_line(trip)
+                            if lease is None:
+                                break
+                    else:
+                        (lease, asked), trip.rescue = trip.rescue, None
+                    verdict = await self._attempt(lease, asked, trip, sink)
+                    if verdict is GOOD:
+                        return
+                    now = self.loop.time()
+                    trip.note(lease, verdict, now)
+                    if not trip.rescued and not may_retry(verdict, request):
+                        break
+            finally:
+                if trip.rescued:
+                    self._drop_rescue(trip)
+            if not self._turn(trip, verdict):
+                break
+            now = self.loop.time()
         await self._fail(trip, sink)
+
+    # -- which model
+
+    def _set_out(self, request: ApiRequest, record: AccessRecord) -> Trip:
+        """A trip to whoever serves the model. Raises ProxyError (404) when nobody does and no other may stand in."""
+        pool = self.pool
+        if request.model in pool.aliases:
+            request.substitute(pool.aliases[request.model])
+        if request.model not in pool.fallbacks:
+            return Trip(request, self._seats(request, request.model), record)
+        trip = Trip(request, [], record)
+        trip.spare = True
+        try:
+            trip.seats = self._seats(request, request.model)
+        except ProxyError as problem:
+            trip.unfit = problem
+        return trip
+
+    def _seats(self, request: ApiRequest, model: str) -> "list[Seat]":
+        """The controllers that serve `model` and can take the request. Raises ProxyError (404)."""
+        seats = self.pool.seats(model)
+        return seats if request.path == CHAT_PATH else able_seats(seats, request)
+
+    def _turn(self, trip: Trip, verdict: Verdict) -> bool:
+        """Turns a trip that came to nothing to the next model that may stand in; whether there is one.
+
+        `verdict`: what the last attempt came to. A client's mistake stays one with any model, unless the prompt is too
+        long for this one; what may be running already is not asked for twice.
+        """
+        pool, request, best = self.pool, trip.request, trip.best
+        long = verdict.outcome is Outcome.CLIENT and best is not None and is_too_long(best.held)
+        if not (long or verdict is LEFT or may_retry(verdict, request)):
+            return False
+        if trip.models is None:
+            known = pool.context_fallbacks if long else pool.fallbacks
+            trip.models = iter(known.get(request.model, ()))
+        for model in trip.models:
+            try:
+                trip.seats = self._seats(request, model)
+            except ProxyError:
+                continue  # configured, but served by nobody
+            request.substitute(model)
+            trip.tried.clear()
+            return True
+        return False
 
     async def _stand_in_line(self, trip: Trip) -> "Lease | None":
         """A lease from the line, which begins a new round; None when waiting is no use."""
@@ -4966,7 +6252,7 @@ class Relay:
                 self._drop_rescue(trip)
             verdict = await self._deliver(reply, lease, trip, sink)
             return GOOD  # whatever became of it: it was the client's answer
-        except (Refused, Rescued, UpstreamError) as problem:
+        except (Refused, Rescued, UpstreamError, Untranslatable) as problem:
             verdict = self._judge(problem, lease, trip)
         finally:
             if verdict is LEFT:
@@ -4974,10 +6260,15 @@ class Relay:
             self.pool.settle(lease, verdict)
         return verdict
 
-    def _judge(self, problem: "Refused | Rescued | UpstreamError", lease: Lease, trip: Trip) -> Verdict:
+    def _judge(
+        self, problem: "Refused | Rescued | UpstreamError | Untranslatable", lease: Lease, trip: Trip
+    ) -> Verdict:
         """What an attempt came to that brought no answer; keeps what could be shown of it."""
         if isinstance(problem, Rescued):
             return Verdict(Outcome.LOST)
+        if isinstance(problem, Untranslatable):
+            trip.unfit = problem
+            return Verdict(Outcome.UNFIT)
         if isinstance(problem, UpstreamError):
             trip.failure = problem
             return judge_error(problem)
@@ -5108,7 +6399,7 @@ class Relay:
             exchange.interrupt(Rescued())
             return
         trip.rescue, verdict = None, LEFT
-        if isinstance(problem, (Refused, UpstreamError)):
+        if isinstance(problem, (Refused, UpstreamError, Untranslatable)):
             verdict = self._judge(problem, lease, trip)
             trip.note(lease, verdict, self.loop.time())
         else:
@@ -5134,14 +6425,20 @@ class Relay:
         record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
         record.controller, record.status, record.first_at = lease.upstream.name, reply.head.status, reply.at
         fields = self._fields(reply, trip)
+        if lease.seat.mapped is not None or request.asked:
+            fields += model_field(request, lease.seat)
+        if request.stateful:
+            self.remember(made_id(reply.held[:USAGE_BYTES]), lease.upstream.name)
+        if reply.whole and not reply.stream:
+            exchange.finish()
+            # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
+            counts = lease.ledger.tokens is not None or lease.ledger.windows is not NO_WINDOWS
+            if counts and not (reply.told and (request.max_tokens or lease.serial & 7)):
+                self._account(reply.held[-USAGE_BYTES:], reply, lease, trip)
+            if not sink.whole(reply.head.status, fields, reply.held):
+                await sink.drain()
+            return GOOD
         try:
-            if reply.whole and not reply.stream:
-                exchange.finish()
-                # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
-                if lease.seat.ledger.limited and not (reply.told and (request.max_tokens or lease.serial & 7)):
-                    self._account(reply.held[-USAGE_BYTES:], reply, lease, trip)
-                await sink.whole(reply.head.status, fields, reply.held)
-                return GOOD
             outlet: "Meter | Sink" = Meter(sink, reply.held) if "stream_options" in request.data else sink
             length = None if reply.stream else reply.head.index.get(b"content-length")
             sink.open(reply.head.status, fields, content_length(length) if length else None, reply.held)
@@ -5186,8 +6483,7 @@ class Relay:
                 fields = b"x-should-retry: false\r\n" if lasting else b""
             await self._show(best, trip, sink, fields)
         else:
-            failure = trip.failure
-            raise failure if failure is not None else ProxyError(503, "No controller could be asked.", "no_controller")
+            raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
     async def _show(self, reply: Reply, trip: Trip, sink: Sink, fields: bytes) -> None:
         """Sends the upstream error that tells most, without the secrets that it may echo."""
@@ -5201,7 +6497,8 @@ class Relay:
         else:
             fields = self._fields(reply, trip)
         encoded = head.index.get(b"content-encoding")
-        await sink.whole(head.status, fields, reply.held if encoded else redactor.scrub(reply.held))
+        if not sink.whole(head.status, fields, reply.held if encoded else redactor.scrub(reply.held)):
+            await sink.drain()
 
     def _fields(self, reply: Reply, trip: Trip, ours: bool = False) -> bytes:
         """The head's field lines: the upstream's that may pass, and ours."""
@@ -5219,6 +6516,22 @@ class Relay:
             if b"x-request-id" in head.index
             else b"x-apiserver-request-id: %b\r\nx-request-id: %b\r\n" % (serial, serial),
         )
+
+
+def model_field(request: ApiRequest, seat: Seat) -> bytes:
+    """Which model was asked for and which one was sent for; all of these names are the configuration's."""
+    names = (request.asked or request.model, seat.mapped or request.model)
+    return b"x-apiserver-model: %b -> %b\r\n" % tuple(name.encode("ascii", "backslashreplace") for name in names)
+
+
+def able_seats(seats: "list[Seat]", request: ApiRequest) -> "list[Seat]":
+    """Those of `seats` that can take a request that is no chat. Raises ProxyError (404)."""
+    able = [seat for seat in seats if not seat.upstream.controller.chat_only]
+    if request.pinned:
+        able = [seat for seat in able if seat.upstream.name == request.pinned]
+    if not able:
+        raise ProxyError(404, "No controller here can take %s for this model." % request.path[:200], "unknown_url")
+    return able
 
 
 def retry_fields(after_s: float) -> bytes:
@@ -5243,7 +6556,7 @@ def as_error(reply: Reply, status: int) -> Reply:
     return reply
 
 
-# ==== 13. Server ====
+# ==== 14. Server ====
 # One task per client connection: read a request, answer it, read the next. Framing is judged before doors, doors before
 # routes. A client that leaves cancels its task, and with it whatever was under way upstream.
 
@@ -5319,7 +6632,7 @@ class ClientConnection:
     def __repr__(self) -> str:
         return "<ClientConnection %s %s>" % (self.peer, self.phase.value)
 
-    def drain(self) -> None:
+    def retire(self) -> None:
         """The server is about to stop: an idle connection closes, a busy one after its answer."""
         self.close_after = True
         if self.phase is Phase.IDLE:
@@ -5397,7 +6710,7 @@ class ClientConnection:
         if self.held:
             self._release()
         if self.protocol.full:  # or a client that never reads could pile up the answers to what it pipelines
-            await self._drain()
+            await self.drain()
         return not self.close_after
 
     async def _refuse(self, error: BadMessage) -> None:
@@ -5593,14 +6906,16 @@ class ClientConnection:
             serial = record.request_id.encode()
             fields += b"x-request-id: %b\r\nx-apiserver-request-id: %b\r\n" % (serial, serial)
         body = redactor.clean(error_body(error).decode()).encode()
-        await self.whole(error.status, b"Content-Type: application/json\r\n" + fields, body)
+        if not self.whole(error.status, b"Content-Type: application/json\r\n" + fields, body):
+            await self.drain()
 
     async def json(self, value: "Any", status: int = 200) -> None:
         """Answers with a JSON document of our own."""
         self.record.status = status
-        await self.whole(status, b"Content-Type: application/json\r\n", compact_json(value))
+        if not self.whole(status, b"Content-Type: application/json\r\n", compact_json(value)):
+            await self.drain()
 
-    async def whole(self, status: int, fields: bytes, body: bytes) -> None:
+    def whole(self, status: int, fields: bytes, body: bytes) -> bool:
         """See `Sink`."""
         length = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % len(body)
         if self.head is not None and self.head.method == "HEAD":
@@ -5609,8 +6924,13 @@ class ClientConnection:
         self.record.bytes = len(body)
         answer = b"".join((status_line(status), fields, self._own_fields(), length, b"\r\n", body))
         self.outbox.write(self.transport, answer)
-        if self.protocol.full:
-            await self._drain()
+        return not self.protocol.full
+
+    async def drain(self) -> None:
+        """See `Sink`. A client that stops reading for too long is dropped."""
+        ready: "asyncio.Future[None]" = self.loop.create_future()
+        self.when_ready(functools.partial(set_done, ready))
+        await ready
 
     def open(self, status: int, fields: bytes, length: "int | None", first: bytes) -> bool:
         """See `Sink`."""
@@ -5686,12 +7006,6 @@ class ClientConnection:
             fields += b"Access-Control-Allow-Origin: %b\r\nVary: Origin\r\n" % self.origin
             fields += b"Access-Control-Expose-Headers: *\r\n"
         return fields
-
-    async def _drain(self) -> None:
-        """Waits until the client takes more; one that stops reading for too long is dropped."""
-        ready: "asyncio.Future[None]" = self.loop.create_future()
-        self.when_ready(functools.partial(set_done, ready))
-        await ready
 
     # -- the client's clock and its leaving
 
@@ -5856,7 +7170,7 @@ class Server:
         if self.listener is not None:
             self.listener.close()
         for connection in list(self.connections):
-            connection.drain()
+            connection.retire()
         tasks = [connection.task for connection in self.connections]
         if tasks:
             await asyncio.wait([task.ended for task in tasks], timeout=self.config.drain_timeout)
@@ -5924,7 +7238,7 @@ class Server:
         if head.method == "OPTIONS":
             split_target(head.target)
             return self._options(client, head)
-        handler, path, query = find_route(head.method, head.target)
+        handler, path, query = find_route(head.method, head.target, self.config.endpoints)
         if client.reserve and path != "/status":
             raise ProxyError(503, "All connections are taken; try again.", "too_many_connections", headers=AGAIN)
         key = None
@@ -5941,7 +7255,7 @@ class Server:
             asked = head.index.get(b"access-control-request-headers", b"*")
             fields += b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\nAccess-Control-Max-Age: 600\r\n"
             fields += b"Access-Control-Allow-Headers: %b\r\n" % asked
-        await client.whole(204, fields, b"")
+        client.whole(204, fields, b"")
 
     async def _status(self, call: Call) -> None:
         status: "dict[str, Any]" = {"status": "draining" if self.draining else "ok"}
@@ -5972,6 +7286,56 @@ class Server:
             check_model_allowed(call.key, request.model, call.body)
             return self._for_key(call.key, request, client)
         return self.relay.run(request, client, record)
+
+    def _infer(self, call: Call) -> "Awaitable[None]":
+        """Completions, embeddings, responses, moderations, images, audio: through the same scheduler as chats."""
+        index, (as_form, model) = call.head.index, INFERENCE[call.path]
+        if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
+            raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
+        request = ApiRequest("POST", call.path, call.query, call.head.lines, call.body)
+        if as_form:
+            read_form(request, index.get(b"content-type", b""), model)
+        else:
+            read_input(request, model)
+        previous = request.data.get("previous_response_id")
+        if isinstance(previous, str):
+            request.pinned = self._maker(previous)
+        return self._go(call, request)
+
+    def _object(self, call: Call) -> "Awaitable[None]":
+        """Files, batches, stored responses ...: what lives in one account goes to the controller that made it."""
+        method = call.head.method
+        request = ApiRequest(method, call.path, call.query, call.head.lines, call.body)
+        request.stateful = method not in ("GET", "HEAD")
+        parts = [urllib.parse.unquote(part) for part in call.path.split("/")[2:]]
+        parts += re.findall(r'"([\w\-]{4,128})"', call.body[:WHOLE_BYTES].decode("latin-1")) if call.body else []
+        known = [self.relay.makers[part] for part in parts if part in self.relay.makers]
+        if known:
+            request.pinned = known[0]
+        elif method in ("GET", "HEAD"):
+            request.seeks = True
+        elif len(call.path.split("/")) > 2 and call.path.split("/")[1] in OBJECTS:
+            request.pinned = self._maker(call.path.split("/")[2])
+        return self._go(call, request)
+
+    def _maker(self, made: str) -> str:
+        """The controller that made an object; any, where there is only one. Raises ProxyError (404)."""
+        able = [one.name for one in self.pool.upstreams if not one.controller.chat_only]
+        name = self.relay.makers.get(made) or (able[0] if len(able) == 1 else "")
+        if name not in able:
+            message = "%r lives in one account, and this server does not remember which of %d: it was made elsewhere."
+            raise ProxyError(404, message % (made[:64], len(able)), "object_not_known")
+        return name
+
+    def _go(self, call: Call, request: ApiRequest) -> "Awaitable[None]":
+        """Sends a request that is no chat on its way."""
+        record = call.client.record
+        request.request_id, record.model = record.request_id, request.model[:MODEL_NAME_CHARS]
+        request.wait_s = longest_wait(call.head.index, self.config.pool.max_wait)
+        if call.key is not None:
+            check_model_allowed(call.key, request.model, call.body if request.data else b"{}")
+            return self._for_key(call.key, request, call.client)
+        return self.relay.run(request, call.client, record)
 
     async def _for_key(self, key: ClientKey, request: ApiRequest, client: ClientConnection) -> None:
         """Runs a request within the limits of its client key. Raises ProxyError (429)."""
@@ -6006,10 +7370,14 @@ class Server:
     async def _all_models(self) -> "list[dict[str, Any]]":
         """The configured models, and those of the upstreams that have no list; the first of each name."""
         found = {name: model_object(name) for name in self.pool.configured_models()}
-        open_ended = [one for one in self.pool.upstreams if not one.config.models and one.config.type != "echo"]
+        silent = ("echo", "azure")  # Azure lists what could be deployed
+        open_ended = [one for one in self.pool.upstreams if not (one.config.models or one.config.type in silent)]
         for models in await asyncio.gather(*map(self._models_of, open_ended)):
             for model in models:
                 found.setdefault(model["id"], model)
+        for name, model_name in self.pool.aliases.items():
+            if self.pool.is_served(model_name):
+                found[name] = {**model_object(name), "root": model_name}  # as vLLM says it of its own
         return [found[name] for name in sorted(found)]
 
     async def _models_of(self, upstream: Upstream) -> "list[dict[str, Any]]":
@@ -6029,31 +7397,69 @@ class Server:
 
 
 Handler = Callable[[Server, Call], Awaitable[None]]
+# Path: whether the body is a form, and the model that counts when none is named.
+INFERENCE = {
+    "/completions": (False, ""),
+    "/embeddings": (False, ""),
+    "/responses": (False, ""),
+    "/moderations": (False, "omni-moderation-latest"),
+    "/images/generations": (False, "dall-e-2"),
+    "/images/edits": (True, "dall-e-2"),
+    "/images/variations": (True, "dall-e-2"),
+    "/audio/speech": (False, ""),
+    "/audio/transcriptions": (True, ""),
+    "/audio/translations": (True, ""),
+}
+OBJECTS = frozenset(
+    "files uploads batches responses conversations vector_stores fine_tuning assistants threads containers evals videos"
+    " chat".split()
+)
 ROUTES: "dict[str, tuple[str, Handler]]" = {
+    **dict.fromkeys(INFERENCE, ("POST", Server._infer)),
     "/chat/completions": ("POST", Server._chat),
     "/models": ("GET", Server._list),
     "/models/*": ("GET", Server._model),
     "/status": ("GET", Server._status),
 }
 AGAIN = b"Retry-After: 1\r\n"
+UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
+CLOSED = "%s is not open here: `endpoints` of the configuration would have to name %r."
 ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
 
 
 @functools.lru_cache(maxsize=256)
-def find_route(method: str, target: str) -> "tuple[Handler, str, str]":
+def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple[Handler, str, str]":
     """Handler, path without /v1, and query of a request. Raises BadMessage, ProxyError (404, 405)."""
     _, path, query = split_target(target)
     name = path[3:] if path.startswith("/v1/") else path
     route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/") or "/"
-    if route not in ROUTES:
-        message = "There is no %s here; see /v1/chat/completions, /v1/models, /status." % path[:200]
+    wanted, handler = ROUTES.get(route, ("", Server._object))
+    if method == wanted or (method, wanted) == ("HEAD", "GET"):
+        if route in INFERENCE and "inference" not in endpoints and "*" not in endpoints:
+            raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
+        return handler, name.rstrip("/") if route in INFERENCE else name, query
+    group = "objects" if name.lstrip("/").partition("/")[0] in OBJECTS else "*"
+    if path.startswith("/v1/") and ("*" in endpoints or group in endpoints) and route != "/status":
+        return Server._object, raw_path(target, path), query
+    if not wanted:
+        message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
         raise ProxyError(404, message, "unknown_url")
-    wanted, handler = ROUTES[route]
-    if method != wanted and (method, wanted) != ("HEAD", "GET"):
-        allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
-        fields = b"Allow: %b\r\n" % allow.encode()
-        raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
-    return handler, name, query
+    allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
+    fields = b"Allow: %b\r\n" % allow.encode()
+    raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
+
+
+def raw_path(target: str, path: str) -> str:
+    """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404).
+
+    Dot segments would lead out of the account's base_url, with its key.
+    """
+    if not {".", ".."}.isdisjoint(path.split("/")) or "\\" in path:
+        raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
+    spelled = target.partition("?")[0]
+    at = spelled.find("/", spelled.find("://") + 3) if "://" in spelled else 0
+    first = spelled.find("/", at + 1)
+    return spelled[first:]
 
 
 def full_answer() -> bytes:
@@ -6087,6 +7493,39 @@ def longest_wait(index: Index, most: float) -> float:
     if wish is not None:
         most = min(most, wish)
     return most if patience is None else max(0.0, min(most, patience - PATIENCE_S))
+
+
+def read_input(request: ApiRequest, model: str) -> None:
+    """Reads a JSON request that is no chat. Raises ProxyError (400)."""
+    data = request.data = parse_object(request.body)
+    request.model = data.get("model") or model
+    if not isinstance(request.model, str) or not request.model:
+        raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
+    request.stream = data.get("stream") is True
+    request.stateful = request.path == "/responses" and data.get("store") is not False
+    text = [data.get(name) for name in ("prompt", "input", "instructions", "messages")]
+    request.prompt_tokens = count_text(text) // 4
+    most = data.get("max_output_tokens")
+    if request.path in ("/completions", "/responses"):
+        request.max_tokens = most if isinstance(most, int) and most > 0 else answer_limit(data)
+    else:
+        request.max_tokens = 1  # what comes back counts for little
+    if b"json" not in b"".join(line for line in request.lines if line[:13].lower() == b"content-type:"):
+        request.lines = [*without(request.lines, (b"content-type",)), b"Content-Type: application/json\r\n"]
+
+
+def read_form(request: ApiRequest, content_type: bytes, model: str) -> None:
+    """Reads the fields of a multipart request that decide where it goes. Raises ProxyError (400)."""
+    request.model_span = form_field(request.body, content_type, b"model")
+    request.model = model
+    if request.model_span is not None:
+        start, end = request.model_span
+        request.model = request.body[start:end].decode("utf-8", "replace")
+    if not request.model:
+        raise ProxyError(400, "You must provide a model field in the form.", param="model")
+    stream = form_field(request.body, content_type, b"stream")
+    request.stream = stream is not None and request.body[stream[0] : stream[1]] == b"true"
+    request.prompt_tokens, request.max_tokens = TOKENS_PER_PART, 1
 
 
 def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
@@ -6128,7 +7567,8 @@ async def fetch_models(exchange: Exchange) -> "list[dict[str, Any]]":
         found = None
     if not isinstance(found, list):
         raise BadReply("status %d instead of a list of models" % exchange.head.status)
-    return [model for model in found if isinstance(model, dict) and isinstance(model.get("id"), str)]
+    found = [model for model in found if isinstance(model, dict) and isinstance(model.get("id"), str)]
+    return [{**model_object(model["id"]), **model, "object": "model"} for model in found]  # Anthropic's have a `type`
 
 
 def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
@@ -6172,7 +7612,7 @@ def write_stderr(text: str) -> None:
     sys.stderr.flush()
 
 
-# ==== 14. Command line ====
+# ==== 15. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
 # cannot be listened on.
 

@@ -1,6 +1,8 @@
 """The configuration: where it is found, what it may say, and that no message gives a secret away."""
 
 import json
+import re
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,25 @@ MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message sa
     (dict(GOOD, client_keys=[{"key": "sha256:12"}]), "client_keys[0].key", "64 hex digits"),
     (dict(GOOD, client_keys=[{"key": "k", "limits": {"rpm": "9"}}]), "client_keys[0].limits.rpm", 'found "9"'),
     (one(type="opnai"), "controllers[0].type", "did you mean 'openai'"),
+    (one(type="grok"), "controllers[0].type", r"openai | .*echo | a vendor that README.md names \(did you mean 'groq'\?\)"),
+    (one(type="zzz"), "controllers[0].type", "a vendor that README.md names$"),
+    (one(type="azure"), "controllers[0].config.base_url", 'found "nothing", allowed: https://NAME.openai.azure.com'),
+    (one(type="azure", config={"base_url": "https://r.example"}), "controllers[0].config.api_key", "an API key"),
+    (
+        one(type="azure", config={"api_key": KEY, "base_url": "https://r.example/openai/deployments/d"}),
+        "controllers[0].config.base_url",
+        "https://NAME.openai.azure.com",
+    ),
+    (
+        one(type="azure", config={"api_key": KEY, "base_url": "https://r.example", "api_version": "1&a=b"}),
+        "controllers[0].config.api_version",
+        "a date such as",
+    ),
+    (one(config={"api_key": KEY, "api_version": "2024-10-21"}), "controllers[0].config.api_version", "unknown key"),
+    (one(type="groq", config={}), "controllers[0].config.api_key", "an API key"),
+    (one(type="ollama", config={"region": "x"}), "controllers[0].config.region", "unknown key"),
+    (one(type="bedrock"), "controllers[0].config.region", 'found "", allowed: the region that is part of the address'),
+    (one(type="cloudflare", config={"api_key": KEY, "account": "a/b"}), "controllers[0].config.account", "letters, digits"),
     (one(wieght=3), "controllers[0].wieght", "did you mean 'weight'"),
     (one(weight=0), "controllers[0].weight", "found 0, allowed: a whole number from 1"),
     (one(weight="5"), "controllers[0].weight", 'found "5"'),
@@ -509,6 +530,12 @@ def test_configuration_can_be_printed() -> None:
     assert set(app.secrets_of(config)) >= {KEY, SHORT, SHORT + "-more"}
 
 
+def test_the_summary_names_models() -> None:
+    """Other names and models that stand in are part of it."""
+    pool = {"aliases": {"fast": "m"}, "fallbacks": {"m": ["n", "o"]}}
+    assert {"model fast: m", "model m: else n, o"} <= set(app.describe(parse(pool=pool)))
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
     [("localhost", True), ("127.0.0.9", True), ("::1", True), ("[::1]", True), ("0.0.0.0", False), ("a", False)],
@@ -544,6 +571,34 @@ def test_account_dialect() -> None:
     assert (found.auth_header, found.auth_scheme, found.chat_path) == ("api-key", "", "/v2/chat")
     assert (found.drop_params, found.rename_params) == (("user",), (("max_tokens", "max_completion_tokens"),))
     assert found.extra_body == (("a", {"b": [None, 1.5]}),)
+
+
+@pytest.mark.parametrize("name", sorted(app.PRESETS))
+def test_presets(name: str) -> None:
+    """A vendor's name is enough: it gives address and dialect. A server of one's own needs no key, all others TLS."""
+    preset = app.PRESETS[name]
+    assert set(preset) <= {"base_url", "drop_params", "rename_params"} and name not in app.CONTROLLER_TYPES
+    parts = urllib.parse.urlsplit(preset["base_url"])
+    local = parts.hostname == "localhost"
+    assert parts.scheme == ("http" if local else "https")
+    words = dict.fromkeys(re.findall(r"\{(\w+)\}", preset["base_url"]), "eu-1")
+    config = parse(controllers=[{"type": name, "config": words if local else dict(words, api_key=KEY)}])
+    (found,) = config.controllers
+    assert found.type == name and found.name == name + "-1"
+    assert found.account.base_url == re.sub(r"\{\w+\}", "eu-1", preset["base_url"])
+    assert dict(found.account.rename_params) == preset.get("rename_params", {})
+    assert list(found.account.drop_params) == preset.get("drop_params", [])
+    assert found.account.base_url in "".join(app.describe(config))
+
+
+def test_a_preset_gives_way() -> None:
+    """What the configuration says counts more than the vendor's row; empty values and null say nothing."""
+    config = {"base_url": "https://gate.example/v1", "rename_params": {"a": "b"}, "drop_params": [], "api_key": None}
+    (found,) = parse(controllers=[{"type": "mistral", "config": config}]).controllers
+    assert found.account.base_url == "https://gate.example/v1" and not found.account.api_key
+    assert (found.account.rename_params, found.account.drop_params) == ((("a", "b"),), ())
+    (found,) = parse(controllers=[{"type": "mistral", "config": {"api_key": KEY, "base_url": "", "drop_params": None}}]).controllers
+    assert found.account.base_url == app.PRESETS["mistral"]["base_url"] and found.account.drop_params == ("stream_options",)
 
 
 def test_toml_dates_are_no_json(tmp_path: Path) -> None:

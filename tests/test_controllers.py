@@ -15,7 +15,10 @@ def controller(account: "dict[str, Any] | None" = None, **more: Any) -> app.Open
     """An openai controller as a configuration makes it."""
     base = {"api_key": "sk-test-key-0000", "base_url": "https://up.example/v1"}
     one = dict({"type": "openai", "config": dict(base, **(account or {}))}, **more)
-    return app.OpenAIController(app.parse_config({"controllers": [one]}, "c.json", {}).controllers[0])
+    config = app.parse_config({"controllers": [one]}, "c.json", {}).controllers[0]
+    made = app.CONTROLLERS[config.type](config)
+    assert isinstance(made, app.OpenAIController)
+    return made
 
 
 def request(data: "dict[str, Any] | None" = None, lines: "list[bytes] | None" = None, **more: Any) -> app.ApiRequest:
@@ -125,6 +128,97 @@ def test_bodies_in_utf_16_are_refused() -> None:
     """JSON between systems is UTF-8."""
     with pytest.raises(app.ProxyError, match="UTF-8"):
         app.parse_chat('{"model":"m","messages":[{}]}'.encode("utf-16"))
+
+
+@pytest.mark.parametrize(
+    ("account", "line"),
+    [
+        ({"auth_header": "api-key", "auth_scheme": ""}, b"api-key: sk-test-key-0000"),
+        ({"auth_scheme": "Key"}, b"Authorization: Key sk-test-key-0000"),
+        ({"auth_header": "X-Goog-Api-Key", "auth_scheme": ""}, b"X-Goog-Api-Key: sk-test-key-0000"),
+    ],
+)
+def test_where_the_key_goes(account: dict[str, Any], line: bytes) -> None:
+    """Header and scheme are the configuration's; a client cannot add a second value."""
+    lines = head_of(controller(account), request(lines=[b"x-goog-api-key: theirs\r\n", b"X-A: b\r\n"]))
+    assert lines[3] == line and b"X-A: b" in lines
+    assert (b"x-goog-api-key: theirs" in lines) == (b"X-Goog" not in line)
+
+
+def test_an_empty_key_is_not_sent() -> None:
+    """A server without keys sees no empty header."""
+    assert not any(b"uthoriz" in line for line in head_of(controller({"api_key": ""}), request()))
+
+
+def test_chat_path() -> None:
+    """The configured path takes the place of the chat's own, query or not, and of no other."""
+    one = controller({"chat_path": "/chat"})
+    assert head_of(one, request())[0] == b"POST /v1/chat HTTP/1.1"
+    assert head_of(one, request(query="a=/chat/completions"))[0] == b"POST /v1/chat?a=/chat/completions HTTP/1.1"
+    assert head_of(one, request(path="/embeddings"))[0] == b"POST /v1/embeddings HTTP/1.1"
+
+
+PARAMS = {"drop_params": ["user", "seed"], "rename_params": {"max_completion_tokens": "max_tokens"}}
+
+
+def edited(account: dict[str, Any], body: bytes, **more: Any) -> bytes:
+    """What an account gets of a body."""
+    head, sent = controller(account, **more).message(request(json.loads(body), body=body))
+    assert head.endswith(b"\r\nContent-Length: %d\r\n\r\n" % len(sent))
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("account", "body", "sent"),
+    [
+        (PARAMS, b'{"model" : "m","user":"u", "messages":[]}', b'{"model" : "m", "messages":[]}'),
+        (PARAMS, b'{"user":"u","model":"m","messages":[],"seed":1}', b'{"model":"m","messages":[]}'),
+        (PARAMS, b'{ "max_completion_tokens": 1e1 ,"model":"m"}', b'{ "max_tokens": 1e1 ,"model":"m"}'),
+        (PARAMS, b'{"max_tokens":1,"max_completion_tokens":2}', b'{"max_tokens":2}'),
+        (PARAMS, b'{"max_completion_tokens":2,"max_tokens":1}', b'{"max_tokens":2}'),
+        (PARAMS, b'{"a":"\\ud800","seed":[{"seed":"}"}],"b":1.0}', b'{"a":"\\ud800","b":1.0}'),
+        ({"rename_params": {"a": "b", "b": "a"}}, b'{"a":1,"b":2}', b'{"b":1,"a":2}'),
+        ({"extra_body": {"top_k": 5}}, b'{"model":"m"}', b'{"model":"m","top_k":5}'),
+        ({"extra_body": {"top_k": 5}}, b'{"top_k":1,"model":"m"}\n', b'{"model":"m","top_k":5}\n'),
+        ({"extra_body": {"b": None}, "rename_params": {"a": "b"}}, b'{"a":1,"c":2}', b'{"c":2,"b":null}'),
+        ({"drop_params": ["a"], "extra_body": {"a": {"x": "\u00e9"}}}, b'{"a":1}', b'{"a":{"x": "\\u00e9"}}'),
+        ({"drop_params": ["a"]}, b'{"a":1}', b"{}"),
+    ],
+)
+def test_edited_params(account: dict[str, Any], body: bytes, sent: bytes) -> None:
+    """Outermost keys are left out, renamed, added in this order; every other byte stays."""
+    assert edited(account, body) == sent
+
+
+@pytest.mark.parametrize("body", [b'{"model": "m",  "messages":[{"user":1}]}', b'{"x":{"max_completion_tokens":1}}'])
+def test_bodies_that_no_edit_means_go_as_they_came(body: bytes) -> None:
+    """Inner keys are no params, and the body is handed on as the very same object."""
+    asked = request(json.loads(body), body=body)
+    assert controller(PARAMS).message(asked)[1] is asked.body
+
+
+def test_only_chats_get_the_extra_body() -> None:
+    """Other calls have other parameters; what is dropped and renamed is so there, too."""
+    one = controller({"extra_body": {"top_k": 5}, "drop_params": ["user"]})
+    body = b'{"model":"m","input":"x","user":"u"}'
+    _, sent = one.message(request(json.loads(body), body=body, path="/embeddings"))
+    assert sent == b'{"model":"m","input":"x"}'
+
+
+@pytest.mark.parametrize("long", ["a", "model-with-a-longer-name"])
+def test_another_model_in_a_form(long: str) -> None:
+    """A model that stands in takes its place in a multipart body, and a mapped one its place in turn."""
+    body = b"--b\r\nfast\r\n--b--"
+    asked = request({}, body=body, path="/audio/speech", model="fast", model_span=(5, 9))
+    asked.substitute(long)
+    assert (asked.asked, asked.model, asked.body) == ("fast", long, body.replace(b"fast", long.encode()))
+    assert controller(model_map={long: "m-2"}).message(asked)[1] == body.replace(b"fast", b"m-2")
+
+
+def test_edits_and_a_mapped_model() -> None:
+    """Both apply to one body."""
+    sent = edited(PARAMS, b'{"model":"fast","user":"u"}', model_map={"fast": "slow"})
+    assert sent == b'{"model":"slow"}'
 
 
 @pytest.mark.parametrize(
@@ -265,6 +359,59 @@ def test_estimate_prompt(content: Any, tokens: int) -> None:
 def test_answer_limit(data: dict[str, Any], tokens: int) -> None:
     """The bound that the client sets, times the answers that it wants; nonsense counts as none."""
     assert app.answer_limit(data) == tokens
+
+
+CHAT = "/chat/completions"
+AZURE = "https://r.openai.azure.com"
+
+
+@pytest.mark.parametrize(
+    ("account", "path", "target"),
+    [
+        ({}, CHAT, "/openai/deployments/gpt%204%2F1/chat/completions?api-version=2024-10-21"),
+        ({"api_version": "v-preview"}, CHAT, "/openai/deployments/gpt%204%2F1/chat/completions?api-version=v-preview"),
+        (
+            {"base_url": AZURE + "/openai/"},
+            "/embeddings?api-version=1&a=b",
+            "/openai/deployments/gpt%204%2F1/embeddings?a=b&api-version=2024-10-21",
+        ),
+        ({"base_url": "https://g.example/t"}, "/files?limit=2", "/t/openai/files?limit=2&api-version=2024-10-21"),
+        ({"base_url": AZURE + "/openai/v1"}, CHAT, "/openai/v1/chat/completions"),
+        (
+            {"base_url": AZURE + "/openai/v1/", "api_version": "preview"},
+            "/responses",
+            "/openai/v1/responses?api-version=preview",
+        ),
+        ({"base_url": AZURE + "/openai/v1"}, "/files?limit=2", "/openai/v1/files?limit=2"),
+    ],
+)
+def test_azure_targets(account: dict[str, Any], path: str, target: str) -> None:
+    """The classic surface names deployment and version, the newer one neither; the version is never the client's."""
+    one = controller({"base_url": AZURE, **account}, type="azure", model_map={"m": "gpt 4/1"})
+    path, _, query = path.partition("?")
+    asked = request(path=path, query=query)
+    assert head_of(one, asked)[0] == f"POST {target} HTTP/1.1".encode()
+    assert json.loads(one.message(asked)[1])["model"] == "gpt 4/1"
+
+
+@pytest.mark.parametrize("model", [".", ".."])
+def test_azure_paths_stay_below_the_deployments(model: str) -> None:
+    """A model cannot lead to another path of the resource."""
+    with pytest.raises(app.Untranslatable, match="model"):
+        controller({"base_url": AZURE}, type="azure").message(request({"model": model, "messages": MESSAGES}))
+
+
+@pytest.mark.parametrize(
+    ("account", "line"),
+    [
+        ({}, b"api-key: sk-test-key-0000"),
+        ({"auth_header": "Authorization"}, b"Authorization: Bearer sk-test-key-0000"),
+        ({"auth_header": "Ocp-Apim-Subscription-Key", "auth_scheme": ""}, b"Ocp-Apim-Subscription-Key: sk-test-key-0000"),
+    ],
+)
+def test_azure_keys(account: dict[str, Any], line: bytes) -> None:
+    """A key has a header of its own; an Entra token is a bearer; a gateway may want another header."""
+    assert head_of(controller({"base_url": AZURE, **account}, type="azure"), request())[3] == line
 
 
 async def echo(data: dict[str, Any]) -> tuple[list[bytes], list[str], app.ResponseHead]:

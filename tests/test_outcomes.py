@@ -86,7 +86,7 @@ def test_may_retry(outcome: app.Outcome) -> None:
     verdict, final = app.Verdict(outcome, 500), outcome.value in {"ok", "client", "gone"}
     assert app.may_retry(verdict, request(stream=True)) is not final
     assert app.may_retry(verdict, request(stream=False)) is not (final or outcome.value == "silent")
-    refused = outcome.value in {"connect", "auth", "rate", "quota", "large"}
+    refused = outcome.value in {"unfit", "connect", "auth", "rate", "quota", "large"}
     for stream in (True, False):
         assert app.may_retry(verdict, request(stream, stateful=True)) is refused
 

@@ -949,3 +949,67 @@ def test_reprs_tell_the_state() -> None:
     assert repr(one) == "<Seat m at a>" and repr(made) == "<Lease a for m>"
     one.upstream.suspect()
     assert repr(one.upstream) == "<Upstream a suspect in_flight=1 requests=1>"
+
+
+# -- what says nothing, and what is forgotten
+
+
+def test_a_429_without_limits_starts_slowly() -> None:
+    """Where replies tell no limits, one goes at the reopening; each good answer lets the next ones follow sooner."""
+    one = seat()
+    one.ledger.close(verdict("rate", 429, after_s=1.0), 1, T0)
+    assert closed_for(one) == pytest.approx(1.0)
+    first = lease(one, T0 + 1.0)
+    assert closed_for(one, now=T0 + 1.0) == pytest.approx(1.0)  # one a second, while nothing was answered
+    first.answered(T0 + 1.1, True)
+    assert one.ready(1, T0 + 1.1)
+    second = lease(one, T0 + 1.1)
+    assert 0 < closed_for(one, now=T0 + 1.1) < 0.5
+    for _ in range(8):
+        second.answered(T0 + 1.2, True)
+    assert one.ledger.pace_s == 0.0 and one.ready(1, T0 + 1.2)
+
+
+def test_slow_start_ends_when_limits_are_told() -> None:
+    """A reply that tells what is left is better than a guess."""
+    one = seat()
+    one.ledger.close(verdict("rate", 429, after_s=1.0), 1, T0)
+    lease(one, T0 + 1.0).learn(told(60, 30), None, T0 + 1.1)
+    assert one.ledger.pace_s == 0.0 and one.ready(1, T0 + 1.1)
+
+
+def test_a_halved_bucket_stays_halved() -> None:
+    """What a reply says of the whole does not undo what an early 429 taught."""
+    one = seat()
+    lease(one).learn(told(600, 600, None), None, T0)
+    one.ledger.halve_burst()
+    lease(one).learn(told(600, 590, 1.0), None, T0)
+    assert one.ledger.requests is not None and one.ledger.requests.size == 300
+
+
+def test_models_in_use_are_not_forgotten_for_names_that_clients_make_up() -> None:
+    """The least recently used goes: a configured limit cannot be reset by asking for other models."""
+    one = upstream("a", limits=app.QuotaLimits(rpm=1))
+    lease(one.seat("real"), T0)
+    for number in range(2 * app.MEMORY_MODELS):
+        made = app.Lease(one.seat("m%d" % number), 1.0, False, T0 + number)
+        made.release(app.GOOD, T0 + number)
+        if number % 100 == 0:
+            one.seat("real").ledger.used_at = T0 + number
+    assert not one.seat("real").ready(1, T0 + 1)
+    assert len(one.seats) <= app.MEMORY_MODELS and len(one.quota.ledgers) <= app.MEMORY_MODELS
+
+
+def test_what_is_remembered_of_headers_is_short() -> None:
+    """Neither a client nor an upstream can fill a memory with long values."""
+    assert app.parse_duration("1" * 41) is None
+    size = app.as_allowance.cache_info().currsize
+    index = {
+        b"x-ratelimit-limit-requests": b"10",
+        b"x-ratelimit-remaining-requests": b"5",
+        b"x-ratelimit-reset-requests": b"1" * 50_000,
+    }
+    assert app.allowance(index, app.REQUEST_NAMES, float) is None
+    assert app.as_allowance.cache_info().currsize == size
+    with pytest.raises(app.BadMessage):
+        app.parse_request_head(b"GET / HTTP/1.1\r\nHost: " + b"a" * 301 + b"\r\n\r\n")

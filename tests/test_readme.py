@@ -48,3 +48,8 @@ def test_the_demo_command_starts() -> None:
         server.send_signal(2)
         rest = server.stderr.read()
     assert server.returncode == 0 and "Traceback" not in rest
+
+
+def test_every_vendor_is_named() -> None:
+    """Messages send the reader to the README for the vendors' names."""
+    assert not [name for name in app.PRESETS if f"`{name}`" not in README]

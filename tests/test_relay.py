@@ -49,7 +49,7 @@ async def test_the_most_useful_answer_when_all_failed() -> None:
     """A 429 says more than a 500, and a 500 more than a 401."""
     replies = [error_reply(401), error_reply(500), error_reply(429, message="slow down")]
     async with Upstream(answers(*replies)) as one:
-        async with Running(*(controller(name, one.url) for name in "abc")) as server:
+        async with Running(*(controller(name, one.url) for name in "abc"), pool={"max_wait": 0}) as server:
             found = await server.post()
             assert found.status == 429 and found.json()["error"]["message"] == "slow down"
 
@@ -81,7 +81,8 @@ async def test_a_silent_upstream_stream_and_whole() -> None:
         await peer.gone()
 
     async with Upstream(script) as bad, Upstream(answers(GOOD)) as good:
-        async with Running(controller("a", bad.url), controller("b", good.url)) as server:
+        slow = controller("a", bad.url, timeouts={"first_byte": 5})
+        async with Running(slow, controller("b", good.url)) as server:
             assert (await server.post()).status == 504
             await server.post()
             assert (await server.post(stream=True)).status == 200
