@@ -2017,7 +2017,6 @@ def split_target(target: str) -> "tuple[str, str, str]":
 
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
-DONE_EVENT = b"[DONE]"
 
 
 class EventSplitter:
@@ -2081,15 +2080,6 @@ def judge_event(event: bytes) -> EventKind:
     if found.get("type") in _PREFACE_TYPES or found.get("choices") == []:
         return EventKind.PREFACE
     return EventKind.REAL
-
-
-def first_kind(events: "Iterable[bytes]") -> EventKind:
-    """The kind of the first event that is more than a preface."""
-    for event in events:
-        kind = judge_event(event)
-        if kind is not EventKind.PREFACE:
-            return kind
-    return EventKind.PREFACE
 
 
 def error_event(message: str, code: str) -> bytes:
