@@ -73,6 +73,9 @@ __version__ = "1.0.0"
 
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
+REPLAYED_BYTES = 1_048_576  # of an upload are kept to ask another controller with; the rest passes through
+FORM_VALUE_BYTES = 256  # a form's text field that is looked into: a model's name
+FORM_HEAD_BYTES = 8192  # the head of one part of a form
 COUNTED_BYTES = 4096  # brackets are counted in bodies up to this size
 JSON_DEPTH = 128  # objects and lists in one another; schemas of tools stay below 30
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
@@ -462,6 +465,7 @@ class ServerLimits(Record):
 
     body_bytes: int = 33_554_432
     bodies_bytes: int = 1 << 30
+    upload_bytes: int = 1 << 30
     json_depth: int = JSON_DEPTH
     start_line_bytes: int = START_LINE_BYTES
     header_bytes: int = 65536
@@ -1058,6 +1062,7 @@ def parse_server_limits(section: Section) -> ServerLimits:
     limits = ServerLimits(
         body_bytes=section.whole("body_bytes", default.body_bytes, 1, 2**40),
         bodies_bytes=section.whole("bodies_bytes", default.bodies_bytes, 1, 2**50),
+        upload_bytes=section.whole("upload_bytes", default.upload_bytes, 1, 2**50),
         json_depth=section.whole("json_depth", default.json_depth, 3, 500),  # Python's own bound is near 900
         start_line_bytes=section.whole("start_line_bytes", default.start_line_bytes, 64, 2**20),
         header_bytes=section.whole("header_bytes", default.header_bytes, 1024, 2**24),
@@ -1923,6 +1928,16 @@ class ChunkedDecoder:
 Decoder = LengthDecoder | ChunkedDecoder | EofDecoder
 
 
+def decode_body(decoder: "LengthDecoder | ChunkedDecoder", data: bytes) -> bytes:
+    """The part of a request's body that `data` brings. Raises BadMessage."""
+    try:
+        return decoder.feed(data)
+    except OverflowError as problem:
+        raise BadMessage(413, "%s." % str(problem).capitalize(), "request_too_large") from None
+    except ValueError as problem:
+        raise BadMessage(400, "The request body is malformed: %s." % problem) from None
+
+
 def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | ChunkedDecoder | None":
     """What decodes the request's body, None where there is none. Raises BadMessage (RFC 9112, 6.1 and 6.3)."""
     coding = head.index.get(b"transfer-encoding")
@@ -1964,6 +1979,75 @@ def reply_body_decoder(head: ResponseHead, method: str) -> "LengthDecoder | Chun
         return LengthDecoder(content_length(length))
     except ValueError as problem:
         raise BadReply("the upstream's reply is malformed: %s" % problem) from None
+
+
+_BOUNDARY = re.compile(rb'boundary="?([^";,]{1,70})"?', re.IGNORECASE)  # at most 70 characters: RFC 2046, 5.1.1
+_FORM_PARAMETER = re.compile(rb';[ \t]*([\w\-*]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*+"|[^;\s]*)')
+
+
+class FormScanner:
+    """Finds short text fields of a multipart/form-data body (RFC 7578) that is fed at any cut, and keeps nothing of it.
+
+    `spans`: where the first value of each wanted name stands, counted from the body's beginning. `twice`: one came
+    again, so that two readers could believe two different ones. Raises ProxyError (400) for what is no form.
+    """
+
+    __slots__ = ("at", "delimiter", "in_head", "name", "pending", "spans", "start", "twice")
+
+    wanted = (b"model", b"stream")
+
+    def __init__(self, content_type: bytes) -> None:
+        found = _BOUNDARY.search(content_type)
+        if found is None or content_type[:10].lower() != b"multipart/":
+            raise ProxyError(400, "A multipart/form-data body with its boundary is needed here.")
+        self.delimiter = b"\r\n--" + found.group(1)
+        # The first delimiter has no line end before it, unless there is a preamble: as if there had been one.
+        self.pending, self.at = b"\r\n", -2
+        self.in_head, self.name, self.start = False, b"", 0
+        self.spans: "dict[bytes, tuple[int, int]]" = {}
+        self.twice = False
+
+    def feed(self, data: bytes) -> None:
+        """Looks at the next bytes of the body."""
+        self.pending += data
+        while self._head() if self.in_head else self._body():
+            pass
+
+    def _body(self) -> bool:
+        """Passes a part's body by, up to its delimiter; whether it has come."""
+        pending, size = self.pending, len(self.delimiter)
+        end = pending.find(self.delimiter)
+        if end < 0 or len(pending) < end + size + 2:
+            self._drop(end if end >= 0 else max(0, len(pending) - size + 1))
+            return False
+        if pending[end + size : end + size + 2] not in (b"\r\n", b"--"):  # the beginning of a longer line
+            self._drop(end + 1)
+            return True
+        stop = self.at + end
+        if self.name in self.wanted and stop - self.start <= FORM_VALUE_BYTES:
+            self.twice = self.twice or self.name in self.spans
+            self.spans.setdefault(self.name, (self.start, stop))
+        self._drop(end + size)
+        self.in_head, self.name = self.pending[:2] != b"--", b""
+        return self.in_head  # what follows the last delimiter names nothing: it is passed by as a body
+
+    def _head(self) -> bool:
+        """Reads a part's head, once it is whole; whether it is. Without fields it is the line end of the delimiter."""
+        end = self.pending.find(b"\r\n\r\n")
+        if end > FORM_HEAD_BYTES or (end < 0 and len(self.pending) > FORM_HEAD_BYTES):
+            raise ProxyError(400, "The head of a part of the form is longer than %d bytes." % FORM_HEAD_BYTES)
+        if end < 0:
+            return False
+        for line in self.pending[:end].split(b"\r\n"):
+            if line[:20].lower() == b"content-disposition:":
+                found = {key.lower(): value.strip(b'"') for key, value in _FORM_PARAMETER.findall(line)}
+                self.name = b"" if b"filename" in found else found.get(b"name", b"")
+        self._drop(end + 4)
+        self.in_head, self.start = False, self.at
+        return True
+
+    def _drop(self, size: int) -> None:
+        self.pending, self.at = self.pending[size:], self.at + size
 
 
 def chunk(payload: bytes) -> bytes:
@@ -2676,6 +2760,34 @@ class Exchange(Protocol):
         """Closes the upstream connection now."""
 
 
+class Upload(Protocol):
+    """The rest of a request's body, which passes through while it still comes from the client.
+
+    `left`: how many bytes that is, unless it comes in chunks. `tapped`: some of it is gone, so that the request cannot
+    be sent a second time.
+    """
+
+    chunked: bool
+    tapped: bool
+
+    @property
+    def left(self) -> int:
+        """See above."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it has passed."""
+
+    def pour(self, push: "Callable[[bytes, bool], bool]") -> None:
+        """From now on calls `push(data, last)` with what comes; it says whether more is welcome. If not: `resume`."""
+
+    def resume(self) -> None:
+        """More is welcome again."""
+
+    def stop(self) -> None:
+        """Nothing more is wanted."""
+
+
 class UpstreamConnection:
     """A connection to an origin; `used` counts its exchanges."""
 
@@ -2824,7 +2936,11 @@ class ConnectionPool:
 
 
 class NetworkExchange:
-    """An exchange on a connection of the pool. See `Exchange`. `on_sent(now)` is called at the write of the request."""
+    """An exchange on a connection of the pool. See `Exchange`.
+
+    `on_sent(now)` is called when the request is written: with an `upload` when that has come to its end, however it
+    does, as an upstream is not silent while it still has to listen.
+    """
 
     __slots__ = (
         "connection",
@@ -2837,6 +2953,7 @@ class NetworkExchange:
         "pool",
         "rest",
         "timeouts",
+        "upload",
     )
 
     def __init__(
@@ -2847,9 +2964,10 @@ class NetworkExchange:
         timeouts: Timeouts,
         on_sent: "Callable[[float], None]",
         method: str = "POST",
+        upload: "Upload | None" = None,
     ) -> None:
         self.pool, self.origin, self.message, self.timeouts, self.on_sent = pool, origin, message, timeouts, on_sent
-        self.method = method
+        self.method, self.upload = method, upload
         self.connection: "UpstreamConnection | None" = None
         self.decoder: "Decoder | None" = None
         self.rest = b""  # of the body, as it came with the head
@@ -2875,9 +2993,9 @@ class NetworkExchange:
                 self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
         except (UpstreamClosed, ConnectionError) as problem:
             error = as_closed(problem)
-            if not connection.was_stale(error):
+            if not connection.was_stale(error) or (self.upload is not None and self.upload.tapped):
                 raise error from problem
-            self.pool.give_back(connection, False)
+            self.abort()
             connection = await self.pool.connect(self.origin, self.timeouts.connect)
             self._send(connection)
             try:
@@ -2962,6 +3080,8 @@ class NetworkExchange:
             return
         whole = decoder is not None and decoder.done and not decoder.rest and type(decoder) is not EofDecoder
         self.connection = None
+        if self.upload is not None:
+            whole = self._end_upload(self.upload, connection) and whole
         head = self.head
         whole = whole and ((head.minor and b"connection" not in head.index) or keeps_alive(head.index, head.minor))
         self.pool.give_back(connection, whole)
@@ -2970,6 +3090,8 @@ class NetworkExchange:
         """See `Exchange`."""
         connection, self.connection = self.connection, None
         if connection is not None:
+            if self.upload is not None:
+                self._end_upload(self.upload, connection)
             self.pool.give_back(connection, False)
 
     def _send(self, connection: UpstreamConnection) -> None:
@@ -2981,9 +3103,48 @@ class NetworkExchange:
         else:
             transport.write(head)
             transport.write(body)
-        now, within_s, total = connection.loop.time(), self.timeouts.first_byte or 0.0, self.timeouts.total
-        connection.sent(now, min(within_s or total, total) if total else within_s)
+        now = connection.loop.time()
+        if self.upload is not None:
+            connection.sent(now, 0.0)
+            self.upload.pour(self._push)
+            return
+        connection.sent(now, self._reply_within_s())
         self.on_sent(now)
+
+    def _reply_within_s(self) -> float:
+        within_s, total = self.timeouts.first_byte or 0.0, self.timeouts.total
+        return min(within_s or total, total) if total else within_s
+
+    def _push(self, data: bytes, last: bool) -> bool:
+        """Writes a piece of an upload; whether more is welcome. The upstream's time runs only when it is its turn."""
+        connection, upload = self.connection, self.upload
+        if connection is None or upload is None:
+            return True
+        if upload.chunked:
+            data = (chunk(data) if data else b"") + (LAST_CHUNK if last else b"")
+        transport = connection.writer.transport
+        if data and not transport.is_closing():
+            self.pool.outbox.write(transport, data)
+        protocol, now, within_s = transport.get_protocol(), connection.loop.time(), self._reply_within_s()
+        assert isinstance(protocol, WireProtocol)
+        if last:
+            self.on_sent(now)
+        elif protocol.full:
+            protocol.on_writable = upload.resume
+        if connection.early:
+            waits = within_s and (last or protocol.full)
+            connection.deadline.set(now + within_s if waits else math.inf)
+        return last or not protocol.full
+
+    def _end_upload(self, upload: Upload, connection: UpstreamConnection) -> bool:
+        """Nothing more of it goes up; whether all of it did. It counts as sent, as providers count cancelled calls."""
+        upload.stop()
+        protocol = connection.writer.transport.get_protocol()
+        if isinstance(protocol, WireProtocol):
+            protocol.on_writable = None
+        if not upload.done:
+            self.on_sent(connection.loop.time())
+        return upload.done
 
     def _decode(self, data: bytes) -> bytes:
         assert self.decoder is not None
@@ -3637,7 +3798,8 @@ class ApiRequest:
     tokens that it is taken to cost. `wait_s`: how long it may still stand in line. `key`: the client key's name.
     `model_span`: where the model stands in a multipart body. `pinned`: the controller that has the object it is about;
     `seeks`: each is asked until one has it. `asked`: what the client asked for, where `model` is another one by now.
-    `thread`: what its conversation goes by, once somebody wanted to know.
+    `thread`: what its conversation goes by, once somebody wanted to know. `upload`: what follows `body` while it still
+    comes.
     """
 
     __slots__ = (
@@ -3660,6 +3822,7 @@ class ApiRequest:
         "stateful",
         "stream",
         "thread",
+        "upload",
         "wait_s",
     )
 
@@ -3670,6 +3833,7 @@ class ApiRequest:
         self.stream = self.stateful = self.seeks = False
         self.model_span: "tuple[int, int] | None" = None
         self.thread: "bytes | None" = None
+        self.upload: "Upload | None" = None
         self.prompt_tokens = self.max_tokens = self.need = 0
         self.wait_s = 0.0
 
@@ -3857,16 +4021,6 @@ def count_text(value: "Any", depth: int = 0) -> int:
     return 0
 
 
-def form_field(body: bytes, content_type: bytes, name: bytes) -> "tuple[int, int] | None":
-    """Where the value of the text field `name` stands in a multipart body (RFC 7578); None where there is none."""
-    boundary = re.search(rb'boundary="?([^";,]{1,70})"?', content_type)
-    if boundary is None:
-        raise ProxyError(400, "A multipart/form-data body with its boundary is needed here.")
-    head = rb'--%b\r\n[Cc]ontent-[Dd]isposition: form-data; name="?%b"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{0,256})\r\n--'
-    found = re.search(head % (re.escape(boundary.group(1)), name), body)
-    return found.span(1) if found else None
-
-
 _OBJECT_ID = re.compile(rb'"id"\s*:\s*"([\w\-]{4,128})"')
 
 
@@ -3916,6 +4070,13 @@ class ParamEdits:
         return edit_members(body, edit, extra)
 
 
+def framed_upload(body: bytes, rest: Upload) -> "tuple[bytes, bytes]":
+    """The end of the head of a request whose body only begins with `body`, and that in its framing: as it came."""
+    if rest.chunked:
+        return b"Transfer-Encoding: chunked\r\n\r\n", chunk(body)
+    return b"Content-Length: %d\r\n\r\n" % (len(body) + rest.left), body
+
+
 class OpenAIController:
     """An account that speaks OpenAI's API, at any base URL (openai-openapi; PROVIDERS: vendors alike)."""
 
@@ -3937,7 +4098,8 @@ class OpenAIController:
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
         timeouts = self.stream_timeouts if request.stream else self.whole_timeouts
-        return NetworkExchange(pool, self.origin, self.message(request), timeouts, on_sent, request.method)
+        message = self.message(request)
+        return NetworkExchange(pool, self.origin, message, timeouts, on_sent, request.method, request.upload)
 
     def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
         """Head and body of the request as the account gets them; nothing of it is copied from the client's own head
@@ -3952,7 +4114,10 @@ class OpenAIController:
         if self.edits is not None and request.data:
             body = self.edits.apply(body, request)
         lines = without(request.lines, self.hidden) if self.hidden else request.lines
-        length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
+        if request.upload is not None:
+            length, body = framed_upload(body, request.upload)
+        else:
+            length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
         return b"".join((self._start(request), *lines, length)), body
 
     def _start(self, request: ApiRequest) -> bytes:
@@ -4565,6 +4730,8 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     answer that is still silent may be generating, and be billed: asking another would pay twice.
     """
     outcome = verdict.outcome
+    if request.upload is not None and request.upload.tapped:
+        return False
     if request.seeks and verdict.status == 404:
         return True
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
@@ -6081,7 +6248,9 @@ class Trip:
     @property
     def others(self) -> bool:
         """Whether there is somebody to fail over to."""
-        return (self.spare or len(self.seats) - len(self.tried) > 1) and not self.request.stateful
+        request = self.request
+        once = request.stateful or request.upload is not None
+        return (self.spare or len(self.seats) - len(self.tried) > 1) and not once
 
     @property
     def rescued(self) -> bool:
@@ -6200,6 +6369,8 @@ class Relay:
         long for this one; what may be running already is not asked for twice.
         """
         pool, request, best = self.pool, trip.request, trip.best
+        if request.upload is not None and request.upload.tapped:
+            return False
         long = verdict.outcome is Outcome.CLIENT and best is not None and is_too_long(best.held)
         if not (long or verdict is LEFT or may_retry(verdict, request)):
             return False
@@ -6561,13 +6732,111 @@ class Phase(enum.Enum):
     CLOSING = "closing"
 
 
+class ClientUpload:
+    """The rest of a client's body. See `Upload`.
+
+    Each read goes on within the callback that brought it, or the client is stopped; so nothing is kept here. `since`:
+    when the client's time began to run, later by what it was kept waiting (from `held_at` on).
+    """
+
+    __slots__ = ("chunked", "client", "closes", "decoder", "held_at", "push", "scanner", "since", "size", "tapped")
+
+    def __init__(
+        self,
+        client: "ClientConnection",
+        decoder: "LengthDecoder | ChunkedDecoder",
+        scanner: "FormScanner | None",
+    ) -> None:
+        self.client, self.decoder, self.scanner = client, decoder, scanner
+        self.chunked, self.tapped = type(decoder) is ChunkedDecoder, False
+        self.size, self.since = 0, 0.0
+        self.held_at: "float | None" = None
+        self.push: "Callable[[bytes, bool], bool] | None" = None
+        # Who is answered before its body has come must not send another request behind it.
+        self.closes, client.close_after = client.close_after, True
+
+    @property
+    def left(self) -> int:
+        """See `Upload`."""
+        return self.decoder.left
+
+    @property
+    def done(self) -> bool:
+        """See `Upload`."""
+        return self.decoder.done
+
+    def pour(self, push: "Callable[[bytes, bool], bool]") -> None:
+        """See `Upload`."""
+        reader = self.client.reader
+        self.push, reader.sink = push, self._arrived
+        self.since = self.held_at = self.client.loop.time()
+        data, reader.data = reader.data, b""
+        if not data or self._pass(data):
+            self.resume()
+
+    def resume(self) -> None:
+        """See `Upload`."""
+        client = self.client
+        if self.push is None or self.held_at is None:
+            return
+        if client.reader.ended:
+            client.break_off(None)
+            return
+        self.since, self.held_at = self.since + client.loop.time() - self.held_at, None
+        client.deadline.set(self._due())
+        client.reader.unhold()
+
+    def stop(self) -> None:
+        """See `Upload`."""
+        if self.push is not None:
+            self.push = self.client.reader.sink = None
+            self.client.deadline.set(math.inf)
+
+    def _arrived(self, data: bytes) -> bool:
+        if not self._pass(data) and self.push is not None:
+            self.held_at = self.client.loop.time()
+            self.client.deadline.set(math.inf)
+            self.client.reader.hold()
+        return False
+
+    def _pass(self, data: bytes) -> bool:
+        """Passes on what `data` brings of the body; whether more is welcome."""
+        client, push = self.client, self.push
+        assert push is not None
+        try:
+            payload = decode_body(self.decoder, data)
+            if self.scanner is not None:
+                self.scanner.feed(payload)
+                refuse_twice(self.scanner)
+        except ProxyError as problem:
+            self.stop()
+            client.break_off(problem)
+            return False
+        self.tapped, self.size = True, self.size + len(payload)
+        if self.done:
+            self.stop()
+            client.reader.unread(self.decoder.rest)
+            client.close_after = self.closes
+        elif self.held_at is None:
+            client.deadline.set(self._due())
+        return push(payload, self.done)
+
+    def _due(self) -> float:
+        """When the client is too slow: silent for body_timeout (all of a large body may take longer), or by rate."""
+        limits = self.client.server.config.limits
+        slowest = self.since + limits.header_timeout + self.size / limits.body_rate if limits.body_rate else math.inf
+        return min(self.client.loop.time() + limits.body_timeout, slowest)
+
+
 class ClientConnection:
     """A client's connection and, during an answer, the Sink that the relay writes to.
 
     `reserve`: it came above the bound on connections and may ask for /status only. `raw`: the transport below TLS.
+    `broken`: what is wrong with a body of which a part has gone upstream.
     """
 
     __slots__ = (
+        "broken",
         "chunked",
         "close_after",
         "deadline",
@@ -6595,6 +6864,7 @@ class ClientConnection:
         "server",
         "task",
         "transport",
+        "upload",
     )
 
     def __init__(
@@ -6611,6 +6881,8 @@ class ClientConnection:
         self.origin = b""
         self.head: "RequestHead | None" = None
         self.parsed_head: "RequestHead | None" = None
+        self.upload: "ClientUpload | None" = None
+        self.broken: "ProxyError | None" = None
         self.last_head = self.last = self.pending = b""
         self.scrubs = False
         self.on_ready: "Callable[[], None] | None" = None
@@ -6683,12 +6955,13 @@ class ClientConnection:
     async def _one(self) -> bool:
         """Reads and answers one request; whether another may follow."""
         self.phase, self.head_sent, self.chunked, self.head, self.origin = Phase.IDLE, False, False, None, b""
+        self.upload = None
         try:
             head = await self._read_head()
             if head is None:
                 return False
             body = await self._read_body(head)
-        except BadMessage as error:
+        except ProxyError as error:
             self._release()
             await self._refuse(error)
             return False
@@ -6703,10 +6976,11 @@ class ClientConnection:
             await self.drain()
         return not self.close_after
 
-    async def _refuse(self, error: BadMessage) -> None:
-        """Answers a message that breaks the rules; nothing after it can be trusted."""
+    async def _refuse(self, error: ProxyError) -> None:
+        """Answers a message that breaks the rules, or whose body nobody wants; what follows it is not read as one."""
         self.close_after, self.phase = True, Phase.ANSWER
         self.record = AccessRecord(self.peer, "-", "-", self.loop.time())
+        self.record.request_id = self.server.next_id()
         if self.head is not None:
             self.record.method, self.record.path = self.head.method, self.head.target
         await self._fail(error)
@@ -6777,7 +7051,8 @@ class ClientConnection:
     async def _read_body(self, head: RequestHead) -> bytes:
         """The request's body, bounded in size, time and slowness. Raises BadMessage."""
         limits, index = self.server.config.limits, head.index
-        decoder = request_body_decoder(head, limits.body_bytes)
+        form = index.get(b"content-type", b"")[:10].lower() == b"multipart/"
+        decoder = request_body_decoder(head, limits.upload_bytes if form else limits.body_bytes)
         if (b"connection" in index or not head.minor) and not head.keeps_alive:
             self.close_after = True
         if self.reserve:
@@ -6788,50 +7063,46 @@ class ClientConnection:
             raise BadMessage(417, "The only expectation understood is 100-continue.")
         if isinstance(decoder, LengthDecoder) and decoder.left <= len(self.reader.data):
             return self.reader.cut(decoder.left)
-        self.phase, kept = Phase.BODY, self._admits(head)
-        if b"expect" in index and head.minor and not self.reader.data:
-            if not kept:
-                self.close_after = True  # the body may come or not, so what comes can be no request
-                return b""
+        self.phase, waits = Phase.BODY, not self.reader.data
+        begun = b"" if waits else decode_body(decoder, await self.reader.read_some())  # framing comes before the doors
+        passes, scanner = (False, None) if decoder.done else self.server.check_entry(self, head)
+        if b"expect" in index and head.minor and waits:
             self.outbox.write(self.transport, CONTINUE)  # RFC 9110, 10.1.1
-        return await self._collect_body(decoder, kept)
+        return await self._collect_body(decoder, begun, passes, scanner)
 
-    def _admits(self, head: RequestHead) -> bool:
-        """Whether a request will pass the doors. If not its body is read and forgotten: strangers fill no memory."""
-        try:
-            self.server.check_doors(head)
-            if self.server.config.client_keys:
-                self.server.check_key(head)
-        except ProxyError:
-            return False
-        return True
+    async def _collect_body(
+        self, decoder: "LengthDecoder | ChunkedDecoder", piece: bytes, passes: bool, scanner: "FormScanner | None"
+    ) -> bytes:
+        """A body as it comes, or the beginning of one that `passes`, whose rest is `upload` then.
 
-    async def _collect_body(self, decoder: "LengthDecoder | ChunkedDecoder", kept: bool) -> bytes:
-        """A body as it comes; b"" unless it is `kept`. Raises BadMessage."""
+        `piece`: what has come of it. Raises ProxyError.
+        """
+        limits, size, since = self.server.config.limits, 0, self.loop.time()
+        kept = min(REPLAYED_BYTES, limits.body_bytes)
         pieces: "list[bytes]" = []
         body = bytearray()  # what has come in many small pieces, which would take many times their size
-        size, since, waits = 0, self.loop.time(), not self.reader.data
-        while not decoder.done:
-            if waits:
-                self.deadline.set(self._body_deadline(since, size))
-            data, waits = await self.reader.read_some(), True
+        while True:
+            size += len(piece)
+            self._hold(len(piece))
+            pieces.append(piece)
+            if len(pieces) > PIECES:
+                body += b"".join(pieces)
+                pieces.clear()
+            if decoder.done:
+                self.reader.unread(decoder.rest)
+                break
+            if scanner is not None:
+                scanner.feed(piece)
+            if passes and size >= kept and (scanner is None or b"model" in scanner.spans):
+                self.upload = ClientUpload(self, decoder, scanner)
+                break
+            if size > limits.body_bytes:
+                raise BadMessage(413, TOO_LARGE[scanner is not None] % limits.body_bytes, "request_too_large")
+            self.deadline.set(self._body_deadline(since, size))
+            data = await self.reader.read_some()
             if not data:
                 raise ClientGone
-            try:
-                piece = decoder.feed(data)
-            except OverflowError as problem:
-                raise BadMessage(413, "%s." % str(problem).capitalize(), "request_too_large") from None
-            except ValueError as problem:
-                raise BadMessage(400, "The request body is malformed: %s." % problem) from None
-            size += len(piece)
-            if kept:
-                self._hold(len(piece))
-                pieces.append(piece)
-                if len(pieces) > PIECES:
-                    body += b"".join(pieces)
-                    pieces.clear()
-        if decoder.rest:
-            self.reader.unread(decoder.rest)
+            piece = decode_body(decoder, data)
         return pieces[0] if len(pieces) == 1 and not body else b"".join((body, *pieces))
 
     def _hold(self, size: int) -> None:
@@ -6870,7 +7141,9 @@ class ClientConnection:
             await self._fail(error)
         except asyncio.CancelledError:
             record.status = record.status or 499
-            raise
+            if self.broken is None or self.head_sent:
+                raise
+            await self._fail(self.broken)
         except (ConnectionError, TimeoutError, ClientGone):
             record.status = record.status or 499
             raise
@@ -7014,6 +7287,8 @@ class ClientConnection:
             self.task.cancel()
         elif self.phase in (Phase.HEAD, Phase.BODY):
             self.reader.interrupt(BadMessage(408, "The request did not arrive in time."))
+        elif self.upload is not None and self.upload.push is not None:
+            self.break_off(BadMessage(408, "The request did not arrive in time."))
         else:
             self.gone = True
             self.transport.abort()
@@ -7022,11 +7297,17 @@ class ClientConnection:
     def _ended(self, error: "BaseException | None") -> None:
         if self.phase is not Phase.ANSWER:
             return
-        if error is not None or self.transport.is_closing():
+        pouring = self.upload is not None and self.upload.push is not None
+        if error is not None or pouring or self.transport.is_closing():
             self._leave()
         else:
             self.probes = 0
             self._probe()
+
+    def break_off(self, problem: "ProxyError | None") -> None:
+        """The rest of a body that has begun to go upstream is bad, or will not come (None)."""
+        self.broken, self.gone = problem, self.gone or problem is None
+        self.task.cancel()
 
     def _leave(self) -> None:
         self.gone = True
@@ -7224,7 +7505,7 @@ class Server:
     # -- routes
 
     def handle(self, client: ClientConnection, head: RequestHead, body: bytes) -> "Awaitable[None]":
-        """Finds the handler of a request; what it returns is to be awaited. Raises ProxyError (401, 404, 405)."""
+        """Finds the handler of a request; what it returns is to be awaited. Raises ProxyError (401, 404, 405, 415)."""
         if head.method == "OPTIONS":
             split_target(head.target)
             return self._options(client, head)
@@ -7235,7 +7516,28 @@ class Server:
         if self.config.client_keys and path != "/status":
             key = self.check_key(head)
             client.record.key = key.name
+        if b"content-encoding" in head.index and handler is not Server._object:
+            check_encoding(head.index)
         return handler(self, Call(client, head, body, path, query, key))
+
+    def check_entry(self, client: ClientConnection, head: RequestHead) -> "tuple[bool, FormScanner | None]":
+        """Refuses from its head alone what must not come in, before its body is read.
+
+        Whether the body may pass through, and what looks for a model on the way where it has to name one. Raises
+        ProxyError (400, 401, 403, 404, 405, 415).
+        """
+        client.origin = self.check_doors(head)
+        if head.method == "OPTIONS":
+            return False, None
+        handler, path, _ = find_route(head.method, head.target, self.config.endpoints)
+        if self.config.client_keys and path != "/status":
+            self.check_key(head)
+        kind = head.index.get(b"content-type", b"")
+        if handler is Server._object:
+            return b"json" not in kind, None
+        check_encoding(head.index)
+        form = path in INFERENCE and INFERENCE[path][0]
+        return form, FormScanner(kind) if form else None
 
     async def _options(self, client: ClientConnection, head: RequestHead) -> None:
         """A CORS preflight, or the plain question what is allowed."""
@@ -7259,8 +7561,6 @@ class Server:
     def _chat(self, call: Call) -> "Awaitable[None]":
         client, head, record = call.client, call.head, call.client.record
         index = head.index
-        if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
-            raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
         data, sent = parse_chat(call.body, self.config.limits.json_depth)
         lines = head.lines
         if b"json" not in index.get(b"content-type", b""):  # curl's default is a form's
@@ -7279,12 +7579,10 @@ class Server:
 
     def _infer(self, call: Call) -> "Awaitable[None]":
         """Completions, embeddings, responses, moderations, images, audio: through the same scheduler as chats."""
-        index, (as_form, model) = call.head.index, INFERENCE[call.path]
-        if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
-            raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
+        as_form, model = INFERENCE[call.path]
         request = ApiRequest("POST", call.path, call.query, call.head.lines, call.body)
         if as_form:
-            read_form(request, index.get(b"content-type", b""), model)
+            read_form(request, call.head.index.get(b"content-type", b""), model)
         else:
             read_input(request, model)
         previous = request.data.get("previous_response_id")
@@ -7319,7 +7617,7 @@ class Server:
 
     def _go(self, call: Call, request: ApiRequest) -> "Awaitable[None]":
         """Sends a request that is no chat on its way."""
-        record = call.client.record
+        record, request.upload = call.client.record, call.client.upload
         request.request_id, record.model = record.request_id, request.model[:MODEL_NAME_CHARS]
         request.wait_s = longest_wait(call.head.index, self.config.pool.max_wait)
         if call.key is not None:
@@ -7412,6 +7710,10 @@ ROUTES: "dict[str, tuple[str, Handler]]" = {
     "/status": ("GET", Server._status),
 }
 AGAIN = b"Retry-After: 1\r\n"
+TOO_LARGE = (
+    "The body is larger than %d bytes.",
+    "The form names no model in its first %d bytes: put that field before the file.",
+)
 UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
 CLOSED = "%s is not open here: `endpoints` of the configuration would have to name %r."
 ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
@@ -7506,16 +7808,30 @@ def read_input(request: ApiRequest, model: str) -> None:
 
 def read_form(request: ApiRequest, content_type: bytes, model: str) -> None:
     """Reads the fields of a multipart request that decide where it goes. Raises ProxyError (400)."""
-    request.model_span = form_field(request.body, content_type, b"model")
-    request.model = model
+    scanner = FormScanner(content_type)
+    scanner.feed(request.body)
+    refuse_twice(scanner)
+    request.model, request.model_span = model, scanner.spans.get(b"model")
     if request.model_span is not None:
         start, end = request.model_span
         request.model = request.body[start:end].decode("utf-8", "replace")
     if not request.model:
         raise ProxyError(400, "You must provide a model field in the form.", param="model")
-    stream = form_field(request.body, content_type, b"stream")
-    request.stream = stream is not None and request.body[stream[0] : stream[1]] == b"true"
+    start, end = scanner.spans.get(b"stream", (0, 0))
+    request.stream = request.body[start:end] == b"true"
     request.prompt_tokens, request.max_tokens = TOKENS_PER_PART, 1
+
+
+def refuse_twice(scanner: FormScanner) -> None:
+    """Refuses a form that names a model twice: a key's models are judged by one, and the account may take the other."""
+    if scanner.twice:
+        raise ProxyError(400, "model or stream stands twice in the form.", param="model")
+
+
+def check_encoding(index: Index) -> None:
+    """Refuses a compressed body: it would have to be unpacked to be read, bombs too. Raises ProxyError (415)."""
+    if index.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
 
 
 def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:

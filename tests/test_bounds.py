@@ -386,7 +386,7 @@ async def test_all_bodies_together() -> None:
     [("api-key: wrong", 401), ("X: 1", 401), ("Origin: https://evil.example", 403), ("api-key: alice-key-123456", 200)],
 )
 async def test_nothing_is_kept_of_a_strangers_body(line: str, status: int) -> None:
-    """Who may not come in can send a body, and go on after the answer; but it fills no memory meanwhile."""
+    """Who may not come in hears so at once, before its body has come, and what it goes on sending fills no memory."""
     keys, cors = [{"key": "alice-key-123456"}], {"allow_origins": ["https://app.example"]}
     raw = request(json.dumps({"model": "echo", "messages": MESSAGES, "pad": "x" * 300_000}).encode(), line)
     async with Running(client_keys=keys, cors=cors) as server:
@@ -395,8 +395,35 @@ async def test_nothing_is_kept_of_a_strangers_body(line: str, status: int) -> No
         for _ in range(100):
             await asyncio.sleep(0)
         assert (server.server.held > 0) is (status == 200)
-        await client.send(raw[-10:] + STATUS)
-        assert [(await client.read()).status for _ in range(2)] == [status, 200]
+        if status == 200:
+            await client.send(raw[-10:] + STATUS)
+            assert [(await client.read()).status for _ in range(2)] == [status, 200]
+        else:
+            found = await client.read()
+            assert (found.status, found.headers["connection"]) == (status, "close")
+            assert found.headers["x-request-id"] and "error" in found.json()
+            await client.send(raw[-10:] + STATUS)
+            assert await client.closed() == b""
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "status"),
+    [
+        ("/v1/nothing", "X: 1", 404),
+        ("/v1/models", "X: 1", 405),
+        ("/v1/chat/completions", "Content-Encoding: gzip", 415),
+        ("/v1/embeddings", "Content-Encoding: br", 415),
+        ("/v1/audio/transcriptions", "X: 1", 400),
+    ],
+)
+async def test_what_the_head_decides_is_answered_before_the_body(path: str, line: str, status: int) -> None:
+    """A body that no answer depends on is not waited for."""
+    async with Running() as server:
+        client = await server.open()
+        await client.send(request(b"x" * 1000, line, target=path)[:-1000])
+        found = await client.read()
+        assert (found.status, found.headers["connection"]) == (status, "close")
         client.close()
 
 

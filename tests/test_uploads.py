@@ -1,0 +1,486 @@
+"""Bodies that pass through while they come: forms with files, which are too large to be kept."""
+
+import asyncio
+import contextlib
+import hashlib
+import tracemalloc
+from collections.abc import AsyncIterator
+
+import pytest
+
+import chatgpt_apiserver as app
+
+from .support import CERT, Client, Message, Peer, Running, Upstream, answers, controller, error_reply, json_reply, reset
+from .wirefeed import turns
+
+KIND = "multipart/form-data; boundary=xx"
+AUDIO = "/v1/audio/transcriptions"
+PIECE = bytes(range(256)) * 256
+
+
+def field(name: str, value: bytes, more: str = "") -> bytes:
+    """One part of a form."""
+    return b'--xx\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n' % (name.encode(), more.encode(), value)
+
+
+MODEL = field("model", b"whisper-1")
+FILE = field("file", b"", '; filename="a.mp3"')[:-2]
+END = b"\r\n--xx--\r\n"
+
+
+def head(size: "int | None", *lines: str, path: str = AUDIO, kind: str = KIND, method: str = "POST") -> bytes:
+    """A request's head; without a size the body comes in chunks."""
+    framing = "Transfer-Encoding: chunked" if size is None else "Content-Length: %d" % size
+    start = ["%s %s HTTP/1.1" % (method, path), "Host: localhost", "Content-Type: " + kind, framing, *lines]
+    return "\r\n".join(start).encode() + b"\r\n\r\n"
+
+
+class Sink:
+    """An upstream that reads a body piece by piece, as `may_read` lets it, and keeps only its digest."""
+
+    def __init__(self, reply: bytes = json_reply(200, {"text": "hi"}), answer_after: "int | None" = None) -> None:
+        self.reply, self.answer_after = reply, answer_after
+        self.may_read, self.ended = asyncio.Event(), asyncio.Event()
+        self.may_read.set()
+        self.size, self.sha, self.head, self.broken = 0, hashlib.sha256(), b"", False
+        self.begun, self.calls = asyncio.Event(), 0
+
+    @contextlib.asynccontextmanager
+    async def listen(self) -> AsyncIterator[str]:
+        """Listens on loopback; the URL."""
+        tasks = set()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            tasks.add(asyncio.ensure_future(self.talk(reader, writer)))
+
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        yield "http://127.0.0.1:%d/v1" % server.sockets[0].getsockname()[1]
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        try:
+            while True:
+                self.head = await reader.readuntil(b"\r\n\r\n")
+                self.calls += 1
+                await self.take(reader, writer)
+                if self.answer_after is None:
+                    writer.write(self.reply)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            self.broken = True
+        finally:
+            self.ended.set()
+            writer.transport.abort()
+
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One body in its framing."""
+        self.size, self.sha = 0, hashlib.sha256()
+        left = int(self.head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or -1)
+        while left:
+            if left < 0:
+                left = -int((await reader.readuntil(b"\r\n")), 16)
+                if not left:
+                    await reader.readuntil(b"\r\n")
+                    return
+                data = (await reader.readexactly(2 - left))[:-2]
+                left = -1
+            else:
+                data = await reader.readexactly(min(left, 16384))
+                left -= len(data)
+            self.size += len(data)
+            self.sha.update(data)
+            if self.answer_after is not None and self.size >= self.answer_after:
+                writer.write(self.reply)
+                self.answer_after = 1 << 60
+            self.begun.set()
+            await self.may_read.wait()
+
+
+async def send_pieces(client: Client, count: int, chunked: bool = False) -> None:
+    """Pieces of a file, as fast as they are taken."""
+    for _ in range(count):
+        await client.send(app.chunk(PIECE) if chunked else PIECE)
+
+
+def digest(*pieces: bytes) -> bytes:
+    """The digest of a body."""
+    return hashlib.sha256(b"".join(pieces)).digest()
+
+
+# ---- the scanner
+
+
+FORM = b"".join(
+    (
+        b"preamble\r\n",
+        field("file", b"\r\n--xy\r\n--xxx\r\n\r\n--x", '; filename="name=\\"model\\"; name=model"'),
+        field("prompt", b"--xx"),
+        b"--xx\r\ncontent-type: text/plain\r\nContent-Disposition: form-data; foo=bar;  name=model \r\n\r\ngpt-x\r\n",
+        b"--xx\r\n\r\nno head\r\n",
+        field("stream", b"true"),
+        b"--xx--\r\nepilogue\r\n",
+        field("model", b"never"),
+    )
+)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+def test_fields_of_a_form_are_found_at_any_cut(step: int) -> None:
+    """However a form comes in pieces, the same values stand in the same places."""
+    scanner = app.FormScanner(KIND.encode())
+    for at in range(0, len(FORM), step):
+        scanner.feed(FORM[at : at + step])
+        assert len(scanner.pending) < 300
+    found = {name: FORM[start:end] for name, (start, end) in scanner.spans.items()}
+    assert found == {b"model": b"gpt-x", b"stream": b"true"} and not scanner.twice
+
+
+@pytest.mark.parametrize("cut", range(0, len(FORM), 5))
+def test_fields_of_a_form_are_found_around_every_cut(cut: int) -> None:
+    """Two reads, cut anywhere."""
+    scanner = app.FormScanner(b'multipart/form-data; Boundary="xx"')
+    scanner.feed(FORM[:cut])
+    scanner.feed(FORM[cut:])
+    assert scanner.spans.keys() == {b"model", b"stream"}
+
+
+def test_odd_forms() -> None:
+    """A long value is none, a repeated one is told, a file is no field, a head without end is refused."""
+    for form, model, twice in (
+        (field("model", b"m" * 300), None, False),
+        (MODEL + field("model", b"other"), b"whisper-1", True),
+        (field("model", b"m", '; filename="m"'), None, False),
+        (field("model", b""), b"", False),
+        (b"no form at all", None, False),
+    ):
+        scanner = app.FormScanner(KIND.encode())
+        scanner.feed(form + END[2:])
+        start, end = scanner.spans.get(b"model", (0, 0))
+        assert ((form[start:end] if end else None), scanner.twice) == (model, twice)
+    with pytest.raises(app.ProxyError):
+        scanner = app.FormScanner(KIND.encode())
+        scanner.feed(b"--xx\r\n" + b"x: y\r\n" * 2000)
+    for kind in (b"", b"multipart/form-data", b"application/json; boundary=xx"):
+        with pytest.raises(app.ProxyError):
+            app.FormScanner(kind)
+
+
+# ---- passing through
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_large_upload_passes_through_a_small_memory(chunked: bool) -> None:
+    """20 MB go up in their own framing, unchanged, and no more than a few of them are ever kept; the next one follows."""
+    count = 320
+    size = len(MODEL + FILE + END) + count * len(PIECE)
+    sink = Sink()
+    async with sink.listen() as url, Running(controller("a", url)) as server:
+        client = await server.open()
+        for _ in range(2):
+            await client.send(head(None if chunked else size))
+            await client.send(app.chunk(MODEL + FILE) if chunked else MODEL + FILE)
+            tracemalloc.start()
+            await send_pieces(client, count, chunked)
+            await client.send(app.chunk(END) + app.LAST_CHUNK if chunked else END)
+            found = await client.read()
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert (found.status, found.json()) == (200, {"text": "hi"}) and "connection" not in found.headers
+            assert sink.size == size and sink.sha.digest() == digest(MODEL, FILE, PIECE * count, END)
+            assert (b"Transfer-Encoding: chunked" in sink.head) is chunked
+            assert (b"Content-Length: %d\r\n" % size in sink.head) is not chunked
+            assert peak < 6_000_000 and server.server.held == 0
+        assert repr(server.server.links) == "<ConnectionPool idle=1 active=0>" and sink.calls == 2
+        client.close()
+
+
+async def test_an_upstream_that_stops_reading_stops_the_client() -> None:
+    """Back-pressure goes both ways, and no time runs against a client that is kept waiting."""
+    sink = Sink()
+    async with sink.listen() as url, Running(controller("a", url)) as server:
+        sink.may_read.clear()
+        client = await server.open()
+        size = len(MODEL + FILE) + 400 * len(PIECE)
+        await client.send(head(size) + MODEL + FILE)
+        sending = asyncio.ensure_future(send_pieces(client, 400))
+        await sink.begun.wait()
+        connection = next(iter(server.server.connections))
+        while not connection.reader.held or connection.upload is None or connection.upload.held_at is None:
+            await asyncio.sleep(0)
+        await turns(20)
+        (link,) = server.server.links.active
+        assert not sending.done() and len(connection.reader.data) <= 2 * app.READ_BYTES
+        assert link.writer.transport.get_write_buffer_size() < app.REPLAYED_BYTES + 4 * app.READ_BYTES
+        assert connection.deadline.at == app.math.inf > link.deadline.at
+        sink.may_read.set()
+        await sending
+        assert (await client.read()).status == 200 and sink.size == size
+        client.close()
+
+
+@pytest.mark.parametrize("more", [0, 2_000_000])
+async def test_a_model_that_follows_its_file(more: int) -> None:
+    """curl -F file=@x -F model=y puts it last: then the body is kept up to body_bytes; the model is mapped in place."""
+    body = FILE + b"x" * (500_000 + more) + b"\r\n" + MODEL + field("stream", b"true")
+    rest = field("more", b"y" * (more and 1_500_000)) + END
+    sink = Sink()
+    async with sink.listen() as url:
+        mapped = controller("b", url, models=["whisper-1"], model_map={"whisper-1": "whisper-mapped"})
+        async with Running(controller("a", url, models=["other"]), mapped) as server:
+            client = await server.open()
+            await client.send(head(len(body + rest)) + body + rest)
+            found = await client.read()
+            assert (found.status, found.headers["x-apiserver-controller"]) == (200, "b")
+            assert found.headers["x-apiserver-model"] == "whisper-1 -> whisper-mapped"
+            assert sink.sha.digest() == digest(body.replace(b"whisper-1", b"whisper-mapped"), rest)
+            client.close()
+
+
+async def test_a_model_that_does_not_come() -> None:
+    """Within body_bytes it has to stand; what to do is said, and nothing is sent."""
+    async with Upstream(answers(json_reply(200, {}))) as one:
+        async with Running(controller("a", one.url), limits={"body_bytes": 200_000}) as server:
+            client = await server.open()
+            await client.send(head(5_000_000) + FILE + PIECE * 4)
+            found = await client.read()
+            assert found.status == 413 and "put that field before the file" in found.json()["error"]["message"]
+            client.close()
+            assert not one.seen and server.server.held == 0
+
+
+async def test_any_other_large_body_passes_through_too() -> None:
+    """Files of `objects`, and bytes of any kind where every path is open; JSON is read whole."""
+    sink = Sink()
+    async with sink.listen() as url, Running(controller("a", url), endpoints=["*"]) as server:
+        for method, path, kind in (("POST", "/v1/files", KIND), ("PUT", "/v1/x", "application/octet-stream")):
+            client = await server.open()
+            sink.begun.clear()
+            body = FILE + PIECE * 40 + END
+            await client.send(head(len(body), "X-Mark: 1", path=path, kind=kind, method=method) + body[:2_000_000])
+            await sink.begun.wait()
+            assert 0 < server.server.held < 1_200_000
+            await client.send(body[2_000_000:])
+            assert (await client.read()).status == 200 and sink.sha.digest() == digest(body)
+            assert b"X-Mark: 1\r\n" in sink.head and sink.head.startswith(b"%b %b " % (method.encode(), path.encode()))
+            client.close()
+
+
+async def test_an_upload_over_tls() -> None:
+    """Encryption changes nothing about it."""
+
+    async def script(peer: Peer, message: Message) -> None:
+        await peer.send(json_reply(200, {"digest": hashlib.sha256(message.body).hexdigest()}))
+
+    async with Upstream(script, tls=True) as one:
+        async with Running(controller("a", one.url, account={"ca_file": CERT})) as server:
+            client = await server.open()
+            body = MODEL + FILE + PIECE * 60 + END
+            await client.send(head(len(body)) + body)
+            assert (await client.read()).json() == {"digest": digest(body).hex()}
+            client.close()
+
+
+# ---- failing on the way
+
+
+@pytest.mark.parametrize("status", [401, 413, 500])
+async def test_an_early_reply_reaches_the_client(status: int) -> None:
+    """An upstream that answers while the body comes is heard, once; nobody else is asked, and the connections close."""
+    sink = Sink(error_reply(status, message="early"), answer_after=1_100_000)
+    async with sink.listen() as url, Upstream(answers(json_reply(200, {}))) as other:
+        async with Running(controller("a", url), controller("b", other.url)) as server:
+            client = await server.open()
+            await client.send(head(50_000_000) + MODEL + FILE)
+            await send_pieces(client, 20)
+            found = await client.read()
+            assert (found.status, found.json()["error"]["message"]) == (status, "early")
+            assert (found.headers["connection"], found.headers["x-apiserver-attempts"]) == ("close", "1")
+            await sink.ended.wait()
+            assert sink.broken and not other.seen
+            client.close()
+
+
+async def test_an_early_answer_may_be_the_answer() -> None:
+    """A 200 before the body's end is passed on; a body that goes on has nobody to go to."""
+    sink = Sink(json_reply(200, {"text": "enough"}), answer_after=1_100_000)
+    async with sink.listen() as url, Running(controller("a", url)) as server:
+        client = await server.open()
+        await client.send(head(50_000_000) + MODEL + FILE)
+        await send_pieces(client, 20)
+        found = await client.read()
+        assert (found.status, found.json(), found.headers["connection"]) == (200, {"text": "enough"}, "close")
+        await sink.ended.wait()
+        client.close()
+
+
+async def test_who_cannot_be_reached_is_passed_over_with_an_upload_too() -> None:
+    """As long as no more than the kept beginning was needed another controller can be asked; after that not."""
+    sink = Sink()
+    async with sink.listen() as url:
+        async with Running(controller("a", "http://127.0.0.1:1/v1"), controller("b", url)) as server:
+            for _ in range(2):
+                client = await server.open()
+                size = len(MODEL + FILE) + 40 * len(PIECE)
+                await client.send(head(size) + MODEL + FILE)
+                await send_pieces(client, 40)
+                found = await client.read()
+                assert (found.status, found.headers["x-apiserver-controller"]) == (200, "b") and sink.size == size
+                client.close()
+
+
+@pytest.mark.parametrize("size", [300_000, 3_000_000])
+async def test_a_failure_in_an_upload_is_replayed_only_while_it_is_small(size: int) -> None:
+    """Up to 1 MB a form fails over as JSON does; a larger one that had begun to pass gets 502."""
+
+    async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        for _ in range(min(size, 1_100_000) // 10_000):
+            await reader.readexactly(10_000)
+        reset(writer)
+
+    bad = await asyncio.start_server(broken, "127.0.0.1", 0)
+    sink = Sink()
+    async with sink.listen() as url:
+        first = controller("a", "http://127.0.0.1:%d/v1" % bad.sockets[0].getsockname()[1])
+        async with Running(first, controller("b", url)) as server:
+            client = await server.open()
+            body = MODEL + FILE + b"x" * size + END
+            with contextlib.suppress(ConnectionError):
+                await client.send(head(len(body)) + body)
+            found = await client.read()
+            assert (found.status, found.headers["x-apiserver-attempts"]) == ((200, "2") if size < 1_000_000 else (502, "1"))
+            assert server.server.pool.upstreams[0].failures == 1
+            client.close()
+    bad.close()
+
+
+@pytest.mark.parametrize("how", ["reset", "fin"])
+async def test_a_client_that_leaves_in_its_body(how: str) -> None:
+    """The upstream's connection is closed, and its controller is not blamed."""
+    sink = Sink()
+    async with sink.listen() as url, Running(controller("a", url)) as server:
+        client = await server.open()
+        await client.send(head(50_000_000) + MODEL + FILE)
+        await send_pieces(client, 20)
+        await sink.begun.wait()
+        if how == "reset":
+            client.reset()
+        else:
+            client.writer.write_eof()
+        await sink.ended.wait()
+        while server.server.connections:
+            await asyncio.sleep(0)
+        (upstream,) = server.server.pool.upstreams
+        assert (upstream.in_flight, upstream.failures, server.server.held) == (0, 0, 0)
+        server.server.access.flush()
+        assert " 499 " in "".join(server.lines)
+        client.close()
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize(("limits", "least", "most"), [({"body_timeout": 30}, 29, 32), ({"body_rate": 100_000}, 20, 30)])
+async def test_a_client_that_stalls_in_its_body(limits: dict[str, int], least: int, most: int) -> None:
+    """Silence for body_timeout, or less than body_rate, ends in 408 and closes the upstream."""
+    sink = Sink()
+    loop = asyncio.get_running_loop()
+    async with sink.listen() as url, Running(controller("a", url, timeouts={"first_byte": 5}), limits=limits) as server:
+        client = await server.open()
+        await client.send(head(50_000_000) + MODEL + FILE)
+        await send_pieces(client, 20)
+        since = loop.time()
+        if "body_rate" in limits:
+            while not sink.ended.is_set():
+                over = loop.create_future()
+                loop.call_later(1, over.set_result, None)
+                await over
+                await client.send(b"x" * 1000)
+        found = await client.read()
+        assert (found.status, found.headers["connection"]) == (408, "close")
+        assert least <= loop.time() - since <= most
+        await sink.ended.wait()
+        assert server.server.pool.upstreams[0].failures == 0
+        client.close()
+
+
+@pytest.mark.virtual_time
+async def test_an_upstream_that_never_answers_an_upload() -> None:
+    """Its time begins when it has the whole body, however long that took."""
+    sink = Sink(b"")
+    loop = asyncio.get_running_loop()
+    async with sink.listen() as url, Running(controller("a", url, timeouts={"first_byte": 5})) as server:
+        client = await server.open()
+        body = MODEL + FILE + PIECE * 20 + END
+        await client.send(head(len(body)) + body[:-10])
+        await sink.begun.wait()
+        over = loop.create_future()
+        loop.call_later(20, over.set_result, None)
+        await over
+        since = loop.time()
+        await client.send(body[-10:])
+        assert (await client.read()).status == 504 and 4 <= loop.time() - since <= 6
+        assert server.server.pool.upstreams[0].failures == 1
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("bad", "status"),
+    [
+        (b"zz\r\n", 400),
+        (b"ffffff\r\n", 413),
+        (app.chunk(b"\r\n" + field("model", b"other") + b"--xx--"), 400),
+    ],
+)
+async def test_a_body_that_turns_bad_on_its_way(bad: bytes, status: int) -> None:
+    """Bad framing, too much of it, or another model: the client hears of it and the upstream never gets an end."""
+    sink = Sink()
+    async with sink.listen() as url, Running(controller("a", url), limits={"upload_bytes": 10_000_000}) as server:
+        client = await server.open()
+        await client.send(head(None) + app.chunk(MODEL + FILE))
+        await send_pieces(client, 20, chunked=True)
+        await sink.begun.wait()
+        await client.send(bad)
+        found = await client.read()
+        assert (found.status, found.headers["connection"]) == (status, "close")
+        await sink.ended.wait()
+        assert sink.broken and server.server.pool.upstreams[0].failures == 0
+        client.close()
+
+
+async def test_a_small_form_with_two_models_is_refused() -> None:
+    """A key's models are judged by one of them, and the account may take the other."""
+    async with Upstream(answers(json_reply(200, {}))) as one, Running(controller("a", one.url)) as server:
+        client = await server.open()
+        body = MODEL + field("model", b"other") + END
+        await client.send(head(len(body)) + body)
+        assert (await client.read()).status == 400 and not one.seen
+        client.close()
+
+
+async def test_an_upload_waits_in_line() -> None:
+    """While no controller has room the client is stopped, and what it sent before is not lost."""
+    go = asyncio.Event()
+
+    async def script(peer: Peer, message: Message) -> None:
+        if message.start.startswith("POST /v1/chat"):
+            await go.wait()
+        await peer.send(json_reply(200, {"size": len(message.body)}))
+
+    async with Upstream(script) as one, Running(controller("a", one.url, limits={"concurrency": 1})) as server:
+        first, client = await server.open(), await server.open()
+        await first.post("m")
+        while not one.seen:
+            await asyncio.sleep(0)
+        body = MODEL + FILE + PIECE * 60 + END
+        sending = asyncio.ensure_future(client.send(head(len(body)) + body))
+        while not server.server.pool.waiting:
+            await asyncio.sleep(0)
+        await turns(10)
+        go.set()
+        await sending
+        found = await client.read()
+        assert found.json() == {"size": len(body)} and int(found.headers["x-apiserver-wait-ms"]) >= 0
+        first.close()
+        client.close()
