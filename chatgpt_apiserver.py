@@ -96,6 +96,7 @@ WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before it
 HOLD_BYTES = 65536  # what may come before the first real event of a stream
 HOLD_S = 15.0  # and for how long it is kept
 UNWANTED_S = 1.0  # for a connect that nobody waits for any more to end by itself, so that its socket can be closed
+LINE_BYTES = 256  # of an event that has left in part are kept, in case the rest makes it an error
 EVENT_BYTES = 1_048_576  # one event that is looked into; a larger one counts as real unseen
 IDLE_UPSTREAM_S = 55.0  # a pooled connection is closed after this; servers commonly close after 60 s
 IDLE_UPSTREAM_COUNT = 1024  # pooled connections per origin
@@ -1385,7 +1386,10 @@ class Redactor(logging.Filter):
 
 
 class AccessRecord:
-    """What the access log says of one request; times in seconds of the loop's clock."""
+    """What the access log says of one request; times in seconds of the loop's clock.
+
+    `mapped`: the header line that tells which model stood in for the one that was asked for.
+    """
 
     __slots__ = (
         "bytes",
@@ -1393,6 +1397,7 @@ class AccessRecord:
         "controller",
         "first_at",
         "key",
+        "mapped",
         "method",
         "model",
         "outcomes",
@@ -1408,6 +1413,7 @@ class AccessRecord:
         self.client, self.method, self.path, self.since = client, method, path, since
         self.model = self.controller = self.key = self.request_id = ""
         self.status = self.bytes = 0
+        self.mapped = b""
         self.first_at = self.waited_s = self.until = 0.0
         self.outcomes: "list[tuple[str, str, float]]" = []  # controller, outcome, seconds; one per attempt
 
@@ -1441,7 +1447,7 @@ def text_line(record: AccessRecord, stamp: str) -> str:
         line += " key=" + plain(record.key)
     if record.waited_s:
         line += " wait_ms=%.0f" % (record.waited_s * 1e3)
-    if len(record.outcomes) > 1 or (record.status >= 400 and record.outcomes):
+    if len(record.outcomes) > 1 or (record.outcomes and (record.status >= 400 or record.outcomes[0][1] != "ok")):
         line += " tried=" + ",".join("%s:%s:%.0f" % (name, what, s * 1e3) for name, what, s in record.outcomes)
     return line + "\n"
 
@@ -4549,6 +4555,8 @@ ERROR_STATUSES = {
     "rate_limit_exceeded": 429,
     "overloaded_error": 529,
     "invalid_request_error": 400,
+    "content_filter": 400,
+    "content_policy_violation": 400,
     "authentication_error": 401,
     "permission_error": 403,
 }
@@ -4721,6 +4729,12 @@ def judge_first_event(event: bytes) -> Verdict:
         read_rate_message(verdict, code)
         verdict.after_s = retry_after({}, message, event, 0.0)
     return verdict
+
+
+def judge_late_event(event: bytes) -> Verdict:
+    """What an error in the middle of a stream means for its controller: nothing where the request is at fault."""
+    verdict = judge_first_event(event)
+    return GOOD if verdict.outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING) else verdict
 
 
 def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
@@ -6176,7 +6190,12 @@ def describe_ledger(ledger: Ledger, now: float) -> "dict[str, Any]":
 
 
 class Sink(Outlet, Protocol):
-    """Where an answer goes: the client's connection. `open` writes the head, `end` what its framing needs last."""
+    """Where an answer goes: the client's connection. `open` writes the head, `end` what its framing needs last.
+
+    `failed`: the first event of a stream, of those that passed, that tells of an error.
+    """
+
+    failed: bytes
 
     def whole(self, status: int, fields: bytes, body: bytes) -> bool:
         """Writes an answer of known length, head and body in one piece. As `push`, but `drain` waits."""
@@ -6198,15 +6217,15 @@ class Reply:
     """What an upstream sent, as far as it decides: its exchange, and what was read of the body.
 
     `at`: when what decides was read. `whole`: `held` is all of the body. `told`: the reply said how many tokens are
-    left. `controller`: whose it was, of a refusal.
+    left. `source`: of a refusal, whose it was (the record's `controller` and `mapped`).
     """
 
-    __slots__ = ("at", "controller", "exchange", "head", "held", "stream", "told", "verdict", "whole")
+    __slots__ = ("at", "exchange", "head", "held", "source", "stream", "told", "verdict", "whole")
 
     def __init__(self, exchange: Exchange, now: float) -> None:
         self.exchange, self.head, self.at = exchange, exchange.head, now
         self.held, self.whole, self.stream, self.told, self.verdict = b"", False, False, False, GOOD
-        self.controller = ""
+        self.source = "", b""
 
 
 class Refused(Exception):
@@ -6257,9 +6276,15 @@ class Trip:
         """Whether another controller has been asked too, and has not said no."""
         return self.rescue is not None
 
+    def name(self, lease: Lease) -> None:
+        """Notes whose the answer is, and which model it was asked for."""
+        record, request, mapped = self.record, self.request, lease.seat.mapped
+        record.controller = lease.upstream.name
+        record.mapped = model_field(request, lease.seat) if mapped is not None or request.asked else b""
+
     def note(self, lease: Lease, verdict: Verdict, now: float) -> None:
         """Keeps an attempt that brought no answer."""
-        self.record.controller = lease.upstream.name
+        self.name(lease)
         self.record.outcomes.append((lease.upstream.name, verdict.outcome.value, now - lease.since))
         self.tried.add(lease.upstream)
         if verdict.outcome is Outcome.LARGE:  # only who is known to take that much
@@ -6433,7 +6458,8 @@ class Relay:
         if isinstance(problem, UpstreamError):
             trip.failure = problem
             return judge_error(problem)
-        problem.reply.controller = lease.upstream.name
+        trip.name(lease)
+        problem.reply.source = trip.record.controller, trip.record.mapped
         self.pool.answered(lease, False, self.loop.time())
         trip.best = more_useful(trip.best, problem.reply)
         return problem.verdict
@@ -6471,6 +6497,8 @@ class Relay:
         head = reply.head
         if head.status >= 300:
             reply.exchange.finish()
+            if b"content-encoding" in head.index and reply.held:
+                unpack_error(reply)
             verdict = judge_reply(head.status, head.index, reply.held, time.time())
             if stateful and head.status == 404:  # about an object of the account, perhaps
                 verdict.outcome = Outcome.CLIENT
@@ -6584,10 +6612,9 @@ class Relay:
         """Sends an answer on as it comes; from here on nothing can be replayed. What came of it: OK or CUT."""
         exchange, record, request = reply.exchange, trip.record, trip.request
         record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
-        record.controller, record.status, record.first_at = lease.upstream.name, reply.head.status, reply.at
+        record.status, record.first_at = reply.head.status, reply.at
+        trip.name(lease)
         fields = self._fields(reply, trip)
-        if lease.seat.mapped is not None or request.asked:
-            fields += model_field(request, lease.seat)
         if request.stateful:
             self.remember(made_id(reply.held[:USAGE_BYTES]), lease.upstream.name)
         if reply.whole and not reply.stream:
@@ -6609,6 +6636,9 @@ class Relay:
             exchange.finish()
             if isinstance(outlet, Meter):
                 self._account(outlet.tail, reply, lease, trip)
+            if reply.stream and sink.failed:
+                record.outcomes[-1] = (lease.upstream.name, "error", self.loop.time() - lease.since)
+                return judge_late_event(sink.failed)
             return GOOD
         except UpstreamError as error:
             record.outcomes[-1] = (lease.upstream.name, "cut", self.loop.time() - lease.since)
@@ -6650,15 +6680,14 @@ class Relay:
         """Sends the upstream error that tells most, without the secrets that it may echo."""
         head = reply.head
         trip.record.status, trip.record.first_at = head.status, self.loop.time()
-        trip.record.controller = reply.controller
+        trip.record.controller, trip.record.mapped = reply.source
         if 300 <= head.status < 400:
             raise ProxyError(502, "The upstream redirects; its base_url needs a correction.", "upstream_redirects")
         if fields:
             fields = self._fields(reply, trip, True) + fields
         else:
             fields = self._fields(reply, trip)
-        encoded = head.index.get(b"content-encoding")
-        if not sink.whole(head.status, fields, reply.held if encoded else redactor.scrub(reply.held)):
+        if not sink.whole(head.status, fields, redactor.scrub(reply.held)):
             await sink.drain()
 
     def _fields(self, reply: Reply, trip: Trip, ours: bool = False) -> bytes:
@@ -6668,8 +6697,9 @@ class Relay:
         if ours or record.waited_s or len(record.outcomes) > 1:
             lines = without(lines, RETRY_FIELDS)
         serial = trip.request.request_id.encode()
-        return b"%bx-apiserver-controller: %b\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n%b" % (
+        return b"%b%bx-apiserver-controller: %b\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n%b" % (
             b"".join(lines),
+            record.mapped,
             record.controller.encode(),
             len(record.outcomes),
             record.waited_s * 1e3,
@@ -6709,6 +6739,37 @@ def more_useful(one: "Reply | None", other: Reply) -> Reply:
         return other
     better = USEFULNESS.index(other.verdict.outcome) <= USEFULNESS.index(one.verdict.outcome)
     return other if better else one
+
+
+def unpack_error(reply: Reply) -> None:
+    """Makes a compressed error body plain, so that it can be judged and scrubbed; identity was what had been asked for.
+
+    What cannot be unpacked, or only to more than HOLD_BYTES (a bomb), gives way to an error of our own.
+    """
+    head, coding = reply.head, reply.head.index[b"content-encoding"].strip().lower()
+    if coding == b"identity":
+        return
+    plain, lines = inflate(reply.held, coding), without(head.lines, (b"content-encoding",))
+    if plain is None:
+        message = "The upstream's error, of status %d, came in a compression that nobody asked for." % head.status
+        plain = compact_json(error_object(message, "server_error", "upstream_bad_reply"))
+        lines = [*without(lines, (b"content-type",)), b"Content-Type: application/json\r\n"]
+    reply.head, reply.held = ResponseHead(head.status, head.minor, head.index, lines), plain
+
+
+def inflate(data: bytes, coding: bytes) -> "bytes | None":
+    """The plain bytes of a content coding (RFC 9110, 8.4.1), if they are whole and at most HOLD_BYTES."""
+    import zlib  # 1 ms that only such errors need
+
+    # What is called deflate should have a zlib header, and from some servers has none.
+    for window_bits in {b"gzip": (31,), b"x-gzip": (31,), b"deflate": (15, -15)}.get(coding, ()):
+        engine = zlib.decompressobj(window_bits)
+        try:
+            plain = engine.decompress(data, HOLD_BYTES)
+        except zlib.error:
+            continue
+        return plain if engine.eof else None
+    return None
 
 
 def as_error(reply: Reply, status: int) -> Reply:
@@ -6840,6 +6901,7 @@ class ClientConnection:
         "chunked",
         "close_after",
         "deadline",
+        "failed",
         "gone",
         "head",
         "head_sent",
@@ -6863,6 +6925,7 @@ class ClientConnection:
         "scrubs",
         "server",
         "task",
+        "telling",
         "transport",
         "upload",
     )
@@ -6883,8 +6946,8 @@ class ClientConnection:
         self.parsed_head: "RequestHead | None" = None
         self.upload: "ClientUpload | None" = None
         self.broken: "ProxyError | None" = None
-        self.last_head = self.last = self.pending = b""
-        self.scrubs = False
+        self.last_head = self.last = self.pending = self.failed = b""
+        self.scrubs = self.telling = False
         self.on_ready: "Callable[[], None] | None" = None
         self.record = AccessRecord(self.peer, "-", "-", 0.0)
         self.reader.on_end = self._ended
@@ -7164,7 +7227,7 @@ class ClientConnection:
         if record.outcomes or record.waited_s:
             told = (record.controller, len(record.outcomes), record.waited_s * 1e3)
             ours = "x-apiserver-controller: %s\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % told
-            fields += ours.encode()
+            fields += ours.encode() + record.mapped
         if record.request_id:
             serial = record.request_id.encode()
             fields += b"x-request-id: %b\r\nx-apiserver-request-id: %b\r\n" % (serial, serial)
@@ -7204,7 +7267,7 @@ class ClientConnection:
             framing, self.chunked = b"Transfer-Encoding: chunked\r\n", True
         else:
             framing, self.close_after = b"", True
-        self.scrubs = length is None
+        self.scrubs, self.telling, self.failed, self.last = length is None, False, b"", b""
         if self.scrubs and b'"error"' in first:
             first = self._scrub(first)
         self.head_sent, self.last = True, first
@@ -7217,11 +7280,11 @@ class ClientConnection:
 
     def push(self, data: bytes) -> bool:
         """See `Outlet`."""
-        if self.scrubs and (self.pending or b'"error"' in data):
+        if self.scrubs and (self.telling or b'"error"' in data or (self.last[-1:] != b"\n" and self._splits(data))):
             data = self._scrub(data)
             if not data:
                 return not self.protocol.full
-        self.last = data
+        self.last = data if data[-1:] == b"\n" else (self.last[-LINE_BYTES:] + data[-LINE_BYTES:])
         self.record.bytes += len(data)
         self.outbox.write(self.transport, b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
         return not self.protocol.full
@@ -7231,25 +7294,42 @@ class ClientConnection:
         self.on_ready = call
         self.deadline.set(self.loop.time() + self.server.config.limits.write_timeout)
 
+    def _splits(self, data: bytes) -> bool:
+        """Whether the word that gives an error away lies across the last read and this one."""
+        self.telling = b'"error"' in self.last[-6:] + data[:6]
+        return self.telling
+
     def _scrub(self, data: bytes) -> bytes:
         """What may leave now of a stream that tells of an error: whole events without secrets. The rest waits."""
         data, self.pending = self.pending + data, b""
         whole = max((end.end() for end in _EVENT_END.finditer(data)), default=0)
-        if b'"error"' in data[whole:] and len(data) - whole <= EVENT_BYTES:
+        if whole:
+            self._judge(data[:whole])
+            self.telling = False
+        self.telling = (self.telling or b'"error"' in data[whole:]) and len(data) - whole <= EVENT_BYTES
+        if self.telling:
             data, self.pending = data[:whole], data[whole:]
         return redactor.scrub(data)
 
+    def _judge(self, data: bytes) -> None:
+        """Keeps the first event that tells of an error; the beginning of its line may have left before."""
+        before = self.last[self.last.rfind(b"\n") + 1 :] if self.telling else b""
+        for event in EventSplitter().feed(before + data):
+            if not self.failed and b'"error"' in event and judge_event(event) is EventKind.ERROR:
+                self.failed = event
+
     def end(self) -> None:
         """See `Sink`."""
-        last, self.pending = redactor.scrub(self.pending), b""
-        if last:
+        if self.pending:
+            self._judge(self.pending + b"\n\n")
+            last, self.pending, self.scrubs = redactor.scrub(self.pending), b"", False  # or `push` would hold it again
             self.push(last)
         if self.chunked:
             self.outbox.write(self.transport, LAST_CHUNK)
 
     def cut(self, last: bytes) -> None:
         """See `Sink`."""
-        self.pending = b""  # half an error may hold half a secret
+        self.pending, self.telling = b"", False  # half an error may hold half a secret
         self.close_after = True
         if last:
             if self.last and not self.last.endswith((b"\n\n", b"\r\r", b"\n\r\n")):

@@ -416,3 +416,12 @@ async def test_an_endless_event_ends() -> None:
     pieces = [START + text("a"), *(b"data: " + b"x" * 65536 for _ in range(20))]
     async with Upstream(answers(sse_reply(*pieces))) as one, Running(anthropic("a", one)) as server:
         assert b"an event of more than" in (await server.post(stream=True)).body
+
+
+async def test_an_error_in_the_middle_of_a_translated_stream_counts() -> None:
+    """Overloaded after the first words is a failure of that account."""
+    async with Upstream(answers(sse_reply(START, text("x"), OVERLOADED))) as one:
+        async with Running(anthropic("a", one)) as server:
+            assert b'data: {"error":{"message":"Overloaded"' in (await server.post(stream=True)).body
+            server.server.access.flush()
+            assert server.server.pool.upstreams[0].failures == 1 and "tried=a:error:" in server.lines[0]

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from chatgpt_apiserver import chunk
+
 from .support import (
     ANSWER,
     SSE_HEAD,
@@ -18,6 +20,7 @@ from .support import (
     event,
     json_reply,
 )
+from .wirefeed import turns
 
 GOOD = json_reply(200, ANSWER)
 
@@ -325,3 +328,75 @@ async def test_a_redirect_is_never_followed() -> None:
     async with Upstream(answers(moved)) as one, Running(controller("a", one.url)) as server:
         found = await server.post()
         assert found.status == 502 and "location" not in found.headers
+
+
+MAPPED = {"model_map": {"gpt-4.1": "mapped"}}
+
+
+@pytest.mark.parametrize("raw", [error_reply(400), error_reply(500), b"nonsense\r\n\r\n"])
+async def test_an_error_tells_which_model_was_asked_for(raw: bytes) -> None:
+    """x-apiserver-model stands on an upstream's error and on ours about it, with the name that was sent last."""
+    async with Upstream(answers(raw)) as one:
+        async with Running(controller("a", one.url, **MAPPED), pool={"aliases": {"fast": "gpt-4.1"}}) as server:
+            for name in ("gpt-4.1", "fast"):
+                found = await server.post(name)
+                assert found.status >= 400 and found.headers["x-apiserver-model"] == name + " -> mapped"
+                assert found.headers["x-apiserver-controller"] == "a"
+        async with Running(controller("a", one.url)) as server:
+            assert "x-apiserver-model" not in (await server.post("gpt-4.1")).headers
+
+
+async def test_the_error_that_is_shown_tells_its_own_model() -> None:
+    """Of two refusals the one that is shown, not the last one, names controller and model."""
+    async with Upstream(answers(error_reply(429))) as one, Upstream(answers(error_reply(401))) as other:
+        async with Running(controller("a", one.url, **MAPPED), controller("b", other.url), pool={"max_wait": 0}) as server:
+            found = await server.post("gpt-4.1")
+            shown = found.headers["x-apiserver-controller"], found.headers["x-apiserver-model"]
+            assert (found.status, shown) == (429, ("a", "gpt-4.1 -> mapped"))
+
+
+FAILED = b'event: response.failed\ndata: {"type":"response.failed","response":{"id":"r","error":{"code":"server_error"}}}\n\n'
+OVERLOADED = b'data: {"error":{"message":"overloaded","type":"overloaded_error","code":null}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("told", "failures"),
+    [
+        (OVERLOADED, 1),
+        (OVERLOADED * 2, 1),
+        (OVERLOADED[:-2], 1),
+        (FAILED, 1),
+        (b'event: error\ndata: {"type":"error","code":"server_error","message":"x","param":null}\n\n', 1),
+        (b'data: {"error":{"message":"x","type":"invalid_request_error","code":"content_filter"}}\n\n', 0),
+        (event('an \\"error\\" in words') + b'data: {"choices":[],"error":null}\n\n', 0),
+    ],
+)
+@pytest.mark.parametrize("size", [5, 9, 4000])
+async def test_an_error_in_the_middle_of_a_stream_counts(told: bytes, failures: int, size: int) -> None:
+    """It passes unchanged, counts once against its controller however it is cut, and the access line tells it."""
+    first = event("x")
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(first)
+        for at in range(0, len(told), size):
+            await peer.chunk(told[at : at + size])
+            await turns(2)
+        await peer.send(b"0\r\n\r\n")
+
+    async with Upstream(script) as one, Running(controller("a", one.url)) as server:
+        assert (await server.post(stream=True)).body == first + told
+        (upstream,) = server.server.pool.upstreams
+        server.server.access.flush()
+        assert upstream.failures == failures == len([one for one in upstream.recent if one[1]])
+        assert ("tried=a:error:" in server.lines[0]) is (failures == 1 or b"content_filter" in told)
+
+
+async def test_errors_in_streams_open_the_breaker() -> None:
+    """A controller whose streams all fail in the middle gets none while another works."""
+    async with Upstream(answers(SSE_HEAD + chunk(event("x") + OVERLOADED) + b"0\r\n\r\n")) as bad:
+        async with Upstream(answers(GOOD)) as good:
+            async with Running(controller("a", bad.url), controller("b", good.url)) as server:
+                for _ in range(20):
+                    await server.post(stream=True)
+                assert len(bad.seen) == 5

@@ -3,11 +3,15 @@
 import asyncio
 import base64
 import gc
+import gzip
 import io
 import json
 import logging
+import re
 import traceback
+import tracemalloc
 import types
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +28,12 @@ from .support import (
     Peer,
     Running,
     Upstream,
+    answers,
     controller,
     error_reply,
     event,
     json_reply,
+    reply,
     request,
 )
 from .wirefeed import turns
@@ -222,8 +228,9 @@ async def test_tracebacks_and_asyncios_own_log_are_cleaned(tmp_path: Path, logge
     assert [one for one in shown_in(text) if one not in MASKED] == []
 
 
+@pytest.mark.parametrize("step_bytes", [1, 9, 20])
 @pytest.mark.parametrize("end", ["whole", "cut"])
-async def test_an_error_event_that_comes_in_pieces(end: str) -> None:
+async def test_an_error_event_that_comes_in_pieces(end: str, step_bytes: int) -> None:
     """A secret that the network cuts in two is struck out of an error event all the same; other events never wait."""
     calm = b'data: {"choices":[{"delta":{"content":"said \\"error\\""}}],"error":null}\n\n'
     told = b'data: {"error":{"message":"bad key %b, %b","code":null}}\n\n' % (LITERAL.encode(), MASKED[0].encode())
@@ -233,9 +240,9 @@ async def test_an_error_event_that_comes_in_pieces(end: str) -> None:
         await peer.send(SSE_HEAD)
         await peer.chunk(calm)
         await step.wait()
-        for at in range(0, len(told), 20):
+        for at in range(0, len(told), step_bytes):
             if end == "whole" or at < 60:
-                await peer.chunk(told[at : at + 20])
+                await peer.chunk(told[at : at + step_bytes])
                 await turns(3)
         if end == "whole":
             await peer.send(b"0\r\n\r\n")
@@ -248,5 +255,50 @@ async def test_an_error_event_that_comes_in_pieces(end: str) -> None:
         step.set()
         found = await client.closed()
         client.close()
-        assert shown_in(found) == [] and found.count(b'data: {"error":{"message":"') == 1
+        plain = re.sub(rb"\r\n[0-9a-f]{1,2}\r\n", b"", found)
+        assert shown_in(plain) == [] and plain.count(b'data: {"error":{"message":"') == 1
         assert found.endswith(b"0\r\n\r\n") is (b"bad key ***, ***" in found) is (end == "whole")
+
+
+PACKERS = {
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "Deflate": lambda data: zlib.compress(data)[2:-4],
+}
+
+
+@pytest.mark.parametrize("coding", PACKERS)
+async def test_a_compressed_error_is_unpacked_and_scrubbed(coding: str) -> None:
+    """An upstream that compresses its errors unasked hides no key in them, and its words are understood."""
+    body = json.dumps({"error": {"message": "key %s is wrong for this model" % LITERAL, "code": "model_not_found"}}).encode()
+    raw = reply(404, PACKERS[coding](body), "Content-Encoding: " + coding, "X-Own: 1")
+    async with Upstream(answers(raw)) as one, Running(controller("a", one.url, account={"api_key": LITERAL})) as server:
+        found = await server.post("m")
+        assert found.status == 404 and found.body == body.replace(LITERAL.encode(), b"***")
+        assert "content-encoding" not in found.headers and found.headers["x-own"] == "1"
+        assert app.describe_pool(server.server.pool, 0)["controllers"][0]["lacks"] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("br", b"\x0b\x02\x80" + LITERAL.encode()),
+        ("gzip", b"no gzip " + LITERAL.encode()),
+        ("gzip", gzip.compress(b"x" * 5000)[:-9]),
+        ("gzip", gzip.compress(b"0" * 50_000_000)),
+        ("gzip, gzip", gzip.compress(gzip.compress(b"{}"))),
+        ("deflate", b""),
+    ],
+)
+async def test_a_compressed_error_that_cannot_be_unpacked_is_replaced(coding: str, body: bytes) -> None:
+    """Bombs, damage and unknown codings give way to an error of ours with the same status; nothing is unpacked in vain."""
+    async with Upstream(answers(reply(400, body, "Content-Encoding: " + coding))) as one:
+        async with Running(controller("a", one.url, account={"api_key": LITERAL})) as server:
+            tracemalloc.start()
+            found = await server.post("m")
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert found.status == 400 and LITERAL.encode() not in found.body and peak < 2_000_000
+            if body:
+                assert found.json()["error"]["code"] == "upstream_bad_reply" and "content-encoding" not in found.headers
