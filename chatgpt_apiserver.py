@@ -77,6 +77,9 @@ START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a req
 REPLAYED_BYTES = 1_048_576  # of an upload are kept to ask another controller with; the rest passes through
 FORM_VALUE_BYTES = 256  # a form's text field that is looked into: a model's name
 FORM_HEAD_BYTES = 8192  # the head of one part of a form
+# Commas and brackets in a body. A value takes 20 times its bytes when it is parsed, at worst; embeddings take arrays of
+# 300,000 tokens, and no model reads a text with as many as this.
+JSON_VALUES = 1_000_000
 COUNTED_BYTES = 4096  # brackets are counted in bodies up to this size
 JSON_DEPTH = 128  # objects and lists in one another; schemas of tools stay below 30
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
@@ -100,7 +103,7 @@ UNWANTED_S = 1.0  # for a connect that nobody waits for any more to end by itsel
 LINE_BYTES = 256  # of an event that has left in part are kept, in case the rest makes it an error
 EVENT_BYTES = 1_048_576  # one event that is looked into; a larger one counts as real unseen
 IDLE_UPSTREAM_S = 55.0  # a pooled connection is closed after this; servers commonly close after 60 s
-IDLE_UPSTREAM_COUNT = 1024  # pooled connections per origin
+IDLE_UPSTREAM_COUNT = 1024  # pooled connections, of all origins; each is an open file
 STALE_S = 1.0  # a pooled connection that dies this soon after the write had been closed before it
 BACKLOG = 4096  # connections that the kernel completes before they are accepted
 LINGER_S = 2.0  # how long a client may go on sending after our side is closed
@@ -110,6 +113,8 @@ PROBE_S = 0.05  # between the two interim replies that tell a half-closed client
 MODELS_TTL_S = 300.0  # how long an upstream's model list is believed
 MODELS_TIMEOUT_S = 10.0  # for asking it
 INPUT_DEPTH = 8  # nesting of an input that is looked into for its text
+LIST_BYTES = 8_388_608  # one account's list of objects; /v1/files has up to 10,000 entries
+PAGES_KNOWN = 1000  # ends of merged pages, behind which the next one begins
 OBJECTS_KNOWN = 10_000  # ids of files, batches, responses ... whose controller is remembered
 TOKENS_PER_PART = 1000  # an image, audio or file part in the token estimate; never the length of a data URL
 TOKENS_ANSWER = 500  # what an answer is taken to need while nothing is known of the model
@@ -2875,7 +2880,7 @@ class ConnectionPool:
         self.outbox, self.dial, self.head_bytes = outbox, dial, UPSTREAM_HEAD_BYTES
         self.idle: "dict[Origin, list[UpstreamConnection]]" = {}
         self.active: "set[UpstreamConnection]" = set()
-        self.closed = False
+        self.idle_count, self.closed = 0, False
 
     def __repr__(self) -> str:
         return "<ConnectionPool idle=%d active=%d>" % (self.idle_count, len(self.active))
@@ -2886,6 +2891,7 @@ class ConnectionPool:
         while idle:
             connection = idle.pop()
             connection.idle = False
+            self.idle_count -= 1
             if connection.usable():
                 self.active.add(connection)
                 return connection
@@ -2919,25 +2925,24 @@ class ConnectionPool:
             return
         self.active.discard(connection)
         idle = self.idle.setdefault(connection.origin, [])
-        if not reusable or self.closed or not connection.usable() or len(idle) >= IDLE_UPSTREAM_COUNT:
+        if not reusable or self.closed or not connection.usable():
             connection.close()
             return
         connection.idle = True
         connection.deadline.set(connection.loop.time() + IDLE_UPSTREAM_S)
         idle.append(connection)
+        self.idle_count += 1
+        if self.idle_count > IDLE_UPSTREAM_COUNT:  # close the one that is idle longest
+            self.drop(min((one[0] for one in self.idle.values() if one), key=lambda one: one.deadline.at))
 
     def drop(self, connection: UpstreamConnection) -> None:
         """Closes an idle connection that has expired or ended."""
         idle = self.idle.get(connection.origin, [])
         if connection in idle:
             idle.remove(connection)
+            self.idle_count -= 1
         connection.idle = False
         connection.close()
-
-    @property
-    def idle_count(self) -> int:
-        """How many idle connections there are."""
-        return sum(map(len, self.idle.values()))
 
     def close(self) -> None:
         """Closes the idle connections; the active ones when they are given back."""
@@ -2946,6 +2951,7 @@ class ConnectionPool:
             for connection in connections:
                 connection.close()
         self.idle.clear()
+        self.idle_count = 0
 
 
 class NetworkExchange:
@@ -3887,6 +3893,8 @@ NO_MORE: "Mapping[str, Any]" = {}
 
 def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
     """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1), nested to `depth`. Raises ProxyError (400)."""
+    if len(body) > JSON_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > JSON_VALUES:
+        raise ProxyError(413, "The body has more than %d values." % JSON_VALUES, "request_too_large")
     try:
         text = body.decode("utf-8-sig" if body[:3] == b"\xef\xbb\xbf" else "utf-8").strip(" \t\r\n")
         data, end = decode_json(text)
@@ -6324,6 +6332,14 @@ class Meter:
         self.sink.when_ready(call)
 
 
+def keep(memory: "dict[Any, Any]", key: "Any", value: "Any", most: int) -> None:
+    """Puts something into a memory of at most this many, the newest last; the oldest is forgotten."""
+    memory.pop(key, None)
+    if len(memory) >= most:
+        del memory[next(iter(memory))]
+    memory[key] = value
+
+
 class Relay:
     """Carries requests to the pool's controllers and their answers back."""
 
@@ -6334,9 +6350,7 @@ class Relay:
     def remember(self, made: str, name: str) -> None:
         """An object lives in the account that made it; the oldest are forgotten."""
         if made:
-            if len(self.makers) >= OBJECTS_KNOWN:
-                del self.makers[next(iter(self.makers))]
-            self.makers[made] = name
+            keep(self.makers, made, name, OBJECTS_KNOWN)
 
     async def run(self, request: ApiRequest, sink: Sink, record: AccessRecord) -> None:
         """Answers `request` into `sink`. Raises ProxyError or UpstreamError where no upstream answer can be shown."""
@@ -7453,6 +7467,7 @@ class Server:
         self.last_host: "bytes | None" = None
         self.serial, self.id_prefix = 0, "req_" + os.urandom(6).hex()
         self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
+        self.pages: "dict[tuple[str, ...], dict[str, str]]" = {}  # where each account's list goes on behind one's end
         self.pool = UpstreamPool([], SmoothWeighted(), config.pool, loop)
         self.gates: "dict[str, KeyGate]" = {}
         self.access = AccessLog(loop, write_stderr)
@@ -7658,7 +7673,7 @@ class Server:
         record.model = request.model[:MODEL_NAME_CHARS]
         if call.key is not None:
             check_model_allowed(call.key, request.model, call.body)
-            return self._for_key(call.key, request, client)
+            return self._for_key(call.key, request, client, self.relay.run)
         return self.relay.run(request, client, record)
 
     def _infer(self, call: Call) -> "Awaitable[None]":
@@ -7683,6 +7698,8 @@ class Server:
         parts = [urllib.parse.unquote(part) for part in call.path.split("/")[2:]]
         parts += re.findall(r'"([\w\-]{4,128})"', call.body[:WHOLE_BYTES].decode("latin-1")) if call.body else []
         known = [self.relay.makers[part] for part in parts if part in self.relay.makers]
+        if method == "GET" and call.path in LISTS and "before" not in dict(urllib.parse.parse_qsl(call.query)):
+            return self._go(call, request, self._merge)
         if known:
             request.pinned = known[0]
         elif method in ("GET", "HEAD"):
@@ -7700,22 +7717,22 @@ class Server:
             raise ProxyError(404, message % (made[:64], len(able)), "object_not_known")
         return name
 
-    def _go(self, call: Call, request: ApiRequest) -> "Awaitable[None]":
-        """Sends a request that is no chat on its way."""
+    def _go(self, call: Call, request: ApiRequest, run: "Run | None" = None) -> "Awaitable[None]":
+        """Sends a request that is no chat on its way, which is the relay's unless `run` is another."""
         record, request.upload = call.client.record, call.client.upload
         request.request_id, record.model = record.request_id, request.model[:MODEL_NAME_CHARS]
         request.wait_s = longest_wait(call.head.index, self.config.pool.max_wait)
         if call.key is not None:
             check_model_allowed(call.key, request.model, call.body if request.data else b"{}")
-            return self._for_key(call.key, request, call.client)
-        return self.relay.run(request, call.client, record)
+            return self._for_key(call.key, request, call.client, run or self.relay.run)
+        return (run or self.relay.run)(request, call.client, record)
 
-    async def _for_key(self, key: ClientKey, request: ApiRequest, client: ClientConnection) -> None:
+    async def _for_key(self, key: ClientKey, request: ApiRequest, client: ClientConnection, run: "Run") -> None:
         """Runs a request within the limits of its client key. Raises ProxyError (429)."""
         request.key = key.name
         gate = self.gates.get(key.name)
         if gate is None:
-            await self.relay.run(request, client, client.record)
+            await run(request, client, client.record)
             return
         self.pool.estimate(request)
         after_s = gate.enter(request.need, self.loop.time())
@@ -7723,9 +7740,60 @@ class Server:
             message = "Rate limit reached for the key %r; its limits are this server's own." % key.name
             raise ProxyError(429, message, "rate_limit_exceeded", headers=retry_fields(after_s))
         try:
-            await self.relay.run(request, client, client.record)
+            await run(request, client, client.record)
         finally:
             gate.leave()
+
+    # -- lists of objects
+
+    async def _merge(self, request: ApiRequest, client: ClientConnection, record: AccessRecord) -> None:
+        """Answers with one list of the objects of all accounts, as of one that had them all.
+
+        `after` goes on exactly where a page of ours ended, as what each account had shown by then is remembered. Any
+        other is an object of one account, whose list alone goes on behind it. Who fails is left out; where all do, the
+        error is told that a single account would tell.
+        """
+        query = dict(urllib.parse.parse_qsl(request.query))
+        after, limit = query.pop("after", ""), query.pop("limit", "")
+        which = (request.path, *map("=".join, sorted(query.items())))
+        able = [one for one in self.pool.upstreams if not one.controller.chat_only]
+        places = self.pages.get((*which, after), {}) if after else {one.name: "" for one in able}
+        asked = [one for one in able if one.name in places] if len(able) > 1 else []
+        if limit:
+            query["limit"] = limit
+        calls = [self._page(one, request, {**query, "after": places[one.name]}, record) for one in asked]
+        pages = {page[0]: page[1:] for page in await asyncio.gather(*calls) if page is not None}
+        if not pages:
+            record.outcomes.clear()
+            request.pinned = self.relay.makers.get(after, "")
+            request.seeks = not request.pinned
+            await self.relay.run(request, client, record)
+            return
+        descending = query.get("order", LISTS[request.path]) != "asc"
+        shown, more = merge_pages(pages, int(limit) if limit.isdecimal() else 0, descending)
+        for item, name in shown:
+            self.relay.remember(item["id"], name)
+        data = [item for item, _ in shown]
+        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+        if more and data:
+            keep(self.pages, (*which, last), next_places(places, pages, shown), PAGES_KNOWN)
+        await client.json({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more})
+
+    async def _page(
+        self, upstream: Upstream, request: ApiRequest, query: "dict[str, str]", record: AccessRecord
+    ) -> "tuple[str, list[dict[str, Any]], bool] | None":
+        """The account's name, its objects, and whether there are more of them; None when it fails."""
+        words = urllib.parse.urlencode({name: value for name, value in query.items() if value})
+        single, since = ApiRequest("GET", request.path, words, request.lines, b""), self.loop.time()
+        try:
+            async with asyncio.timeout(MODELS_TIMEOUT_S):
+                found = await fetch_list(upstream.controller.exchange(single, self.links, uncounted))
+        except (UpstreamError, TimeoutError) as problem:
+            log.warning("%s of %s is not known: %s", request.path, upstream.name, str(problem) or "no answer in time")
+            record.outcomes.append((upstream.name, "failed", self.loop.time() - since))
+            return None
+        record.outcomes.append((upstream.name, "ok", self.loop.time() - since))
+        return upstream.name, found["data"], found.get("has_more") is True
 
     async def _list(self, call: Call) -> None:
         await call.client.json({"object": "list", "data": await self._all_models()})
@@ -7768,7 +7836,9 @@ class Server:
         request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
         try:
             async with asyncio.timeout(MODELS_TIMEOUT_S):
-                models = await fetch_models(upstream.controller.exchange(request, self.links, uncounted))
+                found = await fetch_list(upstream.controller.exchange(request, self.links, uncounted))
+            # Anthropic's have a `type`, and no `object`.
+            models = [{**model_object(model["id"]), **model, "object": "model"} for model in found["data"]]
             self.models[upstream.name] = (self.loop.time() + MODELS_TTL_S, models)
         except (UpstreamError, TimeoutError) as problem:
             log.warning("the models of %s are not known: %s", upstream.name, str(problem) or "no answer in time")
@@ -7777,6 +7847,19 @@ class Server:
 
 
 Handler = Callable[[Server, Call], Awaitable[None]]
+Run = Callable[[ApiRequest, ClientConnection, AccessRecord], Awaitable[None]]
+# What each account has a list of, and the order where none is asked for (API reference, `order`).
+LISTS = {
+    "/files": "desc",
+    "/batches": "desc",
+    "/vector_stores": "desc",
+    "/fine_tuning/jobs": "desc",
+    "/assistants": "desc",
+    "/containers": "desc",
+    "/videos": "desc",
+    "/evals": "asc",
+    "/chat/completions": "asc",
+}
 # Path: whether the body is a form, and the model that counts when none is named.
 INFERENCE = {
     "/completions": (False, ""),
@@ -7953,12 +8036,15 @@ def uncounted(now: float) -> None:
     """What happens at the write of a request that no quota counts."""
 
 
-async def fetch_models(exchange: Exchange) -> "list[dict[str, Any]]":
-    """The model objects of an upstream's list. Raises UpstreamError."""
+Pages = dict[str, tuple[list[dict[str, Any]], bool]]  # by account: its objects, and whether it has more
+
+
+async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
+    """An upstream's list of objects, each with an id in `data`. Raises UpstreamError."""
     try:
         await exchange.start()
         body = b""
-        while len(body) <= WHOLE_BYTES:
+        while len(body) <= LIST_BYTES:
             piece = await exchange.read()
             if not piece:
                 break
@@ -7967,13 +8053,41 @@ async def fetch_models(exchange: Exchange) -> "list[dict[str, Any]]":
     finally:
         exchange.abort()
     try:
-        found = json.loads(body)["data"] if exchange.head.status == 200 else None
+        if exchange.head.status == 200:
+            found: "dict[str, Any]" = json.loads(body)
+            return {**found, "data": [one for one in found["data"] if isinstance(one["id"], str)]}
     except (ValueError, KeyError, TypeError, RecursionError):
-        found = None
-    if not isinstance(found, list):
-        raise BadReply("status %d instead of a list of models" % exchange.head.status)
-    found = [model for model in found if isinstance(model, dict) and isinstance(model.get("id"), str)]
-    return [{**model_object(model["id"]), **model, "object": "model"} for model in found]  # Anthropic's have a `type`
+        pass
+    raise BadReply("status %d instead of a list" % exchange.head.status)
+
+
+def merge_pages(pages: "Pages", limit: int, descending: bool) -> "tuple[list[tuple[dict[str, Any], str]], bool]":
+    """The objects of several lists as one, each with whose it is, and whether there are more; `limit` 0 is none.
+
+    An account that has more may have some that belong between those of the others, so the list ends where its does.
+    """
+    merged = [(item, name) for name, (found, _) in pages.items() for item in found]
+    merged.sort(key=lambda entry: created_at(entry[0]), reverse=descending)
+    ends = [len(found) for found, more in pages.values() if more and found]
+    shown = merged[: min([limit or len(merged), *ends])]
+    return shown, bool(ends) or len(shown) < len(merged)
+
+
+def created_at(item: "dict[str, Any]") -> float:
+    """When an object was made, by which lists are sorted; chat completions spell it shorter."""
+    found = item.get("created_at") or item.get("created")
+    return found if isinstance(found, int | float) else 0.0
+
+
+def next_places(
+    places: "dict[str, str]", pages: "Pages", shown: "list[tuple[dict[str, Any], str]]"
+) -> "dict[str, str]":
+    """Behind which object each account's list goes on; without those that have shown all of theirs."""
+    places = {**places, **{name: item["id"] for item, name in shown}}
+    for name, (found, more) in pages.items():
+        if not more and (not found or places[name] == found[-1]["id"]):
+            del places[name]
+    return places
 
 
 def rebuild_pool(pool: UpstreamPool, config: Config) -> None:

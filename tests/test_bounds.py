@@ -458,3 +458,28 @@ async def test_a_body_in_the_smallest_pieces_takes_no_more_memory() -> None:
         connection.reader.feed_data(body[len(body) - 2 :] if len(body) % 2 == 0 else body[len(body) - 1 :])
         assert (await client.read()).status == 200 and current < 6 * len(body)
         client.close()
+
+
+@pytest.mark.parametrize("value", ["0", "[]", "{}", '{"a":0}', "12345", '"ab"'])
+async def test_a_body_of_tiny_values_takes_bounded_memory(value: str) -> None:
+    """Where values would take twenty times their size the body is refused before it is parsed."""
+    many = (value + ",") * (8_000_000 // (len(value) + 1)) + value
+    body = ('{"model":"m","input":[%s]}' % many).encode()
+    async with Upstream(answers(json_reply(200, {}))) as one, Running(controller("a", one.url)) as server:
+        client = await server.open()
+        await client.send(request(body, target="/v1/embeddings"))
+        found = await client.read()
+        assert (found.status, found.json()["error"]["code"]) == (413, "request_too_large") and not one.seen
+        client.close()
+
+
+async def test_large_inputs_that_are_meant_are_taken() -> None:
+    """The most tokens that embeddings take, 2048 lists of 8192 or 300,000 in all, pass; so does a long text."""
+    tokens = json.dumps([list(range(100_000, 100_147))] * 2048)
+    async with Upstream(answers(json_reply(200, {}))) as one, Running(controller("a", one.url)) as server:
+        for value in (tokens, json.dumps("Well, [this] is a text, {yes}. " * 60_000)):
+            client = await server.open()
+            await client.send(request(b'{"model":"m","input":%b}' % value.encode(), target="/v1/embeddings"))
+            assert (await client.read()).status == 200
+            client.close()
+        assert len(one.seen) == 2

@@ -49,6 +49,20 @@ async def test_idle_connections_expire() -> None:
         assert repr(server.server.links) == "<ConnectionPool idle=0 active=0>"
 
 
+async def test_idle_connections_of_all_origins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above IDLE_UPSTREAM_COUNT the one that is idle longest is closed, whatever its origin."""
+    monkeypatch.setattr(app, "IDLE_UPSTREAM_COUNT", 2)
+    async with Upstream(answers(GOOD)) as one, Upstream(answers(GOOD)) as two, Upstream(answers(GOOD)) as three:
+        upstreams = dict(zip("abc", (one, two, three), strict=True))
+        controllers = [controller(name, each.url, models=[name]) for name, each in upstreams.items()]
+        async with Running(*controllers) as server:
+            for name in "abcabbc":
+                assert (await server.post(name)).status == 200
+                assert server.server.links.idle_count == sum(map(len, server.server.links.idle.values())) <= 2
+            assert [each.connections for each in upstreams.values()] == [2, 2, 2]
+            assert repr(server.server.links) == "<ConnectionPool idle=2 active=0>"
+
+
 @pytest.mark.parametrize(
     "raw",
     [

@@ -1,12 +1,13 @@
 """Endpoints beyond chat: the same scheduler, the body as it came, and what lives in one account."""
 
 import json
+from urllib.parse import parse_qsl
 
 import pytest
 
 import chatgpt_apiserver as app
 
-from .support import Message, Peer, Running, Upstream, answers, controller, error_reply, json_reply
+from .support import Message, Peer, Running, Script, Upstream, answers, controller, error_reply, json_reply
 
 LISTED = {"object": "list", "data": []}
 
@@ -257,3 +258,133 @@ async def test_a_response_may_leave_its_model_to_a_stored_prompt() -> None:
         async with Running(controller("a", one.url)) as server:
             assert (await ask(server, "POST", "/v1/responses", {"prompt": {"id": "pmpt_1"}})).status == 200
             assert (await ask(server, "POST", "/v1/responses", {"model": None, "input": "x"})).status == 400
+
+
+# ---- lists of objects
+
+
+def listing(objects: "list[tuple[str, int]]", cap: int = 100) -> Script:
+    """An account that lists these objects (id, created_at), and has each of them."""
+
+    async def script(peer: Peer, message: Message) -> None:
+        path, _, words = message.start.split()[1].partition("?")
+        query = dict(parse_qsl(words))
+        name = path.rpartition("/")[2]
+        if name not in ("files", "batches"):
+            found = [one for one in objects if one[0] == name]
+            await peer.send(json_reply(200, {"id": name}) if found else error_reply(404, message="No such object"))
+            return
+        rows = sorted(objects, key=lambda one: one[1], reverse=query.get("order", "desc") == "desc")
+        ids = [one[0] for one in rows]
+        if query.get("after") and query["after"] not in ids:
+            await peer.send(error_reply(400, message="No such object"))
+            return
+        start = ids.index(query["after"]) + 1 if query.get("after") else 0
+        size = min(int(query.get("limit", 20)), cap)
+        data = [{"id": one[0], "object": "file", "created_at": one[1]} for one in rows[start : start + size]]
+        await peer.send(json_reply(200, {"object": "list", "data": data, "has_more": len(rows) > start + size}))
+
+    return script
+
+
+async def pages(server: Running, path: str, most: int = 100) -> "list[list[str]]":
+    """The ids of all pages, asked for as the official packages do: behind the last object of each."""
+    found: "list[list[str]]" = []
+    after = ""
+    while len(found) < most:
+        page = (await ask(server, "GET", path + ("&after=" + after if after else ""))).json()
+        ids = [one["id"] for one in page["data"]]
+        assert (page["object"], page["first_id"], page["last_id"]) == ("list", *((ids[0], ids[-1]) if ids else (None, None)))
+        found.append(ids)
+        if not page["has_more"]:
+            break
+        after = ids[-1]
+    return found
+
+
+@pytest.mark.parametrize("order", ["desc", "asc"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("cap", [2, 100])
+async def test_lists_of_all_accounts_are_one(order: str, limit: int, cap: int) -> None:
+    """Page by page every object comes once, in the order of time, whatever page an account is willing to send."""
+    first, second, third = ([("%s%d" % (name, at), at) for at in times] for name, times in (("a", range(0, 30, 3)), ("b", (1, 2, 50, 51, 52)), ("c", ())))
+    async with Upstream(listing(first, cap)) as one, Upstream(listing(second)) as two, Upstream(listing(third)) as three:
+        controllers = controller("a", one.url), controller("b", two.url), controller("c", three.url)
+        async with Running(*controllers, {"type": "echo", "name": "e"}, endpoints=["objects"]) as server:
+            found = await pages(server, "/v1/files?order=%s&limit=%d&purpose=x" % (order, limit))
+            rows = sorted(first + second, key=lambda row: row[1], reverse=order == "desc")
+            assert [name for page in found for name in page] == [name for name, _ in rows]
+            assert all(len(page) <= limit for page in found) and (cap < limit or all(len(page) == limit for page in found[:-1]))
+            assert all("purpose=x" in seen.start for seen in one.seen)
+
+
+async def test_a_listed_object_is_known() -> None:
+    """What a list showed is asked for where it is, at once; without a limit the lists are as long as they come."""
+    async with Upstream(listing([("file-a", 1)])) as one, Upstream(listing([("file-b", 2)])) as other:
+        async with Running(controller("a", one.url), controller("b", other.url), endpoints=["objects"]) as server:
+            assert await pages(server, "/v1/batches?") == [["file-b", "file-a"]]
+            for name in "ab":
+                found = await ask(server, "GET", "/v1/files/file-" + name)
+                assert (found.headers["x-apiserver-controller"], found.headers["x-apiserver-attempts"]) == (name, "1")
+            server.server.access.flush()
+            assert "tried=a:ok:" in server.lines[0] and "b:ok:" in server.lines[0]
+
+
+async def test_a_page_behind_any_other_object() -> None:
+    """Behind an object where no page of ours ended the list of its account goes on, known or found by asking."""
+    first = [("a%d" % at, at) for at in range(9)]
+    async with Upstream(listing(first)) as one, Upstream(listing([("b1", 1)])) as other:
+        async with Running(controller("b", other.url), controller("a", one.url), endpoints=["objects"]) as server:
+            server.server.relay.remember("a5", "a")
+            found = await ask(server, "GET", "/v1/files?limit=2&after=a5")
+            assert [row["id"] for row in found.json()["data"]] == ["a4", "a3"] and len(other.seen) == 0
+
+
+async def test_a_list_without_some_accounts() -> None:
+    """Who fails or is silent is left out, and comes back in with the next page; when all fail their answer is told."""
+    bad = [error_reply(500)]
+
+    async def script(peer: Peer, message: Message) -> None:
+        if bad:
+            await peer.send(bad.pop())
+        else:
+            await listing([("a%d" % at, at) for at in range(2)])(peer, message)
+
+    async with Upstream(script) as one, Upstream(listing([("b%d" % at, at) for at in range(5)])) as other:
+        async with Running(controller("a", one.url), controller("b", other.url), endpoints=["objects"]) as server:
+            assert await pages(server, "/v1/files?limit=2") == [["b4", "b3"], ["b2", "a1"], ["b1", "a0"], ["b0"]]
+    replies = answers(error_reply(401, message="no"), json_reply(200, {"data": [3]}), error_reply(500, message="down"))
+    async with Upstream(replies) as one, Running(controller("a", one.url), controller("b", one.url), endpoints=["*"]) as server:
+        found = await ask(server, "GET", "/v1/files")
+        assert found.status == 500 and found.json()["error"]["message"] == "down"
+
+
+async def test_one_account_lists_by_itself() -> None:
+    """With a single one, or by HEAD or `before`, the answer is its own, byte for byte."""
+    async with Upstream(answers(json_reply(200, {"data": [], "own": 1}))) as one:
+        async with Running(controller("a", one.url), {"type": "echo", "name": "e"}, endpoints=["objects"]) as server:
+            assert (await ask(server, "GET", "/v1/files?x=%20")).json() == {"data": [], "own": 1}
+            assert one.seen[-1].start == "GET /v1/files?x=%20 HTTP/1.1"
+        async with Running(controller("a", one.url), controller("b", one.url), endpoints=["objects"]) as server:
+            assert (await ask(server, "GET", "/v1/assistants?before=x")).json() == {"data": [], "own": 1}
+
+
+async def test_the_limits_of_a_key_hold_for_lists() -> None:
+    """A merged list counts as a request of its client."""
+    keys = [{"key": "alice-key-123456", "limits": {"rpm": 1}}]
+    async with Upstream(listing([])) as one:
+        both = controller("a", one.url), controller("b", one.url)
+        async with Running(*both, endpoints=["objects"], client_keys=keys) as server:
+            for status in (200, 429):
+                client = await server.open()
+                await client.send(b"GET /v1/files HTTP/1.1\r\nHost: localhost\r\napi-key: alice-key-123456\r\n\r\n")
+                assert (await client.read()).status == status
+                client.close()
+
+
+def test_memory_of_pages_is_bounded() -> None:
+    """What was put in last stays."""
+    memory = {}
+    for number in range(10):
+        app.keep(memory, number % 4, number, 3)
+    assert memory == {3: 7, 0: 8, 1: 9}
