@@ -109,6 +109,7 @@ BACKLOG = 4096  # connections that the kernel completes before they are accepted
 LINGER_S = 2.0  # how long a client may go on sending after our side is closed
 LINGER_BYTES = 1_048_576  # and how much
 FLUSH_FIRST_S, FLUSH_MOST_S = 0.01, 1.0  # between two looks at whether a closing connection has sent all
+SKIP_BYTES, SKIP_S = 65536, 1.0  # a body that nobody wants is read to its end if it is this small and soon over
 PROBE_S = 0.05  # between the two interim replies that tell a half-closed client from one that left
 MODELS_TTL_S = 300.0  # how long an upstream's model list is believed
 MODELS_TIMEOUT_S = 10.0  # for asking it
@@ -5791,7 +5792,6 @@ class UpstreamPool:
         """Other names of models, and models that stand in for others."""
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
         self.context_fallbacks = dict(config.context_fallbacks)
-        self.detours = bool(self.aliases or self.fallbacks)
         self.affine_above = AFFINE_TOKENS if config.affinity and config.type in AFFINE_POLICIES else NEVER
 
     # -- choosing
@@ -6248,8 +6248,7 @@ class Refused(Exception):
 
     def __init__(self, reply: Reply, verdict: Verdict) -> None:
         super().__init__(reply.head.status)
-        self.reply, self.verdict = reply, verdict
-        reply.verdict = verdict
+        self.reply, reply.verdict = reply, verdict
 
 
 class Rescued(Exception):
@@ -6268,8 +6267,9 @@ class Trip:
 
     __slots__ = ("best", "failure", "line", "models", "record", "request", "rescue", "seats", "spare", "tried", "unfit")
 
-    def __init__(self, request: ApiRequest, seats: "list[Seat]", record: AccessRecord) -> None:
-        self.request, self.seats, self.record = request, seats, record
+    def __init__(self, request: ApiRequest, record: AccessRecord) -> None:
+        self.request, self.record = request, record
+        self.seats: "list[Seat]" = []
         self.tried: "set[Upstream]" = set()
         self.best: "Reply | None" = None
         self.failure: "UpstreamError | None" = None
@@ -6355,10 +6355,7 @@ class Relay:
     async def run(self, request: ApiRequest, sink: Sink, record: AccessRecord) -> None:
         """Answers `request` into `sink`. Raises ProxyError or UpstreamError where no upstream answer can be shown."""
         pool, now, verdict = self.pool, record.since, LEFT
-        if pool.detours or request.path != CHAT_PATH:
-            trip = self._set_out(request, record)
-        else:
-            trip = Trip(request, pool.seats(request.model), record)
+        trip = self._set_out(request, record)
         while True:
             pool.estimate(request)
             try:
@@ -6393,20 +6390,26 @@ class Relay:
         pool = self.pool
         if request.model in pool.aliases:
             request.substitute(pool.aliases[request.model])
-        if request.model not in pool.fallbacks:
-            return Trip(request, self._seats(request, request.model), record)
-        trip = Trip(request, [], record)
-        trip.spare = True
+        trip = Trip(request, record)
+        trip.spare = request.model in pool.fallbacks
         try:
             trip.seats = self._seats(request, request.model)
         except ProxyError as problem:
+            if not trip.spare:
+                raise
             trip.unfit = problem
         return trip
 
     def _seats(self, request: ApiRequest, model: str) -> "list[Seat]":
         """The controllers that serve `model` and can take the request. Raises ProxyError (404)."""
         seats = self.pool.seats(model)
-        return seats if request.path == CHAT_PATH else able_seats(seats, request)
+        if request.path != CHAT_PATH:
+            seats = [seat for seat in seats if not seat.upstream.controller.chat_only]
+        if request.pinned:
+            seats = [seat for seat in seats if seat.upstream.name == request.pinned]
+        if not seats:
+            raise ProxyError(404, "No controller here can take %s for this model." % request.path[:200], "unknown_url")
+        return seats
 
     def _turn(self, trip: Trip, verdict: Verdict) -> bool:
         """Turns a trip that came to nothing to the next model that may stand in; whether there is one.
@@ -6483,7 +6486,7 @@ class Relay:
         problem.reply.source = trip.record.controller, trip.record.mapped
         self.pool.answered(lease, False, self.loop.time())
         trip.best = more_useful(trip.best, problem.reply)
-        return problem.verdict
+        return problem.reply.verdict
 
     async def _ask(self, lease: Lease, trip: Trip) -> Reply:
         """Sends the request and reads as much as decides whether it is the answer. Raises Refused or UpstreamError."""
@@ -6525,10 +6528,9 @@ class Relay:
                 verdict.outcome = Outcome.CLIENT
             raise Refused(reply, verdict)
         event = b"data: " + reply.held.translate(SPACED)
-        if not reply.stream and judge_event(event) is EventKind.ERROR:
+        if not reply.stream and judge_event(event) is EventKind.ERROR:  # in a 200, as OpenRouter may send
             reply.exchange.finish()
-            verdict = judge_first_event(event)  # 200 with an error in it, as OpenRouter may send
-            raise Refused(as_error(reply, verdict.status), verdict)
+            raise refused_in_200(reply, event)
 
     async def _collect(self, reply: Reply, lease: Lease, others: bool) -> None:
         """Reads a stream up to its first real event, anything else up to its end or to WHOLE_BYTES."""
@@ -6575,10 +6577,9 @@ class Relay:
         for event in events:
             kind = judge_event(event)
             if kind is EventKind.ERROR:
-                verdict = judge_first_event(event)
                 reply.held = event_fields(event)[1]
                 reply.exchange.abort()
-                raise Refused(as_error(reply, verdict.status), verdict)
+                raise refused_in_200(reply, event)
             if kind is EventKind.REAL:
                 return True
         return False
@@ -6643,7 +6644,7 @@ class Relay:
             # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
             counts = lease.ledger.tokens is not None or lease.ledger.windows is not NO_WINDOWS
             if counts and not (reply.told and (request.max_tokens or lease.serial & 7)):
-                self._account(reply.held[-USAGE_BYTES:], reply, lease, trip)
+                self.pool.used(lease, request.model, *used_tokens(reply.held[-USAGE_BYTES:]), reply.told)
             if not sink.whole(reply.head.status, fields, reply.held):
                 await sink.drain()
             return GOOD
@@ -6656,7 +6657,7 @@ class Relay:
             sink.end()
             exchange.finish()
             if isinstance(outlet, Meter):
-                self._account(outlet.tail, reply, lease, trip)
+                self.pool.used(lease, request.model, *used_tokens(outlet.tail), reply.told)
             if reply.stream and sink.failed:
                 record.outcomes[-1] = (lease.upstream.name, "error", self.loop.time() - lease.since)
                 return judge_late_event(sink.failed)
@@ -6669,31 +6670,23 @@ class Relay:
         finally:
             exchange.abort()
 
-    def _account(self, tail: bytes, reply: Reply, lease: Lease, trip: Trip) -> None:
-        """Takes the usage that stands in the end of an answer."""
-        total, answer = used_tokens(tail)
-        self.pool.used(lease, trip.request.model, total, answer, reply.told)
-
     async def _fail(self, trip: Trip, sink: Sink) -> None:
         """Every controller failed, or nobody has room: the answer that tells most."""
-        best, line = trip.best, trip.line
-        if line is not None and (best is None or best.verdict.outcome in (Outcome.RATE, Outcome.QUOTA)):
+        best, line, fields = trip.best, trip.line, b""
+        outcome = Outcome.RATE if best is None else best.verdict.outcome
+        retried = len(trip.record.outcomes) > 1 or trip.record.waited_s > 0
+        if line is not None and outcome in (Outcome.RATE, Outcome.QUOTA):
             fields = retry_fields(line.after_s)
-            if best is None:
-                message = "Rate limit reached on every controller that serves %s: %s." % (
-                    trip.request.model[:64],
-                    line.why,
-                )
-                raise ProxyError(429, message, "rate_limit_exceeded", headers=fields)
+        elif outcome is Outcome.RATE and retried:
+            fields = retry_fields(self.pool.reopens_after(trip.seats, trip.request.need) if trip.seats else NEVER)
+        elif outcome in LASTING and (retried or outcome is Outcome.LARGE):
+            fields = b"x-should-retry: false\r\n"
+        if best is not None:
             await self._show(best, trip, sink, fields)
-        elif best is not None:
-            retried = len(trip.record.outcomes) > 1 or trip.record.waited_s > 0
-            lasting = best.verdict.outcome in LASTING and (retried or best.verdict.outcome is Outcome.LARGE)
-            if best.verdict.outcome is Outcome.RATE and retried:
-                fields = retry_fields(self.pool.reopens_after(trip.seats, trip.request.need) if trip.seats else NEVER)
-            else:
-                fields = b"x-should-retry: false\r\n" if lasting else b""
-            await self._show(best, trip, sink, fields)
+        elif line is not None:
+            model = trip.request.model[:64]
+            message = "Rate limit reached on every controller that serves %s: %s." % (model, line.why)
+            raise ProxyError(429, message, "rate_limit_exceeded", headers=fields)
         else:
             raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
@@ -6704,10 +6697,7 @@ class Relay:
         trip.record.controller, trip.record.mapped = reply.source
         if 300 <= head.status < 400:
             raise ProxyError(502, "The upstream redirects; its base_url needs a correction.", "upstream_redirects")
-        if fields:
-            fields = self._fields(reply, trip, True) + fields
-        else:
-            fields = self._fields(reply, trip)
+        fields = self._fields(reply, trip, bool(fields)) + fields
         if not sink.whole(head.status, fields, redactor.scrub(reply.held)):
             await sink.drain()
 
@@ -6734,16 +6724,6 @@ def model_field(request: ApiRequest, seat: Seat) -> bytes:
     """Which model was asked for and which one was sent for; all of these names are the configuration's."""
     names = (request.asked or request.model, seat.mapped or request.model)
     return b"x-apiserver-model: %b -> %b\r\n" % tuple(name.encode("ascii", "backslashreplace") for name in names)
-
-
-def able_seats(seats: "list[Seat]", request: ApiRequest) -> "list[Seat]":
-    """Those of `seats` that can take a request that is no chat. Raises ProxyError (404)."""
-    able = [seat for seat in seats if not seat.upstream.controller.chat_only]
-    if request.pinned:
-        able = [seat for seat in able if seat.upstream.name == request.pinned]
-    if not able:
-        raise ProxyError(404, "No controller here can take %s for this model." % request.path[:200], "unknown_url")
-    return able
 
 
 def retry_fields(after_s: float) -> bytes:
@@ -6793,15 +6773,54 @@ def inflate(data: bytes, coding: bytes) -> "bytes | None":
     return None
 
 
-def as_error(reply: Reply, status: int) -> Reply:
-    """A 200 whose body is an error, as the error that it is."""
-    reply.head = ResponseHead(status, 1, reply.head.index, b"Content-Type: application/json\r\n")
-    return reply
+def refused_in_200(reply: Reply, event: bytes) -> Refused:
+    """A 200 whose body is the error of `event`, as if it had come with the status that belongs to it."""
+    verdict = judge_first_event(event)
+    reply.head = ResponseHead(verdict.status, 1, reply.head.index, b"Content-Type: application/json\r\n")
+    return Refused(reply, verdict)
 
 
 # ==== 14. Server ====
 # One task per client connection: read a request, answer it, read the next. Framing is judged before doors, doors before
 # routes. A client that leaves cancels its task, and with it whatever was under way upstream.
+
+
+# Path, and the model that counts where none is named.
+INFERENCE = {
+    **dict.fromkeys(("/completions", "/embeddings", "/responses", "/audio/speech"), ""),
+    **dict.fromkeys(("/audio/transcriptions", "/audio/translations"), ""),
+    **dict.fromkeys(("/images/generations", "/images/edits", "/images/variations"), "dall-e-2"),
+    "/moderations": "omni-moderation-latest",
+}
+FORMS = frozenset(("/images/edits", "/images/variations", "/audio/transcriptions", "/audio/translations"))
+OBJECTS = frozenset(
+    "files uploads batches responses conversations vector_stores fine_tuning assistants threads containers evals videos"
+    " chat".split()
+)
+# What each account has a list of, and the order where none is asked for (API reference, `order`).
+LISTS = {
+    **dict.fromkeys(("/files", "/batches", "/vector_stores", "/fine_tuning/jobs"), "desc"),
+    **dict.fromkeys(("/assistants", "/containers", "/videos"), "desc"),
+    **dict.fromkeys(("/evals", "/chat/completions"), "asc"),
+}
+# Path: the method, and the method of Server that answers.
+ROUTES = {
+    **dict.fromkeys(INFERENCE, ("POST", "_infer")),
+    CHAT_PATH: ("POST", "_chat"),
+    "/models": ("GET", "_list"),
+    "/models/*": ("GET", "_model"),
+    "/status": ("GET", "_status"),
+}
+AGAIN = b"Retry-After: 1\r\n"
+ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
+TAKEN = (503, "All connections are taken; try again.", "too_many_connections")
+PACKED = "A compressed request body is not understood; send it plain."
+TOO_LARGE = (
+    "The body is larger than %d bytes.",
+    "The form names no model in its first %d bytes: put that field before the file.",
+)
+UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
+CLOSED = "%s is not open here: `endpoints` of the configuration would have to name %r."
 
 
 class Phase(enum.Enum):
@@ -6862,10 +6881,10 @@ class ClientUpload:
         if self.push is None or self.held_at is None:
             return
         if client.reader.ended:
-            client.break_off(None)
+            client.leave()
             return
         self.since, self.held_at = self.since + client.loop.time() - self.held_at, None
-        client.deadline.set(self._due())
+        self._wait()
         client.reader.unhold()
 
     def stop(self) -> None:
@@ -6892,7 +6911,7 @@ class ClientUpload:
                 refuse_twice(self.scanner)
         except ProxyError as problem:
             self.stop()
-            client.break_off(problem)
+            client.leave(problem)
             return False
         self.tapped, self.size = True, self.size + len(payload)
         if self.done:
@@ -6900,21 +6919,20 @@ class ClientUpload:
             client.reader.unread(self.decoder.rest)
             client.close_after = self.closes
         elif self.held_at is None:
-            client.deadline.set(self._due())
+            self._wait()
         return push(payload, self.done)
 
-    def _due(self) -> float:
-        """When the client is too slow: silent for body_timeout (all of a large body may take longer), or by rate."""
-        limits = self.client.server.config.limits
-        slowest = self.since + limits.header_timeout + self.size / limits.body_rate if limits.body_rate else math.inf
-        return min(self.client.loop.time() + limits.body_timeout, slowest)
+    def _wait(self) -> None:
+        """The client's time runs: until it is silent for body_timeout, as all of a large body may take longer."""
+        client = self.client
+        client.deadline.set(client.body_due(self.since, self.size, client.loop.time()))
 
 
 class ClientConnection:
     """A client's connection and, during an answer, the Sink that the relay writes to.
 
     `reserve`: it came above the bound on connections and may ask for /status only. `raw`: the transport below TLS.
-    `broken`: what is wrong with a body of which a part has gone upstream.
+    `broken`: what is wrong with a body of which a part has gone upstream. `skipped`: a body that nobody wants was read.
     """
 
     __slots__ = (
@@ -6927,6 +6945,7 @@ class ClientConnection:
         "head",
         "head_sent",
         "held",
+        "key",
         "last",
         "last_head",
         "loop",
@@ -6945,6 +6964,7 @@ class ClientConnection:
         "reserve",
         "scrubs",
         "server",
+        "skipped",
         "task",
         "telling",
         "transport",
@@ -6967,8 +6987,9 @@ class ClientConnection:
         self.parsed_head: "RequestHead | None" = None
         self.upload: "ClientUpload | None" = None
         self.broken: "ProxyError | None" = None
+        self.key: "ClientKey | None" = None
         self.last_head = self.last = self.pending = self.failed = b""
-        self.scrubs = self.telling = False
+        self.scrubs = self.telling = self.skipped = False
         self.on_ready: "Callable[[], None] | None" = None
         self.record = AccessRecord(self.peer, "-", "-", 0.0)
         self.reader.on_end = self._ended
@@ -7039,36 +7060,27 @@ class ClientConnection:
     async def _one(self) -> bool:
         """Reads and answers one request; whether another may follow."""
         self.phase, self.head_sent, self.chunked, self.head, self.origin = Phase.IDLE, False, False, None, b""
-        self.upload = None
+        self.upload, self.skipped = None, False
+        body, problem = b"", None
         try:
             head = await self._read_head()
             if head is None:
                 return False
             body = await self._read_body(head)
         except ProxyError as error:
+            problem = error
+            self.close_after = self.close_after or not self.skipped  # or what follows it could not be trusted
             self._release()
-            await self._refuse(error)
-            return False
         except EOFError:
             return False
         self.deadline.at = math.inf
         self.phase = Phase.ANSWER
-        await self._answer(head, body)
+        await self._answer(body, problem)
         if self.held:
             self._release()
         if self.protocol.full:  # or a client that never reads could pile up the answers to what it pipelines
             await self.drain()
         return not self.close_after
-
-    async def _refuse(self, error: ProxyError) -> None:
-        """Answers a message that breaks the rules, or whose body nobody wants; what follows it is not read as one."""
-        self.close_after, self.phase = True, Phase.ANSWER
-        self.record = AccessRecord(self.peer, "-", "-", self.loop.time())
-        self.record.request_id = self.server.next_id()
-        if self.head is not None:
-            self.record.method, self.record.path = self.head.method, self.head.target
-        await self._fail(error)
-        self.server.access.add(self.record)
 
     async def _linger(self) -> None:
         """Lets a client that still sends read our answer before the connection is reset (RFC 9112, 9.6)."""
@@ -7149,8 +7161,13 @@ class ClientConnection:
             return self.reader.cut(decoder.left)
         self.phase, waits = Phase.BODY, not self.reader.data
         begun = b"" if waits else decode_body(decoder, await self.reader.read_some())  # framing comes before the doors
-        passes, scanner = (False, None) if decoder.done else self.server.check_entry(self, head)
-        if b"expect" in index and head.minor and waits:
+        expects = b"expect" in index and head.minor > 0 and waits
+        try:
+            passes, scanner = (False, None) if decoder.done else self.server.check_entry(self, head)
+        except ProxyError:
+            self.skipped = not expects and await self._skip(decoder)  # after `expect` it may not even come
+            raise
+        if expects:
             self.outbox.write(self.transport, CONTINUE)  # RFC 9110, 10.1.1
         return await self._collect_body(decoder, begun, passes, scanner)
 
@@ -7182,12 +7199,31 @@ class ClientConnection:
                 break
             if size > limits.body_bytes:
                 raise BadMessage(413, TOO_LARGE[scanner is not None] % limits.body_bytes, "request_too_large")
-            self.deadline.set(self._body_deadline(since, size))
+            self.deadline.set(self.body_due(since, size, since))
             data = await self.reader.read_some()
             if not data:
                 raise ClientGone
             piece = decode_body(decoder, data)
         return pieces[0] if len(pieces) == 1 and not body else b"".join((body, *pieces))
+
+    async def _skip(self, decoder: "LengthDecoder | ChunkedDecoder") -> bool:
+        """Reads a body that nobody wants, if it is small and soon over; whether it was, so that the connection goes on.
+
+        Its framing still counts more than whatever its head was refused for. Raises BadMessage.
+        """
+        left = SKIP_BYTES if isinstance(decoder, ChunkedDecoder) or decoder.left <= SKIP_BYTES else 0
+        self.deadline.set(self.loop.time() + SKIP_S)
+        while left > 0 and not decoder.done:
+            try:
+                data = await self.reader.read_some()
+            except BadMessage:  # the deadline's
+                return False
+            if not data:
+                raise ClientGone
+            left -= len(data)
+            decode_body(decoder, data)
+        self.reader.unread(decoder.rest)
+        return decoder.done
 
     def _hold(self, size: int) -> None:
         """Counts bytes of a body that is kept, until its request has been answered. Raises BadMessage (503)."""
@@ -7201,20 +7237,23 @@ class ClientConnection:
         self.server.held -= self.held
         self.held = 0
 
-    def _body_deadline(self, since: float, size: int) -> float:
-        """When a body that began at `since` and has `size` bytes by now is too slow: by total, and by rate."""
+    def body_due(self, since: float, size: int, heard_at: float) -> float:
+        """When a body is too slow that began at `since` and has `size` bytes by now: by rate, and since `heard_at`."""
         limits = self.server.config.limits
         slowest = since + limits.header_timeout + size / limits.body_rate if limits.body_rate else math.inf
-        return min(since + limits.body_timeout, slowest)
+        return min(heard_at + limits.body_timeout, slowest)
 
     # -- answering
 
-    async def _answer(self, head: RequestHead, body: bytes) -> None:
-        """Doors, route, handler; one place turns every error into a response."""
-        server = self.server
-        record = self.record = AccessRecord(self.peer, head.method, head.target, self.loop.time())
+    async def _answer(self, body: bytes, problem: "ProxyError | None") -> None:
+        """Doors, route, handler; one place turns every error into a response, that of the reading (`problem`) too."""
+        server, head = self.server, self.head
+        method, target = (head.method, head.target) if head is not None else ("-", "-")
+        record = self.record = AccessRecord(self.peer, method, target, self.loop.time())
         record.request_id = server.next_id()
         try:
+            if problem is not None or head is None:
+                raise problem or ClientGone
             index = head.index
             if (server.guards_host and index.get(b"host") != server.last_host) or b"origin" in index:
                 self.origin = server.check_doors(head)
@@ -7275,9 +7314,9 @@ class ClientConnection:
 
     async def drain(self) -> None:
         """See `Sink`. A client that stops reading for too long is dropped."""
-        ready: "asyncio.Future[None]" = self.loop.create_future()
-        self.when_ready(functools.partial(set_done, ready))
-        await ready
+        ready = asyncio.Event()
+        self.when_ready(ready.set)
+        await ready.wait()
 
     def open(self, status: int, fields: bytes, length: "int | None", first: bytes) -> bool:
         """See `Sink`."""
@@ -7361,11 +7400,10 @@ class ClientConnection:
 
     def _own_fields(self) -> bytes:
         """Connection and CORS fields."""
-        if not (self.close_after or self.origin) and self.head is not None and self.head.minor:
-            return b""
-        fields = b"Connection: close\r\n" if self.close_after else b""
-        if not self.close_after and self.head is not None and self.head.minor == 0:
-            fields = b"Connection: keep-alive\r\n"
+        if self.close_after:
+            fields = b"Connection: close\r\n"
+        else:
+            fields = b"" if self.head is None or self.head.minor else b"Connection: keep-alive\r\n"
         if self.origin:
             fields += b"Access-Control-Allow-Origin: %b\r\nVary: Origin\r\n" % self.origin
             fields += b"Access-Control-Expose-Headers: *\r\n"
@@ -7389,7 +7427,7 @@ class ClientConnection:
         elif self.phase in (Phase.HEAD, Phase.BODY):
             self.reader.interrupt(BadMessage(408, "The request did not arrive in time."))
         elif self.upload is not None and self.upload.push is not None:
-            self.break_off(BadMessage(408, "The request did not arrive in time."))
+            self.leave(BadMessage(408, "The request did not arrive in time."))
         else:
             self.gone = True
             self.transport.abort()
@@ -7400,18 +7438,14 @@ class ClientConnection:
             return
         pouring = self.upload is not None and self.upload.push is not None
         if error is not None or pouring or self.transport.is_closing():
-            self._leave()
+            self.leave()
         else:
             self.probes = 0
             self._probe()
 
-    def break_off(self, problem: "ProxyError | None") -> None:
-        """The rest of a body that has begun to go upstream is bad, or will not come (None)."""
-        self.broken, self.gone = problem, self.gone or problem is None
-        self.task.cancel()
-
-    def _leave(self) -> None:
-        self.gone = True
+    def leave(self, problem: "ProxyError | None" = None) -> None:
+        """Ends the answer under way: the client is gone, or its body, part of which is upstream, has a `problem`."""
+        self.broken, self.gone = problem, problem is None
         self.task.cancel()
 
     def _probe(self) -> None:
@@ -7420,35 +7454,12 @@ class ClientConnection:
             return
         plain_socket = self.transport.get_extra_info("socket")
         if self.head is None or self.head.minor == 0 or plain_socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self._leave()
+            self.leave()
             return
         if not self.head_sent and self.probes < 2:
             self.outbox.write(self.transport, CONTINUE)
         self.probes += 1
         self.loop.call_later(PROBE_S * min(self.probes, 20), self._probe)
-
-
-def set_done(future: "asyncio.Future[None]") -> None:
-    """Wakes who waits for `future`, unless it has been given up."""
-    if not future.done():
-        future.set_result(None)
-
-
-class Call:
-    """A request that has passed the doors, as its handler gets it; `path` without /v1."""
-
-    __slots__ = ("body", "client", "head", "key", "path", "query")
-
-    def __init__(
-        self,
-        client: ClientConnection,
-        head: RequestHead,
-        body: bytes,
-        path: str,
-        query: str,
-        key: "ClientKey | None",
-    ) -> None:
-        self.client, self.head, self.body, self.path, self.query, self.key = client, head, body, path, query, key
 
 
 class Server:
@@ -7482,11 +7493,11 @@ class Server:
             load_certificate(self.tls, config)  # first: it may raise
         self.config, self.links.head_bytes = config, config.limits.upstream_head_bytes
         rebuild_pool(self.pool, config)
-        gates = {key.name: KeyGate(key) for key in config.client_keys if key.limits != QuotaLimits()}
-        self.gates = {
-            name: self.gates[name] if name in self.gates and self.gates[name].key.limits == gate.key.limits else gate
-            for name, gate in gates.items()
-        }
+        known, self.gates = self.gates, {}
+        for key in config.client_keys:
+            if key.limits != QuotaLimits():
+                gate = known.get(key.name)
+                self.gates[key.name] = gate if gate is not None and gate.key.limits == key.limits else KeyGate(key)
         self.access.render = json_line if config.log_format == "json" else text_line
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.allow_origins)
@@ -7611,16 +7622,24 @@ class Server:
         if head.method == "OPTIONS":
             split_target(head.target)
             return self._options(client, head)
-        handler, path, query = find_route(head.method, head.target, self.config.endpoints)
+        handler, path, query = self._enter(client, head)
+        request = ApiRequest(head.method, path, query, head.lines, body)
+        request.request_id, request.upload = client.record.request_id, client.upload
+        answer: "Awaitable[None]" = getattr(self, handler)(client, head, request)
+        return answer
+
+    def _enter(self, client: ClientConnection, head: RequestHead) -> "tuple[str, str, str]":
+        """As `find_route`, for whom may come in. Raises ProxyError (401, 404, 405, 415, 503)."""
+        route = handler, path, _ = find_route(head.method, head.target, self.config.endpoints)
         if client.reserve and path != "/status":
-            raise ProxyError(503, "All connections are taken; try again.", "too_many_connections", headers=AGAIN)
-        key = None
+            raise ProxyError(*TAKEN, headers=AGAIN)
+        client.key = None
         if self.config.client_keys and path != "/status":
-            key = self.check_key(head)
-            client.record.key = key.name
-        if b"content-encoding" in head.index and handler is not Server._object:
-            check_encoding(head.index)
-        return handler(self, Call(client, head, body, path, query, key))
+            client.key = self.check_key(head)
+            client.record.key = client.key.name
+        if handler != "_object" and head.index.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise ProxyError(415, PACKED, "unsupported_encoding")  # to be read it would be unpacked, bombs too
+        return route
 
     def check_entry(self, client: ClientConnection, head: RequestHead) -> "tuple[bool, FormScanner | None]":
         """Refuses from its head alone what must not come in, before its body is read.
@@ -7631,15 +7650,11 @@ class Server:
         client.origin = self.check_doors(head)
         if head.method == "OPTIONS":
             return False, None
-        handler, path, _ = find_route(head.method, head.target, self.config.endpoints)
-        if self.config.client_keys and path != "/status":
-            self.check_key(head)
+        handler, path, _ = self._enter(client, head)
         kind = head.index.get(b"content-type", b"")
-        if handler is Server._object:
-            return b"json" not in kind, None
-        check_encoding(head.index)
-        form = path in INFERENCE and INFERENCE[path][0]
-        return form, FormScanner(kind) if form else None
+        if path in FORMS and handler == "_infer":
+            return True, FormScanner(kind)
+        return handler == "_object" and b"json" not in kind, None
 
     async def _options(self, client: ClientConnection, head: RequestHead) -> None:
         """A CORS preflight, or the plain question what is allowed."""
@@ -7651,62 +7666,52 @@ class Server:
             fields += b"Access-Control-Allow-Headers: %b\r\n" % asked
         client.whole(204, fields, b"")
 
-    async def _status(self, call: Call) -> None:
+    async def _status(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> None:
         status: "dict[str, Any]" = {"status": "draining" if self.draining else "ok"}
-        if "verbose=1" in call.query.split("&"):
+        if "verbose=1" in request.query.split("&"):
             if self.config.client_keys:
-                self.check_key(call.head)
+                self.check_key(head)
             status.update(describe_pool(self.pool, self.loop.time()), connections=len(self.connections))
             status["upstream_connections"] = {"idle": self.links.idle_count, "active": len(self.links.active)}
-        await call.client.json(status, 503 if self.draining else 200)
+        await client.json(status, 503 if self.draining else 200)
 
-    def _chat(self, call: Call) -> "Awaitable[None]":
-        client, head, record = call.client, call.head, call.client.record
-        index = head.index
-        data, sent = parse_chat(call.body, self.config.limits.json_depth)
-        request = ApiRequest("POST", "/chat/completions", call.query, json_lines(head), sent)
+    def _chat(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
+        body = request.body
+        data, request.body = parse_chat(body, self.config.limits.json_depth)
+        request.lines = json_lines(head)
         request.data, request.model, request.stream = data, data["model"], data.get("stream") is True
         request.stateful = data.get("store") is True
-        request.request_id = record.request_id
         request.prompt_tokens, request.max_tokens = estimate_prompt(data), answer_limit(data)
-        request.wait_s = longest_wait(index, self.config.pool.max_wait)
-        record.model = request.model[:MODEL_NAME_CHARS]
-        if call.key is not None:
-            check_model_allowed(call.key, request.model, call.body)
-            return self._for_key(call.key, request, client, self.relay.run)
-        return self.relay.run(request, client, record)
+        return self._go(client, head, request, body)
 
-    def _infer(self, call: Call) -> "Awaitable[None]":
+    def _infer(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Completions, embeddings, responses, moderations, images, audio: through the same scheduler as chats."""
-        as_form, model = INFERENCE[call.path]
-        lines = call.head.lines if as_form else json_lines(call.head)
-        request = ApiRequest("POST", call.path, call.query, lines, call.body)
-        if as_form:
-            read_form(request, call.head.index.get(b"content-type", b""), model)
-        else:
-            read_input(request, model)
+        if request.path in FORMS:
+            read_form(request, head.index.get(b"content-type", b""), INFERENCE[request.path])
+            return self._go(client, head, request)
+        request.lines = json_lines(head)
+        read_input(request, INFERENCE[request.path], self.config.limits.json_depth)
         previous = request.data.get("previous_response_id")
         if isinstance(previous, str):
             request.pinned = self._maker(previous)
-        return self._go(call, request)
+        return self._go(client, head, request, request.body)
 
-    def _object(self, call: Call) -> "Awaitable[None]":
+    def _object(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Files, batches, stored responses ...: what lives in one account goes to the controller that made it."""
-        method = call.head.method
-        request = ApiRequest(method, call.path, call.query, call.head.lines, call.body)
-        request.stateful = method not in ("GET", "HEAD")
-        parts = [urllib.parse.unquote(part) for part in call.path.split("/")[2:]]
-        parts += re.findall(r'"([\w\-]{4,128})"', call.body[:WHOLE_BYTES].decode("latin-1")) if call.body else []
-        known = [self.relay.makers[part] for part in parts if part in self.relay.makers]
-        if method == "GET" and call.path in LISTS and "before" not in dict(urllib.parse.parse_qsl(call.query)):
-            return self._go(call, request, self._merge)
+        reads, (group, *parts) = request.method in ("GET", "HEAD"), request.path[1:].split("/")
+        if request.method == "GET" and request.path in LISTS and "before=" not in request.query:
+            return self._go(client, head, request, answer=self._merge)
+        request.stateful = not reads
+        # Ids in the path, and those that the body speaks of: a batch's file has to be in the account of the batch.
+        names = [urllib.parse.unquote(part) for part in parts]
+        names += re.findall(r'"([\w\-]{4,128})"', request.body[:WHOLE_BYTES].decode("latin-1"))
+        known = [self.relay.makers[name] for name in names if name in self.relay.makers]
         if known:
             request.pinned = known[0]
-        elif method in ("GET", "HEAD"):
-            request.seeks = True
-        elif len(call.path.split("/")) > 2 and call.path.split("/")[1] in OBJECTS:
-            request.pinned = self._maker(call.path.split("/")[2])
-        return self._go(call, request)
+        elif not reads and parts and group in OBJECTS:
+            request.pinned = self._maker(parts[0])
+        request.seeks = reads and not known
+        return self._go(client, head, request)
 
     def _maker(self, made: str) -> str:
         """The controller that made an object; any, where there is only one. Raises ProxyError (404)."""
@@ -7717,30 +7722,36 @@ class Server:
             raise ProxyError(404, message % (made[:64], len(able)), "object_not_known")
         return name
 
-    def _go(self, call: Call, request: ApiRequest, run: "Run | None" = None) -> "Awaitable[None]":
-        """Sends a request that is no chat on its way, which is the relay's unless `run` is another."""
-        record, request.upload = call.client.record, call.client.upload
-        request.request_id, record.model = record.request_id, request.model[:MODEL_NAME_CHARS]
-        request.wait_s = longest_wait(call.head.index, self.config.pool.max_wait)
-        if call.key is not None:
-            check_model_allowed(call.key, request.model, call.body if request.data else b"{}")
-            return self._for_key(call.key, request, call.client, run or self.relay.run)
-        return (run or self.relay.run)(request, call.client, record)
+    def _go(
+        self,
+        client: ClientConnection,
+        head: RequestHead,
+        request: ApiRequest,
+        body: bytes = b"{}",
+        answer: "Run | None" = None,
+    ) -> "Awaitable[None]":
+        """Sends a request on its way, within the limits of its client key. Raises ProxyError (400, 403).
 
-    async def _for_key(self, key: ClientKey, request: ApiRequest, client: ClientConnection, run: "Run") -> None:
-        """Runs a request within the limits of its client key. Raises ProxyError (429)."""
-        request.key = key.name
-        gate = self.gates.get(key.name)
-        if gate is None:
-            await run(request, client, client.record)
-            return
+        `body`: the JSON as the client sent it. `answer`: who answers, if not the relay.
+        """
+        key, record, answer = client.key, client.record, answer or self.relay.run
+        record.model = request.model[:MODEL_NAME_CHARS]
+        request.wait_s = longest_wait(head.index, self.config.pool.max_wait)
+        if key is None:
+            return answer(request, client, record)
+        check_model_allowed(key, request.model, body)
+        request.key, gate = key.name, self.gates.get(key.name)
+        return answer(request, client, record) if gate is None else self._pass_gate(gate, request, client, answer)
+
+    async def _pass_gate(self, gate: KeyGate, request: ApiRequest, client: ClientConnection, answer: "Run") -> None:
+        """Runs a request, unless its client key has sent too many. Raises ProxyError (429)."""
         self.pool.estimate(request)
         after_s = gate.enter(request.need, self.loop.time())
         if after_s:
-            message = "Rate limit reached for the key %r; its limits are this server's own." % key.name
+            message = "Rate limit reached for the key %r; its limits are this server's own." % request.key
             raise ProxyError(429, message, "rate_limit_exceeded", headers=retry_fields(after_s))
         try:
-            await run(request, client, client.record)
+            await answer(request, client, client.record)
         finally:
             gate.leave()
 
@@ -7783,37 +7794,41 @@ class Server:
         self, upstream: Upstream, request: ApiRequest, query: "dict[str, str]", record: AccessRecord
     ) -> "tuple[str, list[dict[str, Any]], bool] | None":
         """The account's name, its objects, and whether there are more of them; None when it fails."""
-        words = urllib.parse.urlencode({name: value for name, value in query.items() if value})
-        single, since = ApiRequest("GET", request.path, words, request.lines, b""), self.loop.time()
+        words, since = urllib.parse.urlencode([pair for pair in query.items() if pair[1]]), self.loop.time()
+        found = await self._fetch(upstream, ApiRequest("GET", request.path, words, request.lines, b""))
+        outcome = "ok" if found is not None else "failed"
+        record.outcomes.append((upstream.name, outcome, self.loop.time() - since))
+        return None if found is None else (upstream.name, found["data"], found.get("has_more") is True)
+
+    async def _fetch(self, upstream: Upstream, request: ApiRequest) -> "dict[str, Any] | None":
+        """An account's list, which counts towards no quota; None, and the log says why, when it fails."""
         try:
             async with asyncio.timeout(MODELS_TIMEOUT_S):
-                found = await fetch_list(upstream.controller.exchange(single, self.links, uncounted))
+                return await fetch_list(upstream.controller.exchange(request, self.links, uncounted))
         except (UpstreamError, TimeoutError) as problem:
-            log.warning("%s of %s is not known: %s", request.path, upstream.name, str(problem) or "no answer in time")
-            record.outcomes.append((upstream.name, "failed", self.loop.time() - since))
+            why = str(problem) or "no answer in time"
+            log.warning("%s of %s is not known: %s", request.path[1:], upstream.name, why)
             return None
-        record.outcomes.append((upstream.name, "ok", self.loop.time() - since))
-        return upstream.name, found["data"], found.get("has_more") is True
 
-    async def _list(self, call: Call) -> None:
-        await call.client.json({"object": "list", "data": await self._all_models()})
+    # -- the list of models
 
-    async def _model(self, call: Call) -> None:
-        name = call.path[len("/models/") :]
+    async def _list(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> None:
+        await client.json({"object": "list", "data": await self._all_models()})
+
+    async def _model(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> None:
+        name = request.path[len("/models/") :]
         for model in await self._all_models():
             if model["id"] == name:
-                await call.client.json(model)
+                await client.json(model)
                 return
         seats = [seat for seat in self.pool.seats(name) if not seat.upstream.config.models]
         if {".", ".."}.isdisjoint(name.split("/")) and any(not seat.upstream.controller.chat_only for seat in seats):
             # Accounts know models that their lists leave out: previews, snapshots, what was tuned elsewhere.
-            request = ApiRequest("GET", "/models/" + urllib.parse.quote(name, safe="/:"), "", call.head.lines, b"")
-            request.model, request.seeks = name, True
-            await self._go(call, request)
+            request.path = "/models/" + urllib.parse.quote(name, safe="/:")
+            request.query, request.model, request.seeks = "", name, True
+            await self._go(client, head, request)
             return
         raise ProxyError(404, "The model %r is served by no controller here." % name[:100], "model_not_found")
-
-    # -- the list of models
 
     async def _all_models(self) -> "list[dict[str, Any]]":
         """The configured models, and those of the upstreams that have no list; the first of each name."""
@@ -7833,81 +7848,28 @@ class Server:
         until, models = self.models.get(upstream.name, (0.0, []))
         if self.loop.time() < until:
             return models
-        request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
-        try:
-            async with asyncio.timeout(MODELS_TIMEOUT_S):
-                found = await fetch_list(upstream.controller.exchange(request, self.links, uncounted))
-            # Anthropic's have a `type`, and no `object`.
+        found = await self._fetch(upstream, ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b""))
+        if found is not None:  # Anthropic's have a `type`, and no `object`
             models = [{**model_object(model["id"]), **model, "object": "model"} for model in found["data"]]
-            self.models[upstream.name] = (self.loop.time() + MODELS_TTL_S, models)
-        except (UpstreamError, TimeoutError) as problem:
-            log.warning("the models of %s are not known: %s", upstream.name, str(problem) or "no answer in time")
-            self.models[upstream.name] = (self.loop.time() + MODELS_TIMEOUT_S, models)
+        again_s = MODELS_TIMEOUT_S if found is None else MODELS_TTL_S
+        self.models[upstream.name] = (self.loop.time() + again_s, models)
         return models
 
 
-Handler = Callable[[Server, Call], Awaitable[None]]
-Run = Callable[[ApiRequest, ClientConnection, AccessRecord], Awaitable[None]]
-# What each account has a list of, and the order where none is asked for (API reference, `order`).
-LISTS = {
-    "/files": "desc",
-    "/batches": "desc",
-    "/vector_stores": "desc",
-    "/fine_tuning/jobs": "desc",
-    "/assistants": "desc",
-    "/containers": "desc",
-    "/videos": "desc",
-    "/evals": "asc",
-    "/chat/completions": "asc",
-}
-# Path: whether the body is a form, and the model that counts when none is named.
-INFERENCE = {
-    "/completions": (False, ""),
-    "/embeddings": (False, ""),
-    "/responses": (False, ""),
-    "/moderations": (False, "omni-moderation-latest"),
-    "/images/generations": (False, "dall-e-2"),
-    "/images/edits": (True, "dall-e-2"),
-    "/images/variations": (True, "dall-e-2"),
-    "/audio/speech": (False, ""),
-    "/audio/transcriptions": (True, ""),
-    "/audio/translations": (True, ""),
-}
-OBJECTS = frozenset(
-    "files uploads batches responses conversations vector_stores fine_tuning assistants threads containers evals videos"
-    " chat".split()
-)
-ROUTES: "dict[str, tuple[str, Handler]]" = {
-    **dict.fromkeys(INFERENCE, ("POST", Server._infer)),
-    "/chat/completions": ("POST", Server._chat),
-    "/models": ("GET", Server._list),
-    "/models/*": ("GET", Server._model),
-    "/status": ("GET", Server._status),
-}
-AGAIN = b"Retry-After: 1\r\n"
-TOO_LARGE = (
-    "The body is larger than %d bytes.",
-    "The form names no model in its first %d bytes: put that field before the file.",
-)
-UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
-CLOSED = "%s is not open here: `endpoints` of the configuration would have to name %r."
-ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
-
-
 @functools.lru_cache(maxsize=256)
-def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple[Handler, str, str]":
+def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple[str, str, str]":
     """Handler, path without /v1, and query of a request. Raises BadMessage, ProxyError (404, 405)."""
     _, path, query = split_target(target)
     name = path[3:] if path.startswith("/v1/") else path
-    route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/") or "/"
-    wanted, handler = ROUTES.get(route, ("", Server._object))
-    if method == wanted or (method, wanted) == ("HEAD", "GET"):
-        if route in INFERENCE and "inference" not in endpoints and "*" not in endpoints:
+    route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/")
+    wanted, handler = ROUTES.get(route, ("", ""))
+    if wanted and method in (wanted, "HEAD" if wanted == "GET" else wanted):
+        if route in INFERENCE and {"inference", "*"}.isdisjoint(endpoints):
             raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
-        return handler, name.rstrip("/") if route in INFERENCE else name, query
+        return handler, name if route == "/models/*" else route, query
     group = "objects" if name.lstrip("/").partition("/")[0] in OBJECTS else "*"
-    if path.startswith("/v1/") and ("*" in endpoints or group in endpoints) and route != "/status":
-        return Server._object, raw_path(target, path), query
+    if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":
+        return "_object", raw_path(target, path), query
     if not wanted:
         message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
         raise ProxyError(404, message, "unknown_url")
@@ -7929,14 +7891,11 @@ def raw_path(target: str, path: str) -> str:
     return spelled[first:]
 
 
-def full_answer() -> bytes:
-    """What a connection gets that is one too many."""
-    body = error_body(ProxyError(503, "All connections are taken; try again.", "too_many_connections"))
-    head = b"Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
-    return b"%b%bContent-Length: %d\r\n\r\n%b" % (status_line(503), head, len(body), body)
-
-
-FULL = full_answer()
+# What a connection gets that is one too many.
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n%bConnection: close\r\n\r\n%b" % (
+    AGAIN,
+    error_body(ProxyError(*TAKEN)),
+)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -7953,13 +7912,11 @@ def peer_bound(peer: str) -> int:
 
 def longest_wait(index: Index, most: float) -> float:
     """How long a request may stand in line: by configuration, by its own wish, never beyond its client's patience."""
-    if b"x-apiserver-max-wait" not in index and b"x-stainless-read-timeout" not in index:
-        return most
-    wish = parse_duration(index.get(b"x-apiserver-max-wait", b"").decode("latin-1"))
-    patience = parse_duration(index.get(b"x-stainless-read-timeout", b"").decode("latin-1"))
-    if wish is not None:
-        most = min(most, wish)
-    return most if patience is None else max(0.0, min(most, patience - PATIENCE_S))
+    for name, spare_s in ((b"x-apiserver-max-wait", 0.0), (b"x-stainless-read-timeout", PATIENCE_S)):
+        said = parse_duration(index[name].decode("latin-1")) if name in index else None
+        if said is not None:
+            most = max(0.0, min(most, said - spare_s))
+    return most
 
 
 def json_lines(head: RequestHead) -> bytes:
@@ -7969,9 +7926,9 @@ def json_lines(head: RequestHead) -> bytes:
     return without(head.lines, (b"content-type",)) + b"Content-Type: application/json\r\n"
 
 
-def read_input(request: ApiRequest, model: str) -> None:
+def read_input(request: ApiRequest, model: str, depth: int) -> None:
     """Reads a JSON request that is no chat. Raises ProxyError (400)."""
-    data = request.data = parse_object(request.body)
+    data = request.data = parse_object(request.body, depth)
     request.model = data.get("model") or model
     if request.path == "/responses" and "model" not in data:
         request.model = ""  # a stored prompt may name it
@@ -8010,12 +7967,6 @@ def refuse_twice(scanner: FormScanner) -> None:
         raise ProxyError(400, "model or stream stands twice in the form.", param="model")
 
 
-def check_encoding(index: Index) -> None:
-    """Refuses a compressed body: it would have to be unpacked to be read, bombs too. Raises ProxyError (415)."""
-    if index.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
-
-
 def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
     """Refuses a model that is not among the key's (403), and a body that two readers could read differently (400)."""
     if not key.models:
@@ -8036,6 +7987,7 @@ def uncounted(now: float) -> None:
     """What happens at the write of a request that no quota counts."""
 
 
+Run = Callable[[ApiRequest, ClientConnection, AccessRecord], Awaitable[None]]
 Pages = dict[str, tuple[list[dict[str, Any]], bool]]  # by account: its objects, and whether it has more
 
 

@@ -418,12 +418,41 @@ async def test_nothing_is_kept_of_a_strangers_body(line: str, status: int) -> No
     ],
 )
 async def test_what_the_head_decides_is_answered_before_the_body(path: str, line: str, status: int) -> None:
-    """A body that no answer depends on is not waited for."""
+    """A body that no answer depends on is not kept: a small one is skipped, a large one not even waited for."""
+    async with Running() as server:
+        for size in (1000, 70_000):
+            client = await server.open()
+            await client.send(request(b"x" * size, line, target=path)[: -size + 10])
+            await turns()
+            assert server.server.held == 0
+            if size == 1000:
+                await client.send(b"x" * (size - 10) + STATUS)
+            found = await client.read()
+            assert (found.status, found.headers.get("connection")) == (status, None if size == 1000 else "close")
+            if size == 1000:
+                assert (await client.read()).status == 200
+            else:
+                await client.send(b"x" * (size - 10) + STATUS)
+                assert await client.closed() == b""
+            client.close()
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize(
+    ("rest", "status"),
+    [(b"", 404), (b"zz\r\n", 400), (app.chunk(b"x" * 70_000) + app.LAST_CHUNK + STATUS, 404), (app.LAST_CHUNK, 404)],
+)
+async def test_what_is_skipped_is_small_and_soon_over(rest: bytes, status: int) -> None:
+    """A body that was refused and does not end, or is none, ends the connection; bad framing is told instead."""
     async with Running() as server:
         client = await server.open()
-        await client.send(request(b"x" * 1000, line, target=path)[:-1000])
+        since = asyncio.get_running_loop().time()
+        await client.send(b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await turns()
+        await client.send(rest)
         found = await client.read()
-        assert (found.status, found.headers["connection"]) == (status, "close")
+        assert found.status == status and asyncio.get_running_loop().time() - since <= app.SKIP_S + 0.1
+        assert ("connection" in found.headers) is (rest != app.LAST_CHUNK)
         client.close()
 
 
