@@ -6293,6 +6293,78 @@ class HeldLongEnough(Exception):
     """The first real event did not come within HOLD_S; what there is goes out."""
 
 
+SPACED = bytes.maketrans(b"\r\n", b"  ")  # makes one line of a JSON text
+LEFT = Verdict(Outcome.GONE)  # what an attempt came to that nobody waits for any more
+
+
+def model_field(request: ApiRequest, seat: Seat) -> bytes:
+    """Which model was asked for and which one was sent for; all of these names are the configuration's."""
+    names = (request.asked or request.model, seat.mapped or request.model)
+    return b"x-apiserver-model: %b -> %b\r\n" % tuple(name.encode("ascii", "backslashreplace") for name in names)
+
+
+def retry_fields(after_s: float) -> bytes:
+    """When to come again: whole seconds for all, milliseconds for the official SDKs; nothing where nobody knows."""
+    if after_s == NEVER:
+        return b"x-should-retry: true\r\n"
+    exact = max(after_s, 0.001)
+    return b"Retry-After: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(exact), math.ceil(exact * 1e3))
+
+
+def more_useful(one: "Reply | None", other: Reply) -> Reply:
+    """The one of two refusals that tells a client more; the later of equals, as it is the truer."""
+    if one is None:
+        return other
+    better = USEFULNESS.index(other.verdict.outcome) <= USEFULNESS.index(one.verdict.outcome)
+    return other if better else one
+
+
+def inflate(data: bytes, coding: bytes) -> "bytes | None":
+    """The plain bytes of a content coding (RFC 9110, 8.4.1), if they are whole and at most HOLD_BYTES."""
+    import zlib  # 1 ms that only such errors need
+
+    # What is called deflate should have a zlib header, and from some servers has none.
+    for window_bits in {b"gzip": (31,), b"x-gzip": (31,), b"deflate": (15, -15)}.get(coding, ()):
+        engine = zlib.decompressobj(window_bits)
+        try:
+            plain = engine.decompress(data, HOLD_BYTES)
+        except zlib.error:
+            continue
+        return plain if engine.eof else None
+    return None
+
+
+def unpack_error(reply: Reply) -> None:
+    """Makes a compressed error body plain, so that it can be judged and scrubbed; identity was what had been asked for.
+
+    What cannot be unpacked, or only to more than HOLD_BYTES (a bomb), gives way to an error of our own.
+    """
+    head, coding = reply.head, reply.head.index[b"content-encoding"].strip().lower()
+    if coding == b"identity":
+        return
+    plain, lines = inflate(reply.held, coding), without(head.lines, (b"content-encoding",))
+    if plain is None:
+        message = "The upstream's error, of status %d, came in a compression that nobody asked for." % head.status
+        plain = compact_json(error_object(message, "server_error", "upstream_bad_reply"))
+        lines = without(lines, (b"content-type",)) + b"Content-Type: application/json\r\n"
+    reply.head, reply.held = ResponseHead(head.status, head.minor, head.index, lines), plain
+
+
+def refused_in_200(reply: Reply, event: bytes) -> Refused:
+    """A 200 whose body is the error of `event`, as if it had come with the status that belongs to it."""
+    verdict = judge_first_event(event)
+    reply.head = ResponseHead(verdict.status, 1, reply.head.index, b"Content-Type: application/json\r\n")
+    return Refused(reply, verdict)
+
+
+def keep(memory: "dict[Any, Any]", key: "Any", value: "Any", most: int) -> None:
+    """Puts something into a memory of at most this many, the newest last; the oldest is forgotten."""
+    memory.pop(key, None)
+    if len(memory) >= most:
+        del memory[next(iter(memory))]
+    memory[key] = value
+
+
 class Trip:
     """One request on its way: whom it may ask, whom it asked in this round, and what came of it.
 
@@ -6344,10 +6416,6 @@ class Trip:
             self.tried.discard(lease.upstream)
 
 
-SPACED = bytes.maketrans(b"\r\n", b"  ")  # makes one line of a JSON text
-LEFT = Verdict(Outcome.GONE)  # what an attempt came to that nobody waits for any more
-
-
 class Meter:
     """Passes bytes on, and remembers the last of them, where `usage` stands."""
 
@@ -6364,14 +6432,6 @@ class Meter:
     def when_ready(self, call: "Callable[[], None]") -> None:
         """See `Outlet`."""
         self.sink.when_ready(call)
-
-
-def keep(memory: "dict[Any, Any]", key: "Any", value: "Any", most: int) -> None:
-    """Puts something into a memory of at most this many, the newest last; the oldest is forgotten."""
-    memory.pop(key, None)
-    if len(memory) >= most:
-        del memory[next(iter(memory))]
-    memory[key] = value
 
 
 class Relay:
@@ -6754,66 +6814,6 @@ class Relay:
         )
 
 
-def model_field(request: ApiRequest, seat: Seat) -> bytes:
-    """Which model was asked for and which one was sent for; all of these names are the configuration's."""
-    names = (request.asked or request.model, seat.mapped or request.model)
-    return b"x-apiserver-model: %b -> %b\r\n" % tuple(name.encode("ascii", "backslashreplace") for name in names)
-
-
-def retry_fields(after_s: float) -> bytes:
-    """When to come again: whole seconds for all, milliseconds for the official SDKs; nothing where nobody knows."""
-    if after_s == NEVER:
-        return b"x-should-retry: true\r\n"
-    exact = max(after_s, 0.001)
-    return b"Retry-After: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(exact), math.ceil(exact * 1e3))
-
-
-def more_useful(one: "Reply | None", other: Reply) -> Reply:
-    """The one of two refusals that tells a client more; the later of equals, as it is the truer."""
-    if one is None:
-        return other
-    better = USEFULNESS.index(other.verdict.outcome) <= USEFULNESS.index(one.verdict.outcome)
-    return other if better else one
-
-
-def unpack_error(reply: Reply) -> None:
-    """Makes a compressed error body plain, so that it can be judged and scrubbed; identity was what had been asked for.
-
-    What cannot be unpacked, or only to more than HOLD_BYTES (a bomb), gives way to an error of our own.
-    """
-    head, coding = reply.head, reply.head.index[b"content-encoding"].strip().lower()
-    if coding == b"identity":
-        return
-    plain, lines = inflate(reply.held, coding), without(head.lines, (b"content-encoding",))
-    if plain is None:
-        message = "The upstream's error, of status %d, came in a compression that nobody asked for." % head.status
-        plain = compact_json(error_object(message, "server_error", "upstream_bad_reply"))
-        lines = without(lines, (b"content-type",)) + b"Content-Type: application/json\r\n"
-    reply.head, reply.held = ResponseHead(head.status, head.minor, head.index, lines), plain
-
-
-def inflate(data: bytes, coding: bytes) -> "bytes | None":
-    """The plain bytes of a content coding (RFC 9110, 8.4.1), if they are whole and at most HOLD_BYTES."""
-    import zlib  # 1 ms that only such errors need
-
-    # What is called deflate should have a zlib header, and from some servers has none.
-    for window_bits in {b"gzip": (31,), b"x-gzip": (31,), b"deflate": (15, -15)}.get(coding, ()):
-        engine = zlib.decompressobj(window_bits)
-        try:
-            plain = engine.decompress(data, HOLD_BYTES)
-        except zlib.error:
-            continue
-        return plain if engine.eof else None
-    return None
-
-
-def refused_in_200(reply: Reply, event: bytes) -> Refused:
-    """A 200 whose body is the error of `event`, as if it had come with the status that belongs to it."""
-    verdict = judge_first_event(event)
-    reply.head = ResponseHead(verdict.status, 1, reply.head.index, b"Content-Type: application/json\r\n")
-    return Refused(reply, verdict)
-
-
 # ==== 14. Server ====
 # One task per client connection: read a request, answer it, read the next. Framing is judged before doors, doors before
 # routes. A client that leaves cancels its task, and with it whatever was under way upstream.
@@ -6855,6 +6855,126 @@ TOO_LARGE = (
 )
 UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
 CLOSED = "%s is not open here: `endpoints` of the configuration would have to name %r."
+# What a connection gets that is one too many.
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n%bConnection: close\r\n\r\n%b" % (
+    AGAIN,
+    error_body(ProxyError(*TAKEN)),
+)
+
+
+def raw_path(target: str, path: str) -> str:
+    """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404).
+
+    Dot segments would lead out of the account's base_url, with its key.
+    """
+    if not {".", ".."}.isdisjoint(path.split("/")) or "\\" in path:
+        raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
+    spelled = target.partition("?")[0]
+    at = spelled.find("/", spelled.find("://") + 3) if "://" in spelled else 0
+    first = spelled.find("/", at + 1)
+    return spelled[first:]
+
+
+@functools.lru_cache(maxsize=256)
+def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple[str, str, str]":
+    """Handler, path without /v1, and query of a request. Raises BadMessage, ProxyError (404, 405)."""
+    _, path, query = split_target(target)
+    name = path[3:] if path.startswith("/v1/") else path
+    route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/")
+    wanted, handler = ROUTES.get(route, ("", ""))
+    if wanted and method in (wanted, "HEAD" if wanted == "GET" else wanted):
+        if route in INFERENCE and {"inference", "*"}.isdisjoint(endpoints):
+            raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
+        return handler, name if route == "/models/*" else route, query
+    group = "objects" if name.lstrip("/").partition("/")[0] in OBJECTS else "*"
+    if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":
+        return "_object", raw_path(target, path), query
+    if not wanted:
+        message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
+        raise ProxyError(404, message, "unknown_url")
+    allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
+    fields = b"Allow: %b\r\n" % allow.encode()
+    raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
+
+
+@functools.lru_cache(maxsize=1024)
+def peer_bound(peer: str) -> int:
+    """How many connections an address may have where nothing is configured; 0 for as many as it likes."""
+    import ipaddress  # 2 ms that loopback need not pay at the start
+
+    try:
+        address = ipaddress.ip_address(peer.partition("%")[0])
+    except ValueError:
+        return 0
+    return 0 if address.is_private or address.is_loopback else PEER_CONNECTIONS
+
+
+def longest_wait(index: Index, most: float) -> float:
+    """How long a request may stand in line: by configuration, by its own wish, never beyond its client's patience."""
+    for name, spare_s in ((b"x-apiserver-max-wait", 0.0), (b"x-stainless-read-timeout", PATIENCE_S)):
+        said = parse_duration(index[name].decode("latin-1")) if name in index else None
+        if said is not None:
+            most = max(0.0, min(most, said - spare_s))
+    return most
+
+
+def json_lines(head: RequestHead) -> bytes:
+    """The field lines of a JSON request; curl's default content type is a form's."""
+    if b"json" in head.index.get(b"content-type", b""):
+        return head.lines
+    return without(head.lines, (b"content-type",)) + b"Content-Type: application/json\r\n"
+
+
+def read_input(request: ApiRequest, model: str, depth: int) -> None:
+    """Reads a JSON request that is no chat. Raises ProxyError (400)."""
+    data = request.data = parse_object(request.body, depth)
+    request.model = data.get("model") or model
+    if request.path == "/responses" and "model" not in data:
+        request.model = ""  # a stored prompt may name it
+    elif not isinstance(request.model, str) or not request.model:
+        raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
+    request.stream = data.get("stream") is True
+    request.stateful = request.path == "/responses" and data.get("store") is not False
+    text = [data.get(name) for name in ("prompt", "input", "instructions", "messages")]
+    request.prompt_tokens = count_text(text) // 4
+    most = data.get("max_output_tokens")
+    if request.path in ("/completions", "/responses"):
+        request.max_tokens = most if isinstance(most, int) and most > 0 else answer_limit(data)
+    else:
+        request.max_tokens = 1  # what comes back counts for little
+
+
+def refuse_twice(scanner: FormScanner) -> None:
+    """Refuses a form that names a model twice: a key's models are judged by one, and the account may take the other."""
+    if scanner.twice:
+        raise ProxyError(400, "model or stream stands twice in the form.", param="model")
+
+
+def read_form(request: ApiRequest, content_type: bytes, model: str) -> None:
+    """Reads the fields of a multipart request that decide where it goes. Raises ProxyError (400)."""
+    scanner = FormScanner(content_type)
+    scanner.feed(request.body)
+    refuse_twice(scanner)
+    request.model, request.model_span = model, scanner.spans.get(b"model")
+    if request.model_span is not None:
+        start, end = request.model_span
+        request.model = request.body[start:end].decode("utf-8", "replace")
+    if not request.model:
+        raise ProxyError(400, "You must provide a model field in the form.", param="model")
+    start, end = scanner.spans.get(b"stream", (0, 0))
+    request.stream = request.body[start:end] == b"true"
+    request.prompt_tokens, request.max_tokens = TOKENS_PER_PART, 1
+
+
+def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
+    """Refuses a model that is not among the key's (403), and a body that two readers could read differently (400)."""
+    if not key.models:
+        return
+    if top_level_count(body, "model") > 1:
+        raise ProxyError(400, "model stands twice in the body.", param="model")
+    if not model_patterns(key.models).fullmatch(model):
+        message = "Your key may not use the model %r; it may use: %s." % (model[:64], ", ".join(key.models))
+        raise ProxyError(403, message, "model_not_allowed", param="model")
 
 
 class Phase(enum.Enum):
@@ -7496,6 +7616,111 @@ class ClientConnection:
         self.loop.call_later(PROBE_S * min(self.probes, 20), self._probe)
 
 
+Run = Callable[[ApiRequest, ClientConnection, AccessRecord], Awaitable[None]]
+Pages = dict[str, tuple[list[dict[str, Any]], bool]]  # by account: its objects, and whether it has more
+
+
+def created_at(item: "dict[str, Any]") -> float:
+    """When an object was made, by which lists are sorted; chat completions spell it shorter."""
+    found = item.get("created_at") or item.get("created")
+    return found if isinstance(found, int | float) else 0.0
+
+
+def merge_pages(pages: "Pages", limit: int, descending: bool) -> "tuple[list[tuple[dict[str, Any], str]], bool]":
+    """The objects of several lists as one, each with whose it is, and whether there are more; `limit` 0 is none.
+
+    An account that has more may have some that belong between those of the others, so the list ends where its does.
+    """
+    merged = [(item, name) for name, (found, _) in pages.items() for item in found]
+    merged.sort(key=lambda entry: created_at(entry[0]), reverse=descending)
+    ends = [len(found) for found, more in pages.values() if more and found]
+    shown = merged[: min([limit or len(merged), *ends])]
+    return shown, bool(ends) or len(shown) < len(merged)
+
+
+def next_places(
+    places: "dict[str, str]", pages: "Pages", shown: "list[tuple[dict[str, Any], str]]"
+) -> "dict[str, str]":
+    """Behind which object each account's list goes on; without those that have shown all of theirs."""
+    places = {**places, **{name: item["id"] for item, name in shown}}
+    for name, (found, more) in pages.items():
+        if not more and (not found or places[name] == found[-1]["id"]):
+            del places[name]
+    return places
+
+
+def model_object(name: str) -> "dict[str, Any]":
+    """A model as `GET /v1/models` lists it."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "chatgpt-apiserver"}
+
+
+def uncounted(now: float) -> None:
+    """What happens at the write of a request that no quota counts."""
+
+
+async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
+    """An upstream's list of objects, each with an id in `data`. Raises UpstreamError."""
+    try:
+        await exchange.start()
+        body = b""
+        while len(body) <= LIST_BYTES:
+            piece = await exchange.read()
+            if not piece:
+                break
+            body += piece
+        exchange.finish()
+    finally:
+        exchange.abort()
+    try:
+        if exchange.head.status == 200:
+            found: "dict[str, Any]" = json.loads(body)
+            return {**found, "data": [one for one in found["data"] if isinstance(one["id"], str)]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise BadReply("status %d instead of a list" % exchange.head.status)
+
+
+def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
+    """Makes `pool` what `config` describes; controllers and quotas that are the same as before keep their state."""
+    known = {upstream.name: upstream for upstream in pool.upstreams}
+    quotas = {upstream.quota.name: upstream.quota for upstream in pool.upstreams}
+    upstreams: "list[Upstream]" = []
+    for position, one in enumerate(config.controllers):
+        same = known.get(one.name)
+        if same is None or same.config != one:
+            name = one.quota_group or one.name
+            quota = quotas.get(name)
+            if quota is None or quota.limits != one.limits:
+                quota = quotas[name] = Quota(name, one.limits)
+            same = Upstream(one, CONTROLLERS[one.type](one), position, quota)
+        same.position = position
+        upstreams.append(same)
+    policy = pool.policy if pool.upstreams and pool.config.type == config.pool.type else POLICIES[config.pool.type]()
+    pool.replace(upstreams, policy, config.pool)
+
+
+def load_certificate(context: ssl.SSLContext, config: Config) -> None:
+    """Makes new connections use this certificate. Raises ConfigError."""
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except (ssl.SSLError, OSError) as problem:
+        raise ConfigError("%s: tls: certificate and key cannot be used: %s" % (config.source, problem)) from problem
+
+
+def server_tls(config: Config) -> ssl.SSLContext:
+    """The listener's TLS: 1.2 or newer. Raises ConfigError when certificate and key do not fit."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_certificate(context, config)
+    return context
+
+
+def write_stderr(text: str) -> None:
+    """Writes access lines, unbuffered."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
 class Server:
     """The listener, the routes, the doors, and the way down."""
 
@@ -7888,233 +8113,6 @@ class Server:
         again_s = MODELS_TIMEOUT_S if found is None else MODELS_TTL_S
         self.models[upstream.name] = (self.loop.time() + again_s, models)
         return models
-
-
-@functools.lru_cache(maxsize=256)
-def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple[str, str, str]":
-    """Handler, path without /v1, and query of a request. Raises BadMessage, ProxyError (404, 405)."""
-    _, path, query = split_target(target)
-    name = path[3:] if path.startswith("/v1/") else path
-    route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/")
-    wanted, handler = ROUTES.get(route, ("", ""))
-    if wanted and method in (wanted, "HEAD" if wanted == "GET" else wanted):
-        if route in INFERENCE and {"inference", "*"}.isdisjoint(endpoints):
-            raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
-        return handler, name if route == "/models/*" else route, query
-    group = "objects" if name.lstrip("/").partition("/")[0] in OBJECTS else "*"
-    if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":
-        return "_object", raw_path(target, path), query
-    if not wanted:
-        message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
-        raise ProxyError(404, message, "unknown_url")
-    allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
-    fields = b"Allow: %b\r\n" % allow.encode()
-    raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
-
-
-def raw_path(target: str, path: str) -> str:
-    """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404).
-
-    Dot segments would lead out of the account's base_url, with its key.
-    """
-    if not {".", ".."}.isdisjoint(path.split("/")) or "\\" in path:
-        raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
-    spelled = target.partition("?")[0]
-    at = spelled.find("/", spelled.find("://") + 3) if "://" in spelled else 0
-    first = spelled.find("/", at + 1)
-    return spelled[first:]
-
-
-# What a connection gets that is one too many.
-FULL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n%bConnection: close\r\n\r\n%b" % (
-    AGAIN,
-    error_body(ProxyError(*TAKEN)),
-)
-
-
-@functools.lru_cache(maxsize=1024)
-def peer_bound(peer: str) -> int:
-    """How many connections an address may have where nothing is configured; 0 for as many as it likes."""
-    import ipaddress  # 2 ms that loopback need not pay at the start
-
-    try:
-        address = ipaddress.ip_address(peer.partition("%")[0])
-    except ValueError:
-        return 0
-    return 0 if address.is_private or address.is_loopback else PEER_CONNECTIONS
-
-
-def longest_wait(index: Index, most: float) -> float:
-    """How long a request may stand in line: by configuration, by its own wish, never beyond its client's patience."""
-    for name, spare_s in ((b"x-apiserver-max-wait", 0.0), (b"x-stainless-read-timeout", PATIENCE_S)):
-        said = parse_duration(index[name].decode("latin-1")) if name in index else None
-        if said is not None:
-            most = max(0.0, min(most, said - spare_s))
-    return most
-
-
-def json_lines(head: RequestHead) -> bytes:
-    """The field lines of a JSON request; curl's default content type is a form's."""
-    if b"json" in head.index.get(b"content-type", b""):
-        return head.lines
-    return without(head.lines, (b"content-type",)) + b"Content-Type: application/json\r\n"
-
-
-def read_input(request: ApiRequest, model: str, depth: int) -> None:
-    """Reads a JSON request that is no chat. Raises ProxyError (400)."""
-    data = request.data = parse_object(request.body, depth)
-    request.model = data.get("model") or model
-    if request.path == "/responses" and "model" not in data:
-        request.model = ""  # a stored prompt may name it
-    elif not isinstance(request.model, str) or not request.model:
-        raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
-    request.stream = data.get("stream") is True
-    request.stateful = request.path == "/responses" and data.get("store") is not False
-    text = [data.get(name) for name in ("prompt", "input", "instructions", "messages")]
-    request.prompt_tokens = count_text(text) // 4
-    most = data.get("max_output_tokens")
-    if request.path in ("/completions", "/responses"):
-        request.max_tokens = most if isinstance(most, int) and most > 0 else answer_limit(data)
-    else:
-        request.max_tokens = 1  # what comes back counts for little
-
-
-def read_form(request: ApiRequest, content_type: bytes, model: str) -> None:
-    """Reads the fields of a multipart request that decide where it goes. Raises ProxyError (400)."""
-    scanner = FormScanner(content_type)
-    scanner.feed(request.body)
-    refuse_twice(scanner)
-    request.model, request.model_span = model, scanner.spans.get(b"model")
-    if request.model_span is not None:
-        start, end = request.model_span
-        request.model = request.body[start:end].decode("utf-8", "replace")
-    if not request.model:
-        raise ProxyError(400, "You must provide a model field in the form.", param="model")
-    start, end = scanner.spans.get(b"stream", (0, 0))
-    request.stream = request.body[start:end] == b"true"
-    request.prompt_tokens, request.max_tokens = TOKENS_PER_PART, 1
-
-
-def refuse_twice(scanner: FormScanner) -> None:
-    """Refuses a form that names a model twice: a key's models are judged by one, and the account may take the other."""
-    if scanner.twice:
-        raise ProxyError(400, "model or stream stands twice in the form.", param="model")
-
-
-def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
-    """Refuses a model that is not among the key's (403), and a body that two readers could read differently (400)."""
-    if not key.models:
-        return
-    if top_level_count(body, "model") > 1:
-        raise ProxyError(400, "model stands twice in the body.", param="model")
-    if not model_patterns(key.models).fullmatch(model):
-        message = "Your key may not use the model %r; it may use: %s." % (model[:64], ", ".join(key.models))
-        raise ProxyError(403, message, "model_not_allowed", param="model")
-
-
-def model_object(name: str) -> "dict[str, Any]":
-    """A model as `GET /v1/models` lists it."""
-    return {"id": name, "object": "model", "created": 0, "owned_by": "chatgpt-apiserver"}
-
-
-def uncounted(now: float) -> None:
-    """What happens at the write of a request that no quota counts."""
-
-
-Run = Callable[[ApiRequest, ClientConnection, AccessRecord], Awaitable[None]]
-Pages = dict[str, tuple[list[dict[str, Any]], bool]]  # by account: its objects, and whether it has more
-
-
-async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
-    """An upstream's list of objects, each with an id in `data`. Raises UpstreamError."""
-    try:
-        await exchange.start()
-        body = b""
-        while len(body) <= LIST_BYTES:
-            piece = await exchange.read()
-            if not piece:
-                break
-            body += piece
-        exchange.finish()
-    finally:
-        exchange.abort()
-    try:
-        if exchange.head.status == 200:
-            found: "dict[str, Any]" = json.loads(body)
-            return {**found, "data": [one for one in found["data"] if isinstance(one["id"], str)]}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise BadReply("status %d instead of a list" % exchange.head.status)
-
-
-def merge_pages(pages: "Pages", limit: int, descending: bool) -> "tuple[list[tuple[dict[str, Any], str]], bool]":
-    """The objects of several lists as one, each with whose it is, and whether there are more; `limit` 0 is none.
-
-    An account that has more may have some that belong between those of the others, so the list ends where its does.
-    """
-    merged = [(item, name) for name, (found, _) in pages.items() for item in found]
-    merged.sort(key=lambda entry: created_at(entry[0]), reverse=descending)
-    ends = [len(found) for found, more in pages.values() if more and found]
-    shown = merged[: min([limit or len(merged), *ends])]
-    return shown, bool(ends) or len(shown) < len(merged)
-
-
-def created_at(item: "dict[str, Any]") -> float:
-    """When an object was made, by which lists are sorted; chat completions spell it shorter."""
-    found = item.get("created_at") or item.get("created")
-    return found if isinstance(found, int | float) else 0.0
-
-
-def next_places(
-    places: "dict[str, str]", pages: "Pages", shown: "list[tuple[dict[str, Any], str]]"
-) -> "dict[str, str]":
-    """Behind which object each account's list goes on; without those that have shown all of theirs."""
-    places = {**places, **{name: item["id"] for item, name in shown}}
-    for name, (found, more) in pages.items():
-        if not more and (not found or places[name] == found[-1]["id"]):
-            del places[name]
-    return places
-
-
-def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
-    """Makes `pool` what `config` describes; controllers and quotas that are the same as before keep their state."""
-    known = {upstream.name: upstream for upstream in pool.upstreams}
-    quotas = {upstream.quota.name: upstream.quota for upstream in pool.upstreams}
-    upstreams: "list[Upstream]" = []
-    for position, one in enumerate(config.controllers):
-        same = known.get(one.name)
-        if same is None or same.config != one:
-            name = one.quota_group or one.name
-            quota = quotas.get(name)
-            if quota is None or quota.limits != one.limits:
-                quota = quotas[name] = Quota(name, one.limits)
-            same = Upstream(one, CONTROLLERS[one.type](one), position, quota)
-        same.position = position
-        upstreams.append(same)
-    policy = pool.policy if pool.upstreams and pool.config.type == config.pool.type else POLICIES[config.pool.type]()
-    pool.replace(upstreams, policy, config.pool)
-
-
-def server_tls(config: Config) -> ssl.SSLContext:
-    """The listener's TLS: 1.2 or newer. Raises ConfigError when certificate and key do not fit."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_certificate(context, config)
-    return context
-
-
-def load_certificate(context: ssl.SSLContext, config: Config) -> None:
-    """Makes new connections use this certificate. Raises ConfigError."""
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except (ssl.SSLError, OSError) as problem:
-        raise ConfigError("%s: tls: certificate and key cannot be used: %s" % (config.source, problem)) from problem
-
-
-def write_stderr(text: str) -> None:
-    """Writes access lines, unbuffered."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
 
 
 # ==== 15. Command line ====
