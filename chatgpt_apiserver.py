@@ -6236,6 +6236,13 @@ def describe_ledger(ledger: Ledger, now: float) -> "dict[str, Any]":
 # ==== 13. Relay ====
 # One request, attempt after attempt, until an answer is committed to the client; then every byte at once. The first
 # byte to the client is the point of no return: before it every failure may move on, after it a cut is told honestly.
+#
+#   run: for each model that may stand in, for each controller that has room (or after a wait in line):
+#     _attempt: _ask (send, read the head and as much as decides) --> Refused or UpstreamError: _judge, the next one
+#                                                                 --> a Reply: _deliver, and nothing else is tried
+#   _fail: nobody answered; the refusal that tells most, or an error of our own.
+#
+# A rescue is a second _ask beside one that has been silent for too long; the first real answer of the two wins.
 
 
 class Sink(Outlet, Protocol):
@@ -6278,7 +6285,10 @@ class Reply:
 
 
 class Refused(Exception):
-    """An upstream answered, but not with what the client asked for; `reply` and its verdict say with what."""
+    """An upstream answered, but not with what the client asked for; `reply` and its `verdict` say with what.
+
+    It is whole by then: its connection has been given back or closed, and what can be shown of it is in `reply.held`.
+    """
 
     def __init__(self, reply: Reply, verdict: Verdict) -> None:
         super().__init__(reply.head.status)
@@ -6299,6 +6309,8 @@ LEFT = Verdict(Outcome.GONE)  # what an attempt came to that nobody waits for an
 
 def model_field(request: ApiRequest, seat: Seat) -> bytes:
     """Which model was asked for and which one was sent for; all of these names are the configuration's."""
+    # Only such a line tells a gateway that maps from one that is broken. A name that the client made up is never shown:
+    # without a map, an alias or a fallback there is no line.
     names = (request.asked or request.model, seat.mapped or request.model)
     return b"x-apiserver-model: %b -> %b\r\n" % tuple(name.encode("ascii", "backslashreplace") for name in names)
 
@@ -6307,7 +6319,7 @@ def retry_fields(after_s: float) -> bytes:
     """When to come again: whole seconds for all, milliseconds for the official SDKs; nothing where nobody knows."""
     if after_s == NEVER:
         return b"x-should-retry: true\r\n"
-    exact = max(after_s, 0.001)
+    exact = max(after_s, 0.001)  # the SDKs take 0 for no answer, and come again by their own backoff of 0.5 s
     return b"Retry-After: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(exact), math.ceil(exact * 1e3))
 
 
@@ -6315,6 +6327,7 @@ def more_useful(one: "Reply | None", other: Reply) -> Reply:
     """The one of two refusals that tells a client more; the later of equals, as it is the truer."""
     if one is None:
         return other
+    # A 429 of one account beside the 401 of another: the client can do something about the first only.
     better = USEFULNESS.index(other.verdict.outcome) <= USEFULNESS.index(one.verdict.outcome)
     return other if better else one
 
@@ -6353,6 +6366,7 @@ def unpack_error(reply: Reply) -> None:
 def refused_in_200(reply: Reply, event: bytes) -> Refused:
     """A 200 whose body is the error of `event`, as if it had come with the status that belongs to it."""
     verdict = judge_first_event(event)
+    # Nothing else of the head fits an error: neither the stream's type nor its framing.
     reply.head = ResponseHead(verdict.status, 1, reply.head.index, b"Content-Type: application/json\r\n")
     return Refused(reply, verdict)
 
@@ -6368,7 +6382,10 @@ def keep(memory: "dict[Any, Any]", key: "Any", value: "Any", most: int) -> None:
 class Trip:
     """One request on its way: whom it may ask, whom it asked in this round, and what came of it.
 
-    `spare`: whether other models may stand in for its own; `models`: those that are left, once the first did.
+    `tried`: this round's; a new round begins when waiting has reopened somebody. `best`, `failure`, `line`, `unfit`:
+    what could be told when nobody answers, a refusal of an upstream, the last error of an attempt, why the line gave
+    up, and what no account has words for. `spare`: whether other models may stand in for its own; `models`: those that
+    are left, once the first did. `rescue`: the second attempt beside the one that is silent.
     """
 
     __slots__ = ("best", "failure", "line", "models", "record", "request", "rescue", "seats", "spare", "tried", "unfit")
@@ -6389,6 +6406,7 @@ class Trip:
     def others(self) -> bool:
         """Whether there is somebody to fail over to."""
         request = self.request
+        # What leaves traces, or cannot be sent twice, has nobody: then nothing is held back in vain, nor asked twice.
         once = request.stateful or request.upload is not None
         return (self.spare or len(self.seats) - len(self.tried) > 1) and not once
 
@@ -6417,7 +6435,10 @@ class Trip:
 
 
 class Meter:
-    """Passes bytes on, and remembers the last of them, where `usage` stands."""
+    """Passes bytes on, and remembers the last of them, where `usage` stands. See `Outlet`.
+
+    It stands between only where the client asked for usage: without `stream_options` no event has any.
+    """
 
     __slots__ = ("sink", "tail")
 
@@ -6439,7 +6460,9 @@ class Relay:
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
-        self.makers: "dict[str, str]" = {}  # object id to the name of the controller that made it
+        # Object id to the name of the controller that made it. Ids carry nothing of their account, so nothing but the
+        # memory of this process tells; after a restart reads ask everybody in turn (`seeks`).
+        self.makers: "dict[str, str]" = {}
 
     def remember(self, made: str, name: str) -> None:
         """An object lives in the account that made it; the oldest are forgotten."""
@@ -6448,6 +6471,8 @@ class Relay:
 
     async def run(self, request: ApiRequest, sink: Sink, record: AccessRecord) -> None:
         """Answers `request` into `sink`. Raises ProxyError or UpstreamError where no upstream answer can be shown."""
+        # Two loops: over models that may stand in, and over controllers. A controller is asked once in a round, so that
+        # the inner one ends; a lease from the line begins a new round, and the wait itself is bounded.
         pool, now, verdict = self.pool, record.since, LEFT
         trip = self._set_out(request, record)
         while True:
@@ -6460,7 +6485,7 @@ class Relay:
                             lease = await self._stand_in_line(trip)
                             if lease is None:
                                 break
-                    else:
+                    else:  # the first attempt failed while a rescue is out: that is the next one
                         (lease, asked), trip.rescue = trip.rescue, None
                     verdict = await self._attempt(lease, asked, trip, sink)
                     if verdict is GOOD:
@@ -6513,7 +6538,7 @@ class Relay:
         """
         pool, request, best = self.pool, trip.request, trip.best
         if request.upload is not None and request.upload.tapped:
-            return False
+            return False  # what has passed through cannot be sent to another
         long = verdict.outcome is Outcome.CLIENT and best is not None and is_too_long(best.held)
         if not (long or verdict is LEFT or may_retry(verdict, request)):
             return False
@@ -6537,7 +6562,7 @@ class Relay:
             lease = await self.pool.wait(trip.request, trip.seats, trip.tried) if trip.seats else None
         except NoRoom as problem:
             trip.line, lease = problem, None
-        finally:
+        finally:  # a client that leaves while it waits has waited too, and the access line says how long
             trip.record.waited_s += self.loop.time() - since
         if lease is not None:
             trip.tried.clear()
@@ -6555,11 +6580,11 @@ class Relay:
             if trip.rescued:
                 self._drop_rescue(trip)
             verdict = await self._deliver(reply, lease, trip, sink)
-            return GOOD  # whatever became of it: it was the client's answer
+            return GOOD  # whatever became of it: it was the client's answer, and no other may follow
         except (Refused, Rescued, UpstreamError, Untranslatable) as problem:
             verdict = self._judge(problem, lease, trip)
         finally:
-            if verdict is LEFT:
+            if verdict is LEFT:  # cancelled: the client is gone, which is nobody's fault
                 trip.record.outcomes.append((lease.upstream.name, "gone", self.loop.time() - lease.since))
             self.pool.settle(lease, verdict)
         return verdict
@@ -6593,6 +6618,7 @@ class Relay:
             now = self.loop.time()
             reply = Reply(exchange, now)
             index = reply.head.index
+            # Before anything is judged: a 429's own figures correct the ledger as well as a 200's.
             requests, tokens = allowance(index, REQUEST_NAMES, time.time), allowance(index, TOKEN_NAMES, time.time)
             if requests is not None or tokens is not None:
                 lease.learn(requests, tokens, now)
@@ -6601,9 +6627,10 @@ class Relay:
                 reply.held, reply.whole = exchange.take(), True
             else:
                 await self._collect(reply, lease, others)
+            # An error in a 200 has the word as its first key; to parse each answer would cost as much as all the rest.
             if reply.head.status >= 300 or b'"error"' in reply.held[:24]:
                 self._check_refusal(reply, request.stateful)
-        except BaseException:
+        except BaseException:  # a cancellation too: the upstream has to hear at once that nobody listens
             exchange.abort()
             raise
         lease.stuck = None
@@ -6634,6 +6661,7 @@ class Relay:
             await self._hold(reply, others)
             reply.at = self.loop.time()
             return
+        # Silence ends with the head; how long the body takes is up to the length of the answer, and no suspicion.
         lease.heard(reply.at)
         pieces, size = [], 0
         while size <= WHOLE_BYTES:
@@ -6647,6 +6675,8 @@ class Relay:
 
     async def _hold(self, reply: Reply, others: bool) -> None:
         """Reads a stream up to its first real event; at once through when there is nothing to fail over to."""
+        # Upstreams that are about to fail often say 200 first: Azure an empty-choices chunk, others comments while a
+        # queue lasts (OpenRouter, DeepSeek), the Responses API three events before the first word.
         exchange, splitter = reply.exchange, EventSplitter()
         timer: "asyncio.TimerHandle | None" = None
         try:
@@ -6659,6 +6689,7 @@ class Relay:
                         raise UpstreamClosed("the upstream ended its stream before the first event")
                 if not others or self._decides(reply, splitter.feed(piece)) or len(reply.held) > HOLD_BYTES:
                     return
+                # Not from the start on: the time to the first byte has a limit of its own.
                 timer = timer or self.loop.call_later(HOLD_S, exchange.interrupt, HeldLongEnough())
         except HeldLongEnough:
             return
@@ -6685,6 +6716,7 @@ class Relay:
         if trip.rescue is not None:
             return False
         now = self.loop.time()
+        # Only who has room right now: a rescue that would wait or probe helps nobody.
         other = self.pool.lease(trip.request, trip.seats, trip.tried | {lease.upstream}, now, resort=False)
         if other is None:
             return False
@@ -6699,7 +6731,7 @@ class Relay:
         """A rescue that brought an answer ends the first attempt; an error never does, but its controller learns it."""
         problem = None if task.cancelled() else task.exception()
         if task.cancelled() or trip.rescue is None or trip.rescue[1] is not task:
-            return  # given up, or the only attempt by now
+            return  # given up, or the only attempt by now, which `run` awaits
         if problem is None:
             exchange.interrupt(Rescued())
             return
@@ -6727,6 +6759,7 @@ class Relay:
     async def _deliver(self, reply: Reply, lease: Lease, trip: Trip, sink: Sink) -> Verdict:
         """Sends an answer on as it comes; from here on nothing can be replayed. What came of it: OK or CUT."""
         exchange, record, request = reply.exchange, trip.record, trip.request
+        # To the first byte, as it decided; how long the rest took is the line's `ms`.
         record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
         record.status, record.first_at = reply.head.status, reply.at
         trip.name(lease)
@@ -6752,6 +6785,8 @@ class Relay:
             exchange.finish()
             if isinstance(outlet, Meter):
                 self.pool.used(lease, request.model, *used_tokens(outlet.tail), reply.told)
+            # Status and framing were fine, so that nothing but its last words tells of a failure (vLLM, OpenRouter,
+            # Anthropic's overloaded_error): uncounted, an account that always breaks off would get its full share.
             if reply.stream and sink.failed:
                 record.outcomes[-1] = (lease.upstream.name, "error", self.loop.time() - lease.since)
                 return judge_late_event(sink.failed)
@@ -6766,6 +6801,8 @@ class Relay:
 
     async def _fail(self, trip: Trip, sink: Sink) -> None:
         """Every controller failed, or nobody has room: the answer that tells most."""
+        # The client's SDK obeys retry-after and x-should-retry. So these are about the pool: when somebody has room, or
+        # that nothing changes soon. An upstream's own would send a client away from accounts that work.
         best, line, fields = trip.best, trip.line, b""
         outcome = Outcome.RATE if best is None else best.verdict.outcome
         retried = len(trip.record.outcomes) > 1 or trip.record.waited_s > 0
@@ -6789,7 +6826,7 @@ class Relay:
         head = reply.head
         trip.record.status, trip.record.first_at = head.status, self.loop.time()
         trip.record.controller, trip.record.mapped = reply.source
-        if 300 <= head.status < 400:
+        if 300 <= head.status < 400:  # its Location would show where the account is, and take a key there
             raise ProxyError(502, "The upstream redirects; its base_url needs a correction.", "upstream_redirects")
         fields = self._fields(reply, trip, bool(fields)) + fields
         if not sink.whole(head.status, fields, redactor.scrub(reply.held)):
@@ -6815,18 +6852,27 @@ class Relay:
 
 
 # ==== 14. Server ====
-# One task per client connection: read a request, answer it, read the next. Framing is judged before doors, doors before
-# routes. A client that leaves cancels its task, and with it whatever was under way upstream.
+# One fiber per client connection: read a request, answer it, read the next. Framing is judged before doors, doors
+# before routes. A client that leaves cancels its fiber, and with it whatever was under way upstream.
+#
+# Order of the section: what is served where; what a request says, read; a client's connection and its uploads; lists,
+# and what a configuration makes; the server with its doors, routes and handlers.
+#
+# A body comes in one of three ways. Whole with its head, as nearly all do: it is cut off the reader. In pieces: it is
+# collected, once its head has passed doors and routes, as strangers must not fill memory. Or it is a form or a file,
+# which may be larger than all memory: its first megabyte is collected and the rest is a ClientUpload.
 
 
-# Path, and the model that counts where none is named.
+# Path, and the model that counts where none is named (the API reference's defaults).
 INFERENCE = {
     **dict.fromkeys(("/completions", "/embeddings", "/responses", "/audio/speech"), ""),
     **dict.fromkeys(("/audio/transcriptions", "/audio/translations"), ""),
     **dict.fromkeys(("/images/generations", "/images/edits", "/images/variations"), "dall-e-2"),
     "/moderations": "omni-moderation-latest",
 }
+# Those whose body is multipart/form-data, with a file in it.
 FORMS = frozenset(("/images/edits", "/images/variations", "/audio/transcriptions", "/audio/translations"))
+# First words of paths below which things live in one account: what is made there exists nowhere else.
 OBJECTS = frozenset(
     "files uploads batches responses conversations vector_stores fine_tuning assistants threads containers evals videos"
     " chat".split()
@@ -6837,7 +6883,7 @@ LISTS = {
     **dict.fromkeys(("/assistants", "/containers", "/videos"), "desc"),
     **dict.fromkeys(("/evals", "/chat/completions"), "asc"),
 }
-# Path: the method, and the method of Server that answers.
+# Path: the method, and the method of Server that answers. All else is `_object`, where `endpoints` opens it.
 ROUTES = {
     **dict.fromkeys(INFERENCE, ("POST", "_infer")),
     CHAT_PATH: ("POST", "_chat"),
@@ -6855,10 +6901,11 @@ TOO_LARGE = (
 )
 UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
 CLOSED = "%s is not open here: `endpoints` of the configuration would have to name %r."
-# What a connection gets that is one too many.
-FULL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n%bConnection: close\r\n\r\n%b" % (
-    AGAIN,
-    error_body(ProxyError(*TAKEN)),
+_FULL = error_body(ProxyError(*TAKEN))
+# What a connection gets that is one too many. It is written before anything was read, and must not cost much.
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n%bConnection: close\r\n"
+    b"Content-Length: %d\r\n\r\n%b" % (AGAIN, len(_FULL), _FULL)
 )
 
 
@@ -6867,6 +6914,7 @@ def raw_path(target: str, path: str) -> str:
 
     Dot segments would lead out of the account's base_url, with its key.
     """
+    # Judged decoded, since whoever comes behind may decode, and servers on Windows take backslashes for slashes.
     if not {".", ".."}.isdisjoint(path.split("/")) or "\\" in path:
         raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
     spelled = target.partition("?")[0]
@@ -6877,7 +6925,11 @@ def raw_path(target: str, path: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple[str, str, str]":
-    """Handler, path without /v1, and query of a request. Raises BadMessage, ProxyError (404, 405)."""
+    """Handler, path without /v1, and query of a request. Raises BadMessage, ProxyError (404, 405).
+
+    A path is compared decoded and without a last slash; what `endpoints` lets through to an account keeps its spelling.
+    """
+    # Clients with a base_url that lacks /v1 are common, and mean the same; but nothing is opened to them beyond that.
     _, path, query = split_target(target)
     name = path[3:] if path.startswith("/v1/") else path
     route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/")
@@ -6889,7 +6941,7 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
     group = "objects" if name.lstrip("/").partition("/")[0] in OBJECTS else "*"
     if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":
         return "_object", raw_path(target, path), query
-    if not wanted:
+    if not wanted:  # closed is told from unknown, so that whoever configures it learns the word
         message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
         raise ProxyError(404, message, "unknown_url")
     allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
@@ -6899,7 +6951,10 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
 
 @functools.lru_cache(maxsize=1024)
 def peer_bound(peer: str) -> int:
-    """How many connections an address may have where nothing is configured; 0 for as many as it likes."""
+    """How many connections an address may have where nothing is configured; 0 for as many as it likes.
+
+    A private address may be a proxy that speaks for everybody; a public one that holds 10,000 is an attack.
+    """
     import ipaddress  # 2 ms that loopback need not pay at the start
 
     try:
@@ -6910,7 +6965,10 @@ def peer_bound(peer: str) -> int:
 
 
 def longest_wait(index: Index, most: float) -> float:
-    """How long a request may stand in line: by configuration, by its own wish, never beyond its client's patience."""
+    """How long a request may stand in line, in seconds: `most`, or less by its own wish or its client's patience.
+
+    The SDKs send their read timeout. Who waits beyond it is answered to nobody, and comes again: a place in line lost.
+    """
     for name, spare_s in ((b"x-apiserver-max-wait", 0.0), (b"x-stainless-read-timeout", PATIENCE_S)):
         said = parse_duration(index[name].decode("latin-1")) if name in index else None
         if said is not None:
@@ -6926,7 +6984,10 @@ def json_lines(head: RequestHead) -> bytes:
 
 
 def read_input(request: ApiRequest, model: str, depth: int) -> None:
-    """Reads a JSON request that is no chat. Raises ProxyError (400)."""
+    """Reads a JSON request that is no chat: sets its model, stream, stateful and what it may cost. Raises ProxyError.
+
+    `model`: the path's default. `depth`: how deep JSON may be nested.
+    """
     data = request.data = parse_object(request.body, depth)
     request.model = data.get("model") or model
     if request.path == "/responses" and "model" not in data:
@@ -6934,6 +6995,7 @@ def read_input(request: ApiRequest, model: str, depth: int) -> None:
     elif not isinstance(request.model, str) or not request.model:
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     request.stream = data.get("stream") is True
+    # Responses are stored unless they say no (API reference, `store`): to replay one may make two.
     request.stateful = request.path == "/responses" and data.get("store") is not False
     text = [data.get(name) for name in ("prompt", "input", "instructions", "messages")]
     request.prompt_tokens = count_text(text) // 4
@@ -6951,7 +7013,11 @@ def refuse_twice(scanner: FormScanner) -> None:
 
 
 def read_form(request: ApiRequest, content_type: bytes, model: str) -> None:
-    """Reads the fields of a multipart request that decide where it goes. Raises ProxyError (400)."""
+    """Reads the fields of a form that decide where it goes, as far as it has come. Raises ProxyError (400).
+
+    The body stays as it is: a mapped model is put in the place of the old one (`model_span`). What a file costs
+    in tokens nobody knows before: it counts as one part.
+    """
     scanner = FormScanner(content_type)
     scanner.feed(request.body)
     refuse_twice(scanner)
@@ -6970,6 +7036,7 @@ def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
     """Refuses a model that is not among the key's (403), and a body that two readers could read differently (400)."""
     if not key.models:
         return
+    # JSON parsers differ in which of two equal keys counts: for ours it is the last, for the account's nobody knows.
     if top_level_count(body, "model") > 1:
         raise ProxyError(400, "model stands twice in the body.", param="model")
     if not model_patterns(key.models).fullmatch(model):
@@ -6978,7 +7045,7 @@ def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
 
 
 class Phase(enum.Enum):
-    """What a client connection is doing; the deadline that has passed is answered accordingly."""
+    """What a client connection is doing; a deadline that has passed, or a FIN, means another thing in each."""
 
     IDLE = "idle"
     HEAD = "head"
@@ -6990,8 +7057,11 @@ class Phase(enum.Enum):
 class ClientUpload:
     """The rest of a client's body. See `Upload`.
 
-    Each read goes on within the callback that brought it, or the client is stopped; so nothing is kept here. `since`:
-    when the client's time began to run, later by what it was kept waiting (from `held_at` on).
+    Each read goes on within the callback that brought it, or the client is stopped; so nothing is kept here, and what
+    a transfer takes is what two connections take anyway: the reader's limit on one side, the writer's on the other.
+
+    `since`: when the client's time began to run, later by what it was kept waiting (from `held_at` on). `push`: where
+    the pieces go while somebody takes them. `scanner`: goes on looking, as a second model could hide behind the first.
     """
 
     __slots__ = ("chunked", "client", "closes", "decoder", "held_at", "push", "scanner", "since", "size", "tapped")
@@ -7025,6 +7095,7 @@ class ClientUpload:
         reader = self.client.reader
         self.push, reader.sink = push, self._arrived
         self.since = self.held_at = self.client.loop.time()
+        # What came while the request stood in line; the reader had stopped the client at its limit.
         data, reader.data = reader.data, b""
         if not data or self._pass(data):
             self.resume()
@@ -7034,7 +7105,7 @@ class ClientUpload:
         client = self.client
         if self.push is None or self.held_at is None:
             return
-        if client.reader.ended:
+        if client.reader.ended:  # a FIN before the end of the body; no half-closed client does that
             client.leave()
             return
         self.since, self.held_at = self.since + client.loop.time() - self.held_at, None
@@ -7064,6 +7135,7 @@ class ClientUpload:
                 self.scanner.feed(payload)
                 refuse_twice(self.scanner)
         except ProxyError as problem:
+            # The upstream waits for the rest of its body, so nothing but closing its connection tells it.
             self.stop()
             client.leave(problem)
             return False
@@ -7087,6 +7159,10 @@ class ClientConnection:
 
     `reserve`: it came above the bound on connections and may ask for /status only. `raw`: the transport below TLS.
     `broken`: what is wrong with a body of which a part has gone upstream. `skipped`: a body that nobody wants was read.
+    `held`: bytes of the body that count towards bodies_bytes. `close_after`: no request follows this one.
+
+    Of a stream that is written: `scrubs`: it may tell of an error; `last`: the end of what left last; `telling`: the
+    event under way does tell of one, and waits in `pending` for its end; `failed`: see `Sink`.
     """
 
     __slots__ = (
@@ -7162,6 +7238,7 @@ class ClientConnection:
     # -- the connection's life
 
     async def _run(self) -> None:
+        """All of it, from the handshake to the close. Nothing leaves here as an exception."""
         try:
             if self.server.tls is not None:
                 await self._shake_hands(self.server.tls)
@@ -7255,7 +7332,10 @@ class ClientConnection:
             return
 
     async def _flush(self) -> None:
-        """Waits until the last bytes are sent; as long as they are not, this counts as a connection."""
+        """Waits until the last bytes are sent; as long as they are not, this counts as a connection.
+
+        `close` of a transport sends them too, but without a limit in time, and nobody would count who does not read.
+        """
         self.outbox.flush()
         until, wait_s = self.loop.time() + self.server.config.limits.write_timeout, FLUSH_FIRST_S
         while self._unsent() and self.loop.time() < until:
@@ -7265,7 +7345,10 @@ class ClientConnection:
     # -- reading
 
     async def _read_head(self) -> "RequestHead | None":
-        """The next request's head; None when the client closed between requests. Raises BadMessage."""
+        """The next request's head; None when the client closed between requests. Raises BadMessage.
+
+        Once its first byte is here the deadline is header_timeout after it, however many more trickle in.
+        """
         limits, data = self.server.config.limits, b""
         self.deadline.set(self.loop.time() + (RESERVE_S if self.reserve else limits.idle_timeout))
         while True:
@@ -7273,7 +7356,7 @@ class ClientConnection:
             if not more:
                 return None
             data = data + more if data else more
-            if data[0] == 13:
+            if data[0] == 13:  # old clients send a CRLF behind a body (RFC 9112, 2.2)
                 empty = _EMPTY_LINES.match(data)
                 data = data[empty.end() :] if empty else data
                 if data in (b"", b"\r"):
@@ -7299,13 +7382,16 @@ class ClientConnection:
         return self.head
 
     async def _read_body(self, head: RequestHead) -> bytes:
-        """The request's body, bounded in size, time and slowness. Raises BadMessage."""
+        """The request's body, bounded in size, time and slowness; of one that passes through, its beginning.
+
+        Raises BadMessage; and ProxyError for what its head alone is refused for, when the body is not here yet.
+        """
         limits, index = self.server.config.limits, head.index
         form = index.get(b"content-type", b"")[:10].lower() == b"multipart/"
         decoder = request_body_decoder(head, limits.upload_bytes if form else limits.body_bytes)
         if (b"connection" in index or not head.minor) and not head.keeps_alive:
             self.close_after = True
-        if self.reserve:
+        if self.reserve:  # others wait for the place, and a body is nothing that /status needs
             self.close_after = True
         if decoder is None or self.reserve:
             return b""
@@ -7339,7 +7425,8 @@ class ClientConnection:
         while True:
             size += len(piece)
             self._hold(len(piece))
-            pieces.append(piece)
+            if piece:
+                pieces.append(piece)
             if len(pieces) > PIECES:
                 body += b"".join(pieces)
                 pieces.clear()
@@ -7348,6 +7435,7 @@ class ClientConnection:
                 break
             if scanner is not None:
                 scanner.feed(piece)
+            # Once it is known where it goes, and more than what a replay would be worth has come, it may go.
             if passes and size >= kept and (scanner is None or b"model" in scanner.spans):
                 self.upload = ClientUpload(self, decoder, scanner)
                 break
@@ -7379,6 +7467,7 @@ class ClientConnection:
         self.reader.unread(decoder.rest)
         return decoder.done
 
+    # One counter for all connections: 10,000 clients with 32 MB each would all be within their own limit.
     def _hold(self, size: int) -> None:
         """Counts bytes of a body that is kept, until its request has been answered. Raises BadMessage (503)."""
         self.held += size
@@ -7392,7 +7481,10 @@ class ClientConnection:
         self.held = 0
 
     def body_due(self, since: float, size: int, heard_at: float) -> float:
-        """When a body is too slow that began at `since` and has `size` bytes by now: by rate, and since `heard_at`."""
+        """When a body is too slow that began at `since` and has `size` bytes by now: by rate, and since `heard_at`.
+
+        The rate is that of the whole, after a start of header_timeout: a pause of a phone in a tunnel is no attack.
+        """
         limits = self.server.config.limits
         slowest = since + limits.header_timeout + size / limits.body_rate if limits.body_rate else math.inf
         return min(heard_at + limits.body_timeout, slowest)
@@ -7413,11 +7505,11 @@ class ClientConnection:
                 self.origin = server.check_doors(head)
             await server.handle(self, head, body)
         except (ProxyError, UpstreamError) as error:
-            if self.head_sent:
+            if self.head_sent:  # nothing honest can be said behind half an answer
                 raise ClientGone from error
             await self._fail(error)
         except asyncio.CancelledError:
-            record.status = record.status or 499
+            record.status = record.status or 499  # nginx's word for a client that left
             if self.broken is None or self.head_sent:
                 raise
             await self._fail(self.broken)
@@ -7445,6 +7537,7 @@ class ClientConnection:
         if record.request_id:
             serial = record.request_id.encode()
             fields += b"x-request-id: %b\r\nx-apiserver-request-id: %b\r\n" % (serial, serial)
+        # Our own words too may quote an upstream's, or a proxy's URL.
         body = redactor.clean(error_body(error).decode()).encode()
         if not self.whole(error.status, b"Content-Type: application/json\r\n" + fields, body):
             await self.drain()
@@ -7457,6 +7550,7 @@ class ClientConnection:
 
     def whole(self, status: int, fields: bytes, body: bytes) -> bool:
         """See `Sink`."""
+        # A 204 must not have a length (RFC 9110, 8.6), and a 304's is another answer's; to HEAD it is GET's.
         length = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % len(body)
         if self.head is not None and self.head.method == "HEAD":
             body = b""
@@ -7481,6 +7575,7 @@ class ClientConnection:
             framing, self.chunked = b"Transfer-Encoding: chunked\r\n", True
         else:
             framing, self.close_after = b"", True
+        # A body whose length was promised cannot be scrubbed; streams have none, and only they carry errors this late.
         self.scrubs, self.telling, self.failed, self.last = length is None, False, b"", b""
         if self.scrubs and b'"error"' in first:
             first = self._scrub(first)
@@ -7494,6 +7589,7 @@ class ClientConnection:
 
     def push(self, data: bytes) -> bool:
         """See `Outlet`."""
+        # This runs once for each event of each stream: a search in the bytes, and nothing is parsed without a hit.
         if self.scrubs and (self.telling or b'"error"' in data or (self.last[-1:] != b"\n" and self._splits(data))):
             data = self._scrub(data)
             if not data:
@@ -7514,7 +7610,11 @@ class ClientConnection:
         return self.telling
 
     def _scrub(self, data: bytes) -> bytes:
-        """What may leave now of a stream that tells of an error: whole events without secrets. The rest waits."""
+        """What may leave now of a stream that tells of an error: whole events without secrets. The rest waits.
+
+        An event without the word never waits, and neither do the events before one that has it. OpenAI's message about
+        a wrong key shows a part of it, and a read may end in the middle of that.
+        """
         data, self.pending = self.pending + data, b""
         whole = max((end.end() for end in _EVENT_END.finditer(data)), default=0)
         if whole:
@@ -7527,7 +7627,7 @@ class ClientConnection:
 
     def _judge(self, data: bytes) -> None:
         """Keeps the first event that tells of an error; the beginning of its line may have left before."""
-        before = self.last[self.last.rfind(b"\n") + 1 :] if self.telling else b""
+        before = self.last[self.last.rfind(b"\n") + 1 :]
         for event in EventSplitter().feed(before + data):
             if not self.failed and b'"error"' in event and judge_event(event) is EventKind.ERROR:
                 self.failed = event
@@ -7546,6 +7646,7 @@ class ClientConnection:
         self.pending, self.telling = b"", False  # half an error may hold half a secret
         self.close_after = True
         if last:
+            # go-openai adds whatever stands before an error to the error's line, and then cannot parse it.
             if self.last and not self.last.endswith((b"\n\n", b"\r\r", b"\n\r\n")):
                 last = b"\n\n" + last  # or it would stand at the end of an unfinished line
             self.outbox.write(self.transport, chunk(last) if self.chunked else last)
@@ -7553,7 +7654,7 @@ class ClientConnection:
             self.gone = True
 
     def _own_fields(self) -> bytes:
-        """Connection and CORS fields."""
+        """Connection and CORS fields. HTTP/1.0 has to be told that it may stay, HTTP/1.1 that it may not."""
         if self.close_after:
             fields = b"Connection: close\r\n"
         else:
@@ -7566,12 +7667,14 @@ class ClientConnection:
     # -- the client's clock and its leaving
 
     def _writable(self) -> None:
+        """The client has read enough: whoever waits to write goes on."""
         call, self.on_ready = self.on_ready, None
         if call is not None:
             self.deadline.set(math.inf)
             call()
 
     def _expired(self) -> None:
+        """The deadline has passed: who was slow hears of it where it can, and is closed."""
         if self.phase is Phase.CLOSING or (self.phase is Phase.IDLE and self._unsent()):
             self.reader.interrupt(EOFError())  # it may still be reading: `_flush` comes next
         elif self.phase is Phase.IDLE:
@@ -7582,12 +7685,12 @@ class ClientConnection:
             self.reader.interrupt(BadMessage(408, "The request did not arrive in time."))
         elif self.upload is not None and self.upload.push is not None:
             self.leave(BadMessage(408, "The request did not arrive in time."))
-        else:
-            self.gone = True
+        else:  # it does not read: a close would wait for that
             self.transport.abort()
-            self.task.cancel()
+            self.leave()
 
     def _ended(self, error: "BaseException | None") -> None:
+        """A FIN or a reset came. In other phases whoever reads sees it."""
         if self.phase is not Phase.ANSWER:
             return
         pouring = self.upload is not None and self.upload.push is not None
@@ -7603,7 +7706,11 @@ class ClientConnection:
         self.task.cancel()
 
     def _probe(self) -> None:
-        """Tells a client that half-closed and still reads from one that left: the latter answers bytes with a reset."""
+        """Tells a client that half-closed and still reads from one that left: the latter answers bytes with a reset.
+
+        Both look alike: a FIN. `printf ... | nc` half-closes; a client that was killed leaves the same way, and its
+        request would go on to be billed. HTTP/1.0 knows no interim reply, and TLS no half-close.
+        """
         if self.phase is not Phase.ANSWER or self.gone:
             return
         plain_socket = self.transport.get_extra_info("socket")
@@ -7630,6 +7737,7 @@ def merge_pages(pages: "Pages", limit: int, descending: bool) -> "tuple[list[tup
     """The objects of several lists as one, each with whose it is, and whether there are more; `limit` 0 is none.
 
     An account that has more may have some that belong between those of the others, so the list ends where its does.
+    So a page may be shorter than `limit`, as it may be anywhere: clients go by `has_more`.
     """
     merged = [(item, name) for name, (found, _) in pages.items() for item in found]
     merged.sort(key=lambda entry: created_at(entry[0]), reverse=descending)
@@ -7655,7 +7763,7 @@ def model_object(name: str) -> "dict[str, Any]":
 
 
 def uncounted(now: float) -> None:
-    """What happens at the write of a request that no quota counts."""
+    """What happens at the write of a request that no quota counts: a list costs no tokens."""
 
 
 async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
@@ -7681,7 +7789,10 @@ async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
 
 
 def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
-    """Makes `pool` what `config` describes; controllers and quotas that are the same as before keep their state."""
+    """Makes `pool` what `config` describes; controllers and quotas that are the same as before keep their state.
+
+    At a reload nothing else would do: fresh ledgers would send a burst to every account, and forget who is parked.
+    """
     known = {upstream.name: upstream for upstream in pool.upstreams}
     quotas = {upstream.quota.name: upstream.quota for upstream in pool.upstreams}
     upstreams: "list[Upstream]" = []
@@ -7716,7 +7827,7 @@ def server_tls(config: Config) -> ssl.SSLContext:
 
 
 def write_stderr(text: str) -> None:
-    """Writes access lines, unbuffered."""
+    """Writes access lines, unbuffered: a line that waits for its page is missed in an incident."""
     sys.stderr.write(text)
     sys.stderr.flush()
 
@@ -7729,14 +7840,14 @@ class Server:
         self.links = ConnectionPool(self.outbox, dial)
         self.connections: "set[ClientConnection]" = set()
         self.per_peer: "dict[str, int]" = {}
-        self.most = math.inf  # connections that the system has room for
+        self.most = math.inf  # connections that the system has files for; set once these are known
         self.held = 0  # bytes of bodies that came in more than one read and whose requests are under way
         self.listener: "asyncio.Server | None" = None
         self.tls: "ssl.SSLContext | None" = None
         self.stopping = self.draining = False
-        self.last_host: "bytes | None" = None
+        self.last_host: "bytes | None" = None  # the last good one, as clients repeat theirs
         self.serial, self.id_prefix = 0, "req_" + os.urandom(6).hex()
-        self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
+        self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}  # by controller: until when, and which
         self.pages: "dict[tuple[str, ...], dict[str, str]]" = {}  # where each account's list goes on behind one's end
         self.pool = UpstreamPool([], SmoothWeighted(), config.pool, loop)
         self.gates: "dict[str, KeyGate]" = {}
@@ -7758,6 +7869,8 @@ class Server:
                 gate = known.get(key.name)
                 self.gates[key.name] = gate if gate is not None and gate.key.limits == key.limits else KeyGate(key)
         self.access.render = json_line if config.log_format == "json" else text_line
+        # A web page may point a name of its own at 127.0.0.1 (DNS rebinding), or post a simple request without asking:
+        # a server on loopback is safe from neither, and would spend the keys. A client key is something no page has.
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.allow_origins)
         self.last_host = None
@@ -7783,6 +7896,7 @@ class Server:
         return WireProtocol(WireReader(self.loop), self._connected)
 
     def _connected(self, protocol: WireProtocol, transport: asyncio.WriteTransport) -> None:
+        """A connection was accepted: it gets its fiber, or an answer that costs nothing."""
         tune(transport)
         name = transport.get_extra_info("peername")
         peer = str(name[0]) if isinstance(name, tuple) else "local"
@@ -7805,7 +7919,10 @@ class Server:
                 del self.per_peer[client.peer]
 
     async def stop(self) -> None:
-        """Drains: the status says so, the listener closes, answers finish within their time, the rest is closed."""
+        """Drains: the status says so, the listener closes, answers finish within their time, the rest is closed.
+
+        `drain_delay` is for balancers that ask /status: until they have, new requests still come and must be served.
+        """
         self.draining = True
         if self.config.drain_delay:
             await asyncio.sleep(self.config.drain_delay)
@@ -7858,7 +7975,10 @@ class Server:
         return good
 
     def check_key(self, head: RequestHead) -> ClientKey:
-        """The client key that a request shows. Raises ProxyError (401)."""
+        """The client key that a request shows, in any of the ways that clients of OpenAI, Azure and Anthropic do.
+
+        Raises ProxyError (401).
+        """
         index = head.index
         shown_key = index.get(b"authorization", b"")
         if shown_key[:7].lower() == b"bearer ":
@@ -7884,6 +8004,7 @@ class Server:
         handler, path, query = self._enter(client, head)
         request = ApiRequest(head.method, path, query, head.lines, body)
         request.request_id, request.upload = client.record.request_id, client.upload
+        # The handler hands on what the relay returns: a coroutine around it would be one more frame at each wake.
         answer: "Awaitable[None]" = getattr(self, handler)(client, head, request)
         return answer
 
@@ -7926,6 +8047,7 @@ class Server:
         client.whole(204, fields, b"")
 
     async def _status(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> None:
+        """Open to all, as balancers have no key; what it shows of the controllers is not."""
         status: "dict[str, Any]" = {"status": "draining" if self.draining else "ok"}
         if "verbose=1" in request.query.split("&"):
             if self.config.client_keys:
@@ -7935,6 +8057,7 @@ class Server:
         await client.json(status, 503 if self.draining else 200)
 
     def _chat(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
+        """Chat completions: what all of this is for."""
         body = request.body
         data, request.body = parse_chat(body, self.config.limits.json_depth)
         request.lines = json_lines(head)
@@ -8025,6 +8148,7 @@ class Server:
         """
         query = dict(urllib.parse.parse_qsl(request.query))
         after, limit = query.pop("after", ""), query.pop("limit", "")
+        # Pages of different lists may end with the same object: whatever chooses the list is part of the memory's key.
         which = (request.path, *map("=".join, sorted(query.items())))
         able = [one for one in self.pool.upstreams if not one.controller.chat_only]
         places = self.pages.get((*which, after), {}) if after else {one.name: "" for one in able}
@@ -8033,14 +8157,14 @@ class Server:
             query["limit"] = limit
         calls = [self._page(one, request, {**query, "after": places[one.name]}, record) for one in asked]
         pages = {page[0]: page[1:] for page in await asyncio.gather(*calls) if page is not None}
-        if not pages:
+        if not pages:  # none was asked, or none answered
             record.outcomes.clear()
             request.pinned = self.relay.makers.get(after, "")
             request.seeks = not request.pinned
             await self.relay.run(request, client, record)
             return
         descending = query.get("order", LISTS[request.path]) != "asc"
-        shown, more = merge_pages(pages, int(limit) if limit.isdecimal() else 0, descending)
+        shown, more = merge_pages(pages, int(limit) if limit.isdecimal() and len(limit) < 9 else 0, descending)
         for item, name in shown:
             self.relay.remember(item["id"], name)
         data = [item for item, _ in shown]
@@ -8090,7 +8214,10 @@ class Server:
         raise ProxyError(404, "The model %r is served by no controller here." % name[:100], "model_not_found")
 
     async def _all_models(self) -> "list[dict[str, Any]]":
-        """The configured models, and those of the upstreams that have no list; the first of each name."""
+        """The configured models, and those of the upstreams that have no list; the first of each name.
+
+        An upstream that fails only shortens the list: clients ask for it at their start, and would not come up.
+        """
         found = {name: model_object(name) for name in self.pool.configured_models()}
         silent = ("echo", "azure")  # Azure lists what could be deployed
         open_ended = [one for one in self.pool.upstreams if not (one.config.models or one.config.type in silent)]
