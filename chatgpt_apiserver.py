@@ -8148,16 +8148,16 @@ class Server:
         other is an object of one account, whose list alone goes on behind it. Who fails is left out; where all do, the
         error is told that a single account would tell.
         """
-        query = dict(urllib.parse.parse_qsl(request.query))
-        after, limit = query.pop("after", ""), query.pop("limit", "")
+        pairs = urllib.parse.parse_qsl(request.query)
+        query, rest = dict(pairs), [pair for pair in pairs if pair[0] not in ("after", "limit")]
+        after, limit = query.get("after", ""), query.get("limit", "")
         # Pages of different lists may end with the same object: whatever chooses the list is part of the memory's key.
-        which = (request.path, *map("=".join, sorted(query.items())))
+        which = (request.path, *map("=".join, sorted(rest)))
         able = [one for one in self.pool.upstreams if not one.controller.chat_only]
         places = self.pages.get((*which, after), {}) if after else {one.name: "" for one in able}
         asked = [one for one in able if one.name in places] if len(able) > 1 else []
-        if limit:
-            query["limit"] = limit
-        calls = [self._page(one, request, {**query, "after": places[one.name]}, record) for one in asked]
+        rest.append(("limit", limit))
+        calls = [self._page(one, request, [*rest, ("after", places[one.name])], record) for one in asked]
         pages = {page[0]: page[1:] for page in await asyncio.gather(*calls) if page is not None}
         if not pages:  # none was asked, or none answered
             record.outcomes.clear()
@@ -8176,10 +8176,10 @@ class Server:
         await client.json({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more})
 
     async def _page(
-        self, upstream: Upstream, request: ApiRequest, query: "dict[str, str]", record: AccessRecord
+        self, upstream: Upstream, request: ApiRequest, query: "list[tuple[str, str]]", record: AccessRecord
     ) -> "tuple[str, list[dict[str, Any]], bool] | None":
         """The account's name, its objects, and whether there are more of them; None when it fails."""
-        words, since = urllib.parse.urlencode([pair for pair in query.items() if pair[1]]), self.loop.time()
+        words, since = urllib.parse.urlencode([pair for pair in query if pair[1]]), self.loop.time()
         found = await self._fetch(upstream, ApiRequest("GET", request.path, words, request.lines, b""))
         outcome = "ok" if found is not None else "failed"
         record.outcomes.append((upstream.name, outcome, self.loop.time() - since))

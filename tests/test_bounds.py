@@ -253,6 +253,18 @@ async def test_the_depth_of_json(opening: str) -> None:
         await check_the_depth_of_json(shape, opening)
 
 
+async def test_the_depth_of_json_holds_for_every_endpoint() -> None:
+    """What is no chat is bounded by json_depth too."""
+    async with Upstream(answers(json_reply(200, {}))) as one:
+        async with Running(controller("a", one.url), limits={"json_depth": 10}) as server:
+            for depth, status in ((8, 200), (12, 400)):
+                client = await server.open()
+                body = '{"model":"m","input":%s}' % ("[" * depth + "]" * depth)
+                await client.send(request(body.encode(), target="/v1/embeddings"))
+                assert (await client.read()).status == status
+                client.close()
+
+
 async def check_the_depth_of_json(shape: str, opening: str) -> None:
     """One place."""
     above = 3 if shape == "messages" else 1

@@ -280,7 +280,7 @@ def listing(objects: "list[tuple[str, int]]", cap: int = 100) -> Script:
             await peer.send(error_reply(400, message="No such object"))
             return
         start = ids.index(query["after"]) + 1 if query.get("after") else 0
-        size = min(int(query.get("limit", 20)), cap)
+        size = min(int(query.get("limit", "20")[:9]), cap)
         data = [{"id": one[0], "object": "file", "created_at": one[1]} for one in rows[start : start + size]]
         await peer.send(json_reply(200, {"object": "list", "data": data, "has_more": len(rows) > start + size}))
 
@@ -328,6 +328,17 @@ async def test_a_listed_object_is_known() -> None:
                 assert (found.headers["x-apiserver-controller"], found.headers["x-apiserver-attempts"]) == (name, "1")
             server.server.access.flush()
             assert "tried=a:ok:" in server.lines[0] and "b:ok:" in server.lines[0]
+
+
+async def test_a_list_is_asked_for_as_the_client_asks() -> None:
+    """Every word of the query goes to each account but for its own place; a limit that is none is the account's to judge."""
+    async with Upstream(listing([("a", 1)])) as one, Upstream(listing([("b", 2)])) as other:
+        async with Running(controller("a", one.url), controller("b", other.url), endpoints=["objects"]) as server:
+            await ask(server, "GET", "/v1/files?include[]=a&include[]=b%20c&limit=5")
+            for upstream in (one, other):
+                assert upstream.seen[0].start == "GET /v1/files?include%5B%5D=a&include%5B%5D=b+c&limit=5 HTTP/1.1"
+            await ask(server, "GET", "/v1/files?limit=" + "9" * 5000)
+            assert one.seen[-1].start.count("9") == 5000
 
 
 async def test_a_page_behind_any_other_object() -> None:
