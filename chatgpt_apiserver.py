@@ -6497,8 +6497,7 @@ class Relay:
                     if not trip.rescued and not may_retry(verdict, request):
                         break
             finally:
-                if trip.rescued:
-                    self._drop_rescue(trip)
+                self._drop_rescue(trip)
             if not self._turn(trip, verdict):
                 break
             now = self.loop.time()
@@ -6579,8 +6578,7 @@ class Relay:
         verdict = LEFT
         try:
             reply = await (self._ask(lease, trip) if asked is None else asked)
-            if trip.rescued:
-                self._drop_rescue(trip)
+            self._drop_rescue(trip)
             verdict = await self._deliver(reply, lease, trip, sink)
             return GOOD  # whatever became of it: it was the client's answer, and no other may follow
         except (Refused, Rescued, UpstreamError, Untranslatable) as problem:
@@ -6746,7 +6744,7 @@ class Relay:
         self.pool.settle(lease, verdict)
 
     def _drop_rescue(self, trip: Trip) -> None:
-        """Gives up a rescue that is not needed any more."""
+        """Gives up a rescue that is not needed any more, if there is one."""
         if trip.rescue is None:
             return
         (lease, task), trip.rescue = trip.rescue, None
@@ -6901,6 +6899,8 @@ TOO_LARGE = (
     "The body is larger than %d bytes.",
     "The form names no model in its first %d bytes: put that field before the file.",
 )
+FOREIGN_HOST = "The host %r is not known here; add it to allowed_hosts."
+FOREIGN_PAGE = "Pages of %r may not use this server; see cors.allow_origins."
 UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
 CLOSED = "%s is not open here: `endpoints` of the configuration would have to name %r."
 _FULL = error_body(ProxyError(*TAKEN))
@@ -7213,15 +7213,13 @@ class ClientConnection:
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
         self.phase, self.probes, self.held = Phase.IDLE, 0, 0
-        self.gone = self.close_after = self.head_sent = self.chunked = False
-        self.origin = b""
+        self.gone = self.close_after = self.head_sent = self.chunked = self.scrubs = self.telling = self.skipped = False
         self.head: "RequestHead | None" = None
         self.parsed_head: "RequestHead | None" = None
         self.upload: "ClientUpload | None" = None
         self.broken: "ProxyError | None" = None
         self.key: "ClientKey | None" = None
-        self.last_head = self.last = self.pending = self.failed = b""
-        self.scrubs = self.telling = self.skipped = False
+        self.last_head = self.last = self.pending = self.failed = self.origin = b""
         self.on_ready: "Callable[[], None] | None" = None
         self.record = AccessRecord(self.peer, "-", "-", 0.0)
         self.reader.on_end = self._ended
@@ -7294,6 +7292,7 @@ class ClientConnection:
         """Reads and answers one request; whether another may follow."""
         self.phase, self.head_sent, self.chunked, self.head, self.origin = Phase.IDLE, False, False, None, b""
         self.upload, self.skipped = None, False
+        # Errors of the reading are answered where all are, so that they too have an id, CORS fields and an access line.
         body, problem = b"", None
         try:
             head = await self._read_head()
@@ -7358,6 +7357,7 @@ class ClientConnection:
             if not more:
                 return None
             data = data + more if data else more
+            # Each new read is searched only from where the last one ended: byte by byte would be quadratic otherwise.
             if data[0] == 13:  # old clients send a CRLF behind a body (RFC 9112, 2.2)
                 empty = _EMPTY_LINES.match(data)
                 data = data[empty.end() :] if empty else data
@@ -7372,7 +7372,7 @@ class ClientConnection:
             if self.phase is Phase.IDLE:
                 self.phase = Phase.HEAD
                 self.deadline.set(self.loop.time() + (RESERVE_S if self.reserve else limits.header_timeout))
-        if len(data) > end + 4:
+        if len(data) > end + 4:  # a body, or what is pipelined behind
             self.reader.unread(data[end + 4 :])
             data = data[: end + 4]
         if data != self.last_head:  # many clients repeat theirs to the byte
@@ -7391,10 +7391,8 @@ class ClientConnection:
         limits, index = self.server.config.limits, head.index
         form = index.get(b"content-type", b"")[:10].lower() == b"multipart/"
         decoder = request_body_decoder(head, limits.upload_bytes if form else limits.body_bytes)
-        if (b"connection" in index or not head.minor) and not head.keeps_alive:
-            self.close_after = True
-        if self.reserve:  # others wait for the place, and a body is nothing that /status needs
-            self.close_after = True
+        if self.reserve or ((b"connection" in index or not head.minor) and not head.keeps_alive):
+            self.close_after = True  # in the reserve others wait for the place
         if decoder is None or self.reserve:
             return b""
         if b"expect" in index and head.minor and index[b"expect"].lower() != b"100-continue":
@@ -7835,7 +7833,11 @@ def write_stderr(text: str) -> None:
 
 
 class Server:
-    """The listener, the routes, the doors, and the way down."""
+    """The listener, the routes, the doors, and the way down.
+
+    `draining`: /status says so; `stopping`: nothing new is taken. `gates`: the limits of client keys, by name; `pages`
+    and `models`: see `_merge` and `_models_of`. `dial` is another one in tests.
+    """
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
         self.loop, self.outbox = loop, Outbox(loop)
@@ -7859,6 +7861,7 @@ class Server:
 
     def reconfigure(self, config: Config) -> None:
         """Works by `config` from now on. What is unchanged keeps its state; answers under way are not touched."""
+        # A listener keeps its kind: those who connect meanwhile could not know which one to speak.
         if self.listener is not None and bool(self.tls) != bool(config.tls_cert):
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
@@ -7895,6 +7898,7 @@ class Server:
         return [one.getsockname()[:2] for one in self.listener.sockets]
 
     def _protocol(self) -> WireProtocol:
+        """What asyncio asks for at each connection."""
         return WireProtocol(WireReader(self.loop), self._connected)
 
     def _connected(self, protocol: WireProtocol, transport: asyncio.WriteTransport) -> None:
@@ -7905,6 +7909,7 @@ class Server:
         limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(peer, 0)
         bound = min(limits.connections, self.most)
         most = limits.connections_per_client or peer_bound(peer)
+        # Above the bound a connection may still ask for /status, or a balancer would take a full server for a dead one.
         if self.stopping or count >= bound + RESERVE_CONNECTIONS or (most and here >= most):
             transport.write(b"" if self.tls else FULL)
             transport.close()
@@ -7936,7 +7941,7 @@ class Server:
         tasks = [connection.task for connection in self.connections]
         if tasks:
             await asyncio.wait([task.ended for task in tasks], timeout=self.config.drain_timeout)
-            for task in tasks:
+            for task in tasks:  # what has not ended by now is cut, and its upstream connection closed
                 task.cancel()
             await asyncio.wait([task.ended for task in tasks])
         self.pool.close()
@@ -7949,10 +7954,7 @@ class Server:
         """The Origin that may read the answer, b"" when there is none. Raises ProxyError (403) for a closed door."""
         host = head.index.get(b"host")
         if self.guards_host and host is not None and host != self.last_host and not self._host_allowed(host):
-            name = host.decode("latin-1")[:100]
-            raise ProxyError(
-                403, "The host %r is not known here; add it to allowed_hosts." % name, "host_not_allowed"
-            )
+            raise ProxyError(403, FOREIGN_HOST % host.decode("latin-1")[:100], "host_not_allowed")
         origin = head.index.get(b"origin")
         if not origin:
             return b""
@@ -7960,14 +7962,12 @@ class Server:
         if "*" in known or origin.decode("latin-1") in known:
             return origin
         if self.guards_origin:
-            name = origin.decode("latin-1")[:100]
-            raise ProxyError(
-                403, "Pages of %r may not use this server; see cors.allow_origins." % name, "origin_not_allowed"
-            )
+            raise ProxyError(403, FOREIGN_PAGE % origin.decode("latin-1")[:100], "origin_not_allowed")
         return b""
 
     def _host_allowed(self, value: bytes) -> bool:
         """Whether a Host is one of ours; the last good one is remembered, as clients rarely use two."""
+        # A port does not matter: a tunnel or a container's mapping changes it, and no page can choose the name.
         name = value.decode("latin-1").strip().lower()
         bare = name.rpartition(":")[0] if re.search(r":[0-9]*\Z", name) else name
         bare = bare.strip("[]")
@@ -8099,6 +8099,7 @@ class Server:
 
     def _maker(self, made: str) -> str:
         """The controller that made an object; any, where there is only one. Raises ProxyError (404)."""
+        # To ask around would be harmless for reads only: a DELETE that one account refuses may succeed in the next one.
         able = [one.name for one in self.pool.upstreams if not one.controller.chat_only]
         name = self.relay.makers.get(made) or (able[0] if len(able) == 1 else "")
         if name not in able:
@@ -8129,6 +8130,7 @@ class Server:
 
     async def _pass_gate(self, gate: KeyGate, request: ApiRequest, client: ClientConnection, answer: "Run") -> None:
         """Runs a request, unless its client key has sent too many. Raises ProxyError (429)."""
+        # By the estimate, as what it will really cost is known when it is too late to refuse.
         self.pool.estimate(request)
         after_s = gate.enter(request.need, self.loop.time())
         if after_s:
@@ -8198,9 +8200,11 @@ class Server:
     # -- the list of models
 
     async def _list(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> None:
+        """All models that somebody here serves."""
         await client.json({"object": "list", "data": await self._all_models()})
 
     async def _model(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> None:
+        """One model. Raises ProxyError (404)."""
         name = request.path[len("/models/") :]
         for model in await self._all_models():
             if model["id"] == name:
@@ -8220,6 +8224,7 @@ class Server:
 
         An upstream that fails only shortens the list: clients ask for it at their start, and would not come up.
         """
+        # What the configuration names comes first: it is what will be asked for, whatever an account calls it.
         found = {name: model_object(name) for name in self.pool.configured_models()}
         silent = ("echo", "azure")  # Azure lists what could be deployed
         open_ended = [one for one in self.pool.upstreams if not (one.config.models or one.config.type in silent)]
@@ -8233,6 +8238,7 @@ class Server:
 
     async def _models_of(self, upstream: Upstream) -> "list[dict[str, Any]]":
         """An upstream's models, asked at most every few minutes; the last known ones while it fails."""
+        # Chat front ends ask at every page view; each would cost a request of every account.
         until, models = self.models.get(upstream.name, (0.0, []))
         if self.loop.time() < until:
             return models
