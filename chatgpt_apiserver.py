@@ -1455,7 +1455,7 @@ def text_line(record: AccessRecord, stamp: str) -> str:
         line += " key=" + plain(record.key)
     if record.waited_s:
         line += " wait_ms=%.0f" % (record.waited_s * 1e3)
-    if len(record.outcomes) > 1 or (record.outcomes and (record.status >= 400 or record.outcomes[0][1] != "ok")):
+    if record.outcomes and (record.outcomes[0][1] != "ok" or len(record.outcomes) > 1):
         line += " tried=" + ",".join("%s:%s:%.0f" % (name, what, s * 1e3) for name, what, s in record.outcomes)
     return line + "\n"
 
@@ -3022,6 +3022,7 @@ class NetworkExchange:
         "rest",
         "timeouts",
         "upload",
+        "within_s",
     )
 
     def __init__(
@@ -3036,6 +3037,8 @@ class NetworkExchange:
     ) -> None:
         self.pool, self.origin, self.message, self.timeouts, self.on_sent = pool, origin, message, timeouts, on_sent
         self.method, self.upload = method, upload
+        within_s, total = timeouts.first_byte or 0.0, timeouts.total
+        self.within_s = min(within_s or total, total) if total else within_s  # for the reply to begin; 0 is no limit
         self.connection: "UpstreamConnection | None" = None
         self.decoder: "Decoder | None" = None
         self.rest = b""  # of the body, as it came with the head
@@ -3182,12 +3185,8 @@ class NetworkExchange:
             connection.sent(now, 0.0)
             self.upload.pour(self._push)
             return
-        connection.sent(now, self._reply_within_s())
+        connection.sent(now, self.within_s)
         self.on_sent(now)
-
-    def _reply_within_s(self) -> float:
-        within_s, total = self.timeouts.first_byte or 0.0, self.timeouts.total
-        return min(within_s or total, total) if total else within_s
 
     def _push(self, data: bytes, last: bool) -> bool:
         """Writes a piece of an upload; whether more is welcome. The upstream's time runs only when it is its turn."""
@@ -3199,15 +3198,15 @@ class NetworkExchange:
         transport = connection.writer.transport
         if data and not transport.is_closing():
             self.pool.outbox.write(transport, data)
-        protocol, now, within_s = transport.get_protocol(), connection.loop.time(), self._reply_within_s()
+        protocol, now = transport.get_protocol(), connection.loop.time()
         assert isinstance(protocol, WireProtocol)
         if last:
             self.on_sent(now)
         elif protocol.full:
             protocol.on_writable = upload.resume
         if connection.early:
-            waits = within_s and (last or protocol.full)
-            connection.deadline.set(now + within_s if waits else math.inf)
+            waits = self.within_s and (last or protocol.full)
+            connection.deadline.set(now + self.within_s if waits else math.inf)
         return last or not protocol.full
 
     def _end_upload(self, upload: Upload, connection: UpstreamConnection) -> bool:
@@ -6523,8 +6522,9 @@ class Relay:
     def _seats(self, request: ApiRequest, model: str) -> "list[Seat]":
         """The controllers that serve `model` and can take the request. Raises ProxyError (404)."""
         seats = self.pool.seats(model)
-        if request.path != CHAT_PATH:
-            seats = [seat for seat in seats if not seat.upstream.controller.chat_only]
+        if request.path == CHAT_PATH:
+            return seats
+        seats = [seat for seat in seats if not seat.upstream.controller.chat_only]
         if request.pinned:
             seats = [seat for seat in seats if seat.upstream.name == request.pinned]
         if not seats:
@@ -6971,6 +6971,8 @@ def longest_wait(index: Index, most: float) -> float:
 
     The SDKs send their read timeout. Who waits beyond it is answered to nobody, and comes again: a place in line lost.
     """
+    if b"x-apiserver-max-wait" not in index and b"x-stainless-read-timeout" not in index:
+        return most
     for name, spare_s in ((b"x-apiserver-max-wait", 0.0), (b"x-stainless-read-timeout", PATIENCE_S)):
         said = parse_duration(index[name].decode("latin-1")) if name in index else None
         if said is not None:
@@ -7389,7 +7391,7 @@ class ClientConnection:
         Raises BadMessage; and ProxyError for what its head alone is refused for, when the body is not here yet.
         """
         limits, index = self.server.config.limits, head.index
-        form = index.get(b"content-type", b"")[:10].lower() == b"multipart/"
+        form = b"multipart/" in index.get(b"content-type", b"").lower()
         decoder = request_body_decoder(head, limits.upload_bytes if form else limits.body_bytes)
         if self.reserve or ((b"connection" in index or not head.minor) and not head.keeps_alive):
             self.close_after = True  # in the reserve others wait for the place
@@ -8003,25 +8005,25 @@ class Server:
         if head.method == "OPTIONS":
             split_target(head.target)
             return self._options(client, head)
-        handler, path, query = self._enter(client, head)
+        handler, path, query = find_route(head.method, head.target, self.config.endpoints)
+        self._admit(client, head, handler, path)
         request = ApiRequest(head.method, path, query, head.lines, body)
         request.request_id, request.upload = client.record.request_id, client.upload
         # The handler hands on what the relay returns: a coroutine around it would be one more frame at each wake.
         answer: "Awaitable[None]" = getattr(self, handler)(client, head, request)
         return answer
 
-    def _enter(self, client: ClientConnection, head: RequestHead) -> "tuple[str, str, str]":
-        """As `find_route`, for whom may come in. Raises ProxyError (401, 404, 405, 415, 503)."""
-        route = handler, path, _ = find_route(head.method, head.target, self.config.endpoints)
-        if client.reserve and path != "/status":
-            raise ProxyError(*TAKEN, headers=AGAIN)
+    def _admit(self, client: ClientConnection, head: RequestHead, handler: str, path: str) -> None:
+        """Refuses who may not come in, and what could not be read. Raises ProxyError (401, 415, 503)."""
         client.key = None
         if self.config.client_keys and path != "/status":
             client.key = self.check_key(head)
             client.record.key = client.key.name
-        if handler != "_object" and head.index.get(b"content-encoding", b"identity").lower() != b"identity":
+        if client.reserve and path != "/status":
+            raise ProxyError(*TAKEN, headers=AGAIN)
+        coding = head.index.get(b"content-encoding")
+        if coding is not None and coding.lower() != b"identity" and handler != "_object":
             raise ProxyError(415, PACKED, "unsupported_encoding")  # to be read it would be unpacked, bombs too
-        return route
 
     def check_entry(self, client: ClientConnection, head: RequestHead) -> "tuple[bool, FormScanner | None]":
         """Refuses from its head alone what must not come in, before its body is read.
@@ -8032,7 +8034,8 @@ class Server:
         client.origin = self.check_doors(head)
         if head.method == "OPTIONS":
             return False, None
-        handler, path, _ = self._enter(client, head)
+        handler, path, _ = find_route(head.method, head.target, self.config.endpoints)
+        self._admit(client, head, handler, path)
         kind = head.index.get(b"content-type", b"")
         if path in FORMS and handler == "_infer":
             return True, FormScanner(kind)
