@@ -81,7 +81,7 @@ PIECES = 64  # of a body that are kept apart; joining them once costs least
 KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
 KNOWN_HEAD_BYTES = 2048  # a connection's last request head is remembered up to this size
 KNOWN_LINE_BYTES = 256  # this many bytes: half a megabyte in all
-CHUNK_LINE_BYTES = 256  # a chunk-size line with its extensions, which nobody needs
+CHUNK_LINE_BYTES = 256  # unless configured: a chunk-size line with its extensions, which nobody needs
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
 INFORMATIONAL_MAX = 16  # 1xx replies before the final one; more is an upstream gone mad
@@ -471,6 +471,7 @@ class ServerLimits(Record):
     header_timeout: float = 20.0
     body_timeout: float = 120.0
     body_rate: int = 1024
+    chunk_line_bytes: int = CHUNK_LINE_BYTES
     idle_timeout: float = 75.0
     write_timeout: float = 120.0
     upstream_head_bytes: int = UPSTREAM_HEAD_BYTES
@@ -1067,6 +1068,7 @@ def parse_server_limits(section: Section) -> ServerLimits:
         header_timeout=section.number("header_timeout", default.header_timeout, 0.001, 3600),
         body_timeout=section.number("body_timeout", default.body_timeout, 0.001, 86400),
         body_rate=section.whole("body_rate", default.body_rate, 0, 2**30),
+        chunk_line_bytes=section.whole("chunk_line_bytes", default.chunk_line_bytes, 32, 2**20),
         idle_timeout=section.number("idle_timeout", default.idle_timeout, 0.001, 86400),
         write_timeout=section.number("write_timeout", default.write_timeout, 0.001, 86400),
         upstream_head_bytes=section.whole("upstream_head_bytes", default.upstream_head_bytes, 1024, 2**24),
@@ -1819,10 +1821,10 @@ class ChunkedDecoder:
     Raises ValueError for what the grammar or a bound forbids, OverflowError beyond `limit`.
     """
 
-    __slots__ = ("done", "left", "limit", "pending", "rest", "total", "trailing")
+    __slots__ = ("done", "left", "limit", "line_bytes", "pending", "rest", "total", "trailing")
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, line_bytes: int = CHUNK_LINE_BYTES) -> None:
+        self.limit, self.line_bytes = limit, line_bytes
         self.left = 0  # bytes still to come of the open chunk; -1: its CRLF
         self.total = self.trailing = 0
         self.pending = b""  # the beginning of a line that is not whole yet
@@ -1881,7 +1883,7 @@ class ChunkedDecoder:
 
     def _line(self, data: bytes, at: int) -> int:
         """Reads the chunk-size or trailer line at `at`; its end, or -1 when it is not whole."""
-        end = data.find(b"\n", at, at + (TRAILER_BYTES if self.trailing else CHUNK_LINE_BYTES))
+        end = data.find(b"\n", at, at + (TRAILER_BYTES if self.trailing else self.line_bytes))
         if end < 0:
             self._check_unfinished(data, at)
             return -1
@@ -1902,7 +1904,7 @@ class ChunkedDecoder:
     def _check_unfinished(self, data: bytes, at: int) -> None:
         """Refuses a line that is too long or can no longer become a good one."""
         rest = data[at:]
-        if len(rest) >= (TRAILER_BYTES if self.trailing else CHUNK_LINE_BYTES):
+        if len(rest) >= (TRAILER_BYTES if self.trailing else self.line_bytes):
             raise ValueError("a chunk-size or trailer line is too long")
         if not self.trailing and not re.match(rb"[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[^\r\n\x00]*)?)?\r?\Z", rest):
             raise ValueError("a chunk-size line is malformed")
@@ -1923,7 +1925,9 @@ class ChunkedDecoder:
 Decoder = LengthDecoder | ChunkedDecoder | EofDecoder
 
 
-def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | ChunkedDecoder | None":
+def request_body_decoder(
+    head: RequestHead, limit: int, line_bytes: int = CHUNK_LINE_BYTES
+) -> "LengthDecoder | ChunkedDecoder | None":
     """What decodes the request's body, None where there is none. Raises BadMessage (RFC 9112, 6.1 and 6.3)."""
     coding = head.index.get(b"transfer-encoding")
     length = head.index.get(b"content-length")
@@ -1934,7 +1938,7 @@ def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | Chun
         if codings != [b"chunked"]:  # 400 where the end of the body cannot be known, 501 where a coding is not spoken
             status = 501 if codings[-1] == b"chunked" and codings.count(b"chunked") == 1 else 400
             raise BadMessage(status, "Only the transfer coding chunked is understood, alone and once.")
-        return ChunkedDecoder(limit)
+        return ChunkedDecoder(limit, line_bytes)
     if length is None:
         return None
     try:
@@ -1946,7 +1950,9 @@ def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | Chun
     return LengthDecoder(size) if size else None
 
 
-def reply_body_decoder(head: ResponseHead, method: str) -> "LengthDecoder | ChunkedDecoder | EofDecoder":
+def reply_body_decoder(
+    head: ResponseHead, method: str, line_bytes: int = CHUNK_LINE_BYTES
+) -> "LengthDecoder | ChunkedDecoder | EofDecoder":
     """What decodes a reply's body (RFC 9112, 6.3). Raises BadReply where the framing is ambiguous."""
     coding = head.index.get(b"transfer-encoding")
     length = head.index.get(b"content-length")
@@ -1957,7 +1963,7 @@ def reply_body_decoder(head: ResponseHead, method: str) -> "LengthDecoder | Chun
     if coding is not None:
         if coding.strip(b" \t").lower() != b"chunked" or head.minor == 0:
             raise BadReply("the upstream's transfer coding is not plain chunked")
-        return ChunkedDecoder(1 << 62)
+        return ChunkedDecoder(1 << 62, line_bytes)
     if length is None:
         return EofDecoder()
     try:
@@ -2747,7 +2753,8 @@ class ConnectionPool:
     """Idle connections per origin, the most recently used first, so that the surplus grows old and closes."""
 
     def __init__(self, outbox: Outbox, dial: Dial = dial) -> None:
-        self.outbox, self.dial, self.head_bytes = outbox, dial, UPSTREAM_HEAD_BYTES
+        self.outbox, self.dial = outbox, dial
+        self.head_bytes, self.line_bytes = UPSTREAM_HEAD_BYTES, CHUNK_LINE_BYTES
         self.idle: "dict[Origin, list[UpstreamConnection]]" = {}
         self.active: "set[UpstreamConnection]" = set()
         self.closed = False
@@ -2886,7 +2893,7 @@ class NetworkExchange:
                 raise as_closed(again) from again
         if self.head.status == 407:  # said before the request reached its upstream, and of no use to a client
             raise ConnectFailed("a proxy on the way to %s wants another password" % self.origin.authority)
-        self.decoder = reply_body_decoder(self.head, self.method)
+        self.decoder = reply_body_decoder(self.head, self.method, self.pool.line_bytes)
         connection.early = False
         connection.waits_for = "nothing came from the upstream in time"
         connection.deadline.set(self._idle_until(connection))
@@ -6777,7 +6784,7 @@ class ClientConnection:
     async def _read_body(self, head: RequestHead) -> bytes:
         """The request's body, bounded in size, time and slowness. Raises BadMessage."""
         limits, index = self.server.config.limits, head.index
-        decoder = request_body_decoder(head, limits.body_bytes)
+        decoder = request_body_decoder(head, limits.body_bytes, limits.chunk_line_bytes)
         if (b"connection" in index or not head.minor) and not head.keeps_alive:
             self.close_after = True
         if self.reserve:
@@ -7097,7 +7104,8 @@ class Server:
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
             load_certificate(self.tls, config)  # first: it may raise
-        self.config, self.links.head_bytes = config, config.limits.upstream_head_bytes
+        self.config, limits = config, config.limits
+        self.links.head_bytes, self.links.line_bytes = limits.upstream_head_bytes, limits.chunk_line_bytes
         rebuild_pool(self.pool, config)
         gates = {key.name: KeyGate(key) for key in config.client_keys if key.limits != QuotaLimits()}
         self.gates = {
@@ -7133,23 +7141,24 @@ class Server:
         tune(transport)
         name = transport.get_extra_info("peername")
         peer = str(name[0]) if isinstance(name, tuple) else "local"
-        limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(peer, 0)
-        bound = min(limits.connections, self.most)
-        most = limits.connections_per_client or peer_bound(peer)
+        subscriber, own = subscriber_of(peer)
+        limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(subscriber, 0)
+        bound, most = min(limits.connections, self.most), limits.connections_per_client or own
         if self.stopping or count >= bound + RESERVE_CONNECTIONS or (most and here >= most):
             transport.write(b"" if self.tls else FULL)
             transport.close()
             return
-        self.per_peer[peer] = here + 1
+        self.per_peer[subscriber] = here + 1
         self.connections.add(ClientConnection(self, protocol, transport, peer, count >= bound))
 
     def forget(self, client: ClientConnection) -> None:
         """A client's connection has ended."""
         if client in self.connections:
             self.connections.discard(client)
-            left = self.per_peer[client.peer] = self.per_peer[client.peer] - 1
+            subscriber, _ = subscriber_of(client.peer)
+            left = self.per_peer[subscriber] = self.per_peer[subscriber] - 1
             if not left:
-                del self.per_peer[client.peer]
+                del self.per_peer[subscriber]
 
     async def stop(self) -> None:
         """Drains: the status says so, the listener closes, answers finish within their time, the rest is closed."""
@@ -7463,15 +7472,24 @@ FULL = full_answer()
 
 
 @functools.lru_cache(maxsize=1024)
-def peer_bound(peer: str) -> int:
-    """How many connections an address may have where nothing is configured; 0 for as many as it likes."""
+def subscriber_of(peer: str) -> "tuple[str, int]":
+    """As what the connections of an address are counted, and how many it may have where nothing is configured.
+
+    A public IPv6 address counts as its /64, the least that one subscriber is given (RFC 6177): each of them could come
+    from 2**64 addresses. Private ones count each by itself, as there a /64 is a network of many clients. 0 is no bound.
+    """
     import ipaddress  # 2 ms that loopback need not pay at the start
 
     try:
         address = ipaddress.ip_address(peer.partition("%")[0])
     except ValueError:
-        return 0
-    return 0 if address.is_private or address.is_loopback else PEER_CONNECTIONS
+        return peer, 0
+    address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:192.0.2.1, on a socket for both families
+    if address.is_private or address.is_loopback:
+        return peer, 0
+    if address.version == 6:
+        return str(ipaddress.ip_network((int(address) >> 64 << 64, 64))), PEER_CONNECTIONS
+    return str(address), PEER_CONNECTIONS
 
 
 def longest_wait(index: Index, most: float) -> float:
