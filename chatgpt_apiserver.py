@@ -642,7 +642,10 @@ class Section:
         if named:
             name = named.group(1) or named.group(2)
             if not self.env.get(name):
-                told = "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key"
+                told = (  # what a start in a clone says first, as it finds the sample in config/
+                    "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key, "
+                    "or name a file of your own with --config_file"
+                )
                 raise self.error(key, value, told % (name, name))
             value = self.env[name]
         elif value.startswith("file:"):
