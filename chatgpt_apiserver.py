@@ -59,9 +59,11 @@ import math
 import os
 import random
 import re
+import select
 import signal
 import socket
 import ssl
+import stat
 import time
 import traceback
 import urllib.parse
@@ -110,6 +112,8 @@ TOKENS_PER_PART = 1000  # an image, audio or file part in the token estimate; ne
 TOKENS_ANSWER = 500  # what an answer is taken to need while nothing is known of the model
 MODEL_NAME_CHARS = 256  # longer names are not looked up
 FLUSH_S = 0.01  # access lines wait this long for company
+LOG_KEPT_BYTES = 262_144  # of the log for a pipe whose reader is slow; 1,700 lines
+LOG_LAST_MS = 200  # at the end such a reader may take this long for each piece
 USAGE_BYTES = 4096  # the end of an answer, where its usage stands
 RESERVE_CONNECTIONS = 16  # above the bound, so that /status still answers
 SPARE_FILES = 48  # descriptors for the reserve and for what is no connection
@@ -1469,6 +1473,90 @@ def json_line(record: AccessRecord, stamp: str) -> str:
     return json.dumps(found, separators=(",", ":")) + "\n"
 
 
+class Console:
+    """Where log lines go: stderr, which may be a pipe that nobody reads (`2>&1 | less`), or journald, stalled.
+
+    A write that blocks would stop every answer. So a pipe or socket gets only what it has room for, the rest is kept,
+    and what is too much is dropped and counted. O_NONBLOCK would not do: it is a property of the open file, which
+    belongs to the shell and to its other children, too. Files and terminals are written to as ever.
+    """
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.poll: "select.poll | None" = None  # for what may block
+        self.kept, self.dropped = bytearray(), 0  # bytes that wait for room; lines that came when those were too many
+        self.watched = False  # the loop calls `send` once there is room
+
+    def open(self) -> None:
+        """Looks at what stderr is now."""
+        try:
+            self.fd = sys.stderr.fileno()
+            mode = os.fstat(self.fd).st_mode
+        except (AttributeError, OSError, ValueError):  # none, or what stands in its place is no file
+            return
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+            self.poll = select.poll()
+            self.poll.register(self.fd, select.POLLOUT)
+
+    def write(self, text: str) -> None:
+        """Takes whole lines. A log that cannot be written must not stop the answers."""
+        if self.poll is None:
+            try:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            except OSError as problem:
+                if problem.errno not in (errno.EPIPE, errno.ENOSPC, errno.EAGAIN):
+                    raise
+            return
+        if self.dropped:  # the note of it comes first
+            self.dropped += text.count("\n")
+        else:
+            self.kept += text.encode("utf-8", "backslashreplace")
+        self.send()
+        if len(self.kept) > LOG_KEPT_BYTES:
+            end = self.kept.rfind(b"\n", 0, LOG_KEPT_BYTES) + 1
+            self.dropped = self.kept.count(b"\n", end)
+            del self.kept[end:]
+
+    def send(self, patience_ms: int = 0) -> None:
+        """Writes what there is room for; each piece may wait for it as long as told."""
+        waits = False
+        try:
+            while (self.kept or self.dropped) and not waits:
+                waits = not self.poll or not self.poll.poll(patience_ms)
+                if not waits:
+                    self._send_piece()
+        except BlockingIOError:  # another process has set O_NONBLOCK
+            waits = True
+        except OSError:  # nobody reads any more; of a named pipe somebody may again
+            self.dropped += self.kept.count(b"\n")
+            self.kept.clear()
+        self._watch(waits)
+
+    def _send_piece(self) -> None:
+        """One write that does not block: where poll finds room in a pipe there is some for PIPE_BUF bytes (POSIX)."""
+        if self.kept:
+            end = self.kept.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
+            del self.kept[: os.write(self.fd, self.kept[:end])]
+        else:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            os.write(self.fd, b"%b WARNING %d lines dropped: nobody read them\n" % (stamp.encode(), self.dropped))
+            self.dropped = 0
+
+    def _watch(self, waits: bool) -> None:
+        if waits == self.watched:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # before or after it the next line tries again
+            return
+        if waits:
+            loop.add_writer(self.fd, self.send)
+        else:
+            loop.remove_writer(self.fd)
+        self.watched = waits
+
+
 class AccessLog:
     """Writes access lines, those of some milliseconds together: a line by itself costs twice, its write ten times."""
 
@@ -1485,24 +1573,21 @@ class AccessLog:
         self.records.append(record)
 
     def flush(self) -> None:
-        """Writes what has gathered; a log that cannot be written must not stop the answers."""
+        """Writes what has gathered."""
         records, self.records = self.records, []
-        if not records:
-            return
-        stamp, render = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.render
-        try:
+        if records:
+            stamp, render = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.render
             self.write("".join([render(record, stamp) for record in records]))
-        except OSError as problem:
-            if problem.errno not in (errno.EPIPE, errno.ENOSPC, errno.EAGAIN):
-                raise
 
 
 redactor = Redactor()
+console = Console()
 
 
 def set_up_logging(config: Config) -> None:
     """Sends log records to stderr, cleaned of every secret that `config` holds."""
-    handler = logging.StreamHandler()
+    console.open()
+    handler = logging.StreamHandler(console)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     redactor.watch(secrets_of(config))
     handler.addFilter(redactor)
@@ -7097,7 +7182,7 @@ class Server:
         self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
         self.pool = UpstreamPool([], SmoothWeighted(), config.pool, loop)
         self.gates: "dict[str, KeyGate]" = {}
-        self.access = AccessLog(loop, write_stderr)
+        self.access = AccessLog(loop, console.write)
         self.reconfigure(config)
         self.relay = Relay(self.pool, self.links, loop)
 
@@ -7617,12 +7702,6 @@ def load_certificate(context: ssl.SSLContext, config: Config) -> None:
         raise ConfigError("%s: tls: certificate and key cannot be used: %s" % (config.source, problem)) from problem
 
 
-def write_stderr(text: str) -> None:
-    """Writes access lines, unbuffered."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
 # ==== 15. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
 # cannot be listened on.
@@ -7740,6 +7819,8 @@ def run(config: Config, load: "Callable[[], Config]") -> int:
     except OSError as error:
         print("cannot listen on %s:%d: %s" % (config.host, config.port, error), file=sys.stderr)
         return 1
+    finally:
+        console.send(LOG_LAST_MS)
     return 0
 
 
