@@ -237,13 +237,14 @@ def compact_json(value: "Any") -> bytes:
 
 
 # ==== 2. Configuration ====
-# A pure parse of one mapping into frozen values; every message names the file, the path, what was found, what is
-# allowed. `Section` hands keys out one by one, so that what nobody asked for is a typing error by definition.
+# A pure parse of one mapping into frozen records; every message names the file, the path, what was found, what is
+# allowed. The records below are the reference: each key stands once, with its default, its bounds and how it is read.
+# What no record names is a typing error by definition: an option that is ignored in silence is how people come to run
+# without a limit that they believe in.
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
 CONTROLLER_TYPES = ("openai", "azure", "anthropic", "echo")  # and those of PRESETS
 ENDPOINTS = ("inference", "objects", "*")
-FRAMING_FIELDS = frozenset("host content-length transfer-encoding connection expect upgrade te trailer".split())
 SCALARS = ("host", "port", "drain_delay", "drain_timeout")  # at the top level; the rest are objects and lists
 FIXED_PARAMS = ("model", "messages", "stream")  # routing and relaying rely on them
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -252,7 +253,14 @@ CONFIG_FOLDERS = (".", ".config", "config", "/etc/chatgpt-apiserver")
 ENV = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
 AZURE_API_VERSION = "2024-10-21"  # the newest stable one of the classic surface
-_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # the API knows only the older name, and ignores or refuses others
+THINKING = ("effort", "adaptive", "budget")  # what reasoning_effort becomes at Anthropic: `to_messages` says it
+# A header's name is a token (RFC 9110, 5.1); those that frame messages are ours alone, or a file could smuggle.
+FIELD_NAME = (
+    r"(?!(?i:host|content-length|transfer-encoding|connection|expect|upgrade|te|trailer)\Z)"
+    r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+)
+FIELD_NAME_IS = "a header name (RFC 9110, 5.1) that does not frame messages"
+
 # Accounts that are unlike OpenAI's: what their `config` says when the user says nothing else.
 DIALECTS: "dict[str, dict[str, Any]]" = {
     "azure": {"auth_header": "api-key", "auth_scheme": ""},
@@ -263,47 +271,57 @@ DIALECTS: "dict[str, dict[str, Any]]" = {
         "chat_path": "/messages",
     },
 }
-THINKING = ("effort", "adaptive", "budget")  # what reasoning_effort becomes at Anthropic: `to_messages` says it
 # Vendors that speak OpenAI's API: what the `config` of an openai controller must say of them. Words in braces stand for
-# further keys of it.
-PRESETS: "dict[str, dict[str, Any]]" = {
-    "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
-    "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
-    "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
-    "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
-    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1"},
-    "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1"},
-    "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"},
-    "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
-    "fireworks": {"base_url": "https://api.fireworks.ai/inference/v1"},
-    "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai"},
-    "groq": {"base_url": "https://api.groq.com/openai/v1"},
-    "huggingface": {"base_url": "https://router.huggingface.co/v1"},
-    "llamacpp": {"base_url": "http://localhost:8080/v1"},
-    "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
-    "mistral": {
-        "base_url": "https://api.mistral.ai/v1",
-        "rename_params": {"max_completion_tokens": "max_tokens", "seed": "random_seed"},
-        "drop_params": ["stream_options"],  # was refused, and usage comes without it
-    },
-    "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
-    "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
-    "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
-    "ollama": {"base_url": "http://localhost:11434/v1", "rename_params": _OLD_LIMIT},
-    "openrouter": {"base_url": "https://openrouter.ai/api/v1"},
-    "perplexity": {"base_url": "https://api.perplexity.ai", "rename_params": _OLD_LIMIT},
-    "sglang": {"base_url": "http://localhost:30000/v1"},
-    "tgi": {"base_url": "http://localhost:8080/v1"},
-    "together": {"base_url": "https://api.together.xyz/v1"},
-    "vllm": {"base_url": "http://localhost:8000/v1"},
-    "xai": {"base_url": "https://api.x.ai/v1"},
-    "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
-    "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
-}
+# further keys of it. `old=new` renames a parameter, `old=` drops it: an API that knows only the older name of the limit
+# ignores the newer one or refuses it; Mistral refused stream_options, and sends usage without it.
+VENDORS = """
+bedrock         https://bedrock-runtime.{region}.amazonaws.com/openai/v1
+bedrock-mantle  https://bedrock-mantle.{region}.api.aws/v1
+cerebras        https://api.cerebras.ai/v1
+cloudflare      https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1
+cohere          https://api.cohere.ai/compatibility/v1
+dashscope       https://dashscope.aliyuncs.com/compatible-mode/v1
+dashscope-intl  https://dashscope-intl.aliyuncs.com/compatible-mode/v1
+deepseek        https://api.deepseek.com/v1           max_completion_tokens=max_tokens
+fireworks       https://api.fireworks.ai/inference/v1
+gemini          https://generativelanguage.googleapis.com/v1beta/openai
+groq            https://api.groq.com/openai/v1
+huggingface     https://router.huggingface.co/v1
+llamacpp        http://localhost:8080/v1
+lmstudio        http://localhost:1234/v1              max_completion_tokens=max_tokens
+mistral         https://api.mistral.ai/v1             max_completion_tokens=max_tokens seed=random_seed stream_options=
+moonshot        https://api.moonshot.ai/v1
+moonshot-cn     https://api.moonshot.cn/v1
+nvidia          https://integrate.api.nvidia.com/v1   max_completion_tokens=max_tokens
+ollama          http://localhost:11434/v1             max_completion_tokens=max_tokens
+openrouter      https://openrouter.ai/api/v1
+perplexity      https://api.perplexity.ai             max_completion_tokens=max_tokens
+sglang          http://localhost:30000/v1
+tgi             http://localhost:8080/v1
+together        https://api.together.xyz/v1
+vllm            http://localhost:8000/v1
+xai             https://api.x.ai/v1
+zai             https://api.z.ai/api/paas/v4          max_completion_tokens=max_tokens
+zhipu           https://open.bigmodel.cn/api/paas/v4  max_completion_tokens=max_tokens
+"""
+
+
+def parse_vendor(url: str, *changes: str) -> "dict[str, Any]":
+    """A row of VENDORS as the `config` that it stands for."""
+    pairs = [change.split("=") for change in changes]
+    drops = [old for old, new in pairs if not new]
+    return {"base_url": url, "rename_params": {old: new for old, new in pairs if new}, "drop_params": drops}
+
+
+PRESETS = {name: parse_vendor(*row) for name, *row in map(str.split, VENDORS.strip().splitlines())}
 
 
 class Secret:
-    """A value that is never shown: `reveal()` gives it, every other way to print it gives `sk-…last4`."""
+    """A value that is never shown: `reveal()` gives it, every other way to print it gives `sk-…last4`.
+
+    The last four letters are what providers' own pages show of a key, so that it can be told from others; a value of
+    less than twelve would lose too much by them.
+    """
 
     __slots__ = ("_value",)
 
@@ -333,183 +351,15 @@ class Secret:
 
 
 NO_SECRET = Secret("")
-
-
-@dataclass_transform(frozen_default=True)
-class Record:
-    """Named values that never change, declared as those of a frozen dataclass are.
-
-    It is none because `dataclasses` writes and compiles methods for each class: 0.8 ms each, a twelfth of the start.
-    """
-
-    fields: "ClassVar[tuple[str, ...]]"
-    defaults: "ClassVar[dict[str, Any]]"
-
-    def __init_subclass__(cls) -> None:
-        cls.fields = tuple(cls.__annotations__)
-        cls.defaults = {name: vars(cls)[name] for name in cls.fields if name in vars(cls)}
-
-    def __init__(self, *values: "Any", **named: "Any") -> None:
-        found = {**self.defaults, **dict(zip(self.fields, values, strict=False)), **named}
-        if found.keys() != set(self.fields):
-            raise TypeError("missing or unknown: %s" % ", ".join(sorted(found.keys() ^ self.fields)))
-        self.__dict__.update(found)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("%s.%s cannot be changed" % (type(self).__name__, name))
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
-
-    def __hash__(self) -> int:
-        return hash(tuple(vars(self)[name] for name in self.fields))
-
-    def __repr__(self) -> str:
-        shown_fields = ", ".join("%s=%r" % (name, vars(self)[name]) for name in self.fields)
-        return "%s(%s)" % (type(self).__name__, shown_fields)
-
-    def replace(self, **changes: "Any") -> "Self":
-        """A copy in which `changes` apply."""
-        return type(self)(**{**vars(self), **changes})
-
-
-class Timeouts(Record):
-    """Seconds; 0 is none. `first_byte` None: 120 for streams, 600 for whole answers, as SDKs wait 600."""
-
-    connect: float = 10.0
-    first_byte: "float | None" = None
-    idle: float = 300.0
-    total: float = 0.0
-
-
-class QuotaLimits(Record):
-    """Requests and tokens in any sliding 60 s, requests at once, seconds' worth at once; 0 is none."""
-
-    rpm: int = 0
-    tpm: int = 0
-    concurrency: int = 0
-    burst_s: float = 60.0
-
-
-class AccountConfig(Record):
-    """The `config` of a controller: where it is, what opens it, what its dialect of the API wants. Delays are echo's.
-
-    `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
-    place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
-    name; then `extra_body` is added, in place of what the client said. `api_version` is Azure's; `thinking` is
-    Anthropic's, and so is `max_tokens`, the limit where the client sets none.
-    """
-
-    api_key: Secret = NO_SECRET
-    base_url: str = ""
-    organization: str = ""
-    project: str = ""
-    proxy: Secret = NO_SECRET
-    ca_file: str = ""
-    headers: "tuple[tuple[str, Secret], ...]" = ()
-    auth_header: str = "Authorization"
-    auth_scheme: str = "Bearer"
-    chat_path: str = "/chat/completions"
-    api_version: str = ""
-    max_tokens: int = 4096
-    thinking: str = THINKING[0]
-    drop_params: "tuple[str, ...]" = ()
-    rename_params: "tuple[tuple[str, str], ...]" = ()
-    extra_body: "tuple[tuple[str, Any], ...]" = ()
-    delay: float = 0.0
-    first_delay: float = 0.0
-
-
-class ControllerConfig(Record):
-    """One upstream account."""
-
-    type: str
-    name: str
-    account: AccountConfig
-    weight: int = 1
-    models: "tuple[str, ...]" = ()
-    model_map: "tuple[tuple[str, str], ...]" = ()
-    limits: QuotaLimits = QuotaLimits()
-    quota_group: str = ""
-    timeouts: Timeouts = Timeouts()
-
-
-class PoolConfig(Record):
-    """How the pool chooses and waits; `rescue_after` None is "auto", 0 never.
-
-    `affinity` sends a conversation where its last request went, as long as there is room. `aliases` are other names of
-    models. `fallbacks` are the models to try, in this order, when nothing serves the one asked for; `context_fallbacks`
-    when the request is too long for it.
-    """
-
-    type: str = "balanced"
-    max_wait: float = 30.0
-    max_queue: int = 1000
-    rescue_after: "float | None" = None
-    affinity: bool = True
-    aliases: "tuple[tuple[str, str], ...]" = ()
-    fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
-    context_fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
-
-
-class ClientKey(Record):
-    """Who may come in: the SHA-256 of a key, and what it may ask for."""
-
-    name: str
-    digest: bytes
-    models: "tuple[str, ...]" = ()
-    limits: QuotaLimits = QuotaLimits()
-
-
-class ServerLimits(Record):
-    """Bounds on what clients may do: bytes, counts, seconds."""
-
-    body_bytes: int = 33_554_432
-    bodies_bytes: int = 1 << 30
-    json_depth: int = JSON_DEPTH
-    start_line_bytes: int = START_LINE_BYTES
-    header_bytes: int = 65536
-    header_count: int = FIELD_COUNT
-    connections: int = 10000
-    connections_per_client: int = 0
-    header_timeout: float = 20.0
-    body_timeout: float = 120.0
-    body_rate: int = 1024
-    chunk_line_bytes: int = CHUNK_LINE_BYTES
-    idle_timeout: float = 75.0
-    write_timeout: float = 120.0
-    upstream_head_bytes: int = UPSTREAM_HEAD_BYTES
-
-
-class Config(Record):
-    """Everything that the server runs by; `source` says where it came from."""
-
-    controllers: "tuple[ControllerConfig, ...]"
-    source: str = ""
-    host: str = "127.0.0.1"
-    port: int = 8080
-    pool: PoolConfig = PoolConfig()
-    client_keys: "tuple[ClientKey, ...]" = ()
-    endpoints: "tuple[str, ...]" = ("inference",)
-    allow_origins: "tuple[str, ...]" = ()
-    allowed_hosts: "tuple[str, ...]" = ()
-    tls_cert: str = ""
-    tls_key: str = ""
-    limits: ServerLimits = ServerLimits()
-    log_format: str = "text"
-    log_level: str = "info"
-    drain_delay: float = 0.0
-    drain_timeout: float = 30.0
+WORD = "a non-empty string"
 
 
 def shown(value: "Any") -> str:
-    """`value` as a message may show it: short, and never a text that could be a secret."""
-    if isinstance(value, str) and len(value) > 40:
-        return "a text of %d characters" % len(value)
-    if value and isinstance(value, (dict, list)):  # a secret may stand inside
+    """`value` as a message may show it: short, and never a text that could be a secret, or what may hold one."""
+    if value and isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return text if len(text) <= 42 else "a text of %d characters" % len(value if isinstance(value, str) else text)
 
 
 def nearest(word: str, known: "Iterable[str]") -> str:
@@ -522,27 +372,27 @@ def nearest(word: str, known: "Iterable[str]") -> str:
 
 
 class Section:
-    """One mapping of the configuration: hands out its keys, knows where it stands, refuses what is left over.
+    """One mapping of the configuration: reads its keys, knows where it stands, refuses the keys that nobody knows.
 
-    `env` is what `$NAME` refers to; `setters` name, for a path, the flag or variable that set it in place of a file.
+    `env` is what `$NAME` refers to. `overrides` give, for a path, the flag or variable that counts in place of the
+    file, and what it says; `preset` what counts where nothing is said. Each reader takes a key, its default and what
+    else `setting` was given for it, and raises ConfigError.
     """
 
     def __init__(
         self,
         data: "Any",
         source: str,
-        path: str = "",
-        env: "Mapping[str, str] | None" = None,
-        setters: "Mapping[str, str] | None" = None,
+        path: str,
+        env: "Mapping[str, str]",
+        overrides: "Mapping[str, tuple[str, Any]]",
     ) -> None:
-        self.source, self.path = source, path
-        self.env: "Mapping[str, str]" = {} if env is None else env
-        self.setters: "Mapping[str, str]" = {} if setters is None else setters
+        self.source, self.path, self.env, self.overrides = source, path, env, overrides
         if not isinstance(data, dict):
-            found = "a string" if isinstance(data, str) else shown(data)
+            found = "a string" if isinstance(data, str) else shown(data)  # which may be a secret in the wrong place
             raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", found))
         self.data: "dict[str, Any]" = data
-        self.known: "set[str]" = set()
+        self.preset: "dict[str, Any]" = {}
 
     def where(self, key: str) -> str:
         """The path of `key` as messages name it."""
@@ -552,79 +402,38 @@ class Section:
     def error(self, key: str, found: "Any", allowed: str) -> ConfigError:
         """What is wrong with the value of `key`."""
         where = self.where(key)
-        place = self.setters.get(where) or "%s: %s" % (self.source, where)
+        place = self.overrides[where][0] if where in self.overrides else "%s: %s" % (self.source, where)
         return ConfigError("%s: found %s, allowed: %s" % (place, shown(found), allowed))
 
+    def only(self, *known: str) -> None:
+        """Refuses other keys. First of all, as a wrong name is why its right one is missing."""
+        for key in self.data:
+            if key not in known:
+                raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), nearest(key, known)))
+
+    def values(self, kind: "type[Record]", names: "Collection[str] | None" = None) -> "dict[str, Any]":
+        """What the keys of `kind` come to here, or those of them that are among `names`."""
+        return {
+            name: one.read(self, name, one.default, *one.more)
+            for name, one in kind.settings.items()
+            if names is None or name in names
+        }
+
     def take(self, key: str, default: "Any" = None) -> "Any":
-        """The raw value; null counts as absent."""
-        self.known.add(key)
-        value = self.data.get(key)
-        return default if value is None else value
+        """The raw value; null counts as absent, and so does an empty text where there is a preset."""
+        said = self.overrides.get(self.where(key), ("", self.data.get(key)))[1]
+        if said is None or (said == "" and key in self.preset):
+            return self.preset.get(key, default)
+        return said
 
-    def text(self, key: str, default: str = "", choices: "tuple[str, ...]" = ()) -> str:
-        """A string, of `choices` where given."""
-        value = self.take(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, value, "a string")
-        if choices and value not in choices:
-            raise self.error(key, value, " | ".join(choices) + " (%s)" % nearest(value, choices))
-        self.printable(key, (value,))
-        return value
-
-    def printable(self, key: str, values: "Iterable[str]") -> None:
-        """Refuses what would break a line of the log, or a header."""
-        if not all(value.isprintable() for value in values):
-            raise self.error(key, "a character that cannot be printed", "printable characters")
-
-    def number(self, key: str, default: float, low: float, high: float) -> float:
-        """A number from `low` to `high`."""
-        value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise self.error(key, value, "a number from %g to %g" % (low, high))
-        return float(value)
-
-    def whole(self, key: str, default: int, low: int, high: int) -> int:
-        """A whole number from `low` to `high`."""
-        value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(key, value, "a whole number from %d to %d" % (low, high))
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
-        value = self.take(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, value, "true or false")
-        return value
-
-    def strings(self, key: str) -> "tuple[str, ...]":
-        """A list of non-empty strings."""
-        value = self.take(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-            raise self.error(key, value, "a list of non-empty strings")
-        self.printable(key, value)
-        return tuple(value)
-
-    def pairs(self, key: str) -> "tuple[tuple[str, str], ...]":
-        """An object of strings."""
-        value = self.take(key, {})
-        if not isinstance(value, dict) or not all(isinstance(item, str) and item for item in value.values()):
-            raise self.error(key, value, "an object whose values are non-empty strings")
-        self.printable(key, (*value, *value.values()))
-        return tuple(value.items())
-
-    def lists(self, key: str) -> "tuple[tuple[str, tuple[str, ...]], ...]":
-        """An object of lists of non-empty strings."""
-        inner = self.section(key)
-        self.printable(key, inner.data)
-        return tuple((name, inner.strings(name)) for name in inner.data)
+    # -- what is nested
 
     def section(self, key: str) -> "Section":
         """A nested mapping; an empty one where there is none."""
         return self._inner(self.take(key, {}), self.where(key))
 
     def _inner(self, data: "Any", path: str) -> "Section":
-        return Section(data, self.source, path, self.env, self.setters)
+        return Section(data, self.source, path, self.env, self.overrides)
 
     def sections(self, key: str) -> "list[Section]":
         """A list of mappings."""
@@ -633,58 +442,96 @@ class Section:
             raise self.error(key, type(value).__name__, "a list of objects")
         return [self._inner(item, "%s[%d]" % (self.where(key), number)) for number, item in enumerate(value)]
 
-    def secret(self, key: str) -> Secret:
+    def record(self, key: str, default: "Record") -> "Record":
+        """An object with the keys of the record that `default` is."""
+        inner, kind = self.section(key), type(default)
+        inner.only(*kind.settings)
+        return kind(**inner.values(kind))
+
+    # -- what is not
+
+    def number(self, key: str, default: "float | None", low: float, high: float) -> "float | None":
+        """A number from `low` to `high`; a whole one where the default is."""
+        value, whole = self.take(key, default), isinstance(default, int)
+        if value is default:
+            return value
+        if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
+            raise self.error(key, value, "a %snumber from %s to %s" % ("whole " if whole else "", low, high))
+        return value if whole else float(value)
+
+    def plain(self, key: str, default: "Any", shape: "Any" = None) -> "Any":
+        """What has this shape, see `_fit`, or the default's type."""
+        value = self.take(key)
+        return default if value is None else self._fit(key, value, shape or type(default))
+
+    def _fit(self, key: str, value: "Any", shape: "Any") -> "Any":
+        """`value` if it has this shape; lists and objects as tuples, as records are hashed.
+
+        Shapes: bool; str; WORD, a string that is not empty; a tuple, one of its members; [shape]; {str: shape}.
+        """
+        if isinstance(shape, list):
+            if not isinstance(value, list):
+                raise self.error(key, value, "a list of non-empty strings")
+            return tuple(self._fit("%s[%d]" % (key, at), one, shape[0]) for at, one in enumerate(value))
+        if isinstance(shape, dict):
+            pairs = self.section(key).data.items()
+            inner = shape[str]
+            return tuple((self._fit(key, name, str), self._fit(key + "." + name, one, inner)) for name, one in pairs)
+        if isinstance(shape, tuple):
+            if value not in shape:
+                raise self.error(key, value, "%s (%s)" % (" | ".join(shape), nearest(str(value), shape)))
+        elif not isinstance(value, bool if shape is bool else str) or (shape is WORD and not value):
+            raise self.error(key, value, {bool: "true or false", str: "a string"}.get(shape, WORD))
+        if not str(value).isprintable():  # it would break a line of the log, or a header
+            raise self.error(key, "a character that cannot be printed", "printable characters")
+        return value
+
+    def word(self, key: str, default: str, pattern: str, allowed: str) -> str:
+        """A string that matches `pattern`."""
+        value: str = self.plain(key, default)
+        if not re.fullmatch(pattern, value):
+            raise self.error(key, value, allowed)
+        return value
+
+    def secret(self, key: str, default: Secret = NO_SECRET) -> Secret:
         """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
         value = self.take(key, "")
         if not isinstance(value, str):
             raise self.error(key, type(value).__name__, "a string, $NAME or file:PATH")
-        return self.resolve(key, value)
-
-    def resolve(self, key: str, value: str) -> Secret:
-        """The secret that the text `value` stands for."""
-        named = re.fullmatch(r"\$(?:\{(\w+)\}|(\w+))", value)
-        if named:
-            name = named.group(1) or named.group(2)
-            if not self.env.get(name):
-                told = (  # what a start in a clone says first, as it finds the sample in config/
-                    "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key, "
-                    "or name a file of your own with --config_file"
-                )
-                raise self.error(key, value, told % (name, name))
-            value = self.env[name]
+        if value.startswith("$"):
+            value = self._variable(key, value)
         elif value.startswith("file:"):
-            value = self.read(key, value[5:])
+            try:
+                with open(beside(self.source, value[5:]), encoding="utf-8") as file:
+                    value = file.read()
+            except (OSError, ValueError) as problem:  # no such file, no text, or no name of a file
+                raise self.error(key, value[5:], "a readable file (%s)" % problem) from problem
         value = value.strip()
-        if any(not 32 <= ord(char) < 127 for char in value):
+        if value and not (value.isascii() and value.isprintable()):
             raise self.error(key, "a character outside printable ASCII", "printable ASCII (it goes into a header)")
         return Secret(value)
 
-    def read(self, key: str, name: str) -> str:
-        """The text of the file `name`."""
-        path = beside(self.source, name)
-        try:
-            with open(path, encoding="utf-8") as file:
-                return file.read()
-        except (OSError, ValueError) as problem:  # no such file, no text, or no name of a file
-            raise self.error(key, name, "a readable file (%s)" % problem) from problem
+    def _variable(self, key: str, value: str) -> str:
+        """What `$NAME` or `${NAME}` stands for; any other text is a literal."""
+        named = re.fullmatch(r"\$(?:\{(\w+)\}|(\w+))", value)
+        if not named:
+            return value
+        name = named.group(1) or named.group(2)
+        if not self.env.get(name):
+            told = (  # what a start in a clone says first, as it finds the sample in config/
+                "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key, "
+                "or name a file of your own with --config_file"
+            )
+            raise self.error(key, value, told % (name, name))
+        return self.env[name]
 
-    def file(self, key: str) -> str:
+    def file(self, key: str, default: str = "") -> str:
         """The path of a file that exists, looked up beside the configuration, then in the working directory."""
-        name = self.text(key)
-        if not name:
-            return ""
-        path = beside(self.source, name)
-        if not os.path.isfile(path):
+        name = self.plain(key, default)
+        path = beside(self.source, name) if name else ""
+        if path and not os.path.isfile(path):
             raise self.error(key, name, "an existing file, beside the configuration or in the working directory")
         return path
-
-    def close(self) -> None:
-        """Refuses the keys that nobody asked for."""
-        for key in self.data:
-            if key not in self.known:
-                raise ConfigError(
-                    "%s: %s: unknown key; %s" % (self.source, self.where(key), nearest(key, self.known))
-                )
 
 
 def beside(source: str, name: str) -> str:
@@ -693,395 +540,13 @@ def beside(source: str, name: str) -> str:
     return near if os.path.exists(near) else name
 
 
-def parse_config(
-    data: "Any", source: str, env: "Mapping[str, str]", setters: "Mapping[str, str] | None" = None
-) -> Config:
-    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError.
-
-    What `setters` names came from the flag or variable given there.
-    """
-    top = Section(data, source, "", env, setters)
-    tls, cors, logs = top.section("tls"), top.section("cors"), top.section("log")
-    config = Config(
-        source=source,
-        host=top.text("host", Config.host),
-        port=parse_port(top),
-        pool=parse_pool(top.section("pool")),
-        controllers=parse_controllers(top),
-        client_keys=parse_client_keys(top),
-        endpoints=parse_endpoints(top),
-        allow_origins=cors.strings("allow_origins"),
-        allowed_hosts=tuple(name.lower() for name in top.strings("allowed_hosts")),
-        tls_cert=tls.file("cert"),
-        tls_key=tls.file("key"),
-        limits=parse_server_limits(top.section("limits")),
-        log_format=logs.text("format", "text", ("text", "json")),
-        log_level=logs.text("level", "info", LOG_LEVELS),
-        drain_delay=top.number("drain_delay", 0, 0, 3600),
-        drain_timeout=top.number("drain_timeout", 30, 0, 3600),
-    )
-    for section in (top, tls, cors, logs):
-        section.close()
-    if bool(config.tls_cert) != bool(config.tls_key):
-        raise ConfigError("%s: tls: found one of cert and key, allowed: both or none" % source)
-    return config
-
-
-def parse_port(top: Section) -> int:
-    """The port, which the Go original's files write as a string."""
-    value = top.take("port", Config.port)
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
-        raise top.error("port", value, "a number from 0 to 65535 (0: any free port)")
-    return value
-
-
-def parse_pool(section: Section) -> PoolConfig:
-    """The `pool` object."""
-    rescue = section.take("rescue_after", "auto")
-    pool = PoolConfig(
-        type=section.text("type", "balanced", POOL_TYPES),
-        max_wait=section.number("max_wait", 30, 0, 3600),
-        max_queue=section.whole("max_queue", 1000, 0, 1_000_000),
-        rescue_after=None if rescue == "auto" else section.number("rescue_after", 0, 0, 3600),
-        affinity=section.flag("affinity", True),
-        aliases=section.pairs("aliases"),
-        fallbacks=section.lists("fallbacks"),
-        context_fallbacks=section.lists("context_fallbacks"),
-    )
-    section.close()
-    check_detours(section, "aliases", [(name, (model,)) for name, model in pool.aliases])
-    check_detours(section, "fallbacks", pool.fallbacks)
-    check_detours(section, "context_fallbacks", pool.context_fallbacks)
-    return pool
-
-
-def check_detours(section: Section, key: str, detours: "Iterable[tuple[str, tuple[str, ...]]]") -> None:
-    """Refuses a model that stands in for itself."""
-    for name, models in detours:
-        if name in models:
-            raise section.error("%s.%s" % (key, name), name, "another model")
-
-
-def parse_endpoints(top: Section) -> "tuple[str, ...]":
-    """What clients may reach beyond chat and models."""
-    found = top.strings("endpoints") or ("inference",)
-    for number, name in enumerate(found):
-        if name not in ENDPOINTS:
-            raise top.error("endpoints[%d]" % number, name, " | ".join(ENDPOINTS))
+def unique_keys(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
+    """A JSON object, refused when a key stands in it twice: only one of the two could count."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError("the key %r stands twice in one object" % next(n for n in names if names.count(n) > 1))
     return found
-
-
-def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
-    """The `controllers` list; names are made where missing, and must differ."""
-    found: "list[ControllerConfig]" = []
-    for number, section in enumerate(top.sections("controllers")):
-        controller = parse_controller(section, number + 1)
-        if any(controller.name == other.name for other in found):
-            raise section.error("name", controller.name, "a name that no other controller has")
-        check_quota_group(section, controller, found)
-        found.append(controller)
-    if not found:
-        raise top.error("controllers", top.take("controllers"), "a list of at least one controller")
-    return tuple(found)
-
-
-def check_quota_group(section: Section, controller: ControllerConfig, others: "list[ControllerConfig]") -> None:
-    """Members of a quota group count as one bucket, so they cannot have different limits."""
-    for other in others:
-        if controller.quota_group and controller.quota_group == other.quota_group and controller.limits != other.limits:
-            raise ConfigError(
-                "%s: %s: differ from those of %r, which is in the same quota_group %r; allowed: equal limits"
-                % (section.source, section.where("limits"), other.name, other.quota_group)
-            )
-
-
-def parse_controller(section: Section, number: int) -> ControllerConfig:
-    """One of the `controllers`; its `config` may stand in a file of its own."""
-    kind = parse_type(section)
-    account = section.section("config")
-    if section.take("config_file"):
-        if section.take("config"):
-            raise section.error("config_file", section.data["config_file"], "config or config_file, not both")
-        account = Section(read_file(section.file("config_file")), section.file("config_file"), "", section.env)
-    controller = ControllerConfig(
-        type=kind,
-        name=section.text("name") or "%s-%d" % (kind, number),
-        weight=section.whole("weight", 1, 1, 10000),
-        models=section.strings("models"),
-        model_map=section.pairs("model_map"),
-        limits=parse_quota_limits(section.section("limits")),
-        quota_group=section.text("quota_group"),
-        timeouts=parse_timeouts(section.section("timeouts")),
-        account=parse_account(account, kind),
-    )
-    section.close()
-    return controller
-
-
-def parse_type(section: Section) -> str:
-    """A controller's type. The vendors are too many for a message, so that only the nearest is named."""
-    kind = section.text("type", "openai")
-    if kind not in CONTROLLER_TYPES and kind not in PRESETS:
-        hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
-        known = " | ".join((*CONTROLLER_TYPES, "a vendor that README.md names"))
-        raise section.error("type", kind, known + (" (%s)" % hint if hint.startswith("did") else ""))
-    return kind
-
-
-def parse_quota_limits(section: Section) -> QuotaLimits:
-    """`limits` of a controller or of a client key."""
-    limits = QuotaLimits(
-        rpm=section.whole("rpm", 0, 0, 10_000_000),
-        tpm=section.whole("tpm", 0, 0, 10**12),
-        concurrency=section.whole("concurrency", 0, 0, 1_000_000),
-        burst_s=section.number("burst_s", 60, 0.1, 60),
-    )
-    section.close()
-    return limits
-
-
-def parse_timeouts(section: Section) -> Timeouts:
-    """`timeouts` of a controller, seconds; 0 is none."""
-    first_byte = section.number("first_byte", -1, -1, 86400)
-    timeouts = Timeouts(
-        connect=section.number("connect", 10, 0.001, 3600),
-        first_byte=None if first_byte < 0 else first_byte,
-        idle=section.number("idle", 300, 0, 86400),
-        total=section.number("total", 0, 0, 86400),
-    )
-    section.close()
-    return timeouts
-
-
-def parse_account(section: Section, kind: str) -> AccountConfig:
-    """The `config` of a controller, in place or in its own file."""
-    if kind == "echo":
-        account = AccountConfig(
-            delay=section.number("delay", 0, 0, 600), first_delay=section.number("first_delay", 0, 0, 3600)
-        )
-    else:
-        own = bool(section.data.get("base_url")) and kind != "azure"
-        section.data = with_preset(section, PRESETS.get(kind) or DIALECTS.get(kind, {}))
-        account = parse_openai_account(section, own, kind != "anthropic")
-        if kind == "azure":
-            account = account.replace(api_version=check_azure(section, account.base_url))
-        elif kind == "anthropic":
-            most = section.whole("max_tokens", AccountConfig.max_tokens, 1, 10**7)
-            account = account.replace(max_tokens=most, thinking=section.text("thinking", THINKING[0], THINKING))
-    section.close()
-    return account
-
-
-def with_preset(section: Section, preset: "dict[str, Any]") -> "dict[str, Any]":
-    """What `section` says over what `preset` says. One that names a header for its key means the scheme, too."""
-    said = {key: value for key, value in section.data.items() if value not in (None, "") or key not in preset}
-    found = {**preset, **said}
-    if "auth_header" in said and "auth_scheme" not in section.data:
-        found.pop("auth_scheme", None)
-    if "base_url" in preset and "base_url" not in said:
-        found["base_url"] = re.sub(r"\{(\w+)\}", lambda word: parse_word(section, word.group(1)), preset["base_url"])
-    return found
-
-
-def parse_word(section: Section, key: str) -> str:
-    """A part of a vendor's address that the user has to name."""
-    word = section.text(key)
-    if not re.fullmatch(r"[0-9A-Za-z_-]+", word):
-        raise section.error(key, word, "the %s that is part of the address: letters, digits, - and _" % key)
-    return word
-
-
-def parse_openai_account(section: Section, own: bool, alike: bool) -> AccountConfig:
-    """The `config` of an openai controller, or of one that is not `alike` enough to have all of its keys.
-
-    Only a base_url of the user's `own` or a local one may do without a key.
-    """
-    base_url = section.text("base_url") or OPENAI_URL
-    key = section.secret("api_key")
-    if not key and (base_url.startswith(OPENAI_URL[:22]) or not (own or base_url.startswith("http://localhost"))):
-        raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
-    headers = section.section("headers")
-    chat_path = section.text("chat_path", AccountConfig.chat_path)
-    if not re.fullmatch(r"/[!-\"$->@-~]+", chat_path):
-        raise section.error("chat_path", chat_path, "/path, without blanks, query and fragment")
-    return AccountConfig(
-        api_key=key,
-        base_url=check_url(section, "base_url", base_url, ("http", "https")),
-        organization=section.text("organization") if alike else "",
-        project=section.text("project") if alike else "",
-        proxy=parse_proxy(section),
-        ca_file=check_ca_file(section),
-        headers=tuple((check_field_name(headers, name, name), headers.secret(name)) for name in headers.data),
-        auth_header=check_field_name(section, "auth_header", section.text("auth_header", AccountConfig.auth_header)),
-        auth_scheme=check_scheme(section),
-        chat_path=chat_path,
-        drop_params=check_params(section, "drop_params", section.strings("drop_params")),
-        rename_params=parse_renames(section) if alike else (),
-        extra_body=parse_extra_body(section),
-    )
-
-
-def check_azure(section: Section, base_url: str) -> str:
-    """Azure's version, if base_url is a resource's and that is a version."""
-    if base_url == OPENAI_URL or "/deployments" in base_url:
-        found = section.data.get("base_url") or "nothing"
-        raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
-    version = section.text("api_version")
-    if not re.fullmatch(r"[0-9A-Za-z-]*", version):
-        raise section.error("api_version", version, "a date such as %s" % AZURE_API_VERSION)
-    return version
-
-
-def check_scheme(section: Section) -> str:
-    """The word before the key; may be empty."""
-    scheme = section.text("auth_scheme", AccountConfig.auth_scheme)
-    if not re.fullmatch(r"[!-~]*", scheme):
-        raise section.error("auth_scheme", scheme, "one word of printable ASCII, or nothing for the bare key")
-    return scheme
-
-
-def check_params(section: Section, key: str, names: "tuple[str, ...]") -> "tuple[str, ...]":
-    """`names`, if what becomes of a request can be left to them."""
-    for name in names:
-        if name in FIXED_PARAMS:
-            raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
-    return names
-
-
-def parse_renames(section: Section) -> "tuple[tuple[str, str], ...]":
-    """`rename_params`: no two may come to the same name."""
-    pairs = section.pairs("rename_params")
-    news = [new for _, new in pairs]
-    check_params(section, "rename_params", tuple(name for pair in pairs for name in pair))
-    for new in news:
-        if news.count(new) > 1:
-            raise section.error("rename_params", new, "each new name once")
-    return pairs
-
-
-def parse_extra_body(section: Section) -> "tuple[tuple[str, Any], ...]":
-    """`extra_body`: what JSON can say; TOML's dates are none of it."""
-    extra = section.section("extra_body").data
-    try:
-        json.dumps(extra, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as problem:
-        raise section.error("extra_body", extra, "JSON values (%s)" % problem) from None
-    check_params(section, "extra_body", tuple(extra))
-    return tuple(extra.items())
-
-
-def parse_proxy(section: Section) -> Secret:
-    """The proxy's URL; a secret, because it may carry a password."""
-    proxy = section.secret("proxy")
-    if proxy:
-        try:
-            check_url(section, "proxy", proxy.reveal(), ("http",))
-        except ConfigError:
-            raise section.error("proxy", "something else", "http://[user:password@]host:port") from None
-    return proxy
-
-
-def check_ca_file(section: Section) -> str:
-    """The path of a file with certificates that OpenSSL can read."""
-    path = section.file("ca_file")
-    if path:
-        try:
-            ssl.create_default_context(cafile=path)
-        except (ssl.SSLError, OSError) as problem:
-            raise section.error("ca_file", path, "a file of PEM certificates (%s)" % problem) from problem
-    return path
-
-
-def check_url(section: Section, key: str, url: str, schemes: "tuple[str, ...]") -> str:
-    """`url` without its trailing slash, if it is one that requests can be sent to."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        good = parts.scheme in schemes and bool(parts.hostname) and not parts.query and not parts.fragment
-        good = good and (parts.port is None or parts.port > 0) and url.isascii() and " " not in url
-        good = good and (key != "base_url" or "@" not in parts.netloc)
-    except ValueError:
-        good = False
-    if not good:
-        bare = re.sub(r"//.*@|[?#].*", "…", url)  # what may hold a password is not repeated
-        raise section.error(key, bare, " or ".join(name + "://host[:port][/path]" for name in schemes))
-    return url.rstrip("/")
-
-
-def check_field_name(section: Section, key: str, name: str) -> str:
-    """A configured header's name, if it is a token and does not touch the framing of messages."""
-    if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or name.lower() in FRAMING_FIELDS:
-        raise section.error(key, name, "a header name (RFC 9110, 5.1) that does not frame messages")
-    return name
-
-
-def key_digest(key: bytes) -> bytes:
-    """What is kept of a client key: its SHA-256."""
-    import hashlib  # 2 ms that a start without client keys does without
-
-    return hashlib.sha256(key).digest()
-
-
-def same_digest(one: bytes, other: bytes) -> bool:
-    """Whether two digests are equal, in a time that does not tell how much of them is."""
-    import hmac  # as hashlib
-
-    return hmac.compare_digest(one, other)
-
-
-def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
-    """The `client_keys` list; names are made where missing; names and keys must differ."""
-    found: "list[ClientKey]" = []
-    for number, section in enumerate(top.sections("client_keys")):
-        client = parse_client_key(section, number + 1)
-        for other in found:
-            if client.name == other.name:
-                raise section.error("name", client.name, "a name that no other client key has")
-            if client.digest == other.digest:
-                raise section.error("key", "the key of " + other.name, "a key of its own")
-        found.append(client)
-    return tuple(found)
-
-
-def parse_client_key(section: Section, number: int) -> ClientKey:
-    """One of `client_keys`; the key is kept as its SHA-256 only, and may be given as `sha256:HEX`."""
-    key = section.secret("key").reveal()
-    hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
-    if not key or (key.startswith("sha256:") and not hashed):
-        raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
-    client = ClientKey(
-        name=section.text("name") or "key-%d" % number,
-        digest=bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode()),
-        models=section.strings("models"),
-        limits=parse_quota_limits(section.section("limits")),
-    )
-    section.close()
-    return client
-
-
-def parse_server_limits(section: Section) -> ServerLimits:
-    """The `limits` of the server: bytes, counts and seconds; a rate of 0 or a time of 0 is none."""
-    default = ServerLimits()
-    limits = ServerLimits(
-        body_bytes=section.whole("body_bytes", default.body_bytes, 1, 2**40),
-        bodies_bytes=section.whole("bodies_bytes", default.bodies_bytes, 1, 2**50),
-        json_depth=section.whole("json_depth", default.json_depth, 3, 500),  # Python's own bound is near 900
-        start_line_bytes=section.whole("start_line_bytes", default.start_line_bytes, 64, 2**20),
-        header_bytes=section.whole("header_bytes", default.header_bytes, 1024, 2**24),
-        header_count=section.whole("header_count", default.header_count, 10, 10000),
-        connections=section.whole("connections", default.connections, 1, 1_000_000),
-        connections_per_client=section.whole("connections_per_client", 0, 0, 1_000_000),
-        header_timeout=section.number("header_timeout", default.header_timeout, 0.001, 3600),
-        body_timeout=section.number("body_timeout", default.body_timeout, 0.001, 86400),
-        body_rate=section.whole("body_rate", default.body_rate, 0, 2**30),
-        chunk_line_bytes=section.whole("chunk_line_bytes", default.chunk_line_bytes, 32, 2**20),
-        idle_timeout=section.number("idle_timeout", default.idle_timeout, 0.001, 86400),
-        write_timeout=section.number("write_timeout", default.write_timeout, 0.001, 86400),
-        upstream_head_bytes=section.whole("upstream_head_bytes", default.upstream_head_bytes, 1024, 2**24),
-    )
-    section.close()
-    return limits
 
 
 def read_file(path: str) -> "Any":
@@ -1098,13 +563,476 @@ def read_file(path: str) -> "Any":
         raise ConfigError("%s: cannot be read: %s" % (path, problem)) from problem
 
 
-def unique_keys(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
-    """A JSON object, refused when a key stands in it twice: only one of the two could count."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError("the key %r stands twice in one object" % next(n for n in names if names.count(n) > 1))
+class Setting:
+    """A key of the configuration: its default, what reads it, and what else that wants (bounds, choices).
+
+    The default alone may say how it is read: bounds make a number, all else is `Section.plain`.
+    """
+
+    __slots__ = ("default", "more", "read")
+
+    def __init__(self, default: "Any", more: "tuple[Any, ...]" = (), by: "Callable[..., Any] | None" = None) -> None:
+        self.default, self.more = default, more
+        self.read: "Callable[..., Any]" = by or (Section.number if len(more) == 2 else Section.plain)
+
+
+def setting(default: "Any", *more: "Any", by: "Callable[..., Any] | None" = None) -> "Any":
+    """Declares a field of a record that its default alone does not describe."""
+    return Setting(default, more, by)
+
+
+@dataclass_transform(frozen_default=True)
+class Record:
+    """Named values that never change, declared as those of a frozen dataclass are; `settings` reads them.
+
+    It is none because `dataclasses` writes and compiles methods for each class: 0.8 ms each, a twelfth of the start.
+    """
+
+    fields: "ClassVar[tuple[str, ...]]"
+    settings: "ClassVar[dict[str, Setting]]"  # of the fields that have a default
+
+    def __init_subclass__(cls) -> None:
+        cls.fields = tuple(cls.__annotations__)
+        cls.settings = {}
+        for name in cls.fields:
+            if name in vars(cls):
+                one = vars(cls)[name]
+                one = cls.settings[name] = one if isinstance(one, Setting) else Setting(one)
+                setattr(cls, name, one.default)  # which instances fall back to
+
+    def __init__(self, *values: "Any", **named: "Any") -> None:
+        given = dict(zip(self.fields, values, strict=False), **named)
+        wrong = (given.keys() | self.settings.keys()) ^ set(self.fields)
+        if wrong:
+            raise TypeError("missing or unknown: %s" % ", ".join(sorted(wrong)))
+        vars(self).update(given)
+
+    def _values(self) -> "list[Any]":
+        return [getattr(self, name) for name in self.fields]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("%s.%s cannot be changed" % (type(self).__name__, name))
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._values() == self._values()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values()))
+
+    def __repr__(self) -> str:
+        pairs = zip(self.fields, self._values(), strict=True)
+        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in pairs))
+
+    def replace(self, **changes: "Any") -> "Self":
+        """A copy in which `changes` apply."""
+        return type(self)(**{**vars(self), **changes})
+
+
+# -- readers of keys that are like no other
+
+
+def read_port(section: Section, key: str, default: int) -> int:
+    """The port, which the Go original's files write as a string."""
+    value = section.take(key, default)
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value):
+        value = int(value)
+    if type(value) is not int or not 0 <= value <= 65535:
+        raise section.error(key, value, "a number from 0 to 65535 (0: any free port)")
+    return value
+
+
+def read_rescue(section: Section, key: str, default: None) -> "float | None":
+    """Seconds, or "auto" for what the times of the last answers say."""
+    return default if section.take(key) == "auto" else section.number(key, default, 0, 3600)
+
+
+def read_detours(section: Section, key: str, default: "tuple[()]", shape: "Any") -> "Any":
+    """Models that are asked in place of others; none in place of itself."""
+    found = section.plain(key, default, shape)
+    for name, models in found:
+        if name in ((models,) if isinstance(models, str) else models):
+            raise section.error(key + "." + name, name, "another model")
     return found
+
+
+def read_endpoints(section: Section, key: str, default: "tuple[str, ...]", shape: "Any") -> "tuple[str, ...]":
+    """What clients may reach; an empty list says nothing."""
+    return section.plain(key, default, shape) or default
+
+
+def read_hosts(section: Section, key: str, default: "tuple[()]") -> "tuple[str, ...]":
+    """Names of hosts, in which case says nothing (RFC 9110, 4.2.3)."""
+    return tuple(name.lower() for name in section.plain(key, default, [WORD]))
+
+
+def check_url(section: Section, key: str, url: str, schemes: "tuple[str, ...]") -> str:
+    """`url` without its trailing slash, if it is one that requests can be sent to."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets, or a port that is none
+        good = False
+    if not good or re.search(r"[^!-~]|[?#]", url) or (key == "base_url" and "@" in url):
+        bare = re.sub(r"//.*@|[?#].*", "…", url)  # what may hold a password is not repeated
+        raise section.error(key, bare, " or ".join(name + "://host[:port][/path]" for name in schemes))
+    return url.rstrip("/")
+
+
+def read_base_url(section: Section, key: str, default: str) -> str:
+    """Where an account is; its default is none of the record's, as echo has none."""
+    return check_url(section, key, section.plain(key, default) or OPENAI_URL, ("http", "https"))
+
+
+def read_proxy(section: Section, key: str, default: Secret) -> Secret:
+    """The proxy's URL; a secret, because it may carry a password."""
+    proxy = section.secret(key)
+    if proxy:
+        try:
+            check_url(section, key, proxy.reveal(), ("http",))
+        except ConfigError:
+            raise section.error(key, "something else", "http://[user:password@]host:port") from None
+    return proxy
+
+
+def read_ca_file(section: Section, key: str, default: str) -> str:
+    """The path of a file with certificates that OpenSSL can read."""
+    path = section.file(key)
+    if path:
+        try:
+            ssl.create_default_context(cafile=path)
+        except (ssl.SSLError, OSError) as problem:
+            raise section.error(key, path, "a file of PEM certificates (%s)" % problem) from problem
+    return path
+
+
+def read_headers(section: Section, key: str, default: "tuple[()]") -> "tuple[tuple[str, Secret], ...]":
+    """Further fields for each request; values may well be keys."""
+    inner = section.section(key)
+    for name in inner.data:
+        if not re.fullmatch(FIELD_NAME, name):
+            raise inner.error(name, name, FIELD_NAME_IS)
+    return tuple((name, inner.secret(name)) for name in inner.data)
+
+
+def check_params(section: Section, key: str, names: "Iterable[str]") -> None:
+    """Refuses names of parameters that cannot be touched."""
+    for name in names:
+        if name in FIXED_PARAMS:
+            raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
+
+
+def read_drops(section: Section, key: str, default: "tuple[()]") -> "tuple[str, ...]":
+    """Names of parameters."""
+    names: "tuple[str, ...]" = section.plain(key, default, [WORD])
+    check_params(section, key, names)
+    return names
+
+
+def read_renames(section: Section, key: str, default: "tuple[()]") -> "tuple[tuple[str, str], ...]":
+    """Names of parameters by others; no two may come to the same."""
+    pairs: "tuple[tuple[str, str], ...]" = section.plain(key, default, {str: WORD})
+    check_params(section, key, (name for pair in pairs for name in pair))
+    news = [new for _, new in pairs]
+    for new in news:
+        if news.count(new) > 1:
+            raise section.error(key, new, "each new name once")
+    return pairs
+
+
+def read_extra(section: Section, key: str, default: "tuple[()]") -> "tuple[tuple[str, Any], ...]":
+    """What JSON can say; TOML's dates are none of it."""
+    extra = section.section(key).data
+    try:
+        json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise section.error(key, extra, "JSON values (%s)" % problem) from None
+    check_params(section, key, extra)
+    return tuple(extra.items())
+
+
+# -- the records
+
+
+class Timeouts(Record):
+    """Seconds; 0 is none. `first_byte` None: 120 for streams, 600 for whole answers, as SDKs wait 600."""
+
+    connect: float = setting(10.0, 0.001, 3600)
+    first_byte: "float | None" = setting(None, 0, 86400)
+    idle: float = setting(300.0, 0, 86400)
+    total: float = setting(0.0, 0, 86400)
+
+
+class QuotaLimits(Record):
+    """Requests and tokens in any sliding 60 s, requests at once, seconds' worth at once; 0 is none."""
+
+    rpm: int = setting(0, 0, 10_000_000)
+    tpm: int = setting(0, 0, 10**12)
+    concurrency: int = setting(0, 0, 1_000_000)
+    burst_s: float = setting(60.0, 0.1, 60)
+
+
+class AccountConfig(Record):
+    """The `config` of a controller: where it is, what opens it, what its dialect of the API wants. Delays are echo's.
+
+    `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
+    place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
+    name; then `extra_body` is added, in place of what the client said. `api_version` is Azure's; `thinking` is
+    Anthropic's, and so is `max_tokens`, the limit where the client sets none.
+    """
+
+    api_key: Secret = setting(NO_SECRET, by=Section.secret)
+    base_url: str = setting("", by=read_base_url)
+    organization: str = ""
+    project: str = ""
+    proxy: Secret = setting(NO_SECRET, by=read_proxy)
+    ca_file: str = setting("", by=read_ca_file)
+    headers: "tuple[tuple[str, Secret], ...]" = setting((), by=read_headers)
+    auth_header: str = setting("Authorization", FIELD_NAME, FIELD_NAME_IS, by=Section.word)
+    auth_scheme: str = setting(
+        "Bearer", r"[!-~]*", "one word of printable ASCII, or nothing for the bare key", by=Section.word
+    )
+    chat_path: str = setting(
+        "/chat/completions", r"/[!-\"$->@-~]+", "/path, without blanks, query and fragment", by=Section.word
+    )
+    api_version: str = setting("", r"[0-9A-Za-z-]*", "a date such as " + AZURE_API_VERSION, by=Section.word)
+    max_tokens: int = setting(4096, 1, 10**7)
+    thinking: str = setting(THINKING[0], THINKING)
+    drop_params: "tuple[str, ...]" = setting((), by=read_drops)
+    rename_params: "tuple[tuple[str, str], ...]" = setting((), by=read_renames)
+    extra_body: "tuple[tuple[str, Any], ...]" = setting((), by=read_extra)
+    delay: float = setting(0.0, 0, 600)
+    first_delay: float = setting(0.0, 0, 3600)
+
+
+class ControllerConfig(Record):
+    """One upstream account."""
+
+    type: str
+    name: str
+    account: AccountConfig
+    weight: int = setting(1, 1, 10000)
+    models: "tuple[str, ...]" = setting((), [WORD])
+    model_map: "tuple[tuple[str, str], ...]" = setting((), {str: WORD})
+    limits: QuotaLimits = setting(QuotaLimits(), by=Section.record)
+    quota_group: str = ""
+    timeouts: Timeouts = setting(Timeouts(), by=Section.record)
+
+
+class PoolConfig(Record):
+    """How the pool chooses and waits; `rescue_after` None is "auto", 0 never.
+
+    `affinity` sends a conversation where its last request went, as long as there is room. `aliases` are other names of
+    models. `fallbacks` are the models to try, in this order, when nothing serves the one asked for; `context_fallbacks`
+    when the request is too long for it. Who may use a model may use what stands in for it: `client_keys[].models` is
+    about what is asked for, and these are the operator's words.
+    """
+
+    type: str = setting("balanced", POOL_TYPES)
+    max_wait: float = setting(30.0, 0, 3600)
+    max_queue: int = setting(1000, 0, 1_000_000)
+    rescue_after: "float | None" = setting(None, by=read_rescue)
+    affinity: bool = True
+    aliases: "tuple[tuple[str, str], ...]" = setting((), {str: WORD}, by=read_detours)
+    fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = setting((), {str: [WORD]}, by=read_detours)
+    context_fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = setting((), {str: [WORD]}, by=read_detours)
+
+
+class ClientKey(Record):
+    """Who may come in: the SHA-256 of a key, and what it may ask for."""
+
+    name: str
+    digest: bytes
+    models: "tuple[str, ...]" = setting((), [WORD])
+    limits: QuotaLimits = setting(QuotaLimits(), by=Section.record)
+
+
+class ServerLimits(Record):
+    """Bounds on what clients may do: bytes, counts, seconds; a rate of 0 is none."""
+
+    body_bytes: int = setting(33_554_432, 1, 2**40)
+    bodies_bytes: int = setting(1 << 30, 1, 2**50)
+    json_depth: int = setting(JSON_DEPTH, 3, 500)  # Python's own bound is near 900
+    start_line_bytes: int = setting(START_LINE_BYTES, 64, 2**20)
+    header_bytes: int = setting(65536, 1024, 2**24)
+    header_count: int = setting(FIELD_COUNT, 10, 10000)
+    connections: int = setting(10000, 1, 1_000_000)
+    connections_per_client: int = setting(0, 0, 1_000_000)
+    header_timeout: float = setting(20.0, 0.001, 3600)
+    body_timeout: float = setting(120.0, 0.001, 86400)
+    body_rate: int = setting(1024, 0, 2**30)
+    chunk_line_bytes: int = setting(CHUNK_LINE_BYTES, 32, 2**20)
+    idle_timeout: float = setting(75.0, 0.001, 86400)
+    write_timeout: float = setting(120.0, 0.001, 86400)
+    upstream_head_bytes: int = setting(UPSTREAM_HEAD_BYTES, 1024, 2**24)
+
+
+class TlsFiles(Record):
+    """The listener's certificate and its key; without them it does not speak TLS."""
+
+    cert: str = setting("", by=Section.file)
+    key: str = setting("", by=Section.file)
+
+
+class CorsConfig(Record):
+    """The pages that may use the server."""
+
+    allow_origins: "tuple[str, ...]" = setting((), [WORD])
+
+
+class LogConfig(Record):
+    """What the log looks like, and how much it says."""
+
+    format: str = setting("text", ("text", "json"))
+    level: str = setting("info", LOG_LEVELS)
+
+
+def key_digest(key: bytes) -> bytes:
+    """What is kept of a client key: its SHA-256."""
+    import hashlib  # 2 ms that a start without client keys does without
+
+    return hashlib.sha256(key).digest()
+
+
+def same_digest(one: bytes, other: bytes) -> bool:
+    """Whether two digests are equal, in a time that does not tell how much of them is."""
+    import hmac  # as hashlib
+
+    return hmac.compare_digest(one, other)
+
+
+def read_client_keys(top: Section, key: str, default: "tuple[()]") -> "tuple[ClientKey, ...]":
+    """The `client_keys` list; names are made where missing; names and keys must differ."""
+    found: "list[ClientKey]" = []
+    for number, section in enumerate(top.sections(key)):
+        section.only("name", "key", *ClientKey.settings)
+        name = section.plain("name", "") or "key-%d" % (number + 1)
+        client = ClientKey(name, read_digest(section), **section.values(ClientKey))
+        for other in found:
+            if client.name == other.name:
+                raise section.error("name", client.name, "a name that no other client key has")
+            if client.digest == other.digest:
+                raise section.error("key", "the key of " + other.name, "a key of its own")
+        found.append(client)
+    return tuple(found)
+
+
+def read_digest(section: Section) -> bytes:
+    """The SHA-256 of a client key; all that is kept of it, and also all that `sha256:HEX` tells."""
+    key = section.secret("key").reveal()
+    hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
+    if not key or (key.startswith("sha256:") and not hashed):
+        raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
+    return bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode())
+
+
+class Config(Record):
+    """Everything that the server runs by; `source` says where it came from."""
+
+    controllers: "tuple[ControllerConfig, ...]"
+    source: str
+    host: str = "127.0.0.1"
+    port: int = setting(8080, by=read_port)
+    pool: PoolConfig = setting(PoolConfig(), by=Section.record)
+    client_keys: "tuple[ClientKey, ...]" = setting((), by=read_client_keys)
+    endpoints: "tuple[str, ...]" = setting(("inference",), [ENDPOINTS], by=read_endpoints)
+    allowed_hosts: "tuple[str, ...]" = setting((), by=read_hosts)
+    cors: CorsConfig = setting(CorsConfig(), by=Section.record)
+    tls: TlsFiles = setting(TlsFiles(), by=Section.record)
+    limits: ServerLimits = setting(ServerLimits(), by=Section.record)
+    log: LogConfig = setting(LogConfig(), by=Section.record)
+    drain_delay: float = setting(0.0, 0, 3600)
+    drain_timeout: float = setting(30.0, 0, 3600)
+
+
+# -- from a mapping to records
+
+
+def parse_config(
+    data: "Any", source: str, env: "Mapping[str, str]", overrides: "Mapping[str, tuple[str, Any]] | None" = None
+) -> Config:
+    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError.
+
+    `overrides`: see `Section`.
+    """
+    top = Section(data, source, "", env, overrides or {})
+    top.only("controllers", *Config.settings)
+    config = Config(parse_controllers(top), source, **top.values(Config))
+    if bool(config.tls.cert) != bool(config.tls.key):
+        raise ConfigError("%s: tls: found one of cert and key, allowed: both or none" % source)
+    return config
+
+
+def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
+    """The `controllers` list; names are made where missing, and must differ."""
+    found: "list[ControllerConfig]" = []
+    for number, section in enumerate(top.sections("controllers")):
+        one = parse_controller(section, number + 1)
+        for other in found:
+            if one.name == other.name:
+                raise section.error("name", one.name, "a name that no other controller has")
+            if one.quota_group and one.quota_group == other.quota_group and one.limits != other.limits:
+                raise ConfigError(  # as the group counts as one bucket
+                    "%s: %s: differ from those of %r, which is in the same quota_group %r; allowed: equal limits"
+                    % (section.source, section.where("limits"), other.name, other.quota_group)
+                )
+        found.append(one)
+    if not found:
+        raise top.error("controllers", top.take("controllers"), "a list of at least one controller")
+    return tuple(found)
+
+
+def parse_controller(section: Section, number: int) -> ControllerConfig:
+    """One of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
+    section.only("type", "name", "config", "config_file", *ControllerConfig.settings)
+    kind = section.plain("type", "openai")
+    if kind not in CONTROLLER_TYPES and kind not in PRESETS:  # which are too many to be told
+        hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
+        known = " | ".join((*CONTROLLER_TYPES, "a vendor that README.md names"))
+        raise section.error("type", kind, known + (" (%s)" % hint if hint.startswith("did") else ""))
+    account = section.section("config")
+    if section.take("config_file"):
+        if account.data:
+            raise section.error("config_file", section.data["config_file"], "config or config_file, not both")
+        file = section.file("config_file")
+        account = Section(read_file(file), file, "", section.env, {})
+    name = section.plain("name", "") or "%s-%d" % (kind, number)
+    return ControllerConfig(kind, name, parse_account(account, kind), **section.values(ControllerConfig))
+
+
+_SHARED = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
+_OPENAI = [*_SHARED, "organization", "project", "rename_params"]
+# What the `config` of a type may say, where it is not as for openai. Anthropic's API has no word for some of that.
+ACCOUNT_KEYS = {
+    "azure": [*_OPENAI, "api_version"],
+    "anthropic": [*_SHARED, "max_tokens", "thinking"],
+    "echo": ["delay", "first_delay"],
+}
+
+
+def parse_account(section: Section, kind: str) -> AccountConfig:
+    """The `config` of a controller. Only a base_url of the user's own, or a local one, may do without a key."""
+    names, said = ACCOUNT_KEYS.get(kind, _OPENAI), section.data
+    preset = dict(PRESETS.get(kind) or DIALECTS.get(kind, {}))
+    own = bool(section.take("base_url")) and kind != "azure"
+    words = [] if own else re.findall(r"\{(\w+)\}", preset.get("base_url", ""))
+    section.only(*names, *words)
+    for key in words:
+        told = "the %s that is part of the address: letters, digits, - and _" % key
+        preset["base_url"] = preset["base_url"].replace("{%s}" % key, section.word(key, "", r"[0-9A-Za-z_-]+", told))
+    if said.get("auth_header"):  # who names a header for the key means the scheme, too
+        preset.pop("auth_scheme", None)
+    section.preset = preset
+    account = AccountConfig(**section.values(AccountConfig, names))
+    url, local = account.base_url, account.base_url.startswith("http://localhost")
+    if url and not account.api_key and (url.startswith("https://api.openai.com") or not (own or local)):
+        raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
+    if kind == "azure" and (url == OPENAI_URL or "/deployments" in url):
+        found = section.take("base_url", "nothing")
+        raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
+    return account
+
+
+# -- where a configuration comes from
 
 
 def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> str:
@@ -1117,12 +1045,9 @@ def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> s
     for setter, folder in named:
         if not os.path.isdir(folder):
             raise ConfigError("%s: %s: no such folder" % (setter, folder))
-    for place in (*(folder for _, folder in named), *CONFIG_FOLDERS):
-        for name in CONFIG_NAMES:
-            path = os.path.join(place, name)
-            if os.path.isfile(path):
-                return path
-    return ""
+    places = (*(folder for _, folder in named), *CONFIG_FOLDERS)
+    candidates = (os.path.join(place, name) for place in places for name in CONFIG_NAMES)
+    return next(filter(os.path.isfile, candidates), "")
 
 
 def named_places(flag: str, value: str, env: "Mapping[str, str]") -> "list[tuple[str, str]]":
@@ -1132,57 +1057,52 @@ def named_places(flag: str, value: str, env: "Mapping[str, str]") -> "list[tuple
     return [(setter, place) for setter, place in found if place]
 
 
-def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, str, Any]]":
+def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, Any]]]":
     """What CHATGPT_APISERVER_<KEY> sets of the scalars at the top (`PORT=9000`) and of the pool (`POOL_TYPE=random`):
-    path, name of the variable, value."""
-    pool = ("pool." + key for key, default in PoolConfig.defaults.items() if not isinstance(default, tuple))
+    path, name of the variable and value."""
+    pool = ("pool." + key for key, one in PoolConfig.settings.items() if one.default != ())
     for path in (*SCALARS, *pool):
         variable = ENV + path.replace(".", "_").upper()
         value = env.get(variable, "")
         if value and not value.startswith("tcp://"):  # as Kubernetes sets for a service of our name
-            yield path, variable, value if path == "host" else as_scalar(value)
+            yield path, (variable, value if path == "host" else as_scalar(value))
 
 
 def as_scalar(text: str) -> "Any":
     """The number or truth value that `text` is, else `text`."""
-    if re.fullmatch(r"-?[0-9]{1,18}", text):
-        return int(text)
-    if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,9}", text):
-        return float(text)
-    return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
 
 
-ACCOUNT_VARIABLES = {
-    "api_key": "OPENAI_API_KEY",
-    "base_url": "OPENAI_BASE_URL",
-    "organization": "OPENAI_ORG_ID",
-    "project": "OPENAI_PROJECT_ID",
-}
+OPENAI_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 
 
-def environment_controller(env: "Mapping[str, str]") -> "dict[str, Any]":
-    """The one controller of a user who has only set OPENAI_API_KEY."""
-    account = {key: env.get(variable, "") for key, variable in ACCOUNT_VARIABLES.items()}
-    account["proxy"] = environment_proxy(account["base_url"] or OPENAI_URL, env)
-    return {"type": "openai", "name": "openai", "config": account}
+def environment_account(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, str]]]":
+    """The `config` of the one controller of a user who has only set OPENAI_API_KEY, as `environment_overrides`.
+
+    The variables are those of OpenAI's own SDKs.
+    """
+    at = "controllers[0].config."
+    for key, name in zip(("api_key", "base_url", "organization", "project"), OPENAI_VARIABLES, strict=True):
+        yield at + key, (name, env.get(name, ""))
+    proxy = environment_proxy(env.get("OPENAI_BASE_URL") or OPENAI_URL, env)
+    yield at + "proxy", ("https_proxy, http_proxy or all_proxy", proxy)
 
 
 def environment_proxy(url: str, env: "Mapping[str, str]") -> str:
     """The proxy that https_proxy, http_proxy and no_proxy name for `url`, by urllib's rules; "" for none."""
     import urllib.request as rules  # 15 ms that files do without
 
+    # `getproxies_environment` knows the process's own environment only; as there, lower case wins.
+    names = [name for name in sorted(env, key=str.islower) if name.lower().endswith("_proxy") and env[name]]
+    proxies = {name.lower()[:-6]: env[name] for name in names}
     parts = urllib.parse.urlsplit(url)
-    proxies = lower_proxies(env)
     if rules.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
         return ""
     found = proxies.get(parts.scheme) or proxies.get("all") or ""
     return "http://" + found if found and "://" not in found else found
-
-
-def lower_proxies(env: "Mapping[str, str]") -> "dict[str, str]":
-    """`*_proxy` of an environment that is not the process's own; lower case wins, as in urllib."""
-    names = sorted(env, key=str.islower)
-    return {name.lower()[:-6]: env[name] for name in names if name.lower().endswith("_proxy") and env[name]}
 
 
 NOTHING_TO_RUN = """chatgpt_apiserver: nothing to run with. Three ways to start:
@@ -1200,33 +1120,19 @@ def load_config(
 ) -> Config:
     """The configuration of this start: flags over environment over file over defaults. Raises ConfigError."""
     path = "" if demo else find_file(config_file, config_path, env)
-    setters: "dict[str, str]" = {}
+    overrides: "dict[str, tuple[str, Any]]" = {}
     if path:
         data, source = read_file(path), path
     elif demo:
         data, source = {"controllers": demo_controllers()}, "--demo"
     elif env.get("OPENAI_API_KEY"):
-        data, source = {"controllers": [environment_controller(env)]}, "OPENAI_API_KEY"
-        setters = {"controllers[0].config." + key: variable for key, variable in ACCOUNT_VARIABLES.items()}
-        setters["controllers[0].config.proxy"] = "https_proxy, http_proxy or all_proxy"
+        data, source = {"controllers": [{"name": "openai"}]}, "OPENAI_API_KEY"
+        overrides.update(environment_account(env))
     else:
         raise ConfigError(NOTHING_TO_RUN)
-    if not isinstance(data, dict):
-        raise ConfigError("%s: top level: found %s, allowed: an object" % (source, shown(data)))
-    layers = [*environment_overrides(env), *((key, "--" + key, flags[key]) for key in flags if flags[key] is not None)]
-    for place, setter, value in layers:
-        data = overlay(data, place, value)
-        setters[place] = setter
-    return parse_config(data, source, env, setters)
-
-
-def overlay(data: "dict[str, Any]", path: str, value: "Any") -> "dict[str, Any]":
-    """`data` with `value` at `path`, unless what should hold it is no object, which is told later."""
-    outer, _, key = path.rpartition(".")
-    if not outer:
-        return {**data, key: value}
-    inner = data.get(outer) or {}
-    return {**data, outer: {**inner, key: value}} if isinstance(inner, dict) else data
+    overrides.update(environment_overrides(env))
+    overrides.update({key: ("--" + key, value) for key, value in flags.items() if value is not None})
+    return parse_config(data, source, env, overrides)
 
 
 def demo_controllers() -> "list[dict[str, Any]]":
@@ -1235,6 +1141,9 @@ def demo_controllers() -> "list[dict[str, Any]]":
     return [
         {"type": "echo", "name": name, "models": models, "config": {"delay": 0.03}} for name in ("echo-a", "echo-b")
     ]
+
+
+# -- what is told of a configuration
 
 
 def is_loopback(host: str) -> bool:
@@ -1261,20 +1170,15 @@ def describe(config: Config) -> "list[str]":
     lines += ["model %s: %s" % pair for pair in config.pool.aliases]
     lines += ["model %s: else %s" % (name, ", ".join(models)) for name, models in config.pool.fallbacks]
     lines += ["client key %s: models %s" % (key.name, ", ".join(key.models) or "all") for key in config.client_keys]
-    scheme = "https" if config.tls_cert else "http"
-    host = "[%s]" % config.host if ":" in config.host else config.host
-    return [*lines, "address: %s://%s:%d" % (scheme, host, config.port)]
+    return [*lines, "address: " + address(config, config.host, config.port)]
 
 
-SPELLED = {  # where the file says it otherwise than `Config`
-    "account": "config",
-    "digest": "key",
-    "tls_cert": "tls.cert",
-    "tls_key": "tls.key",
-    "allow_origins": "cors.allow_origins",
-    "log_format": "log.format",
-    "log_level": "log.level",
-}
+def address(config: Config, host: str, port: int) -> str:
+    """The URL of a listener."""
+    return "http%s://%s:%d" % ("s" if config.tls.cert else "", "[%s]" % host if ":" in host else host, port)
+
+
+SPELLED = {"account": "config", "digest": "key"}  # where the file says it otherwise than the record
 RESTART = ("host", "port")
 
 
@@ -1594,7 +1498,7 @@ def set_up_logging(config: Config) -> None:
     for logger in (log, logging.getLogger("asyncio")):  # which reports what no code of ours has caught
         logger.handlers[:] = [handler]
         logger.propagate = False
-    log.setLevel(config.log_level.upper())
+    log.setLevel(config.log.level.upper())
 
 
 def secrets_of(config: Config) -> "Iterator[str]":
@@ -3180,7 +3084,7 @@ _JSON_ONLY = "Answer with one valid JSON object and nothing else: no other text 
 def to_messages(
     data: "dict[str, Any]",
     drop: "frozenset[str]",
-    max_tokens: int = AccountConfig.defaults["max_tokens"],
+    max_tokens: int = AccountConfig.max_tokens,
     thinking: str = THINKING[0],
 ) -> "dict[str, Any]":
     """The Messages request that asks what the chat request `data` asks. Raises Untranslatable.
@@ -7188,7 +7092,7 @@ class Server:
 
     def reconfigure(self, config: Config) -> None:
         """Works by `config` from now on. What is unchanged keeps its state; answers under way are not touched."""
-        if self.listener is not None and bool(self.tls) != bool(config.tls_cert):
+        if self.listener is not None and bool(self.tls) != bool(config.tls.cert):
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
             load_certificate(self.tls, config)  # first: it may raise
@@ -7200,9 +7104,9 @@ class Server:
             name: self.gates[name] if name in self.gates and self.gates[name].key.limits == gate.key.limits else gate
             for name, gate in gates.items()
         }
-        self.access.render = json_line if config.log_format == "json" else text_line
+        self.access.render = json_line if config.log.format == "json" else text_line
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
-        self.guards_origin = not config.client_keys or bool(config.allow_origins)
+        self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
         self.last_host = None
         REPLY_FIELDS.known.clear()  # as there may be new secrets
         self.models.clear()
@@ -7216,7 +7120,7 @@ class Server:
 
     async def start(self) -> "list[tuple[str, int]]":
         """Listens; the addresses. Raises OSError, ConfigError."""
-        self.tls = server_tls(self.config) if self.config.tls_cert else None
+        self.tls = server_tls(self.config) if self.config.tls.cert else None
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
@@ -7281,7 +7185,7 @@ class Server:
         origin = head.index.get(b"origin")
         if not origin:
             return b""
-        known = self.config.allow_origins
+        known = self.config.cors.allow_origins
         if "*" in known or origin.decode("latin-1") in known:
             return origin
         if self.guards_origin:
@@ -7697,7 +7601,7 @@ def server_tls(config: Config) -> ssl.SSLContext:
 def load_certificate(context: ssl.SSLContext, config: Config) -> None:
     """Makes new connections use this certificate. Raises ConfigError."""
     try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
+        context.load_cert_chain(config.tls.cert, config.tls.key)
     except (ssl.SSLError, OSError) as problem:
         raise ConfigError("%s: tls: certificate and key cannot be used: %s" % (config.source, problem)) from problem
 
@@ -7765,13 +7669,13 @@ def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | No
     """What `load` finds now, once it is known to be usable as a whole; None, and the log says why, when it is not."""
     try:
         new = load()
-        if new.tls_cert:
+        if new.tls.cert:
             server_tls(new)
     except ConfigError as problem:
         log.error("reload: the old configuration stays: %s", problem)
         return None
     redactor.watch([*secrets_of(current), *secrets_of(new)])  # what is under way may still show the old ones
-    log.setLevel(new.log_level.upper())
+    log.setLevel(new.log.level.upper())
     for line in diff_config(current, new) or ["nothing changed"]:
         log.info("reload: %s", line)
     return new
@@ -7798,8 +7702,7 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
         loop.add_signal_handler(number, ask)
     loop.add_signal_handler(signal.SIGHUP, reload)
     for host, port in await server.start():
-        shown_host = "[%s]" % host if ":" in host else host
-        log.info("listening on %s://%s:%d", "https" if config.tls_cert else "http", shown_host, port)
+        log.info("listening on %s", address(config, host, port))
     fit_connections(server, raise_open_files())
     shrink_tls_buffers()
     gc.enable()
@@ -7836,7 +7739,7 @@ def main(argv: "list[str] | None" = None) -> int:
         load = functools.partial(load_config, *named, flags, os.environ, "demo" in args)
         config = load()
         if "check" in args:
-            if config.tls_cert:
+            if config.tls.cert:
                 server_tls(config)
             print("\n".join(["good: " + config.source, *describe(config)]))
             return 0
