@@ -371,12 +371,42 @@ def nearest(word: str, known: "Iterable[str]") -> str:
     return "did you mean %r?" % close[0] if close else "allowed here: " + ", ".join(names)
 
 
+def beside(source: str, name: str) -> str:
+    """Where the relative path `name` of the file `source` leads: beside it, else in the working directory."""
+    near = os.path.join(os.path.dirname(source), name)
+    return near if os.path.exists(near) else name
+
+
+def unique_keys(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
+    """A JSON object, refused when a key stands in it twice: only one of the two could count."""
+    found: "dict[str, Any]" = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError("the key %r stands twice in one object" % key)
+        found[key] = value
+    return found
+
+
+def read_file(path: str) -> "Any":
+    """The mapping that a JSON or TOML file holds. Raises ConfigError with line and column."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read().removeprefix("\ufeff")  # Windows editors write it
+        if path.endswith(".toml"):
+            import tomllib  # 8 ms that only users of TOML pay
+
+            return tomllib.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as problem:
+        raise ConfigError("%s: cannot be read: %s" % (path, problem)) from problem
+
+
 class Section:
     """One mapping of the configuration: reads its keys, knows where it stands, refuses the keys that nobody knows.
 
     `env` is what `$NAME` refers to. `overrides` give, for a path, the flag or variable that counts in place of the
-    file, and what it says; `preset` what counts where nothing is said. Each reader takes a key, its default and what
-    else `setting` was given for it, and raises ConfigError.
+    file, and what it says; `preset` what counts where nothing is said. Each reader takes a key, what is said of it and
+    what else `setting` was given, and raises ConfigError.
     """
 
     def __init__(
@@ -411,60 +441,48 @@ class Section:
             if key not in known:
                 raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), nearest(key, known)))
 
-    def values(self, kind: "type[Record]", names: "Collection[str] | None" = None) -> "dict[str, Any]":
-        """What the keys of `kind` come to here, or those of them that are among `names`."""
-        return {
-            name: one.read(self, name, one.default, *one.more)
-            for name, one in kind.settings.items()
-            if names is None or name in names
-        }
-
-    def take(self, key: str, default: "Any" = None) -> "Any":
+    def take(self, key: str) -> "Any":
         """The raw value; null counts as absent, and so does an empty text where there is a preset."""
         said = self.overrides.get(self.where(key), ("", self.data.get(key)))[1]
-        if said is None or (said == "" and key in self.preset):
-            return self.preset.get(key, default)
-        return said
+        return self.preset.get(key) if said is None or (said == "" and key in self.preset) else said
 
-    # -- what is nested
+    def values(self, kind: "type[Record]") -> "dict[str, Any]":
+        """What is said here of the keys of `kind`."""
+        found = {}
+        for name, one in kind.settings.items():
+            value = self.take(name)
+            if value is not None or one.read is Section.record:  # of whose keys a variable may speak
+                found[name] = one.read(self, name, value, *one.more)
+        return found
 
-    def section(self, key: str) -> "Section":
+    # -- readers
+
+    def section(self, key: str, value: "Any") -> "Section":
         """A nested mapping; an empty one where there is none."""
-        return self._inner(self.take(key, {}), self.where(key))
-
-    def _inner(self, data: "Any", path: str) -> "Section":
-        return Section(data, self.source, path, self.env, self.overrides)
+        return Section({} if value is None else value, self.source, self.where(key), self.env, self.overrides)
 
     def sections(self, key: str) -> "list[Section]":
         """A list of mappings."""
-        value = self.take(key, [])
-        if not isinstance(value, list):
+        value = self.take(key)
+        if not isinstance(value, (list, type(None))):
             raise self.error(key, type(value).__name__, "a list of objects")
-        return [self._inner(item, "%s[%d]" % (self.where(key), number)) for number, item in enumerate(value)]
+        return [self.section("%s[%d]" % (key, number), item) for number, item in enumerate(value or ())]
 
-    def record(self, key: str, default: "Record") -> "Record":
-        """An object with the keys of the record that `default` is."""
-        inner, kind = self.section(key), type(default)
+    def record(self, key: str, value: "Any", kind: "type[Record]") -> "Record":
+        """An object with the keys of `kind`."""
+        inner = self.section(key, value)
         inner.only(*kind.settings)
         return kind(**inner.values(kind))
 
-    # -- what is not
-
-    def number(self, key: str, default: "float | None", low: float, high: float) -> "float | None":
-        """A number from `low` to `high`; a whole one where the default is."""
-        value, whole = self.take(key, default), isinstance(default, int)
-        if value is default:
-            return value
+    def number(self, key: str, value: "Any", low: float, high: float) -> float:
+        """A number from `low` to `high`; a whole one where these are."""
+        whole = isinstance(low, int)
         if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
-            raise self.error(key, value, "a %snumber from %s to %s" % ("whole " if whole else "", low, high))
+            allowed = "a whole number from %d to %d" if whole else "a number from %g to %g"
+            raise self.error(key, value, allowed % (low, high))
         return value if whole else float(value)
 
-    def plain(self, key: str, default: "Any", shape: "Any" = None) -> "Any":
-        """What has this shape, see `_fit`, or the default's type."""
-        value = self.take(key)
-        return default if value is None else self._fit(key, value, shape or type(default))
-
-    def _fit(self, key: str, value: "Any", shape: "Any") -> "Any":
+    def fit(self, key: str, value: "Any", shape: "Any") -> "Any":
         """`value` if it has this shape; lists and objects as tuples, as records are hashed.
 
         Shapes: bool; str; WORD, a string that is not empty; a tuple, one of its members; [shape]; {str: shape}.
@@ -472,11 +490,10 @@ class Section:
         if isinstance(shape, list):
             if not isinstance(value, list):
                 raise self.error(key, value, "a list of non-empty strings")
-            return tuple(self._fit("%s[%d]" % (key, at), one, shape[0]) for at, one in enumerate(value))
+            return tuple(self.fit("%s[%d]" % (key, at), one, shape[0]) for at, one in enumerate(value))
         if isinstance(shape, dict):
-            pairs = self.section(key).data.items()
-            inner = shape[str]
-            return tuple((self._fit(key, name, str), self._fit(key + "." + name, one, inner)) for name, one in pairs)
+            pairs, inner = self.section(key, value).data.items(), shape[str]
+            return tuple((self.fit(key, name, str), self.fit(key + "." + name, one, inner)) for name, one in pairs)
         if isinstance(shape, tuple):
             if value not in shape:
                 raise self.error(key, value, "%s (%s)" % (" | ".join(shape), nearest(str(value), shape)))
@@ -486,20 +503,26 @@ class Section:
             raise self.error(key, "a character that cannot be printed", "printable characters")
         return value
 
-    def word(self, key: str, default: str, pattern: str, allowed: str) -> str:
+    def word(self, key: str, value: "Any", pattern: str, allowed: str) -> "Any":
         """A string that matches `pattern`."""
-        value: str = self.plain(key, default)
-        if not re.fullmatch(pattern, value):
+        if not re.fullmatch(pattern, self.fit(key, value, str)):
             raise self.error(key, value, allowed)
         return value
 
-    def secret(self, key: str, default: Secret = NO_SECRET) -> Secret:
+    def secret(self, key: str, value: "Any") -> Secret:
         """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
-        value = self.take(key, "")
         if not isinstance(value, str):
             raise self.error(key, type(value).__name__, "a string, $NAME or file:PATH")
-        if value.startswith("$"):
-            value = self._variable(key, value)
+        named = re.fullmatch(r"\$(\{)?(\w+)(?(1)\})", value)
+        if named:
+            name = named.group(2)
+            if not self.env.get(name):
+                told = (  # what a start in a clone says first, as it finds the sample in config/
+                    "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key, "
+                    "or name a file of your own with --config_file"
+                )
+                raise self.error(key, value, told % (name, name))
+            value = self.env[name]
         elif value.startswith("file:"):
             try:
                 with open(beside(self.source, value[5:]), encoding="utf-8") as file:
@@ -507,78 +530,35 @@ class Section:
             except (OSError, ValueError) as problem:  # no such file, no text, or no name of a file
                 raise self.error(key, value[5:], "a readable file (%s)" % problem) from problem
         value = value.strip()
-        if value and not (value.isascii() and value.isprintable()):
+        if not (value.isascii() and value.isprintable()):
             raise self.error(key, "a character outside printable ASCII", "printable ASCII (it goes into a header)")
         return Secret(value)
 
-    def _variable(self, key: str, value: str) -> str:
-        """What `$NAME` or `${NAME}` stands for; any other text is a literal."""
-        named = re.fullmatch(r"\$(?:\{(\w+)\}|(\w+))", value)
-        if not named:
-            return value
-        name = named.group(1) or named.group(2)
-        if not self.env.get(name):
-            told = (  # what a start in a clone says first, as it finds the sample in config/
-                "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key, "
-                "or name a file of your own with --config_file"
-            )
-            raise self.error(key, value, told % (name, name))
-        return self.env[name]
-
-    def file(self, key: str, default: str = "") -> str:
+    def file(self, key: str, value: "Any") -> str:
         """The path of a file that exists, looked up beside the configuration, then in the working directory."""
-        name = self.plain(key, default)
+        name = self.fit(key, value, str)
         path = beside(self.source, name) if name else ""
         if path and not os.path.isfile(path):
             raise self.error(key, name, "an existing file, beside the configuration or in the working directory")
         return path
 
 
-def beside(source: str, name: str) -> str:
-    """Where the relative path `name` of the file `source` leads: beside it, else in the working directory."""
-    near = os.path.join(os.path.dirname(source), name)
-    return near if os.path.exists(near) else name
-
-
-def unique_keys(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
-    """A JSON object, refused when a key stands in it twice: only one of the two could count."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError("the key %r stands twice in one object" % next(n for n in names if names.count(n) > 1))
-    return found
-
-
-def read_file(path: str) -> "Any":
-    """The mapping that a JSON or TOML file holds. Raises ConfigError with line and column."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read().removeprefix("\ufeff")  # Windows editors write it
-        if path.endswith(".toml"):
-            import tomllib  # 8 ms that only users of TOML pay
-
-            return tomllib.loads(text)
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as problem:
-        raise ConfigError("%s: cannot be read: %s" % (path, problem)) from problem
-
-
 class Setting:
-    """A key of the configuration: its default, what reads it, and what else that wants (bounds, choices).
+    """A key of the configuration: its default, what reads it, and what else that wants.
 
-    The default alone may say how it is read: bounds make a number, all else is `Section.plain`.
+    Two bounds make a number. Else what stands here is a shape for `Section.fit`, or nothing, and the default's type is
+    the shape; a record reads itself.
     """
 
     __slots__ = ("default", "more", "read")
 
-    def __init__(self, default: "Any", more: "tuple[Any, ...]" = (), by: "Callable[..., Any] | None" = None) -> None:
-        self.default, self.more = default, more
-        self.read: "Callable[..., Any]" = by or (Section.number if len(more) == 2 else Section.plain)
+    def __init__(self, default: "Any", *more: "Any", by: "Callable[..., Any] | None" = None) -> None:
+        self.default, self.more = default, more if more or by else (type(default),)
+        reads = Section.record if hasattr(default, "settings") else Section.number if len(more) == 2 else Section.fit
+        self.read: "Callable[..., Any]" = by or reads
 
 
-def setting(default: "Any", *more: "Any", by: "Callable[..., Any] | None" = None) -> "Any":
-    """Declares a field of a record that its default alone does not describe."""
-    return Setting(default, more, by)
+setting: "Any" = Setting  # by this name it may stand where a field of any type has its default
 
 
 @dataclass_transform(frozen_default=True)
@@ -631,9 +611,8 @@ class Record:
 # -- readers of keys that are like no other
 
 
-def read_port(section: Section, key: str, default: int) -> int:
+def read_port(section: Section, key: str, value: "Any") -> int:
     """The port, which the Go original's files write as a string."""
-    value = section.take(key, default)
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value):
         value = int(value)
     if type(value) is not int or not 0 <= value <= 65535:
@@ -641,32 +620,33 @@ def read_port(section: Section, key: str, default: int) -> int:
     return value
 
 
-def read_rescue(section: Section, key: str, default: None) -> "float | None":
+def read_rescue(section: Section, key: str, value: "Any") -> "float | None":
     """Seconds, or "auto" for what the times of the last answers say."""
-    return default if section.take(key) == "auto" else section.number(key, default, 0, 3600)
+    return None if value == "auto" else section.number(key, value, 0.0, 3600.0)
 
 
-def read_detours(section: Section, key: str, default: "tuple[()]", shape: "Any") -> "Any":
+def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any":
     """Models that are asked in place of others; none in place of itself."""
-    found = section.plain(key, default, shape)
+    found = section.fit(key, value, shape)
     for name, models in found:
         if name in ((models,) if isinstance(models, str) else models):
             raise section.error(key + "." + name, name, "another model")
     return found
 
 
-def read_endpoints(section: Section, key: str, default: "tuple[str, ...]", shape: "Any") -> "tuple[str, ...]":
+def read_endpoints(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
     """What clients may reach; an empty list says nothing."""
-    return section.plain(key, default, shape) or default
+    return section.fit(key, value, [ENDPOINTS]) or ENDPOINTS[:1]
 
 
-def read_hosts(section: Section, key: str, default: "tuple[()]") -> "tuple[str, ...]":
+def read_hosts(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
     """Names of hosts, in which case says nothing (RFC 9110, 4.2.3)."""
-    return tuple(name.lower() for name in section.plain(key, default, [WORD]))
+    return tuple(name.lower() for name in section.fit(key, value, [WORD]))
 
 
-def check_url(section: Section, key: str, url: str, schemes: "tuple[str, ...]") -> str:
-    """`url` without its trailing slash, if it is one that requests can be sent to."""
+def read_url(section: Section, key: str, value: "Any", schemes: "tuple[str, ...]") -> str:
+    """A URL that requests can be sent to, without its trailing slash."""
+    url: str = section.fit(key, value, str)
     try:
         parts = urllib.parse.urlsplit(url)
         good = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
@@ -678,40 +658,33 @@ def check_url(section: Section, key: str, url: str, schemes: "tuple[str, ...]") 
     return url.rstrip("/")
 
 
-def read_base_url(section: Section, key: str, default: str) -> str:
-    """Where an account is; its default is none of the record's, as echo has none."""
-    return check_url(section, key, section.plain(key, default) or OPENAI_URL, ("http", "https"))
-
-
-def read_proxy(section: Section, key: str, default: Secret) -> Secret:
+def read_proxy(section: Section, key: str, value: "Any") -> Secret:
     """The proxy's URL; a secret, because it may carry a password."""
-    proxy = section.secret(key)
-    if proxy:
-        try:
-            check_url(section, key, proxy.reveal(), ("http",))
-        except ConfigError:
-            raise section.error(key, "something else", "http://[user:password@]host:port") from None
+    proxy = section.secret(key, value)
+    try:
+        if proxy:
+            read_url(section, key, proxy.reveal(), ("http",))
+    except ConfigError:
+        raise section.error(key, "something else", "http://[user:password@]host:port") from None
     return proxy
 
 
-def read_ca_file(section: Section, key: str, default: str) -> str:
+def read_ca_file(section: Section, key: str, value: "Any") -> str:
     """The path of a file with certificates that OpenSSL can read."""
-    path = section.file(key)
-    if path:
-        try:
+    path = section.file(key, value)
+    try:
+        if path:
             ssl.create_default_context(cafile=path)
-        except (ssl.SSLError, OSError) as problem:
-            raise section.error(key, path, "a file of PEM certificates (%s)" % problem) from problem
+    except (ssl.SSLError, OSError) as problem:
+        raise section.error(key, path, "a file of PEM certificates (%s)" % problem) from problem
     return path
 
 
-def read_headers(section: Section, key: str, default: "tuple[()]") -> "tuple[tuple[str, Secret], ...]":
+def read_headers(section: Section, key: str, value: "Any") -> "tuple[tuple[str, Secret], ...]":
     """Further fields for each request; values may well be keys."""
-    inner = section.section(key)
-    for name in inner.data:
-        if not re.fullmatch(FIELD_NAME, name):
-            raise inner.error(name, name, FIELD_NAME_IS)
-    return tuple((name, inner.secret(name)) for name in inner.data)
+    inner = section.section(key, value)
+    pairs = inner.data.items()
+    return tuple((inner.word(name, name, FIELD_NAME, FIELD_NAME_IS), inner.secret(name, one)) for name, one in pairs)
 
 
 def check_params(section: Section, key: str, names: "Iterable[str]") -> None:
@@ -721,27 +694,27 @@ def check_params(section: Section, key: str, names: "Iterable[str]") -> None:
             raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
 
 
-def read_drops(section: Section, key: str, default: "tuple[()]") -> "tuple[str, ...]":
+def read_drops(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
     """Names of parameters."""
-    names: "tuple[str, ...]" = section.plain(key, default, [WORD])
+    names: "tuple[str, ...]" = section.fit(key, value, [WORD])
     check_params(section, key, names)
     return names
 
 
-def read_renames(section: Section, key: str, default: "tuple[()]") -> "tuple[tuple[str, str], ...]":
+def read_renames(section: Section, key: str, value: "Any") -> "tuple[tuple[str, str], ...]":
     """Names of parameters by others; no two may come to the same."""
-    pairs: "tuple[tuple[str, str], ...]" = section.plain(key, default, {str: WORD})
-    check_params(section, key, (name for pair in pairs for name in pair))
+    pairs: "tuple[tuple[str, str], ...]" = section.fit(key, value, {str: WORD})
     news = [new for _, new in pairs]
+    check_params(section, key, [*dict(pairs), *news])
     for new in news:
         if news.count(new) > 1:
             raise section.error(key, new, "each new name once")
     return pairs
 
 
-def read_extra(section: Section, key: str, default: "tuple[()]") -> "tuple[tuple[str, Any], ...]":
+def read_extra(section: Section, key: str, value: "Any") -> "tuple[tuple[str, Any], ...]":
     """What JSON can say; TOML's dates are none of it."""
-    extra = section.section(key).data
+    extra = section.section(key, value).data
     try:
         json.dumps(extra, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as problem:
@@ -750,16 +723,26 @@ def read_extra(section: Section, key: str, default: "tuple[()]") -> "tuple[tuple
     return tuple(extra.items())
 
 
+def read_type(section: Section, key: str, value: "Any") -> str:
+    """What a controller speaks. The vendors are too many for a message, so that only the nearest is named."""
+    kind: str = section.fit(key, value, str)
+    if kind not in CONTROLLER_TYPES and kind not in PRESETS:
+        hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
+        known = " | ".join((*CONTROLLER_TYPES, "a vendor that README.md names"))
+        raise section.error(key, kind, known + (" (%s)" % hint if hint.startswith("did") else ""))
+    return kind
+
+
 # -- the records
 
 
 class Timeouts(Record):
     """Seconds; 0 is none. `first_byte` None: 120 for streams, 600 for whole answers, as SDKs wait 600."""
 
-    connect: float = setting(10.0, 0.001, 3600)
-    first_byte: "float | None" = setting(None, 0, 86400)
-    idle: float = setting(300.0, 0, 86400)
-    total: float = setting(0.0, 0, 86400)
+    connect: float = setting(10.0, 0.001, 3600.0)
+    first_byte: "float | None" = setting(None, 0.0, 86400.0)
+    idle: float = setting(300.0, 0.0, 86400.0)
+    total: float = setting(0.0, 0.0, 86400.0)
 
 
 class QuotaLimits(Record):
@@ -768,7 +751,7 @@ class QuotaLimits(Record):
     rpm: int = setting(0, 0, 10_000_000)
     tpm: int = setting(0, 0, 10**12)
     concurrency: int = setting(0, 0, 1_000_000)
-    burst_s: float = setting(60.0, 0.1, 60)
+    burst_s: float = setting(60.0, 0.1, 60.0)
 
 
 class AccountConfig(Record):
@@ -781,7 +764,7 @@ class AccountConfig(Record):
     """
 
     api_key: Secret = setting(NO_SECRET, by=Section.secret)
-    base_url: str = setting("", by=read_base_url)
+    base_url: str = setting("", ("http", "https"), by=read_url)
     organization: str = ""
     project: str = ""
     proxy: Secret = setting(NO_SECRET, by=read_proxy)
@@ -800,22 +783,22 @@ class AccountConfig(Record):
     drop_params: "tuple[str, ...]" = setting((), by=read_drops)
     rename_params: "tuple[tuple[str, str], ...]" = setting((), by=read_renames)
     extra_body: "tuple[tuple[str, Any], ...]" = setting((), by=read_extra)
-    delay: float = setting(0.0, 0, 600)
-    first_delay: float = setting(0.0, 0, 3600)
+    delay: float = setting(0.0, 0.0, 600.0)
+    first_delay: float = setting(0.0, 0.0, 3600.0)
 
 
 class ControllerConfig(Record):
     """One upstream account."""
 
-    type: str
-    name: str
     account: AccountConfig
+    type: str = setting("openai", by=read_type)
+    name: str = ""
     weight: int = setting(1, 1, 10000)
     models: "tuple[str, ...]" = setting((), [WORD])
     model_map: "tuple[tuple[str, str], ...]" = setting((), {str: WORD})
-    limits: QuotaLimits = setting(QuotaLimits(), by=Section.record)
+    limits: QuotaLimits = QuotaLimits()
     quota_group: str = ""
-    timeouts: Timeouts = setting(Timeouts(), by=Section.record)
+    timeouts: Timeouts = Timeouts()
 
 
 class PoolConfig(Record):
@@ -828,7 +811,7 @@ class PoolConfig(Record):
     """
 
     type: str = setting("balanced", POOL_TYPES)
-    max_wait: float = setting(30.0, 0, 3600)
+    max_wait: float = setting(30.0, 0.0, 3600.0)
     max_queue: int = setting(1000, 0, 1_000_000)
     rescue_after: "float | None" = setting(None, by=read_rescue)
     affinity: bool = True
@@ -840,10 +823,10 @@ class PoolConfig(Record):
 class ClientKey(Record):
     """Who may come in: the SHA-256 of a key, and what it may ask for."""
 
-    name: str
     digest: bytes
+    name: str = ""
     models: "tuple[str, ...]" = setting((), [WORD])
-    limits: QuotaLimits = setting(QuotaLimits(), by=Section.record)
+    limits: QuotaLimits = QuotaLimits()
 
 
 class ServerLimits(Record):
@@ -857,12 +840,12 @@ class ServerLimits(Record):
     header_count: int = setting(FIELD_COUNT, 10, 10000)
     connections: int = setting(10000, 1, 1_000_000)
     connections_per_client: int = setting(0, 0, 1_000_000)
-    header_timeout: float = setting(20.0, 0.001, 3600)
-    body_timeout: float = setting(120.0, 0.001, 86400)
+    header_timeout: float = setting(20.0, 0.001, 3600.0)
+    body_timeout: float = setting(120.0, 0.001, 86400.0)
     body_rate: int = setting(1024, 0, 2**30)
     chunk_line_bytes: int = setting(CHUNK_LINE_BYTES, 32, 2**20)
-    idle_timeout: float = setting(75.0, 0.001, 86400)
-    write_timeout: float = setting(120.0, 0.001, 86400)
+    idle_timeout: float = setting(75.0, 0.001, 86400.0)
+    write_timeout: float = setting(120.0, 0.001, 86400.0)
     upstream_head_bytes: int = setting(UPSTREAM_HEAD_BYTES, 1024, 2**24)
 
 
@@ -886,6 +869,28 @@ class LogConfig(Record):
     level: str = setting("info", LOG_LEVELS)
 
 
+class Config(Record):
+    """Everything that the server runs by; `source` says where it came from."""
+
+    controllers: "tuple[ControllerConfig, ...]"
+    client_keys: "tuple[ClientKey, ...]"
+    source: str
+    host: str = "127.0.0.1"
+    port: int = setting(8080, by=read_port)
+    pool: PoolConfig = PoolConfig()
+    endpoints: "tuple[str, ...]" = setting(ENDPOINTS[:1], by=read_endpoints)
+    allowed_hosts: "tuple[str, ...]" = setting((), by=read_hosts)
+    cors: CorsConfig = CorsConfig()
+    tls: TlsFiles = TlsFiles()
+    limits: ServerLimits = ServerLimits()
+    log: LogConfig = LogConfig()
+    drain_delay: float = setting(0.0, 0.0, 3600.0)
+    drain_timeout: float = setting(30.0, 0.0, 3600.0)
+
+
+# -- from a mapping to records
+
+
 def key_digest(key: bytes) -> bytes:
     """What is kept of a client key: its SHA-256."""
     import hashlib  # 2 ms that a start without client keys does without
@@ -900,13 +905,13 @@ def same_digest(one: bytes, other: bytes) -> bool:
     return hmac.compare_digest(one, other)
 
 
-def read_client_keys(top: Section, key: str, default: "tuple[()]") -> "tuple[ClientKey, ...]":
+def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
     """The `client_keys` list; names are made where missing; names and keys must differ."""
     found: "list[ClientKey]" = []
-    for number, section in enumerate(top.sections(key)):
-        section.only("name", "key", *ClientKey.settings)
-        name = section.plain("name", "") or "key-%d" % (number + 1)
-        client = ClientKey(name, read_digest(section), **section.values(ClientKey))
+    for number, section in enumerate(top.sections("client_keys")):
+        section.only("key", *ClientKey.settings)
+        client = ClientKey(parse_digest(section), **section.values(ClientKey))
+        client = client.replace(name=client.name or "key-%d" % (number + 1))
         for other in found:
             if client.name == other.name:
                 raise section.error("name", client.name, "a name that no other client key has")
@@ -916,50 +921,63 @@ def read_client_keys(top: Section, key: str, default: "tuple[()]") -> "tuple[Cli
     return tuple(found)
 
 
-def read_digest(section: Section) -> bytes:
+def parse_digest(section: Section) -> bytes:
     """The SHA-256 of a client key; all that is kept of it, and also all that `sha256:HEX` tells."""
-    key = section.secret("key").reveal()
+    key = section.secret("key", section.take("key") or "").reveal()
     hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
     if not key or (key.startswith("sha256:") and not hashed):
         raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
     return bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode())
 
 
-class Config(Record):
-    """Everything that the server runs by; `source` says where it came from."""
-
-    controllers: "tuple[ControllerConfig, ...]"
-    source: str
-    host: str = "127.0.0.1"
-    port: int = setting(8080, by=read_port)
-    pool: PoolConfig = setting(PoolConfig(), by=Section.record)
-    client_keys: "tuple[ClientKey, ...]" = setting((), by=read_client_keys)
-    endpoints: "tuple[str, ...]" = setting(("inference",), [ENDPOINTS], by=read_endpoints)
-    allowed_hosts: "tuple[str, ...]" = setting((), by=read_hosts)
-    cors: CorsConfig = setting(CorsConfig(), by=Section.record)
-    tls: TlsFiles = setting(TlsFiles(), by=Section.record)
-    limits: ServerLimits = setting(ServerLimits(), by=Section.record)
-    log: LogConfig = setting(LogConfig(), by=Section.record)
-    drain_delay: float = setting(0.0, 0, 3600)
-    drain_timeout: float = setting(30.0, 0, 3600)
+_SHARED = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
+_OPENAI = [*_SHARED, "organization", "project", "rename_params"]
+# What the `config` of a type may say, where it is not as for openai. Anthropic's API has no word for some of that.
+ACCOUNT_KEYS = {
+    "azure": [*_OPENAI, "api_version"],
+    "anthropic": [*_SHARED, "max_tokens", "thinking"],
+    "echo": ["delay", "first_delay"],
+}
 
 
-# -- from a mapping to records
+def parse_account(section: Section, kind: str) -> AccountConfig:
+    """The `config` of a controller. Only a base_url of the user's own, or a local one, may do without a key."""
+    preset = {"base_url": OPENAI_URL, **(PRESETS.get(kind) or DIALECTS.get(kind, {}))}
+    own = bool(section.take("base_url")) and kind != "azure"
+    words = [] if own else re.findall(r"\{(\w+)\}", preset["base_url"])
+    section.only(*ACCOUNT_KEYS.get(kind, _OPENAI), *words)
+    if kind == "echo":
+        return AccountConfig(**section.values(AccountConfig))
+    for key in words:
+        told = "the %s that is part of the address: letters, digits, - and _" % key
+        word = section.word(key, section.take(key) or "", r"[0-9A-Za-z_-]+", told)
+        preset["base_url"] = preset["base_url"].replace("{%s}" % key, word)
+    if section.take("auth_header"):  # who names a header for the key means the scheme, too
+        preset.pop("auth_scheme", None)
+    section.preset = preset
+    account = AccountConfig(**section.values(AccountConfig))
+    url, local = account.base_url, account.base_url.startswith("http://localhost")
+    if not account.api_key and (url.startswith("https://api.openai.com") or not (own or local)):
+        raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
+    if kind == "azure" and (url == OPENAI_URL or "/deployments" in url):
+        found = section.data.get("base_url") or "nothing"
+        raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
+    return account
 
 
-def parse_config(
-    data: "Any", source: str, env: "Mapping[str, str]", overrides: "Mapping[str, tuple[str, Any]] | None" = None
-) -> Config:
-    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError.
-
-    `overrides`: see `Section`.
-    """
-    top = Section(data, source, "", env, overrides or {})
-    top.only("controllers", *Config.settings)
-    config = Config(parse_controllers(top), source, **top.values(Config))
-    if bool(config.tls.cert) != bool(config.tls.key):
-        raise ConfigError("%s: tls: found one of cert and key, allowed: both or none" % source)
-    return config
+def parse_controller(section: Section, number: int) -> ControllerConfig:
+    """One of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
+    section.only("config", "config_file", *ControllerConfig.settings)
+    found, file = section.values(ControllerConfig), section.take("config_file")
+    account = section.section("config", section.take("config"))
+    if file and account.data:
+        raise section.error("config_file", file, "config or config_file, not both")
+    if file:
+        file = section.file("config_file", file)
+        account = Section(read_file(file), file, "", section.env, {})
+    kind = found.get("type", ControllerConfig.type)
+    name = found.pop("name", "") or "%s-%d" % (kind, number)
+    return ControllerConfig(parse_account(account, kind), name=name, **found)
 
 
 def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
@@ -981,80 +999,41 @@ def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
     return tuple(found)
 
 
-def parse_controller(section: Section, number: int) -> ControllerConfig:
-    """One of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
-    section.only("type", "name", "config", "config_file", *ControllerConfig.settings)
-    kind = section.plain("type", "openai")
-    if kind not in CONTROLLER_TYPES and kind not in PRESETS:  # which are too many to be told
-        hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
-        known = " | ".join((*CONTROLLER_TYPES, "a vendor that README.md names"))
-        raise section.error("type", kind, known + (" (%s)" % hint if hint.startswith("did") else ""))
-    account = section.section("config")
-    if section.take("config_file"):
-        if account.data:
-            raise section.error("config_file", section.data["config_file"], "config or config_file, not both")
-        file = section.file("config_file")
-        account = Section(read_file(file), file, "", section.env, {})
-    name = section.plain("name", "") or "%s-%d" % (kind, number)
-    return ControllerConfig(kind, name, parse_account(account, kind), **section.values(ControllerConfig))
+def parse_config(
+    data: "Any", source: str, env: "Mapping[str, str]", overrides: "Mapping[str, tuple[str, Any]] | None" = None
+) -> Config:
+    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError.
 
-
-_SHARED = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
-_OPENAI = [*_SHARED, "organization", "project", "rename_params"]
-# What the `config` of a type may say, where it is not as for openai. Anthropic's API has no word for some of that.
-ACCOUNT_KEYS = {
-    "azure": [*_OPENAI, "api_version"],
-    "anthropic": [*_SHARED, "max_tokens", "thinking"],
-    "echo": ["delay", "first_delay"],
-}
-
-
-def parse_account(section: Section, kind: str) -> AccountConfig:
-    """The `config` of a controller. Only a base_url of the user's own, or a local one, may do without a key."""
-    names, said = ACCOUNT_KEYS.get(kind, _OPENAI), section.data
-    preset = dict(PRESETS.get(kind) or DIALECTS.get(kind, {}))
-    own = bool(section.take("base_url")) and kind != "azure"
-    words = [] if own else re.findall(r"\{(\w+)\}", preset.get("base_url", ""))
-    section.only(*names, *words)
-    for key in words:
-        told = "the %s that is part of the address: letters, digits, - and _" % key
-        preset["base_url"] = preset["base_url"].replace("{%s}" % key, section.word(key, "", r"[0-9A-Za-z_-]+", told))
-    if said.get("auth_header"):  # who names a header for the key means the scheme, too
-        preset.pop("auth_scheme", None)
-    section.preset = preset
-    account = AccountConfig(**section.values(AccountConfig, names))
-    url, local = account.base_url, account.base_url.startswith("http://localhost")
-    if url and not account.api_key and (url.startswith("https://api.openai.com") or not (own or local)):
-        raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
-    if kind == "azure" and (url == OPENAI_URL or "/deployments" in url):
-        found = section.take("base_url", "nothing")
-        raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
-    return account
+    `overrides`: see `Section`.
+    """
+    top = Section(data, source, "", env, overrides or {})
+    top.only("controllers", "client_keys", *Config.settings)
+    config = Config(parse_controllers(top), parse_client_keys(top), source, **top.values(Config))
+    if bool(config.tls.cert) != bool(config.tls.key):
+        raise ConfigError("%s: tls: found one of cert and key, allowed: both or none" % source)
+    return config
 
 
 # -- where a configuration comes from
 
 
-def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> str:
-    """The configuration file to read, first hit wins; "" when there is none. A file that is named must exist."""
-    for setter, path in named_places("--config_file", config_file, env):
-        if not os.path.isfile(path):
-            raise ConfigError("%s: %s: no such file" % (setter, path))
-        return path
-    named = named_places("--config_path", config_path, env)
-    for setter, folder in named:
-        if not os.path.isdir(folder):
-            raise ConfigError("%s: %s: no such folder" % (setter, folder))
-    places = (*(folder for _, folder in named), *CONFIG_FOLDERS)
-    candidates = (os.path.join(place, name) for place in places for name in CONFIG_NAMES)
-    return next(filter(os.path.isfile, candidates), "")
-
-
-def named_places(flag: str, value: str, env: "Mapping[str, str]") -> "list[tuple[str, str]]":
-    """What `flag` and its two variables name, each with who says so; the one that counts comes first."""
+def named_places(flag: str, value: str, env: "Mapping[str, str]", exists: "Callable[[str], bool]") -> "Iterator[str]":
+    """What `flag` and its two variables name; the one that counts comes first. What is named must exist."""
     name = flag[2:].upper()
-    found = [(flag, value), (ENV + name, env.get(ENV + name, "")), (name, env.get(name, ""))]
-    return [(setter, place) for setter, place in found if place]
+    for setter, place in ((flag, value), (ENV + name, env.get(ENV + name)), (name, env.get(name))):
+        if place and not exists(place):
+            raise ConfigError("%s: %s: no such %s" % (setter, place, "file" if "FILE" in name else "folder"))
+        if place:
+            yield place
+
+
+def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> str:
+    """The configuration file to read, first hit wins; "" when there is none."""
+    for path in named_places("--config_file", config_file, env, os.path.isfile):
+        return path
+    folders = [*named_places("--config_path", config_path, env, os.path.isdir), *CONFIG_FOLDERS]
+    candidates = (os.path.join(folder, name) for folder in folders for name in CONFIG_NAMES)
+    return next(filter(os.path.isfile, candidates), "")
 
 
 def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, Any]]]":
@@ -1182,15 +1161,14 @@ SPELLED = {"account": "config", "digest": "key"}  # where the file says it other
 RESTART = ("host", "port")
 
 
-def diff_config(old: Config, new: Config) -> "list[str]":
-    """What is different in `new`, in lines without secrets; [] when nothing is."""
-    lines = diff_named("controller", old.controllers, new.controllers)
-    lines += diff_named("client key", old.client_keys, new.client_keys)
-    for path, before, after in differences(old, new):
-        if path not in ("source", "controllers", "client_keys"):
-            restart = " (needs a restart)" if path in RESTART else ""
-            lines.append("%s: %s -> %s%s" % (path, shown(before), shown(after), restart))
-    return lines
+def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[str, Any, Any]]":
+    """The paths at which two records of one type differ, with both values."""
+    for name in old.fields:
+        path, before, after = prefix + SPELLED.get(name, name), getattr(old, name), getattr(new, name)
+        if isinstance(before, Record):
+            yield from differences(before, after, path + ".")
+        elif before != after:
+            yield path, before, after
 
 
 def diff_named(
@@ -1210,14 +1188,16 @@ def diff_named(
     return lines
 
 
-def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[str, Any, Any]]":
-    """The paths at which two records of one type differ, with both values."""
-    for name in old.fields:
-        path, before, after = prefix + SPELLED.get(name, name), getattr(old, name), getattr(new, name)
-        if isinstance(before, Record):
-            yield from differences(before, after, path + ".")
-        elif before != after:
-            yield path, before, after
+def diff_config(old: Config, new: Config) -> "list[str]":
+    """What is different in `new`, in lines without secrets; [] when nothing is."""
+    lines = []
+    for path, before, after in differences(old, new):
+        if path in ("controllers", "client_keys"):
+            lines += diff_named(path[:-1].replace("_", " "), before, after)
+        elif path != "source":
+            restart = " (needs a restart)" if path in RESTART else ""
+            lines.append("%s: %s -> %s%s" % (path, shown(before), shown(after), restart))
+    return lines
 
 
 # ==== 3. Observability ====

@@ -620,7 +620,7 @@ def test_records() -> None:
     with pytest.raises(AttributeError, match=r"PoolConfig\.type cannot be changed"):
         pool.type = "x"
     for wrong in ({"typ": "x", "controllers": ()}, {}):
-        with pytest.raises(TypeError, match=r"missing or unknown: (controllers, source$|source, typ)"):
+        with pytest.raises(TypeError, match=r"missing or unknown: client_keys, (controllers, source$|source, typ)"):
             app.Config(**wrong)
 
 
