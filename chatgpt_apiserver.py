@@ -173,11 +173,19 @@ class Untranslatable(ProxyError):
 
 
 class UpstreamError(Exception):
-    """An attempt that brought no answer. `sent`: whether the upstream may have seen the request."""
+    """An attempt that brought no answer.
+
+    `sent`: whether the upstream may have seen the request. `early`: whether it failed before any byte of the reply.
+    `status` and `code` are what a client is told when nobody else answers either.
+    """
 
     status = 502
     code = "upstream_error"
     sent = True
+
+    def __init__(self, message: str, early: bool = False) -> None:
+        super().__init__(message)
+        self.early = early
 
 
 class ConnectFailed(UpstreamError):
@@ -188,24 +196,16 @@ class ConnectFailed(UpstreamError):
 
 
 class UpstreamClosed(UpstreamError):
-    """The upstream closed or reset the connection. `early`: before any byte of its reply."""
+    """The upstream closed or reset the connection."""
 
     code = "upstream_closed"
 
-    def __init__(self, message: str, early: bool = False) -> None:
-        super().__init__(message)
-        self.early = early
-
 
 class UpstreamTimeout(UpstreamError):
-    """The upstream stayed silent for too long. `early`: before any byte of its reply."""
+    """The upstream stayed silent for too long."""
 
     status = 504
     code = "upstream_timeout"
-
-    def __init__(self, message: str, early: bool = False) -> None:
-        super().__init__(message)
-        self.early = early
 
 
 class BadReply(UpstreamError):
@@ -1490,10 +1490,9 @@ def secrets_of(config: Config) -> "Iterator[str]":
         yield from (value.reveal() for _, value in account.headers)
         parts = urllib.parse.urlsplit(account.proxy.reveal())
         if parts.password:
-            yield urllib.parse.unquote(parts.password)
-            yield parts.password
-            yield parts.netloc.rpartition("@")[0]
-            yield base64.b64encode(urllib.parse.unquote(parts.netloc.rpartition("@")[0]).encode()).decode()
+            pair = parts.netloc.rpartition("@")[0]
+            yield from (parts.password, urllib.parse.unquote(parts.password), pair)
+            yield base64.b64encode(urllib.parse.unquote(pair).encode()).decode()  # as Proxy-Authorization says it
 
 
 # ==== 4. HTTP/1.1 on the wire ====
@@ -7644,8 +7643,6 @@ def parse_args(argv: "list[str]") -> "dict[str, str]":
 
 def raise_open_files() -> float:
     """Raises the limit on open files as far as allowed, as a stream takes two; what it is then."""
-    if sys.platform == "win32":
-        return math.inf
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
