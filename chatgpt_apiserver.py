@@ -75,36 +75,45 @@ from typing import Any, ClassVar, Protocol, Self, dataclass_transform
 __version__ = "1.0.0"
 
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
+# What a message may be. Each bound stands for memory or time that a peer could otherwise take without end; most servers
+# have had their CVE for the lack of one.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
 COUNTED_BYTES = 4096  # brackets are counted in bodies up to this size
 JSON_DEPTH = 128  # objects and lists in one another; schemas of tools stay below 30
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
 HOST_BYTES = 300  # a name has at most 255 (RFC 1035), a port five digits
+# What is remembered of messages, as clients and upstreams repeat themselves to the byte.
 PIECES = 64  # of a body that are kept apart; joining them once costs least
 KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
 KNOWN_HEAD_BYTES = 2048  # a connection's last request head is remembered up to this size
 KNOWN_LINE_BYTES = 256  # this many bytes: half a megabyte in all
+# Chunked bodies (RFC 9112, 7.1) and replies.
 CHUNK_LINE_BYTES = 256  # unless configured: a chunk-size line with its extensions, which nobody needs
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
 INFORMATIONAL_MAX = 16  # 1xx replies before the final one; more is an upstream gone mad
+# How much is read, kept and sent at once.
 READ_BYTES = 65536  # asked of the kernel at once, and half of what a reader keeps before it stops the peer
 OUTBOX_BYTES = 16384  # larger writes leave at once
 WRITE_HIGH_BYTES = 65536  # unsent bytes to one peer above which nothing more is read for it
 TLS_BUFFER_BYTES = 32768  # asyncio's own 256 kB for each TLS connection is most of what an idle one costs
+# What is held back before a client sees any of it: until then another account may be asked.
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head goes out, and can be replayed
 HOLD_BYTES = 65536  # what may come before the first real event of a stream
 HOLD_S = 15.0  # and for how long it is kept
 UNWANTED_S = 1.0  # for a connect that nobody waits for any more to end by itself, so that its socket can be closed
 EVENT_BYTES = 1_048_576  # one event that is looked into; a larger one counts as real unseen
+# Connections to upstreams.
 IDLE_UPSTREAM_S = 55.0  # a pooled connection is closed after this; servers commonly close after 60 s
 IDLE_UPSTREAM_COUNT = 1024  # pooled connections per origin
 STALE_S = 1.0  # a pooled connection that dies this soon after the write had been closed before it
+# Connections of clients: how they begin and end.
 BACKLOG = 4096  # connections that the kernel completes before they are accepted
 LINGER_S = 2.0  # how long a client may go on sending after our side is closed
 LINGER_BYTES = 1_048_576  # and how much
 FLUSH_FIRST_S, FLUSH_MOST_S = 0.01, 1.0  # between two looks at whether a closing connection has sent all
 PROBE_S = 0.05  # between the two interim replies that tell a half-closed client from one that left
+# What is known of models and of requests before their answers tell.
 MODELS_TTL_S = 300.0  # how long an upstream's model list is believed
 MODELS_TIMEOUT_S = 10.0  # for asking it
 INPUT_DEPTH = 8  # nesting of an input that is looked into for its text
@@ -112,9 +121,11 @@ OBJECTS_KNOWN = 10_000  # ids of files, batches, responses ... whose controller 
 TOKENS_PER_PART = 1000  # an image, audio or file part in the token estimate; never the length of a data URL
 TOKENS_ANSWER = 500  # what an answer is taken to need while nothing is known of the model
 MODEL_NAME_CHARS = 256  # longer names are not looked up
+# The log.
 FLUSH_S = 0.01  # access lines wait this long for company
 LOG_KEPT_BYTES = 262_144  # of the log for a pipe whose reader is slow; 1,700 lines
 LOG_LAST_MS = 200  # at the end such a reader may take this long for each piece
+# Who gets in, who waits, and who goes where.
 USAGE_BYTES = 4096  # the end of an answer, where its usage stands
 RESERVE_CONNECTIONS = 16  # above the bound, so that /status still answers
 SPARE_FILES = 48  # descriptors for the reserve and for what is no connection
@@ -136,7 +147,10 @@ log = logging.getLogger("chatgpt_apiserver")
 
 
 class ProxyError(Exception):
-    """An answer that this server gives itself: HTTP status, OpenAI-style code and message, extra header lines."""
+    """An answer that this server gives itself.
+
+    HTTP status, OpenAI-style code and message, the parameter that is at fault, extra header lines with their CRLF.
+    """
 
     def __init__(
         self, status: int, message: str, code: "str | None" = None, *, param: "str | None" = None, headers: bytes = b""
@@ -147,6 +161,7 @@ class ProxyError(Exception):
     @property
     def type(self) -> str:
         """The `error.type` that OpenAI uses for this status."""
+        # Not the SDKs, which go by the status, but the frameworks above them tell errors apart by this word.
         if self.status == 429:
             return "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
@@ -172,6 +187,8 @@ class Untranslatable(ProxyError):
         self.field, self.why = field, why
 
 
+# What follows is about upstreams: one class for each thing that section 10 must tell apart. What an upstream said (a
+# status, a body) is a reply and no exception.
 class UpstreamError(Exception):
     """An attempt that brought no answer.
 
@@ -215,7 +232,7 @@ class BadReply(UpstreamError):
 
 
 class ClientGone(Exception):
-    """The client closed its connection while it was being served."""
+    """The client closed its connection while it was being served. Nobody is to blame, and nobody is told."""
 
 
 def error_object(message: str, kind: str, code: "str | None" = None, param: "str | None" = None) -> "dict[str, Any]":
@@ -225,6 +242,7 @@ def error_object(message: str, kind: str, code: "str | None" = None, param: "str
 
 def error_body(error: "ProxyError | UpstreamError") -> bytes:
     """The JSON body that tells `error` to a client."""
+    # An upstream's failure is a server_error with a code of ours: clients retry those, as they should.
     if isinstance(error, ProxyError):
         found = error_object(error.message, error.type, error.code, error.param)
     else:
@@ -234,6 +252,7 @@ def error_body(error: "ProxyError | UpstreamError") -> bytes:
 
 def compact_json(value: "Any") -> bytes:
     """JSON without white space, as UTF-8."""
+    # "replace": a lone surrogate, which JSON can spell, has no UTF-8, and an error must not fail for want of one.
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
@@ -246,9 +265,12 @@ def compact_json(value: "Any") -> bytes:
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
 CONTROLLER_TYPES = ("openai", "azure", "anthropic", "echo")  # and those of PRESETS
 ENDPOINTS = ("inference", "objects", "*")
-SCALARS = ("host", "port", "drain_delay", "drain_timeout")  # at the top level; the rest are objects and lists
+# What CHATGPT_APISERVER_<KEY> may set, beside the scalars of the pool. Objects and lists have no spelling in a variable
+# that anybody would guess.
+SCALARS = ("host", "port", "drain_delay", "drain_timeout")
 FIXED_PARAMS = ("model", "messages", "stream")  # routing and relaying rely on them
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# Where a file is looked for: the Go original's places, and what the environment's names begin with.
 CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "config", "/etc/chatgpt-apiserver")
 ENV = "CHATGPT_APISERVER_"
@@ -324,6 +346,8 @@ class Secret:
     less than twelve would lose too much by them.
     """
 
+    # No subclass of str: that would be joined, sliced and dumped to JSON as it is. All that prints objects (a log, a
+    # debugger, a traceback with locals) goes by __repr__ and __str__.
     __slots__ = ("_value",)
 
     def __init__(self, value: str) -> None:
@@ -357,6 +381,7 @@ WORD = "a non-empty string"
 
 def shown(value: "Any") -> str:
     """`value` as a message may show it: short, and never a text that could be a secret, or what may hold one."""
+    # People paste keys where a name belongs, and then the error into an issue. Real keys are longer than 40 characters.
     if value and isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value, ensure_ascii=False, default=str)
@@ -374,6 +399,8 @@ def nearest(word: str, known: "Iterable[str]") -> str:
 
 def beside(source: str, name: str) -> str:
     """Where the relative path `name` of the file `source` leads: beside it, else in the working directory."""
+    # Beside it first, as a service's working directory is rarely where its files are; the Go original's files, which
+    # were looked for in the working directory only, are still found.
     near = os.path.join(os.path.dirname(source), name)
     return near if os.path.exists(near) else name
 
@@ -419,8 +446,9 @@ class Section:
         overrides: "Mapping[str, tuple[str, Any]]",
     ) -> None:
         self.source, self.path, self.env, self.overrides = source, path, env, overrides
+        # A string is not shown: `"config": "sk-..."` is a mistake that people make.
         if not isinstance(data, dict):
-            found = "a string" if isinstance(data, str) else shown(data)  # which may be a secret in the wrong place
+            found = "a string" if isinstance(data, str) else shown(data)
             raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", found))
         self.data: "dict[str, Any]" = data
         self.preset: "dict[str, Any]" = {}
@@ -432,12 +460,13 @@ class Section:
 
     def error(self, key: str, found: "Any", allowed: str) -> ConfigError:
         """What is wrong with the value of `key`."""
+        # Whoever set PORT=x in a unit file looks for it in vain in the file that a message about the file would name.
         where = self.where(key)
         place = self.overrides[where][0] if where in self.overrides else "%s: %s" % (self.source, where)
         return ConfigError("%s: found %s, allowed: %s" % (place, shown(found), allowed))
 
     def only(self, *known: str) -> None:
-        """Refuses other keys. First of all, as a wrong name is why its right one is missing."""
+        """Refuses other keys. Called before any is read, as a wrong name is why its right one is missing."""
         for key in self.data:
             if key not in known:
                 raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), nearest(key, known)))
@@ -448,7 +477,7 @@ class Section:
         return self.preset.get(key) if said is None or (said == "" and key in self.preset) else said
 
     def values(self, kind: "type[Record]") -> "dict[str, Any]":
-        """What is said here of the keys of `kind`."""
+        """What is said here of the keys of `kind`; of the others a record knows the defaults."""
         found = {}
         for name, one in kind.settings.items():
             value = self.take(name)
@@ -456,7 +485,7 @@ class Section:
                 found[name] = one.read(self, name, value, *one.more)
         return found
 
-    # -- readers
+    # -- readers: a key, what is said of it, and what else its `setting` was given
 
     def section(self, key: str, value: "Any") -> "Section":
         """A nested mapping; an empty one where there is none."""
@@ -477,6 +506,7 @@ class Section:
 
     def number(self, key: str, value: "Any", low: float, high: float) -> float:
         """A number from `low` to `high`; a whole one where these are."""
+        # By type(), as a bool is an int to isinstance; NaN is between no bounds.
         whole = isinstance(low, int)
         if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
             allowed = "a whole number from %d to %d" if whole else "a number from %g to %g"
@@ -514,6 +544,7 @@ class Section:
         """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
         if not isinstance(value, str):
             raise self.error(key, type(value).__name__, "a string, $NAME or file:PATH")
+        # What begins with $ and is no name is a literal: passwords of proxies may well begin so.
         named = re.fullmatch(r"\$(\{)?(\w+)(?(1)\})", value)
         if named:
             name = named.group(2)
@@ -530,7 +561,7 @@ class Section:
                     value = file.read()
             except (OSError, ValueError) as problem:  # no such file, no text, or no name of a file
                 raise self.error(key, value[5:], "a readable file (%s)" % problem) from problem
-        value = value.strip()
+        value = value.strip()  # editors and `echo` end a file with a line end, which no header can hold
         if not (value.isascii() and value.isprintable()):
             raise self.error(key, "a character outside printable ASCII", "printable ASCII (it goes into a header)")
         return Secret(value)
@@ -567,6 +598,7 @@ class Record:
     """Named values that never change, declared as those of a frozen dataclass are; `settings` reads them.
 
     It is none because `dataclasses` writes and compiles methods for each class: 0.8 ms each, a twelfth of the start.
+    A reload compares records to find what is unchanged, so they are values all the way down: tuples, no lists.
     """
 
     fields: "ClassVar[tuple[str, ...]]"
@@ -609,7 +641,7 @@ class Record:
         return type(self)(**{**vars(self), **changes})
 
 
-# -- readers of keys that are like no other
+# -- readers of keys that are like no other: called as the methods above are
 
 
 def read_port(section: Section, key: str, value: "Any") -> int:
@@ -628,6 +660,7 @@ def read_rescue(section: Section, key: str, value: "Any") -> "float | None":
 
 def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any":
     """Models that are asked in place of others; none in place of itself."""
+    # Longer circles (a for b, b for a) are harmless: each model is tried once, see `UpstreamPool`.
     found = section.fit(key, value, shape)
     for name, models in found:
         if name in ((models,) if isinstance(models, str) else models):
@@ -647,6 +680,8 @@ def read_hosts(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
 
 def read_url(section: Section, key: str, value: "Any", schemes: "tuple[str, ...]") -> str:
     """A URL that requests can be sent to, without its trailing slash."""
+    # Stricter than urllib, which takes line ends and blanks out of a URL before it looks at it. User and password have
+    # no place in base_url: they would have to go into the header that holds the key.
     url: str = section.fit(key, value, str)
     try:
         parts = urllib.parse.urlsplit(url)
@@ -672,6 +707,7 @@ def read_proxy(section: Section, key: str, value: "Any") -> Secret:
 
 def read_ca_file(section: Section, key: str, value: "Any") -> str:
     """The path of a file with certificates that OpenSSL can read."""
+    # Now and not at the first connection: a typing error shall stop the start, not a request in the night.
     path = section.file(key, value)
     try:
         if path:
@@ -705,6 +741,7 @@ def read_drops(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
 def read_renames(section: Section, key: str, value: "Any") -> "tuple[tuple[str, str], ...]":
     """Names of parameters by others; no two may come to the same."""
     pairs: "tuple[tuple[str, str], ...]" = section.fit(key, value, {str: WORD})
+    # Two that came to one name would make a JSON object with that key twice, of which each reader takes another one.
     news = [new for _, new in pairs]
     check_params(section, key, [*dict(pairs), *news])
     for new in news:
@@ -734,12 +771,13 @@ def read_type(section: Section, key: str, value: "Any") -> str:
     return kind
 
 
-# -- the records
+# -- the records: the reference of all keys, which README.md explains and a test compares with it
 
 
 class Timeouts(Record):
     """Seconds; 0 is none. `first_byte` None: 120 for streams, 600 for whole answers, as SDKs wait 600."""
 
+    # connect has no "none": a network that swallows packets would hold a request for the kernel's two minutes.
     connect: float = setting(10.0, 0.001, 3600.0)
     first_byte: "float | None" = setting(None, 0.0, 86400.0)
     idle: float = setting(300.0, 0.0, 86400.0)
@@ -752,6 +790,7 @@ class QuotaLimits(Record):
     rpm: int = setting(0, 0, 10_000_000)
     tpm: int = setting(0, 0, 10**12)
     concurrency: int = setting(0, 0, 1_000_000)
+    # Azure judges slices of 1 or 10 s of the minute; more than a minute's worth at once is over the limit anywhere.
     burst_s: float = setting(60.0, 0.1, 60.0)
 
 
@@ -779,6 +818,7 @@ class AccountConfig(Record):
         "/chat/completions", r"/[!-\"$->@-~]+", "/path, without blanks, query and fragment", by=Section.word
     )
     api_version: str = setting("", r"[0-9A-Za-z-]*", "a date such as " + AZURE_API_VERSION, by=Section.word)
+    # Anthropic requires a limit, OpenAI does not: 4096 is the most that its oldest models take.
     max_tokens: int = setting(4096, 1, 10**7)
     thinking: str = setting(THINKING[0], THINKING)
     drop_params: "tuple[str, ...]" = setting((), by=read_drops)
@@ -789,7 +829,7 @@ class AccountConfig(Record):
 
 
 class ControllerConfig(Record):
-    """One upstream account."""
+    """One upstream account. `models` empty: all; names with `*` and `?`."""
 
     account: AccountConfig
     type: str = setting("openai", by=read_type)
@@ -822,7 +862,7 @@ class PoolConfig(Record):
 
 
 class ClientKey(Record):
-    """Who may come in: the SHA-256 of a key, and what it may ask for."""
+    """Who may come in: the SHA-256 of a key, and what it may ask for; no `models` means all."""
 
     digest: bytes
     name: str = ""
@@ -833,18 +873,22 @@ class ClientKey(Record):
 class ServerLimits(Record):
     """Bounds on what clients may do: bytes, counts, seconds; a rate of 0 is none."""
 
+    # 32 MB hold a dozen images. All bodies together are bounded, too, as requests that stand in line keep theirs.
     body_bytes: int = setting(33_554_432, 1, 2**40)
     bodies_bytes: int = setting(1 << 30, 1, 2**50)
     json_depth: int = setting(JSON_DEPTH, 3, 500)  # Python's own bound is near 900
     start_line_bytes: int = setting(START_LINE_BYTES, 64, 2**20)
     header_bytes: int = setting(65536, 1024, 2**24)
     header_count: int = setting(FIELD_COUNT, 10, 10000)
+    # An idle connection costs 7 kB, a stream two descriptors.
     connections: int = setting(10000, 1, 1_000_000)
     connections_per_client: int = setting(0, 0, 1_000_000)
+    # Who sends slowly (slowloris) holds a place and nothing else; 1024 bytes/s is below any modem.
     header_timeout: float = setting(20.0, 0.001, 3600.0)
     body_timeout: float = setting(120.0, 0.001, 86400.0)
     body_rate: int = setting(1024, 0, 2**30)
     chunk_line_bytes: int = setting(CHUNK_LINE_BYTES, 32, 2**20)
+    # Longer than proxies keep a connection (nginx 60 s), so that it is they who close and no request crosses a FIN.
     idle_timeout: float = setting(75.0, 0.001, 86400.0)
     write_timeout: float = setting(120.0, 0.001, 86400.0)
     upstream_head_bytes: int = setting(UPSTREAM_HEAD_BYTES, 1024, 2**24)
@@ -916,7 +960,7 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
         for other in found:
             if client.name == other.name:
                 raise section.error("name", client.name, "a name that no other client key has")
-            if client.digest == other.digest:
+            if client.digest == other.digest:  # of two names for one key only the first would ever count
                 raise section.error("key", "the key of " + other.name, "a key of its own")
         found.append(client)
     return tuple(found)
@@ -957,10 +1001,12 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
         preset.pop("auth_scheme", None)
     section.preset = preset
     account = AccountConfig(**section.values(AccountConfig))
+    # A forgotten key is told now and not by a 401 later. Servers of one's own rarely want any, vendors always do.
     url, local = account.base_url, account.base_url.startswith("http://localhost")
     if not account.api_key and (url.startswith("https://api.openai.com") or not (own or local)):
         raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
     if kind == "azure" and (url == OPENAI_URL or "/deployments" in url):
+        # The portal shows URLs with the deployment in them; here `model_map` says which model is which deployment.
         found = section.data.get("base_url") or "nothing"
         raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
     return account
@@ -969,13 +1015,14 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
 def parse_controller(section: Section, number: int) -> ControllerConfig:
     """One of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
     section.only("config", "config_file", *ControllerConfig.settings)
+    # A file of its own lets an account and its key be mounted as a secret, beside a configuration that is none.
     found, file = section.values(ControllerConfig), section.take("config_file")
     account = section.section("config", section.take("config"))
     if file and account.data:
         raise section.error("config_file", file, "config or config_file, not both")
     if file:
         file = section.file("config_file", file)
-        account = Section(read_file(file), file, "", section.env, {})
+        account = Section(read_file(file), file, "", section.env, {})  # whose mistakes name that file
     kind = found.get("type", ControllerConfig.type)
     name = found.pop("name", "") or "%s-%d" % (kind, number)
     return ControllerConfig(parse_account(account, kind), name=name, **found)
@@ -1007,6 +1054,7 @@ def parse_config(
 
     `overrides`: see `Section`.
     """
+    # Everything is read and checked before anything is done with it: a reload takes all of it or nothing.
     top = Section(data, source, "", env, overrides or {})
     top.only("controllers", "client_keys", *Config.settings)
     config = Config(parse_controllers(top), parse_client_keys(top), source, **top.values(Config))
@@ -1032,6 +1080,7 @@ def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> s
     """The configuration file to read, first hit wins; "" when there is none."""
     for path in named_places("--config_file", config_file, env, os.path.isfile):
         return path
+    # A named folder without a file leads on to the others: images set CONFIG_PATH once and mount what they have.
     folders = [*named_places("--config_path", config_path, env, os.path.isdir), *CONFIG_FOLDERS]
     candidates = (os.path.join(folder, name) for folder in folders for name in CONFIG_NAMES)
     return next(filter(os.path.isfile, candidates), "")
@@ -1040,6 +1089,7 @@ def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> s
 def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, Any]]]":
     """What CHATGPT_APISERVER_<KEY> sets of the scalars at the top (`PORT=9000`) and of the pool (`POOL_TYPE=random`):
     path, name of the variable and value."""
+    # As a container's variables are the only thing about it that many platforms let one change.
     pool = ("pool." + key for key, one in PoolConfig.settings.items() if one.default != ())
     for path in (*SCALARS, *pool):
         variable = ENV + path.replace(".", "_").upper()
@@ -1050,6 +1100,7 @@ def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tupl
 
 def as_scalar(text: str) -> "Any":
     """The number or truth value that `text` is, else `text`."""
+    # JSON knows both; in lower case, as Python, Helm and people write True.
     try:
         return json.loads(text.lower())
     except ValueError:
@@ -1072,7 +1123,10 @@ def environment_account(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[
 
 
 def environment_proxy(url: str, env: "Mapping[str, str]") -> str:
-    """The proxy that https_proxy, http_proxy and no_proxy name for `url`, by urllib's rules; "" for none."""
+    """The proxy that https_proxy, http_proxy and no_proxy name for `url`, by urllib's rules; "" for none.
+
+    Only a start without a file goes by it: a file says itself what it wants, and does the same everywhere.
+    """
     import urllib.request as rules  # 15 ms that files do without
 
     # `getproxies_environment` knows the process's own environment only; as there, lower case wins.
@@ -1099,6 +1153,7 @@ def load_config(
     demo: bool = False,
 ) -> Config:
     """The configuration of this start: flags over environment over file over defaults. Raises ConfigError."""
+    # --demo wins over all files: who tries it first in a folder that has one wants to see it run, not their keys spent.
     path = "" if demo else find_file(config_file, config_path, env)
     overrides: "dict[str, tuple[str, Any]]" = {}
     if path:
@@ -1128,6 +1183,7 @@ def demo_controllers() -> "list[dict[str, Any]]":
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a listener on `host`."""
+    # A name is none, whatever it resolves to now: the doors of section 14 depend on this.
     if host in ("localhost", "127.0.0.1", "::1"):
         return True
     import ipaddress  # 2 ms that loopback need not pay at the start
@@ -1140,6 +1196,7 @@ def is_loopback(host: str) -> bool:
 
 def describe(config: Config) -> "list[str]":
     """The configuration in lines for --check and the start-up log; secrets as `sk-…last4`."""
+    # Which file, which key, which way: what a support question needs to know, and all that may be shown of it.
     lines = ["configuration: %s" % config.source, "policy: %s" % config.pool.type]
     for one in config.controllers:
         account = one.account
@@ -1159,7 +1216,7 @@ def address(config: Config, host: str, port: int) -> str:
 
 
 SPELLED = {"account": "config", "digest": "key"}  # where the file says it otherwise than the record
-RESTART = ("host", "port")
+RESTART = ("host", "port")  # the listener is open, and whoever may bind port 443 may have left that right behind
 
 
 def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[str, Any, Any]]":
@@ -1176,6 +1233,7 @@ def diff_named(
     kind: str, old: "Sequence[ControllerConfig | ClientKey]", new: "Sequence[ControllerConfig | ClientKey]"
 ) -> "list[str]":
     """What is different in a list whose members have names; of a change the keys only, as values may be secrets."""
+    # By name, as state is kept by it: a controller that is renamed is a new one, whose ledger begins empty.
     before, after = {one.name: one for one in old}, {one.name: one for one in new}
     lines = ["%s %s: removed" % (kind, name) for name in before if name not in after]
     for name, one in after.items():
@@ -1222,11 +1280,12 @@ class Redactor(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.secrets: "tuple[str, ...]" = ()
-        self.keys: "tuple[bytes, ...]" = ()
+        self.secrets: "tuple[str, ...]" = ()  # for logs, and the same
+        self.keys: "tuple[bytes, ...]" = ()  # for bodies; the longest first, as one may begin like another
 
     def watch(self, secrets: "Iterable[str]") -> None:
         """From now on strikes out these; short ones would strike out ordinary words."""
+        # Fewer than six letters are no secret that holds, and striking them out would make logs unreadable.
         known = {value for value in secrets if len(value) >= 6} - DUMMY_KEYS
         known |= {json.dumps(value)[1:-1] for value in known}  # as an error body spells one that has quotes
         self.secrets = tuple(sorted(known, key=len, reverse=True))
@@ -1257,6 +1316,7 @@ class Redactor(logging.Filter):
 
     def _unmasked(self, match: "re.Match[bytes]") -> bytes:
         """What stays of a masked word: all of it unless it shows both ends of a key, or a dozen letters of one."""
+        # Documentation and models write `sk-...` too: a mask is only struck out where its ends are a key's of ours.
         word, tail = match.groups()
         ending = [key for key in self.keys if key.endswith(tail)] if len(tail) >= 3 else []
         for key in self.keys if len(word) >= 12 else ending:
@@ -1267,6 +1327,7 @@ class Redactor(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Replaces the record's text; never drops it."""
+        # Tracebacks are rendered here, as a formatter would do it after this filter has looked.
         record.msg, record.args = self.clean(record.getMessage()), ()
         if record.exc_info and record.exc_info[0]:
             record.exc_text = self.clean("".join(traceback.format_exception(*record.exc_info))).rstrip()
@@ -1274,24 +1335,11 @@ class Redactor(logging.Filter):
 
 
 class AccessRecord:
-    """What the access log says of one request; times in seconds of the loop's clock."""
+    """What the access log says of one request; times in seconds of the loop's clock.
 
-    __slots__ = (
-        "bytes",
-        "client",
-        "controller",
-        "first_at",
-        "key",
-        "method",
-        "model",
-        "outcomes",
-        "path",
-        "request_id",
-        "since",
-        "status",
-        "until",
-        "waited_s",
-    )
+    Filled by whoever knows: the server (client, status, bytes), the doors (key), the relay (model, controller,
+    outcomes). `first_at` is when the first byte of the answer left, 0 while none has.
+    """
 
     def __init__(self, client: str, method: str, path: str, since: float) -> None:
         self.client, self.method, self.path, self.since = client, method, path, since
@@ -1306,12 +1354,16 @@ _UNSAFE = re.compile(r"[^!-\[\]-~]")
 
 @functools.lru_cache(maxsize=1024)
 def plain(text: str) -> str:
-    """`text` as one word of a log line: what could forge a field or a line is escaped."""
+    """`text` as one word of a log line: what could forge a field or a line is escaped.
+
+    Paths and models are a client's own words; kept, as clients repeat them.
+    """
     return text if not _UNSAFE.search(text) else _UNSAFE.sub(lambda m: "\\x%02x" % ord(m.group()), text)
 
 
 def text_line(record: AccessRecord, stamp: str) -> str:
     """The access line for people: time, client, request, model, status, controller, attempts, milliseconds, bytes."""
+    # name=value, so that awk, grep and Loki's logfmt read it; what is rare comes last and only when there is some.
     first = (record.first_at or record.until) - record.since
     line = "%s %s %s %s %d model=%s controller=%s attempts=%d first_ms=%.1f ms=%.1f bytes=%d" % (
         stamp,
@@ -1336,7 +1388,7 @@ def text_line(record: AccessRecord, stamp: str) -> str:
 
 
 def json_line(record: AccessRecord, stamp: str) -> str:
-    """The access line for machines: the same fields as one JSON object."""
+    """The access line for machines: the same fields as one JSON object; unknown is null, so that columns stay."""
     found = {
         "time": stamp,
         "client": record.client,
@@ -1393,11 +1445,13 @@ class Console:
                 if problem.errno not in (errno.EPIPE, errno.ENOSPC, errno.EAGAIN):
                     raise
             return
-        if self.dropped:  # the note of it comes first
+        # While lines are missing no later one is taken: the note of it stands where they would have stood.
+        if self.dropped:
             self.dropped += text.count("\n")
         else:
             self.kept += text.encode("utf-8", "backslashreplace")
         self.send()
+        # Cut at a line's end, and from the newest: what led into the trouble tells more than what came of it.
         if len(self.kept) > LOG_KEPT_BYTES:
             end = self.kept.rfind(b"\n", 0, LOG_KEPT_BYTES) + 1
             self.dropped = self.kept.count(b"\n", end)
@@ -1420,6 +1474,7 @@ class Console:
 
     def _send_piece(self) -> None:
         """One write that does not block: where poll finds room in a pipe there is some for PIPE_BUF bytes (POSIX)."""
+        # In whole lines where they are short enough: pieces up to PIPE_BUF are atomic, other writers cannot cut them.
         if self.kept:
             end = self.kept.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
             del self.kept[: os.write(self.fd, self.kept[:end])]
@@ -1445,13 +1500,13 @@ class Console:
 class AccessLog:
     """Writes access lines, those of some milliseconds together: a line by itself costs twice, its write ten times."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, write: "Callable[[str], Any]", as_json: bool = False) -> None:
-        self.loop, self.write = loop, write
-        self.render = json_line if as_json else text_line
+    def __init__(self, loop: asyncio.AbstractEventLoop, write: "Callable[[str], Any]") -> None:
+        self.loop, self.write, self.render = loop, write, text_line
         self.records: "list[AccessRecord]" = []
 
     def add(self, record: AccessRecord) -> None:
         """Takes one finished request."""
+        # The line is rendered later, after the answer has left: nobody waits for it.
         record.until = self.loop.time()
         if not self.records:
             self.loop.call_later(FLUSH_S, self.flush)
@@ -1471,6 +1526,7 @@ console = Console()
 
 def set_up_logging(config: Config) -> None:
     """Sends log records to stderr, cleaned of every secret that `config` holds."""
+    # The log has a text format of its own even where access lines are JSON: it is for people, and has no fields.
     console.open()
     handler = logging.StreamHandler(console)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
@@ -1483,7 +1539,7 @@ def set_up_logging(config: Config) -> None:
 
 
 def secrets_of(config: Config) -> "Iterator[str]":
-    """Every secret of a configuration, and the forms in which it travels."""
+    """Every secret of a configuration, and the forms in which it travels. Of client keys only digests are known."""
     for controller in config.controllers:
         account = controller.account
         yield account.api_key.reveal()
