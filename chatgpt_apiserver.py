@@ -481,7 +481,8 @@ class Section:
         found = {}
         for name, one in kind.settings.items():
             value = self.take(name)
-            if value is not None or one.read is Section.record:  # of whose keys a variable may speak
+            # Records are read in any case: a variable may speak of a key in one that the file has not.
+            if value is not None or one.read is Section.record:
                 found[name] = one.read(self, name, value, *one.more)
         return found
 
@@ -607,6 +608,7 @@ class Record:
     def __init_subclass__(cls) -> None:
         cls.fields = tuple(cls.__annotations__)
         cls.settings = {}
+        # Annotations are in the order of the class; a field without a default has only one.
         for name in cls.fields:
             if name in vars(cls):
                 one = vars(cls)[name]
@@ -614,6 +616,7 @@ class Record:
                 setattr(cls, name, one.default)  # which instances fall back to
 
     def __init__(self, *values: "Any", **named: "Any") -> None:
+        # mypy checks the calls that it sees; the keys of a configuration come by `**`.
         given = dict(zip(self.fields, values, strict=False), **named)
         wrong = (given.keys() | self.settings.keys()) ^ set(self.fields)
         if wrong:
@@ -645,7 +648,7 @@ class Record:
 
 
 def read_port(section: Section, key: str, value: "Any") -> int:
-    """The port, which the Go original's files write as a string."""
+    """The port, which the Go original's files write as a string, and flags and variables too."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value):
         value = int(value)
     if type(value) is not int or not 0 <= value <= 65535:
@@ -660,7 +663,7 @@ def read_rescue(section: Section, key: str, value: "Any") -> "float | None":
 
 def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any":
     """Models that are asked in place of others; none in place of itself."""
-    # Longer circles (a for b, b for a) are harmless: each model is tried once, see `UpstreamPool`.
+    # Circles (a for b, b for a) do no harm: only the list of the model that was asked for is gone through.
     found = section.fit(key, value, shape)
     for name, models in found:
         if name in ((models,) if isinstance(models, str) else models):
@@ -669,7 +672,7 @@ def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any
 
 
 def read_endpoints(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
-    """What clients may reach; an empty list says nothing."""
+    """What clients may reach; an empty list says nothing, as chat and models are always served."""
     return section.fit(key, value, [ENDPOINTS]) or ENDPOINTS[:1]
 
 
@@ -732,14 +735,14 @@ def check_params(section: Section, key: str, names: "Iterable[str]") -> None:
 
 
 def read_drops(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
-    """Names of parameters."""
+    """Names of parameters that an account is not sent."""
     names: "tuple[str, ...]" = section.fit(key, value, [WORD])
     check_params(section, key, names)
     return names
 
 
 def read_renames(section: Section, key: str, value: "Any") -> "tuple[tuple[str, str], ...]":
-    """Names of parameters by others; no two may come to the same."""
+    """What an account calls parameters that it knows by other names."""
     pairs: "tuple[tuple[str, str], ...]" = section.fit(key, value, {str: WORD})
     # Two that came to one name would make a JSON object with that key twice, of which each reader takes another one.
     news = [new for _, new in pairs]
@@ -751,7 +754,8 @@ def read_renames(section: Section, key: str, value: "Any") -> "tuple[tuple[str, 
 
 
 def read_extra(section: Section, key: str, value: "Any") -> "tuple[tuple[str, Any], ...]":
-    """What JSON can say; TOML's dates are none of it."""
+    """What every chat is sent beside its own words."""
+    # TOML has dates and both have NaN, of which JSON knows nothing; better told now than at each request.
     extra = section.section(key, value).data
     try:
         json.dumps(extra, allow_nan=False)
@@ -762,7 +766,8 @@ def read_extra(section: Section, key: str, value: "Any") -> "tuple[tuple[str, An
 
 
 def read_type(section: Section, key: str, value: "Any") -> str:
-    """What a controller speaks. The vendors are too many for a message, so that only the nearest is named."""
+    """What a controller speaks."""
+    # The vendors are too many for a message, so that only the nearest is named.
     kind: str = section.fit(key, value, str)
     if kind not in CONTROLLER_TYPES and kind not in PRESETS:
         hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
@@ -779,6 +784,7 @@ class Timeouts(Record):
 
     # connect has no "none": a network that swallows packets would hold a request for the kernel's two minutes.
     connect: float = setting(10.0, 0.001, 3600.0)
+    # total has no end: a long answer is no fault as long as it flows.
     first_byte: "float | None" = setting(None, 0.0, 86400.0)
     idle: float = setting(300.0, 0.0, 86400.0)
     total: float = setting(0.0, 0.0, 86400.0)
@@ -851,6 +857,8 @@ class PoolConfig(Record):
     about what is asked for, and these are the operator's words.
     """
 
+    # max_wait: what people take for a slow answer and not for a broken one. max_queue: beyond it waiting has no end in
+    # sight for the last, who is better told at once.
     type: str = setting("balanced", POOL_TYPES)
     max_wait: float = setting(30.0, 0.0, 3600.0)
     max_queue: int = setting(1000, 0, 1_000_000)
@@ -920,6 +928,7 @@ class Config(Record):
     controllers: "tuple[ControllerConfig, ...]"
     client_keys: "tuple[ClientKey, ...]"
     source: str
+    # Loopback, as who starts this with a key in the environment has not yet said who may spend it.
     host: str = "127.0.0.1"
     port: int = setting(8080, by=read_port)
     pool: PoolConfig = PoolConfig()
@@ -938,6 +947,7 @@ class Config(Record):
 
 def key_digest(key: bytes) -> bytes:
     """What is kept of a client key: its SHA-256."""
+    # No slow hash: keys are random and long, not chosen by people, and this is paid for each request.
     import hashlib  # 2 ms that a start without client keys does without
 
     return hashlib.sha256(key).digest()
@@ -945,6 +955,7 @@ def key_digest(key: bytes) -> bytes:
 
 def same_digest(one: bytes, other: bytes) -> bool:
     """Whether two digests are equal, in a time that does not tell how much of them is."""
+    # Digests need that less than keys do, as nobody can choose one that begins as wanted; it costs nothing.
     import hmac  # as hashlib
 
     return hmac.compare_digest(one, other)
@@ -997,7 +1008,9 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
         told = "the %s that is part of the address: letters, digits, - and _" % key
         word = section.word(key, section.take(key) or "", r"[0-9A-Za-z_-]+", told)
         preset["base_url"] = preset["base_url"].replace("{%s}" % key, word)
-    if section.take("auth_header"):  # who names a header for the key means the scheme, too
+    # Who names a header for the key means its usual scheme: Azure's key is bare in api-key, a token of Entra goes as
+    # Bearer into Authorization.
+    if section.take("auth_header"):
         preset.pop("auth_scheme", None)
     section.preset = preset
     account = AccountConfig(**section.values(AccountConfig))
@@ -1165,6 +1178,7 @@ def load_config(
         overrides.update(environment_account(env))
     else:
         raise ConfigError(NOTHING_TO_RUN)
+    # What is nearest to this one start counts most: a flag over a variable over a file that many starts share.
     overrides.update(environment_overrides(env))
     overrides.update({key: ("--" + key, value) for key, value in flags.items() if value is not None})
     return parse_config(data, source, env, overrides)
@@ -1172,6 +1186,7 @@ def load_config(
 
 def demo_controllers() -> "list[dict[str, Any]]":
     """What --demo runs on: two echo controllers in turn, so that balancing can be seen."""
+    # Under names that clients ask for by default, and at a pace at which a stream is seen to be one.
     models = ["echo", "gpt-*"]
     return [
         {"type": "echo", "name": name, "models": models, "config": {"delay": 0.03}} for name in ("echo-a", "echo-b")
@@ -1231,32 +1246,27 @@ def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[s
 
 def diff_named(
     kind: str, old: "Sequence[ControllerConfig | ClientKey]", new: "Sequence[ControllerConfig | ClientKey]"
-) -> "list[str]":
+) -> "Iterator[str]":
     """What is different in a list whose members have names; of a change the keys only, as values may be secrets."""
     # By name, as state is kept by it: a controller that is renamed is a new one, whose ledger begins empty.
     before, after = {one.name: one for one in old}, {one.name: one for one in new}
-    lines = ["%s %s: removed" % (kind, name) for name in before if name not in after]
+    yield from ("%s %s: removed" % (kind, name) for name in before if name not in after)
     for name, one in after.items():
-        if name not in before:
-            lines.append("%s %s: added" % (kind, name))
-        elif one != before[name]:
-            keys = ", ".join(path for path, _, _ in differences(before[name], one))
-            lines.append("%s %s: changed: %s" % (kind, name, keys))
-    if [name for name in before if name in after] != [name for name in after if name in before]:
-        lines.append("%ss: another order" % kind)
-    return lines
+        keys = ", ".join(path for path, _, _ in differences(before.get(name, one), one))
+        if keys or name not in before:
+            yield "%s %s: %s" % (kind, name, "changed: " + keys if keys else "added")
+    if [*filter(after.__contains__, before)] != [*filter(before.__contains__, after)]:
+        yield "%ss: another order" % kind  # which priority goes by
 
 
-def diff_config(old: Config, new: Config) -> "list[str]":
-    """What is different in `new`, in lines without secrets; [] when nothing is."""
-    lines = []
+def diff_config(old: Config, new: Config) -> "Iterator[str]":
+    """What is different in `new`, in lines without secrets; none when nothing is."""
     for path, before, after in differences(old, new):
         if path in ("controllers", "client_keys"):
-            lines += diff_named(path[:-1].replace("_", " "), before, after)
+            yield from diff_named(path[:-1].replace("_", " "), before, after)
         elif path != "source":
             restart = " (needs a restart)" if path in RESTART else ""
-            lines.append("%s: %s -> %s%s" % (path, shown(before), shown(after), restart))
-    return lines
+            yield "%s: %s -> %s%s" % (path, shown(before), shown(after), restart)
 
 
 # ==== 3. Observability ====
@@ -7728,7 +7738,7 @@ def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | No
         return None
     redactor.watch([*secrets_of(current), *secrets_of(new)])  # what is under way may still show the old ones
     log.setLevel(new.log.level.upper())
-    for line in diff_config(current, new) or ["nothing changed"]:
+    for line in [*diff_config(current, new)] or ["nothing changed"]:
         log.info("reload: %s", line)
     return new
 

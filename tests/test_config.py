@@ -650,7 +650,7 @@ BEFORE: dict[str, Any] = {
 
 def told(**after: Any) -> list[str]:
     """The lines that tell what `after` changes."""
-    return app.diff_config(app.parse_config(BEFORE, "c.json", {}), app.parse_config({**BEFORE, **after}, "d.json", {}))
+    return list(app.diff_config(app.parse_config(BEFORE, "c.json", {}), app.parse_config({**BEFORE, **after}, "d.json", {})))
 
 
 def test_diff_of_nothing() -> None:
