@@ -264,6 +264,7 @@ def compact_json(value: "Any") -> bytes:
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
 CONTROLLER_TYPES = ("openai", "azure", "anthropic", "echo")  # and those of PRESETS
+KNOWN_TYPES = "openai | azure | anthropic | echo | a vendor that README.md names"
 ENDPOINTS = ("inference", "objects", "*")
 # What CHATGPT_APISERVER_<KEY> may set, beside the scalars of the pool. Objects and lists have no spelling in a variable
 # that anybody would guess.
@@ -389,12 +390,11 @@ def shown(value: "Any") -> str:
 
 
 def nearest(word: str, known: "Iterable[str]") -> str:
-    """The hint that ends a message about an unknown word."""
-    names = sorted(known)
+    """The hint that helps with an unknown word; "" when nothing is like it."""
     import difflib  # only mistakes need it
 
-    close = difflib.get_close_matches(word, names, 1, 0.6)
-    return "did you mean %r?" % close[0] if close else "allowed here: " + ", ".join(names)
+    close = difflib.get_close_matches(word, sorted(known), 1, 0.6)
+    return "did you mean %r?" % close[0] if close else ""
 
 
 def beside(source: str, name: str) -> str:
@@ -469,7 +469,8 @@ class Section:
         """Refuses other keys. Called before any is read, as a wrong name is why its right one is missing."""
         for key in self.data:
             if key not in known:
-                raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), nearest(key, known)))
+                hint = nearest(key, known) or "allowed here: " + ", ".join(sorted(known))
+                raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), hint))
 
     def take(self, key: str) -> "Any":
         """The raw value; null counts as absent, and so does an empty text where there is a preset."""
@@ -527,12 +528,18 @@ class Section:
             pairs, inner = self.section(key, value).data.items(), shape[str]
             return tuple((self.fit(key, name, str), self.fit(key + "." + name, one, inner)) for name, one in pairs)
         if isinstance(shape, tuple):
-            if value not in shape:
-                raise self.error(key, value, "%s (%s)" % (" | ".join(shape), nearest(str(value), shape)))
-        elif not isinstance(value, bool if shape is bool else str) or (shape is WORD and not value):
+            return self.one_of(key, value, shape, " | ".join(shape))
+        if not isinstance(value, bool if shape is bool else str) or (shape is WORD and not value):
             raise self.error(key, value, {bool: "true or false", str: "a string"}.get(shape, WORD))
         if not str(value).isprintable():  # it would break a line of the log, or a header
             raise self.error(key, "a character that cannot be printed", "printable characters")
+        return value
+
+    def one_of(self, key: str, value: "Any", names: "Collection[str]", allowed: str) -> "Any":
+        """One of `names`, which a message may sum up as `allowed`."""
+        if value not in names:
+            hint = nearest(str(value), names)
+            raise self.error(key, value, "%s (%s)" % (allowed, hint) if hint else allowed)
         return value
 
     def word(self, key: str, value: "Any", pattern: str, allowed: str) -> "Any":
@@ -671,11 +678,6 @@ def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any
     return found
 
 
-def read_endpoints(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
-    """What clients may reach; an empty list says nothing, as chat and models are always served."""
-    return section.fit(key, value, [ENDPOINTS]) or ENDPOINTS[:1]
-
-
 def read_hosts(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
     """Names of hosts, in which case says nothing (RFC 9110, 4.2.3)."""
     return tuple(name.lower() for name in section.fit(key, value, [WORD]))
@@ -727,32 +729,6 @@ def read_headers(section: Section, key: str, value: "Any") -> "tuple[tuple[str, 
     return tuple((inner.word(name, name, FIELD_NAME, FIELD_NAME_IS), inner.secret(name, one)) for name, one in pairs)
 
 
-def check_params(section: Section, key: str, names: "Iterable[str]") -> None:
-    """Refuses names of parameters that cannot be touched."""
-    for name in names:
-        if name in FIXED_PARAMS:
-            raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
-
-
-def read_drops(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
-    """Names of parameters that an account is not sent."""
-    names: "tuple[str, ...]" = section.fit(key, value, [WORD])
-    check_params(section, key, names)
-    return names
-
-
-def read_renames(section: Section, key: str, value: "Any") -> "tuple[tuple[str, str], ...]":
-    """What an account calls parameters that it knows by other names."""
-    pairs: "tuple[tuple[str, str], ...]" = section.fit(key, value, {str: WORD})
-    # Two that came to one name would make a JSON object with that key twice, of which each reader takes another one.
-    news = [new for _, new in pairs]
-    check_params(section, key, [*dict(pairs), *news])
-    for new in news:
-        if news.count(new) > 1:
-            raise section.error(key, new, "each new name once")
-    return pairs
-
-
 def read_extra(section: Section, key: str, value: "Any") -> "tuple[tuple[str, Any], ...]":
     """What every chat is sent beside its own words."""
     # TOML has dates and both have NaN, of which JSON knows nothing; better told now than at each request.
@@ -761,19 +737,7 @@ def read_extra(section: Section, key: str, value: "Any") -> "tuple[tuple[str, An
         json.dumps(extra, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as problem:
         raise section.error(key, extra, "JSON values (%s)" % problem) from None
-    check_params(section, key, extra)
     return tuple(extra.items())
-
-
-def read_type(section: Section, key: str, value: "Any") -> str:
-    """What a controller speaks."""
-    # The vendors are too many for a message, so that only the nearest is named.
-    kind: str = section.fit(key, value, str)
-    if kind not in CONTROLLER_TYPES and kind not in PRESETS:
-        hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
-        known = " | ".join((*CONTROLLER_TYPES, "a vendor that README.md names"))
-        raise section.error(key, kind, known + (" (%s)" % hint if hint.startswith("did") else ""))
-    return kind
 
 
 # -- the records: the reference of all keys, which README.md explains and a test compares with it
@@ -827,8 +791,8 @@ class AccountConfig(Record):
     # Anthropic requires a limit, OpenAI does not: 4096 is the most that its oldest models take.
     max_tokens: int = setting(4096, 1, 10**7)
     thinking: str = setting(THINKING[0], THINKING)
-    drop_params: "tuple[str, ...]" = setting((), by=read_drops)
-    rename_params: "tuple[tuple[str, str], ...]" = setting((), by=read_renames)
+    drop_params: "tuple[str, ...]" = setting((), [WORD])
+    rename_params: "tuple[tuple[str, str], ...]" = setting((), {str: WORD})
     extra_body: "tuple[tuple[str, Any], ...]" = setting((), by=read_extra)
     delay: float = setting(0.0, 0.0, 600.0)
     first_delay: float = setting(0.0, 0.0, 3600.0)
@@ -838,7 +802,8 @@ class ControllerConfig(Record):
     """One upstream account. `models` empty: all; names with `*` and `?`."""
 
     account: AccountConfig
-    type: str = setting("openai", by=read_type)
+    # The vendors are too many for a message, so that only the nearest is named.
+    type: str = setting("openai", (*CONTROLLER_TYPES, *PRESETS), KNOWN_TYPES, by=Section.one_of)
     name: str = ""
     weight: int = setting(1, 1, 10000)
     models: "tuple[str, ...]" = setting((), [WORD])
@@ -932,7 +897,7 @@ class Config(Record):
     host: str = "127.0.0.1"
     port: int = setting(8080, by=read_port)
     pool: PoolConfig = PoolConfig()
-    endpoints: "tuple[str, ...]" = setting(ENDPOINTS[:1], by=read_endpoints)
+    endpoints: "tuple[str, ...]" = setting(ENDPOINTS[:1], [ENDPOINTS])
     allowed_hosts: "tuple[str, ...]" = setting((), by=read_hosts)
     cors: CorsConfig = CorsConfig()
     tls: TlsFiles = TlsFiles()
@@ -996,6 +961,20 @@ ACCOUNT_KEYS = {
 }
 
 
+def check_params(section: Section, account: AccountConfig) -> None:
+    """Refuses what would take parameters from routing, or make two of one."""
+    renames = dict(account.rename_params)
+    news = list(renames.values())
+    touched = {"drop_params": account.drop_params, "rename_params": [*renames, *news]}
+    for key, names in {**touched, "extra_body": dict(account.extra_body)}.items():
+        for name in names:
+            if name in FIXED_PARAMS:
+                raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
+    for new in news:
+        if news.count(new) > 1:  # a JSON object with a key twice, of which each reader takes another one
+            raise section.error("rename_params", new, "each new name once")
+
+
 def parse_account(section: Section, kind: str) -> AccountConfig:
     """The `config` of a controller. Only a base_url of the user's own, or a local one, may do without a key."""
     preset = {"base_url": OPENAI_URL, **(PRESETS.get(kind) or DIALECTS.get(kind, {}))}
@@ -1014,6 +993,7 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
         preset.pop("auth_scheme", None)
     section.preset = preset
     account = AccountConfig(**section.values(AccountConfig))
+    check_params(section, account)
     # A forgotten key is told now and not by a 401 later. Servers of one's own rarely want any, vendors always do.
     url, local = account.base_url, account.base_url.startswith("http://localhost")
     if not account.api_key and (url.startswith("https://api.openai.com") or not (own or local)):
@@ -7672,7 +7652,7 @@ def load_certificate(context: ssl.SSLContext, config: Config) -> None:
 
 # ==== 15. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
-# cannot be listened on.
+# cannot be listened on. A start is measured: what few starts need is imported where it is needed.
 
 
 USAGE = """usage: chatgpt_apiserver.py [flags]
@@ -7689,6 +7669,7 @@ Several rate-limited OpenAI-style accounts behind one endpoint.
   --help, -h          print this, exit
 
 Long flags may also be written with dashes: --config-file, --config-path."""
+# Underscores as the Go original has them, dashes as everybody types them.
 FLAGS = ("config_file=", "config-file=", "config_path=", "config-path=", "host=", "port=")
 SWITCHES = ("check", "demo", "version", "help")
 
@@ -7709,6 +7690,7 @@ def parse_args(argv: "list[str]") -> "dict[str, str]":
 
 def raise_open_files() -> float:
     """Raises the limit on open files as far as allowed, as a stream takes two; what it is then."""
+    # Shells and systemd give 1024 for fear of select(), which is not used here.
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -7722,6 +7704,7 @@ def raise_open_files() -> float:
 
 def fit_connections(server: Server, files: float) -> None:
     """Bounds the connections by the open files, two each: without one for the upstream a client is of no use."""
+    # Let in, it would wait for a descriptor that the next client takes: refused, it may try another server.
     server.most = max(1.0, (files - SPARE_FILES) // 2)
     if server.most < server.config.limits.connections:
         log.warning("open files are limited to %d: at most %d clients at once", files, server.most)
@@ -7729,6 +7712,7 @@ def fit_connections(server: Server, files: float) -> None:
 
 def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
     """What `load` finds now, once it is known to be usable as a whole; None, and the log says why, when it is not."""
+    # Certificates are renewed at any time, by others: whether key and certificate fit is part of being usable.
     try:
         new = load()
         if new.tls.cert:
@@ -7744,12 +7728,16 @@ def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | No
 
 
 async def serve(config: Config, load: "Callable[[], Config]") -> None:
-    """Runs the server until a signal asks it to stop; SIGHUP makes it `load` again. Raises OSError, ConfigError."""
+    """Runs the server until a signal asks it to stop; SIGHUP makes it `load` again.
+
+    Raises OSError for an address that cannot be listened on, ConfigError for a certificate that does not fit its key.
+    """
     loop = asyncio.get_running_loop()
     server = Server(config, loop)
     stop = asyncio.Event()
 
     def ask() -> None:
+        # Who asks twice does not want to wait for answers, nor for what else the first may have begun.
         if stop.is_set():
             log.warning("second signal: closing now")
             os._exit(1)
@@ -7760,11 +7748,13 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
         if new is not None:
             server.reconfigure(new)
 
+    # Before the listener, so that a supervisor may signal as soon as it can connect.
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask)
     loop.add_signal_handler(signal.SIGHUP, reload)
     for host, port in await server.start():
         log.info("listening on %s", address(config, host, port))
+    # The listener is open; what follows delays nobody's first connection, only its first answer.
     fit_connections(server, raise_open_files())
     shrink_tls_buffers()
     gc.enable()
@@ -7778,7 +7768,7 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
 
 
 def run(config: Config, load: "Callable[[], Config]") -> int:
-    """Serves; the exit status."""
+    """Serves; the exit status, once what is left of the log has found its reader or none."""
     try:
         asyncio.run(serve(config, load))
     except OSError as error:
@@ -7790,7 +7780,11 @@ def run(config: Config, load: "Callable[[], Config]") -> int:
 
 
 def main(argv: "list[str] | None" = None) -> int:
-    """Runs the command line; the exit status."""
+    """Runs the command line; the exit status.
+
+    What goes wrong before the log is set up is told on stderr as one message, never as a traceback: it is the user's to
+    mend. All checks of --check are those of a start.
+    """
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         if "help" in args or "version" in args:
@@ -7806,8 +7800,9 @@ def main(argv: "list[str] | None" = None) -> int:
             print("\n".join(["good: " + config.source, *describe(config)]))
             return 0
         set_up_logging(config)
-        for line in describe(config)[:-1]:
+        for line in describe(config)[:-1]:  # the address is told once it is open
             log.info("%s", line)
+        # Not an error: in a container every address is public, and something in front may ask for keys.
         if not is_loopback(config.host) and not config.client_keys:
             log.warning("ANYONE WHO CAN REACH %s:%d CAN SPEND THESE KEYS: no client_keys", config.host, config.port)
         return run(config, load)

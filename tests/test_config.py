@@ -547,6 +547,12 @@ def test_is_loopback(host: str, expected: bool) -> None:
     assert app.is_loopback(host) is expected
 
 
+def test_endpoints() -> None:
+    """Nothing said opens inference; an empty list opens nothing beyond chat and models."""
+    assert (parse().endpoints, parse(endpoints=None).endpoints, parse(endpoints=[]).endpoints) == (("inference",),) * 2 + ((),)
+    assert parse(endpoints=["objects", "*"]).endpoints == ("objects", "*")
+
+
 def test_pool_detours() -> None:
     """Aliases and fallbacks keep their order; affinity is on unless switched off."""
     assert parse().pool == app.PoolConfig()
