@@ -472,10 +472,12 @@ class Section:
                 hint = nearest(key, known) or "allowed here: " + ", ".join(sorted(known))
                 raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), hint))
 
-    def take(self, key: str) -> "Any":
+    def take(self, key: str, default: "Any" = None) -> "Any":
         """The raw value; null counts as absent, and so does an empty text where there is a preset."""
         said = self.overrides.get(self.where(key), ("", self.data.get(key)))[1]
-        return self.preset.get(key) if said is None or (said == "" and key in self.preset) else said
+        if said is None or (said == "" and key in self.preset):
+            return self.preset.get(key, default)
+        return said
 
     def values(self, kind: "type[Record]") -> "dict[str, Any]":
         """What is said here of the keys of `kind`; of the others a record knows the defaults."""
@@ -801,10 +803,9 @@ class AccountConfig(Record):
 class ControllerConfig(Record):
     """One upstream account. `models` empty: all; names with `*` and `?`."""
 
+    type: str
+    name: str
     account: AccountConfig
-    # The vendors are too many for a message, so that only the nearest is named.
-    type: str = setting("openai", (*CONTROLLER_TYPES, *PRESETS), KNOWN_TYPES, by=Section.one_of)
-    name: str = ""
     weight: int = setting(1, 1, 10000)
     models: "tuple[str, ...]" = setting((), [WORD])
     model_map: "tuple[tuple[str, str], ...]" = setting((), {str: WORD})
@@ -837,8 +838,8 @@ class PoolConfig(Record):
 class ClientKey(Record):
     """Who may come in: the SHA-256 of a key, and what it may ask for; no `models` means all."""
 
+    name: str
     digest: bytes
-    name: str = ""
     models: "tuple[str, ...]" = setting((), [WORD])
     limits: QuotaLimits = QuotaLimits()
 
@@ -930,9 +931,9 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
     """The `client_keys` list; names are made where missing; names and keys must differ."""
     found: "list[ClientKey]" = []
     for number, section in enumerate(top.sections("client_keys")):
-        section.only("key", *ClientKey.settings)
-        client = ClientKey(parse_digest(section), **section.values(ClientKey))
-        client = client.replace(name=client.name or "key-%d" % (number + 1))
+        section.only("name", "key", *ClientKey.settings)
+        name = section.fit("name", section.take("name", ""), str) or "key-%d" % (number + 1)
+        client = ClientKey(name, parse_digest(section), **section.values(ClientKey))
         for other in found:
             if client.name == other.name:
                 raise section.error("name", client.name, "a name that no other client key has")
@@ -944,7 +945,7 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
 
 def parse_digest(section: Section) -> bytes:
     """The SHA-256 of a client key; all that is kept of it, and also all that `sha256:HEX` tells."""
-    key = section.secret("key", section.take("key") or "").reveal()
+    key = section.secret("key", section.take("key", "")).reveal()
     hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
     if not key or (key.startswith("sha256:") and not hashed):
         raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
@@ -985,7 +986,7 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
         return AccountConfig(**section.values(AccountConfig))
     for key in words:
         told = "the %s that is part of the address: letters, digits, - and _" % key
-        word = section.word(key, section.take(key) or "", r"[0-9A-Za-z_-]+", told)
+        word = section.word(key, section.take(key, ""), r"[0-9A-Za-z_-]+", told)
         preset["base_url"] = preset["base_url"].replace("{%s}" % key, word)
     # Who names a header for the key means its usual scheme: Azure's key is bare in api-key, a token of Entra goes as
     # Bearer into Authorization.
@@ -1007,18 +1008,18 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
 
 def parse_controller(section: Section, number: int) -> ControllerConfig:
     """One of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
-    section.only("config", "config_file", *ControllerConfig.settings)
+    section.only("type", "name", "config", "config_file", *ControllerConfig.settings)
+    # The vendors are too many for a message, so that only the nearest is named.
+    kind = section.one_of("type", section.take("type", "openai"), (*CONTROLLER_TYPES, *PRESETS), KNOWN_TYPES)
+    name = section.fit("name", section.take("name", ""), str) or "%s-%d" % (kind, number)
     # A file of its own lets an account and its key be mounted as a secret, beside a configuration that is none.
-    found, file = section.values(ControllerConfig), section.take("config_file")
-    account = section.section("config", section.take("config"))
+    account, file = section.section("config", section.take("config")), section.take("config_file")
     if file and account.data:
         raise section.error("config_file", file, "config or config_file, not both")
     if file:
         file = section.file("config_file", file)
         account = Section(read_file(file), file, "", section.env, {})  # whose mistakes name that file
-    kind = found.get("type", ControllerConfig.type)
-    name = found.pop("name", "") or "%s-%d" % (kind, number)
-    return ControllerConfig(parse_account(account, kind), name=name, **found)
+    return ControllerConfig(kind, name, parse_account(account, kind), **section.values(ControllerConfig))
 
 
 def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
