@@ -172,7 +172,7 @@ class BadMessage(ProxyError):
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used: file, path, what was found, what is allowed."""
+    """A configuration that cannot be used: file, path, what was found, what is allowed. One line, without secrets."""
 
 
 class Untranslatable(ProxyError):
@@ -196,6 +196,7 @@ class UpstreamError(Exception):
     `status` and `code` are what a client is told when nobody else answers either.
     """
 
+    # 502 and 504 are what SDKs retry and what a load balancer in front counts as ours to mend (RFC 9110, 15.6.3).
     status = 502
     code = "upstream_error"
     sent = True
@@ -391,6 +392,7 @@ def shown(value: "Any") -> str:
 
 def nearest(word: str, known: "Iterable[str]") -> str:
     """The hint that helps with an unknown word; "" when nothing is like it."""
+    # 0.6 is difflib's own measure: "wieght" finds weight, "grok" finds groq, "zzz" finds nothing.
     import difflib  # only mistakes need it
 
     close = difflib.get_close_matches(word, sorted(known), 1, 0.6)
@@ -406,7 +408,10 @@ def beside(source: str, name: str) -> str:
 
 
 def unique_keys(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
-    """A JSON object, refused when a key stands in it twice: only one of the two could count."""
+    """A JSON object, refused when a key stands in it twice: only one of the two could count.
+
+    Raises ValueError. TOML refuses it by itself; JSON parsers take the last one in silence.
+    """
     found: "dict[str, Any]" = {}
     for key, value in pairs:
         if key in found:
@@ -454,13 +459,15 @@ class Section:
         self.preset: "dict[str, Any]" = {}
 
     def where(self, key: str) -> str:
-        """The path of `key` as messages name it."""
+        """The path of `key` as messages name it: `controllers[1].config.api_key`."""
+        # A key with a line end in it would make two lines of the message.
         key = key if key.isprintable() else ascii(key)[1:-1]
         return self.path + "." + key if self.path else key
 
     def error(self, key: str, found: "Any", allowed: str) -> ConfigError:
         """What is wrong with the value of `key`."""
-        # Whoever set PORT=x in a unit file looks for it in vain in the file that a message about the file would name.
+        # What a variable in some unit file set is not in the configuration: a message that named that would send its
+        # reader looking in vain.
         where = self.where(key)
         place = self.overrides[where][0] if where in self.overrides else "%s: %s" % (self.source, where)
         return ConfigError("%s: found %s, allowed: %s" % (place, shown(found), allowed))
@@ -474,6 +481,7 @@ class Section:
 
     def take(self, key: str, default: "Any" = None) -> "Any":
         """The raw value; null counts as absent, and so does an empty text where there is a preset."""
+        # Empty texts are what templates leave of a variable that was not set: no address and no dialect is meant by it.
         said = self.overrides.get(self.where(key), ("", self.data.get(key)))[1]
         if said is None or (said == "" and key in self.preset):
             return self.preset.get(key, default)
@@ -522,6 +530,7 @@ class Section:
 
         Shapes: bool; str; WORD, a string that is not empty; a tuple, one of its members; [shape]; {str: shape}.
         """
+        # The path of a member leads to it: one wrong model in a list of thirty is named, not the list.
         if isinstance(shape, list):
             if not isinstance(value, list):
                 raise self.error(key, value, "a list of non-empty strings")
@@ -545,7 +554,7 @@ class Section:
         return value
 
     def word(self, key: str, value: "Any", pattern: str, allowed: str) -> "Any":
-        """A string that matches `pattern`."""
+        """A string that matches `pattern`; `allowed` says it in words."""
         if not re.fullmatch(pattern, self.fit(key, value, str)):
             raise self.error(key, value, allowed)
         return value
@@ -589,7 +598,8 @@ class Setting:
     """A key of the configuration: its default, what reads it, and what else that wants.
 
     Two bounds make a number. Else what stands here is a shape for `Section.fit`, or nothing, and the default's type is
-    the shape; a record reads itself.
+    the shape; a record reads itself. `by` names another reader, a method of Section or a function that is called like
+    one.
     """
 
     __slots__ = ("default", "more", "read")
@@ -666,7 +676,7 @@ def read_port(section: Section, key: str, value: "Any") -> int:
 
 
 def read_rescue(section: Section, key: str, value: "Any") -> "float | None":
-    """Seconds, or "auto" for what the times of the last answers say."""
+    """Seconds, or "auto" for what the times of the last answers say: None here, as it is no number."""
     return None if value == "auto" else section.number(key, value, 0.0, 3600.0)
 
 
@@ -681,7 +691,7 @@ def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any
 
 
 def read_hosts(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
-    """Names of hosts, in which case says nothing (RFC 9110, 4.2.3)."""
+    """Names of hosts, in which case says nothing (RFC 9110, 4.2.3); they are compared at each request."""
     return tuple(name.lower() for name in section.fit(key, value, [WORD]))
 
 
@@ -702,7 +712,10 @@ def read_url(section: Section, key: str, value: "Any", schemes: "tuple[str, ...]
 
 
 def read_proxy(section: Section, key: str, value: "Any") -> Secret:
-    """The proxy's URL; a secret, because it may carry a password."""
+    """The proxy's URL; a secret, because it may carry a password.
+
+    Only http: the connection to the proxy is plain, what goes through it is TLS by itself. No message repeats it.
+    """
     proxy = section.secret(key, value)
     try:
         if proxy:
@@ -726,6 +739,7 @@ def read_ca_file(section: Section, key: str, value: "Any") -> str:
 
 def read_headers(section: Section, key: str, value: "Any") -> "tuple[tuple[str, Secret], ...]":
     """Further fields for each request; values may well be keys."""
+    # Names are checked as a file could otherwise add a second Content-Length, or end the head.
     inner = section.section(key, value)
     pairs = inner.data.items()
     return tuple((inner.word(name, name, FIELD_NAME, FIELD_NAME_IS), inner.secret(name, one)) for name, one in pairs)
@@ -928,7 +942,10 @@ def same_digest(one: bytes, other: bytes) -> bool:
 
 
 def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
-    """The `client_keys` list; names are made where missing; names and keys must differ."""
+    """The `client_keys` list; names are made where missing; names and keys must differ.
+
+    Names stand in the access log and in reloads, so that a key itself need never be shown.
+    """
     found: "list[ClientKey]" = []
     for number, section in enumerate(top.sections("client_keys")):
         section.only("name", "key", *ClientKey.settings)
@@ -944,7 +961,7 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
 
 
 def parse_digest(section: Section) -> bytes:
-    """The SHA-256 of a client key; all that is kept of it, and also all that `sha256:HEX` tells."""
+    """The SHA-256 of a client key; all that is kept of it, and all that a file need tell: `sha256:HEX`."""
     key = section.secret("key", section.take("key", "")).reveal()
     hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
     if not key or (key.startswith("sha256:") and not hashed):
@@ -966,6 +983,7 @@ def check_params(section: Section, account: AccountConfig) -> None:
     """Refuses what would take parameters from routing, or make two of one."""
     renames = dict(account.rename_params)
     news = list(renames.values())
+    # `stream`, say, renamed by one account would make its answers come whole where the relay waits for events.
     touched = {"drop_params": account.drop_params, "rename_params": [*renames, *news]}
     for key, names in {**touched, "extra_body": dict(account.extra_body)}.items():
         for name in names:
@@ -977,9 +995,13 @@ def check_params(section: Section, account: AccountConfig) -> None:
 
 
 def parse_account(section: Section, kind: str) -> AccountConfig:
-    """The `config` of a controller. Only a base_url of the user's own, or a local one, may do without a key."""
+    """The `config` of a controller of this type, in place or in its own file.
+
+    What counts: what the user says, then the vendor's row or the dialect, then the defaults of the record.
+    """
     preset = {"base_url": OPENAI_URL, **(PRESETS.get(kind) or DIALECTS.get(kind, {}))}
     own = bool(section.take("base_url")) and kind != "azure"
+    # Words of an address (a region) are keys only where that address is used.
     words = [] if own else re.findall(r"\{(\w+)\}", preset["base_url"])
     section.only(*ACCOUNT_KEYS.get(kind, _OPENAI), *words)
     if kind == "echo":
@@ -995,7 +1017,8 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
     section.preset = preset
     account = AccountConfig(**section.values(AccountConfig))
     check_params(section, account)
-    # A forgotten key is told now and not by a 401 later. Servers of one's own rarely want any, vendors always do.
+    # A forgotten key is told now and not by a 401 later. Only a base_url of the user's own, or a local one, may do
+    # without: servers of one's own rarely want any, vendors always do.
     url, local = account.base_url, account.base_url.startswith("http://localhost")
     if not account.api_key and (url.startswith("https://api.openai.com") or not (own or local)):
         raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
@@ -1036,7 +1059,7 @@ def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
                     % (section.source, section.where("limits"), other.name, other.quota_group)
                 )
         found.append(one)
-    if not found:
+    if not found:  # a server that can answer nothing but 404 is a mistake
         raise top.error("controllers", top.take("controllers"), "a list of at least one controller")
     return tuple(found)
 
@@ -1061,7 +1084,10 @@ def parse_config(
 
 
 def named_places(flag: str, value: str, env: "Mapping[str, str]", exists: "Callable[[str], bool]") -> "Iterator[str]":
-    """What `flag` and its two variables name; the one that counts comes first. What is named must exist."""
+    """What `flag` and its two variables name; the one that counts comes first. Raises ConfigError for what is missing.
+
+    A name that leads nowhere is never skipped: the next place may hold another configuration, with other keys.
+    """
     name = flag[2:].upper()
     for setter, place in ((flag, value), (ENV + name, env.get(ENV + name)), (name, env.get(name))):
         if place and not exists(place):
@@ -1071,7 +1097,7 @@ def named_places(flag: str, value: str, env: "Mapping[str, str]", exists: "Calla
 
 
 def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> str:
-    """The configuration file to read, first hit wins; "" when there is none."""
+    """The configuration file to read, first hit wins; "" when there is none. Raises ConfigError."""
     for path in named_places("--config_file", config_file, env, os.path.isfile):
         return path
     # A named folder without a file leads on to the others: images set CONFIG_PATH once and mount what they have.
@@ -1146,7 +1172,10 @@ def load_config(
     env: "Mapping[str, str]",
     demo: bool = False,
 ) -> Config:
-    """The configuration of this start: flags over environment over file over defaults. Raises ConfigError."""
+    """The configuration of this start: flags over environment over file over defaults. Raises ConfigError.
+
+    A reload calls this again with the same arguments, so that flags keep their say over a file that changed.
+    """
     # --demo wins over all files: who tries it first in a folder that has one wants to see it run, not their keys spent.
     path = "" if demo else find_file(config_file, config_path, env)
     overrides: "dict[str, tuple[str, Any]]" = {}
@@ -1191,7 +1220,7 @@ def is_loopback(host: str) -> bool:
 
 
 def describe(config: Config) -> "list[str]":
-    """The configuration in lines for --check and the start-up log; secrets as `sk-…last4`."""
+    """The configuration in lines for --check and the start-up log, the address last; secrets as `sk-…last4`."""
     # Which file, which key, which way: what a support question needs to know, and all that may be shown of it.
     lines = ["configuration: %s" % config.source, "policy: %s" % config.pool.type]
     for one in config.controllers:
@@ -1216,7 +1245,7 @@ RESTART = ("host", "port")  # the listener is open, and whoever may bind port 44
 
 
 def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[str, Any, Any]]":
-    """The paths at which two records of one type differ, with both values."""
+    """The paths at which two records of one type differ, as a file spells them, with both values."""
     for name in old.fields:
         path, before, after = prefix + SPELLED.get(name, name), getattr(old, name), getattr(new, name)
         if isinstance(before, Record):
@@ -1255,6 +1284,7 @@ def diff_config(old: Config, new: Config) -> "Iterator[str]":
 # secret that finds its way into a message is struck out by the last filter before the stream.
 
 
+# OpenAI's 401 says "Incorrect API key provided: sk-proj-abc***wxyz": both ends of a key that a client has never seen.
 # A word, a run of what masks are made of (also as JSON may escape it), and what follows. Every quantifier is possessive
 # and a match starts at the start of a word only, so that no body makes it look twice at a byte.
 _MASKED = (  # compiled, and kept by `re`, when the first error comes
@@ -1284,6 +1314,7 @@ class Redactor(logging.Filter):
 
     def clean(self, text: str) -> str:
         """`text` without secrets."""
+        # The last letters stay: which of ten keys is meant is what the reader of a log wants to know.
         for secret in self.secrets:
             if secret in text:
                 text = text.replace(secret, repr(Secret(secret)))
@@ -1297,7 +1328,8 @@ class Redactor(logging.Filter):
         return re.sub(_MASKED, self._unmasked, body) if self.keys else body
 
     def scrub_field(self, value: bytes) -> bytes:
-        """A reply's field value without secrets; there are many, so that most are only glanced at."""
+        """A reply's field value without secrets."""
+        # There are many, most of them new at each reply (dates, ids, what is left of a quota): a glance must do.
         if len(value) < 6 or value.isdigit():
             return value
         for key in self.keys:
@@ -1340,6 +1372,7 @@ class AccessRecord:
         self.outcomes: "list[tuple[str, str, float]]" = []  # controller, outcome, seconds; one per attempt
 
 
+# Anything but visible ASCII without the backslash, as that begins what stands for the rest.
 _UNSAFE = re.compile(r"[^!-\[\]-~]")
 
 
@@ -1428,6 +1461,7 @@ class Console:
 
     def write(self, text: str) -> None:
         """Takes whole lines. A log that cannot be written must not stop the answers."""
+        # A full disk, or a terminal that is gone, is no reason to fail; anything else is a mistake of ours.
         if self.poll is None:
             try:
                 sys.stderr.write(text)
@@ -1475,6 +1509,7 @@ class Console:
             self.dropped = 0
 
     def _watch(self, waits: bool) -> None:
+        """Makes the loop call `send` when there is room, as long as something waits for it."""
         if waits == self.watched:
             return
         try:
@@ -1505,6 +1540,7 @@ class AccessLog:
 
     def flush(self) -> None:
         """Writes what has gathered."""
+        # One stamp for all, to the second: they ended within FLUSH_S of each other.
         records, self.records = self.records, []
         if records:
             stamp, render = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.render
@@ -1523,7 +1559,8 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     redactor.watch(secrets_of(config))
     handler.addFilter(redactor)
-    for logger in (log, logging.getLogger("asyncio")):  # which reports what no code of ours has caught
+    # asyncio's own reports what no code of ours has caught, and so may show what an exception's message holds.
+    for logger in (log, logging.getLogger("asyncio")):
         logger.handlers[:] = [handler]
         logger.propagate = False
     log.setLevel(config.log.level.upper())
@@ -1535,11 +1572,12 @@ def secrets_of(config: Config) -> "Iterator[str]":
         account = controller.account
         yield account.api_key.reveal()
         yield from (value.reveal() for _, value in account.headers)
+        # A proxy's password travels as it is spelled in the URL, decoded, and in base64 with the user's name.
         parts = urllib.parse.urlsplit(account.proxy.reveal())
         if parts.password:
             pair = parts.netloc.rpartition("@")[0]
             yield from (parts.password, urllib.parse.unquote(parts.password), pair)
-            yield base64.b64encode(urllib.parse.unquote(pair).encode()).decode()  # as Proxy-Authorization says it
+            yield base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
 
 
 # ==== 4. HTTP/1.1 on the wire ====
