@@ -241,6 +241,12 @@ def error_object(message: str, kind: str, code: "str | None" = None, param: "str
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def compact_json(value: "Any") -> bytes:
+    """JSON without white space, as UTF-8."""
+    # "replace": a lone surrogate, which JSON can spell, has no UTF-8, and an error must not fail for want of one.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
 def error_body(error: "ProxyError | UpstreamError") -> bytes:
     """The JSON body that tells `error` to a client."""
     # An upstream's failure is a server_error with a code of ours: clients retry those, as they should.
@@ -249,12 +255,6 @@ def error_body(error: "ProxyError | UpstreamError") -> bytes:
     else:
         found = error_object(str(error), "server_error", error.code)
     return compact_json(found)
-
-
-def compact_json(value: "Any") -> bytes:
-    """JSON without white space, as UTF-8."""
-    # "replace": a lone surrogate, which JSON can spell, has no UTF-8, and an error must not fail for want of one.
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 # ==== 2. Configuration ====
@@ -941,6 +941,15 @@ def same_digest(one: bytes, other: bytes) -> bool:
     return hmac.compare_digest(one, other)
 
 
+def parse_digest(section: Section) -> bytes:
+    """The SHA-256 of a client key; all that is kept of it, and all that a file need tell: `sha256:HEX`."""
+    key = section.secret("key", section.take("key", "")).reveal()
+    hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
+    if not key or (key.startswith("sha256:") and not hashed):
+        raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
+    return bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode())
+
+
 def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
     """The `client_keys` list; names are made where missing; names and keys must differ.
 
@@ -958,15 +967,6 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
                 raise section.error("key", "the key of " + other.name, "a key of its own")
         found.append(client)
     return tuple(found)
-
-
-def parse_digest(section: Section) -> bytes:
-    """The SHA-256 of a client key; all that is kept of it, and all that a file need tell: `sha256:HEX`."""
-    key = section.secret("key", section.take("key", "")).reveal()
-    hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
-    if not key or (key.startswith("sha256:") and not hashed):
-        raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
-    return bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode())
 
 
 _SHARED = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
@@ -1106,6 +1106,15 @@ def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> s
     return next(filter(os.path.isfile, candidates), "")
 
 
+def as_scalar(text: str) -> "Any":
+    """The number or truth value that `text` is, else `text`."""
+    # JSON knows both; in lower case, as Python, Helm and people write True.
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
+
+
 def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, Any]]]":
     """What CHATGPT_APISERVER_<KEY> sets of the scalars at the top (`PORT=9000`) and of the pool (`POOL_TYPE=random`):
     path, name of the variable and value."""
@@ -1118,28 +1127,7 @@ def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tupl
             yield path, (variable, value if path == "host" else as_scalar(value))
 
 
-def as_scalar(text: str) -> "Any":
-    """The number or truth value that `text` is, else `text`."""
-    # JSON knows both; in lower case, as Python, Helm and people write True.
-    try:
-        return json.loads(text.lower())
-    except ValueError:
-        return text
-
-
 OPENAI_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
-
-
-def environment_account(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, str]]]":
-    """The `config` of the one controller of a user who has only set OPENAI_API_KEY, as `environment_overrides`.
-
-    The variables are those of OpenAI's own SDKs.
-    """
-    at = "controllers[0].config."
-    for key, name in zip(("api_key", "base_url", "organization", "project"), OPENAI_VARIABLES, strict=True):
-        yield at + key, (name, env.get(name, ""))
-    proxy = environment_proxy(env.get("OPENAI_BASE_URL") or OPENAI_URL, env)
-    yield at + "proxy", ("https_proxy, http_proxy or all_proxy", proxy)
 
 
 def environment_proxy(url: str, env: "Mapping[str, str]") -> str:
@@ -1159,10 +1147,31 @@ def environment_proxy(url: str, env: "Mapping[str, str]") -> str:
     return "http://" + found if found and "://" not in found else found
 
 
+def environment_account(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, str]]]":
+    """The `config` of the one controller of a user who has only set OPENAI_API_KEY, as `environment_overrides`.
+
+    The variables are those of OpenAI's own SDKs.
+    """
+    at = "controllers[0].config."
+    for key, name in zip(("api_key", "base_url", "organization", "project"), OPENAI_VARIABLES, strict=True):
+        yield at + key, (name, env.get(name, ""))
+    proxy = environment_proxy(env.get("OPENAI_BASE_URL") or OPENAI_URL, env)
+    yield at + "proxy", ("https_proxy, http_proxy or all_proxy", proxy)
+
+
 NOTHING_TO_RUN = """chatgpt_apiserver: nothing to run with. Three ways to start:
   a file:  python3 chatgpt_apiserver.py --config_file chatgpt-apiserver.json   (README.md shows one)
   a key:   OPENAI_API_KEY=sk-... python3 chatgpt_apiserver.py
   no key:  python3 chatgpt_apiserver.py --demo"""
+
+
+def demo_controllers() -> "list[dict[str, Any]]":
+    """What --demo runs on: two echo controllers in turn, so that balancing can be seen."""
+    # Under names that clients ask for by default, and at a pace at which a stream is seen to be one.
+    models = ["echo", "gpt-*"]
+    return [
+        {"type": "echo", "name": name, "models": models, "config": {"delay": 0.03}} for name in ("echo-a", "echo-b")
+    ]
 
 
 def load_config(
@@ -1194,15 +1203,6 @@ def load_config(
     return parse_config(data, source, env, overrides)
 
 
-def demo_controllers() -> "list[dict[str, Any]]":
-    """What --demo runs on: two echo controllers in turn, so that balancing can be seen."""
-    # Under names that clients ask for by default, and at a pace at which a stream is seen to be one.
-    models = ["echo", "gpt-*"]
-    return [
-        {"type": "echo", "name": name, "models": models, "config": {"delay": 0.03}} for name in ("echo-a", "echo-b")
-    ]
-
-
 # -- what is told of a configuration
 
 
@@ -1219,6 +1219,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def address(config: Config, host: str, port: int) -> str:
+    """The URL of a listener."""
+    return "http%s://%s:%d" % ("s" if config.tls.cert else "", "[%s]" % host if ":" in host else host, port)
+
+
 def describe(config: Config) -> "list[str]":
     """The configuration in lines for --check and the start-up log, the address last; secrets as `sk-…last4`."""
     # Which file, which key, which way: what a support question needs to know, and all that may be shown of it.
@@ -1233,11 +1238,6 @@ def describe(config: Config) -> "list[str]":
     lines += ["model %s: else %s" % (name, ", ".join(models)) for name, models in config.pool.fallbacks]
     lines += ["client key %s: models %s" % (key.name, ", ".join(key.models) or "all") for key in config.client_keys]
     return [*lines, "address: " + address(config, config.host, config.port)]
-
-
-def address(config: Config, host: str, port: int) -> str:
-    """The URL of a listener."""
-    return "http%s://%s:%d" % ("s" if config.tls.cert else "", "[%s]" % host if ":" in host else host, port)
 
 
 SPELLED = {"account": "config", "digest": "key"}  # where the file says it otherwise than the record
@@ -1551,6 +1551,20 @@ redactor = Redactor()
 console = Console()
 
 
+def secrets_of(config: Config) -> "Iterator[str]":
+    """Every secret of a configuration, and the forms in which it travels. Of client keys only digests are known."""
+    for controller in config.controllers:
+        account = controller.account
+        yield account.api_key.reveal()
+        yield from (value.reveal() for _, value in account.headers)
+        # A proxy's password travels as it is spelled in the URL, decoded, and in base64 with the user's name.
+        parts = urllib.parse.urlsplit(account.proxy.reveal())
+        if parts.password:
+            pair = parts.netloc.rpartition("@")[0]
+            yield from (parts.password, urllib.parse.unquote(parts.password), pair)
+            yield base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
+
+
 def set_up_logging(config: Config) -> None:
     """Sends log records to stderr, cleaned of every secret that `config` holds."""
     # The log has a text format of its own even where access lines are JSON: it is for people, and has no fields.
@@ -1564,20 +1578,6 @@ def set_up_logging(config: Config) -> None:
         logger.handlers[:] = [handler]
         logger.propagate = False
     log.setLevel(config.log.level.upper())
-
-
-def secrets_of(config: Config) -> "Iterator[str]":
-    """Every secret of a configuration, and the forms in which it travels. Of client keys only digests are known."""
-    for controller in config.controllers:
-        account = controller.account
-        yield account.api_key.reveal()
-        yield from (value.reveal() for _, value in account.headers)
-        # A proxy's password travels as it is spelled in the URL, decoded, and in base64 with the user's name.
-        parts = urllib.parse.urlsplit(account.proxy.reveal())
-        if parts.password:
-            pair = parts.netloc.rpartition("@")[0]
-            yield from (parts.password, urllib.parse.unquote(parts.password), pair)
-            yield base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
 
 
 # ==== 4. HTTP/1.1 on the wire ====
