@@ -1467,6 +1467,8 @@ class Console:
             try:
                 sys.stderr.write(text)
                 sys.stderr.flush()
+            except AttributeError:  # it is None where it was closed before the start (2>&-)
+                pass
             except OSError as problem:
                 if problem.errno not in (errno.EPIPE, errno.ENOSPC, errno.EAGAIN):
                     raise

@@ -230,6 +230,14 @@ def test_a_log_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     sys.stderr.close()
 
 
+def test_no_log_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start with stderr closed serves in silence; its last lines made the drain end with status 1."""
+    monkeypatch.setattr(sys, "stderr", None)
+    console = app.Console()
+    console.open()
+    console.write("a\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log that cannot be written is no reason to fail."""
