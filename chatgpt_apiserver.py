@@ -50,7 +50,6 @@ import asyncio
 import asyncio.sslproto
 import base64
 import enum
-import errno
 import functools
 import getopt
 import json
@@ -1453,8 +1452,12 @@ class Console:
         """Looks at what stderr is now."""
         try:
             self.fd = sys.stderr.fileno()
-            mode = os.fstat(self.fd).st_mode
         except (AttributeError, OSError, ValueError):  # none, or what stands in its place is no file
+            return
+        try:
+            mode = os.fstat(self.fd).st_mode
+        except OSError:  # closed (2>&-): a client's socket would be the next to get this number, and then the log
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fd)
             return
         if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
             self.poll = select.poll()
@@ -1462,16 +1465,12 @@ class Console:
 
     def write(self, text: str) -> None:
         """Takes whole lines. A log that cannot be written must not stop the answers."""
-        # A full disk, or a terminal that is gone, is no reason to fail; anything else is a mistake of ours.
         if self.poll is None:
             try:
                 sys.stderr.write(text)
                 sys.stderr.flush()
-            except AttributeError:  # it is None where it was closed before the start (2>&-)
+            except (AttributeError, OSError):  # there is none, the disk is full, the terminal is gone
                 pass
-            except OSError as problem:
-                if problem.errno not in (errno.EPIPE, errno.ENOSPC, errno.EAGAIN):
-                    raise
             return
         # While lines are missing no later one is taken: the note of it stands where they would have stood.
         if self.dropped:

@@ -231,11 +231,20 @@ def test_a_log_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_log_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start with stderr closed serves in silence; its last lines made the drain end with status 1."""
+    """A start with stderr closed serves in silence, and no client's socket gets its number, and with it the log."""
     monkeypatch.setattr(sys, "stderr", None)
     console = app.Console()
     console.open()
     console.write("a\n")
+    closed = os.dup(1)
+    stderr = os.fdopen(closed, "w")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    os.close(closed)
+    console.open()
+    console.write("a\n")
+    with socket.socket() as other:
+        assert other.fileno() != closed
+    stderr.close()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
