@@ -430,7 +430,7 @@ def read_file(path: str) -> "Any":
 
             return tomllib.loads(text)
         return json.loads(text, object_pairs_hook=unique_keys)
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise ConfigError("%s: cannot be read: %s" % (path, problem)) from problem
 
 
