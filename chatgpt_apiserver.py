@@ -1138,8 +1138,11 @@ def environment_proxy(url: str, env: "Mapping[str, str]") -> str:
     import urllib.request as rules  # 15 ms that files do without
 
     # `getproxies_environment` knows the process's own environment only; as there, lower case wins.
-    names = [name for name in sorted(env, key=str.islower) if name.lower().endswith("_proxy") and env[name]]
-    proxies = {name.lower()[:-6]: env[name] for name in names}
+    proxies = {
+        name.lower()[:-6]: env[name]
+        for name in sorted(env, key=str.islower)
+        if name.lower().endswith("_proxy") and env[name]
+    }
     parts = urllib.parse.urlsplit(url)
     if rules.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
         return ""
