@@ -6472,8 +6472,9 @@ class Trip:
         """Whether there is somebody to fail over to."""
         request = self.request
         # What leaves traces, or cannot be sent twice, has nobody: then nothing is held back in vain, nor asked twice.
-        once = request.stateful or request.upload is not None
-        return (self.spare or len(self.seats) - len(self.tried) > 1) and not once
+        if request.stateful or request.upload is not None:
+            return False
+        return self.spare or len(self.seats) - len(self.tried) > 1
 
     @property
     def rescued(self) -> bool:
@@ -6642,7 +6643,8 @@ class Relay:
         verdict = LEFT
         try:
             reply = await (self._ask(lease, trip) if asked is None else asked)
-            self._drop_rescue(trip)
+            if trip.rescue is not None:
+                self._drop_rescue(trip)
             verdict = await self._deliver(reply, lease, trip, sink)
             return GOOD  # whatever became of it: it was the client's answer, and no other may follow
         except (Refused, Rescued, UpstreamError, Untranslatable) as problem:
@@ -8073,7 +8075,9 @@ class Server:
             split_target(head.target)
             return self._options(client, head)
         handler, path, query = find_route(head.method, head.target, self.config.endpoints)
-        self._admit(client, head, handler, path)
+        client.key = None
+        if self.config.client_keys or client.reserve or b"content-encoding" in head.index:
+            self._admit(client, head, handler, path)
         request = ApiRequest(head.method, path, query, head.lines, body)
         request.request_id, request.upload = client.record.request_id, client.upload
         # The handler hands on what the relay returns: a coroutine around it would be one more frame at each wake.
@@ -8082,7 +8086,6 @@ class Server:
 
     def _admit(self, client: ClientConnection, head: RequestHead, handler: str, path: str) -> None:
         """Refuses who may not come in, and what could not be read. Raises ProxyError (401, 415, 503)."""
-        client.key = None
         if self.config.client_keys and path != "/status":
             client.key = self.check_key(head)
             client.record.key = client.key.name
