@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import random
 import tracemalloc
 from collections.abc import AsyncIterator
 
@@ -484,3 +485,54 @@ async def test_an_upload_waits_in_line() -> None:
         assert found.json() == {"size": len(body)} and int(found.headers["x-apiserver-wait-ms"]) >= 0
         first.close()
         client.close()
+
+
+async def test_whatever_happens_to_uploads_nothing_is_left() -> None:
+    """Clients that leave, upstreams that answer early, break or are slow, in any mixture: all is given back at the end."""
+    chance = random.Random(7)
+    done: list[int] = []
+
+    async def moody(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                text = (await reader.readuntil(b"\r\n\r\n")).lower()
+                left = int(text.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                how = chance.choice(["whole", "whole", "early", "reset", "close"])
+                left = left if how == "whole" else chance.randrange(left)
+                while left > 0 and (data := await reader.read(min(left, chance.choice([1000, 60_000])))):
+                    left -= len(data)
+                if how == "reset":
+                    reset(writer)
+                elif how != "close":
+                    writer.write(error_reply(chance.choice([400, 401, 429, 500])) if how == "early" else json_reply(200, {}))
+                if how != "whole":
+                    return
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def one_client(server: Running) -> None:
+        client = await server.open()
+        size = chance.choice([10_000, 900_000, 1_200_000, 2_000_000])
+        body = MODEL + FILE + b"x" * size + END
+        raw = head(len(body)) + body
+        cut = chance.randrange(len(raw)) if chance.random() < 0.3 else len(raw)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await client.send(raw[:cut])
+            if cut < len(raw):
+                client.reset()
+            done.append((await client.read()).status)
+        client.close()
+
+    peers = [await asyncio.start_server(moody, "127.0.0.1", 0) for _ in range(2)]
+    urls = ["http://127.0.0.1:%d/v1" % peer.sockets[0].getsockname()[1] for peer in peers]
+    async with Running(*(controller(name, url) for name, url in zip("ab", urls, strict=True))) as server:
+        for _ in range(5):
+            await asyncio.gather(*(one_client(server) for _ in range(6)))
+        while server.server.connections:
+            await asyncio.sleep(0)
+        assert server.server.held == 0 and not server.server.links.active and len(done) > 5
+        assert all(upstream.in_flight == 0 for upstream in server.server.pool.upstreams)
+    for peer in peers:
+        peer.close()
