@@ -5891,6 +5891,7 @@ class UpstreamPool:
         """Other names of models, and models that stand in for others."""
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
         self.context_fallbacks = dict(config.context_fallbacks)
+        self.detours = bool(self.aliases or self.fallbacks)
         self.affine_above = AFFINE_TOKENS if config.affinity and config.type in AFFINE_POLICIES else NEVER
 
     # -- choosing
@@ -6540,7 +6541,11 @@ class Relay:
         # Two loops: over models that may stand in, and over controllers. A controller is asked once in a round, so that
         # the inner one ends; a lease from the line begins a new round, and the wait itself is bounded.
         pool, now, verdict = self.pool, record.since, LEFT
-        trip = self._set_out(request, record)
+        trip = Trip(request, record)
+        if pool.detours or request.path != CHAT_PATH:
+            self._set_out(trip)
+        else:
+            trip.seats = pool.seats(request.model)
         while True:
             pool.estimate(request)
             try:
@@ -6569,12 +6574,11 @@ class Relay:
 
     # -- which model
 
-    def _set_out(self, request: ApiRequest, record: AccessRecord) -> Trip:
-        """A trip to whoever serves the model. Raises ProxyError (404) when nobody does and no other may stand in."""
-        pool = self.pool
+    def _set_out(self, trip: Trip) -> None:
+        """Finds who serves the model. Raises ProxyError (404) when nobody does and no other may stand in."""
+        pool, request = self.pool, trip.request
         if request.model in pool.aliases:
             request.substitute(pool.aliases[request.model])
-        trip = Trip(request, record)
         trip.spare = request.model in pool.fallbacks
         try:
             trip.seats = self._seats(request, request.model)
@@ -6582,7 +6586,6 @@ class Relay:
             if not trip.spare:
                 raise
             trip.unfit = problem
-        return trip
 
     def _seats(self, request: ApiRequest, model: str) -> "list[Seat]":
         """The controllers that serve `model` and can take the request. Raises ProxyError (404)."""
@@ -6827,8 +6830,9 @@ class Relay:
         exchange, record, request = reply.exchange, trip.record, trip.request
         # To the first byte, as it decided; how long the rest took is the line's `ms`.
         record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
-        record.status, record.first_at = reply.head.status, reply.at
-        trip.name(lease)
+        record.status, record.first_at, record.controller = reply.head.status, reply.at, lease.upstream.name
+        if request.asked or record.mapped or lease.seat.mapped is not None:
+            trip.name(lease)
         fields = self._fields(reply, trip)
         if request.stateful:
             self.remember(made_id(reply.held[:USAGE_BYTES]), lease.upstream.name)
@@ -7463,7 +7467,8 @@ class ClientConnection:
         Raises BadMessage; and ProxyError for what its head alone is refused for, when the body is not here yet.
         """
         limits, index = self.server.config.limits, head.index
-        form = b"multipart/" in index.get(b"content-type", b"").lower()
+        kind = index.get(b"content-type", b"")
+        form = b"json" not in kind and b"multipart/" in kind.lower()
         most = limits.upload_bytes if form else limits.body_bytes
         decoder = request_body_decoder(head, most, limits.chunk_line_bytes)
         if self.reserve or ((b"connection" in index or not head.minor) and not head.keeps_alive):
@@ -7569,11 +7574,12 @@ class ClientConnection:
     async def _answer(self, body: bytes, problem: "ProxyError | None") -> None:
         """Doors, route, handler; one place turns every error into a response, that of the reading (`problem`) too."""
         server, head = self.server, self.head
-        method, target = (head.method, head.target) if head is not None else ("-", "-")
-        record = self.record = AccessRecord(self.peer, method, target, self.loop.time())
+        record = self.record = AccessRecord(
+            self.peer, head.method if head else "-", head.target if head else "-", self.loop.time()
+        )
         record.request_id = server.next_id()
         try:
-            if problem is not None or head is None:
+            if not head or problem:
                 raise problem or ClientGone
             index = head.index
             if (server.guards_host and index.get(b"host") != server.last_host) or b"origin" in index:
