@@ -4427,12 +4427,17 @@ def error_words(body: bytes) -> "tuple[str, str]":
     return named, str(error.get("message") or error.get("detail") or "")
 
 
-def judge_reply(status: int, index: Index, body: bytes, wall_s: float) -> Verdict:
-    """What a reply means. `body` is only looked at for errors; `wall_s`: the time of day, for dates."""
+def judge_reply(status: int, index: Index, body: bytes, wall_s: float, stateful: bool = False) -> Verdict:
+    """What a reply means. `body` is only looked at for errors; `wall_s`: the time of day, for dates.
+
+    `stateful`: a 404 or 409 is about an object of the account, so it is the client's and says nothing of the account.
+    """
     if status < 300:
         return GOOD
     code, message = error_words(body)
     verdict = Verdict(outcome_of(status, code, message), status, message)
+    if stateful and status in (404, 409):
+        verdict.outcome = Outcome.CLIENT
     if verdict.outcome in (Outcome.RATE, Outcome.FAULT):
         verdict.after_s = retry_after(index, message, body, wall_s)
     if verdict.outcome is Outcome.RATE:
@@ -5232,7 +5237,8 @@ NO_NEEDS: "list[float]" = []
 class Lease:
     """The right to send one request to one controller: charged when granted, given back at most once by `release`.
 
-    `stuck`: called when the request needs a rescue. `entries`: what it added to configured windows.
+    `stuck`: called when the request needs a rescue, which is `urgent` from then on. `entries`: what it added to
+    configured windows.
     """
 
     __slots__ = (
@@ -5252,13 +5258,14 @@ class Lease:
         "told_requests",
         "told_tokens",
         "upstream",
+        "urgent",
     )
 
     def __init__(self, seat: Seat, need: float, stream: bool, now: float) -> None:
         upstream, ledger = seat.upstream, seat.ledger
         self.seat, self.upstream, self.need, self.stream, self.since = seat, upstream, need, stream, now
         self.ledger = ledger  # a 429 may give the seat another one meanwhile
-        self.sent_at, self.open = 0.0, True
+        self.sent_at, self.open, self.urgent = 0.0, True, False
         self.stuck: "Callable[[], bool] | None" = None
         self.entries: "list[tuple[Window, list[float]]]" = NO_ENTRIES
         self.told_requests: "Allowance | None" = None
@@ -5877,6 +5884,8 @@ class UpstreamPool:
     def _is_stuck(self, lease: Lease, now: float) -> bool:
         """Whether a request has been silent for so long that another controller should be asked too."""
         silent_s, after_s = now - lease.sent_at, self.config.rescue_after
+        if lease.urgent:
+            return True
         ours = lease.stream or lease.upstream.out_why == "suspect"
         if lease.stuck is None or not ours:
             return False
@@ -5889,9 +5898,10 @@ class UpstreamPool:
         """Asks the request's owner for a second attempt, within the budget."""
         self._turn_minute(now)
         allowed = self.rescues[0] < RESCUES_A_MINUTE or sum(self.rescues) < RESCUE_SHARE * sum(self.calls)
-        if lease.stuck is not None and self.config.rescue_after != 0 and allowed and lease.stuck():
-            self.rescues[0] += 1
-            lease.stuck = None
+        if lease.stuck is not None and self.config.rescue_after != 0:
+            lease.urgent = True  # a rescuer may fail: then the next one is asked, until something is heard
+            if allowed and lease.stuck():
+                self.rescues[0] += 1
 
     # -- what is known
 
@@ -6300,10 +6310,7 @@ class Relay:
         head = reply.head
         if head.status >= 300:
             reply.exchange.finish()
-            verdict = judge_reply(head.status, head.index, reply.held, time.time())
-            if stateful and head.status == 404:  # about an object of the account, perhaps
-                verdict.outcome = Outcome.CLIENT
-            raise Refused(reply, verdict)
+            raise Refused(reply, judge_reply(head.status, head.index, reply.held, time.time(), stateful))
         event = b"data: " + reply.held.translate(SPACED)
         if not reply.stream and judge_event(event) is EventKind.ERROR:
             reply.exchange.finish()
@@ -6367,7 +6374,7 @@ class Relay:
 
     def _rescue(self, trip: Trip, lease: Lease, exchange: Exchange) -> bool:
         """Asks another controller with room, too; whether there was one. The first real answer wins."""
-        if trip.rescue is not None:
+        if trip.rescue is not None or (trip.best is not None and not may_retry(trip.best.verdict, trip.request)):
             return False
         now = self.loop.time()
         other = self.pool.lease(trip.request, trip.seats, trip.tried | {lease.upstream}, now, resort=False)

@@ -1002,6 +1002,14 @@ async def test_stateful_requests_stay_where_they_may_have_run(status: int) -> No
         assert not home.state()["lacks"]
 
 
+async def test_a_conflict_over_an_object_is_not_the_controllers_fault() -> None:
+    """Any number of 409 to stateful requests: each is returned, none counts for the breaker or as an error."""
+    async with house(answers(error_reply(409)), both, pool={"type": "priority"}) as home:
+        for _ in range(8):
+            assert (await home.post(store=True)).status == 409
+        assert home.calls == [8, 0] and (home.state()["state"], home.state()["failures"]) == ("open", 0)
+
+
 @pytest.mark.parametrize("script", [close_at_once, hang])
 async def test_stateful_requests_are_not_replayed_after_sending(script: Script) -> None:
     """A reset or a silence after the write may hide a request that ran."""
@@ -1224,6 +1232,39 @@ async def test_an_error_never_wins(failure: bytes) -> None:
         found = await task
         assert found.status == 200 and found.headers["x-apiserver-controller"] == "a"
         assert found.headers["x-apiserver-attempts"] == "2" and home.idle()
+
+
+async def test_when_a_rescuer_fails_the_next_one_is_asked() -> None:
+    """A request that is still stuck is asked of a third at once; the rescuer that failed is not asked again."""
+    scripts = [hang, answers(error_reply(500)), then([limited("9")]), both]
+    async with house(*scripts, pool={"type": "priority", "rescue_after": 2}) as home:
+        started = now()
+        found = await home.post(stream=True)
+        assert found.headers["x-apiserver-controller"] == "d" and home.calls == [1, 1, 1, 1]
+        assert now() - started < 3
+
+
+async def test_a_probe_whose_rescuer_fails_is_rescued_again() -> None:
+    """Its second rescue does not wait for ten seconds either."""
+    async with house(hang, answers(error_reply(500)), both, pool={"type": "priority"}) as home:
+        usual(home)
+        home.pool.upstreams[0].suspect()
+        home.pool.upstreams[0].unstick(now())
+        await pause(1.1)
+        started = now()
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "c" and now() - started < 2
+
+
+async def test_a_clients_mistake_ends_the_rescues() -> None:
+    """What one rescuer calls the client's mistake is not sent to a third."""
+
+    async def slow(peer: Peer, message: Message) -> None:
+        await pause(6)
+        await both(peer, message)
+
+    async with house(slow, answers(error_reply(400)), both, pool={"type": "priority", "rescue_after": 2}) as home:
+        found = await home.post(stream=True)
+        assert found.headers["x-apiserver-controller"] == "a" and home.calls == [1, 1, 0]
 
 
 async def test_the_first_one_fails_while_the_rescuer_works() -> None:
