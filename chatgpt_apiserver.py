@@ -4974,13 +4974,13 @@ class Quota:
         self.most: float = limits.concurrency or NEVER
         self.in_flight = 0
         self.ledgers: "dict[str, Ledger]" = {}
-        self.aliases: "dict[str, str]" = {}  # model to the name that a 429 gave its limit
+        self.aliases: "dict[str, str]" = {}  # from a model, as the account calls it, to what a 429 called its limit
         self.parked_until = self.park_s = 0.0
         self.probe: "Lease | None" = None
 
     def ledger(self, model: str) -> Ledger:
         """The ledger that counts for `model`; the least recently used goes when there are too many."""
-        name = self.aliases.get(model) or _DATED.sub("", model)
+        name = self.aliases.get(model, model)
         found = self.ledgers.get(name)
         if found is None:
             if len(self.ledgers) >= MEMORY_MODELS:  # clients choose the names: what is in use must stay
@@ -5148,31 +5148,39 @@ class Upstream:
             self.out_until = now + self.suspect_s
 
     def is_silent(self, now: float) -> bool:
-        """Whether its silence is far beyond the usual (DESIGN: suspicion)."""
-        if not self.unanswered:
-            return False
-        oldest = next(iter(self.unanswered))
-        many = len(self.unanswered) >= SUSPECT_COUNT or oldest is self.probe
+        """Whether its silence is far beyond the usual: at least three requests that were sent since it last answered
+        anything, or a probe, and the oldest of them silent for too long.
+
+        A request that was sent before that answer is slow and not stuck: it does not hide that all others are, and as
+        long as it was silent then, others of its model and kind may be.
+        """
+        since = self.answered_at
         if self.out_why == "suspect":  # who was stuck before says nothing of the probe
-            many = self.probe is not None and self.probe in self.unanswered
-            oldest = self.probe if self.probe is not None else oldest
-        if not many or self.answered_at >= oldest.sent_at:
+            asked = [one for one in self.unanswered if one is self.probe and one.sent_at > since]
+        else:
+            asked = [one for one in self.unanswered if one.sent_at > since]
+        if not asked or (len(asked) < SUSPECT_COUNT and asked[0] is not self.probe):
             return False
-        return now - oldest.sent_at > oldest.seat.usual_s(oldest.stream)
+        oldest = asked[0]
+        slow = [
+            since - one.sent_at
+            for one in self.unanswered
+            if one.sent_at <= since and one.seat is oldest.seat and one.stream == oldest.stream
+        ]
+        return now - oldest.sent_at > max([oldest.seat.usual_s(oldest.stream), *slow])
 
 
 class Seat:
     """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer."""
 
-    __slots__ = ("lacks_until", "ledger", "mapped", "model", "times", "upstream")
+    __slots__ = ("lacks_until", "ledger", "limited_as", "mapped", "model", "times", "upstream")
 
     def __init__(self, upstream: Upstream, model: str) -> None:
         self.upstream, self.model = upstream, model
         self.mapped = dict(upstream.config.model_map).get(model)
-        name = self.mapped or model
-        if upstream.config.type == "azure":  # each deployment has a quota of its own, whatever its name ends in
-            upstream.quota.rename(name, name)
-        self.ledger = upstream.quota.ledger(name)
+        name = self.mapped or model  # what the account knows it by; an Azure deployment may be called anything
+        self.limited_as = name if upstream.config.type == "azure" else _DATED.sub("", name)
+        self.ledger = upstream.quota.ledger(self.limited_as)
         self.lacks_until = 0.0
         self.times: "tuple[deque[float], deque[float]]" = (deque(maxlen=SAMPLES), deque(maxlen=SAMPLES))
 
@@ -5731,10 +5739,11 @@ class UpstreamPool:
         """A 429: the model's ledger closes, under the name that the error gave it."""
         seat, quota = lease.seat, lease.upstream.quota
         if verdict.bucket and verdict.bucket != seat.ledger.name:
-            quota.rename(seat.model, verdict.bucket)
+            quota.rename(seat.limited_as, verdict.bucket)
             for upstream in self.upstreams:
-                if upstream.quota is quota and seat.model in upstream.seats:
-                    upstream.seats[seat.model].ledger = quota.ledger(seat.model)
+                for one in upstream.seats.values() if upstream.quota is quota else ():
+                    if one.limited_as == seat.limited_as:
+                        one.ledger = quota.ledger(one.limited_as)
         if lease.was_early(verdict):
             seat.ledger.halve_burst()
         seat.ledger.close(verdict, lease.need, now)

@@ -467,11 +467,29 @@ def test_limits_count_per_model_and_concurrency_for_all() -> None:
 
 def test_a_dated_name_is_the_same_model() -> None:
     """A model with and without its date suffix has one ledger; a 429's "for limit X" gives it another."""
-    quota = app.Quota("q", app.QuotaLimits())
-    assert quota.ledger("gpt-4.1-2025-04-14") is quota.ledger("gpt-4.1") is quota.ledger("gpt-4.1-20250414")
-    assert quota.ledger("gpt-4.1-mini") is not quota.ledger("gpt-4.1")
-    quota.rename("gpt-4.1-mini", "gpt-4.1")
-    assert quota.ledger("gpt-4.1-mini") is quota.ledger("gpt-4.1")
+    one = upstream()
+    dated, plain, mini = (one.seat("gpt-4.1" + end) for end in ("-2025-04-14", "", "-mini"))
+    assert dated.ledger is plain.ledger is one.seat("gpt-4.1-20250414").ledger and mini.ledger is not plain.ledger
+    one.quota.rename("gpt-4.1-mini", "gpt-4.1")
+    assert one.quota.ledger("gpt-4.1-mini") is plain.ledger
+    config = app.ControllerConfig("azure", "z", app.AccountConfig())
+    azure = app.Upstream(config, app.EchoController(config), 0)  # whose deployments have quotas of their own
+    assert azure.seat("gpt-4.1-2025-04-14").ledger is not azure.seat("gpt-4.1").ledger
+
+
+def test_a_limits_name_belongs_to_what_the_account_calls_the_model() -> None:
+    """Whichever name a client used: all that mean the refused model share its new ledger, now and later; others do not."""
+    shared = app.Quota("g", app.QuotaLimits())
+    a = upstream("a", shared, model_map=(("fast", "m"), ("quick", "m-2025-04-14")))
+    b = upstream("b", shared, model_map=(("fast", "n"),))
+    pool = app.UpstreamPool([a, b], app.SmoothWeighted(), app.PoolConfig(), Clock())  # type: ignore[arg-type]
+    seats = [a.seat("fast"), a.seat("m"), a.seat("quick"), b.seat("m"), b.seat("m-20250414")]
+    others = [b.seat("fast"), a.seat("n")]
+    pool.settle(lease(seats[0]), verdict("rate", 429, bucket="m-long", after_s=9.0))
+    a.seats.clear()
+    seats += [a.seat("fast"), a.seat("m")]
+    assert {one.ledger.name for one in seats} == {"m-long"} and not any(one.ready(1, T0) for one in seats)
+    assert {one.ledger.name for one in others} == {"n"} and all(one.ready(1, T0) for one in others)
 
 
 def test_an_early_429_halves_the_burst() -> None:
@@ -824,6 +842,50 @@ def test_an_answer_since_proves_life() -> None:
     flying = [lease(one, T0 + at) for at in range(4)]
     flying[3].answered(T0 + 4, True)
     assert not one.upstream.is_silent(T0 + 100)
+
+
+def test_one_slow_request_hides_no_hang() -> None:
+    """What was sent since the last answer counts, however long an older one has been thinking."""
+    one = seat()
+    other = one.upstream.seat("thinks-for-long")
+    usual(one, 0.1)
+    lease(other, T0)
+    lease(one, T0 + 50).answered(T0 + 50.1, True)
+    for at in range(3):
+        lease(one, T0 + 51 + at)
+    assert not one.upstream.is_silent(T0 + 52) and one.upstream.is_silent(T0 + 53)
+    lease(one, T0 + 54).answered(T0 + 54.1, True)
+    assert not one.upstream.is_silent(T0 + 1000)
+
+
+def test_what_was_slow_when_it_last_answered_may_be_slow_again() -> None:
+    """Long answers beside one that proved to be only long are no hang before they are as late as that one was."""
+    one = seat()
+    usual(one, 0.1)
+    lease(one, T0)
+    lease(one, T0 + 30).answered(T0 + 30.1, True)
+    for _ in range(3):
+        lease(one, T0 + 31)
+    assert not one.upstream.is_silent(T0 + 60) and one.upstream.is_silent(T0 + 61.2)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_slow_answers_among_quick_ones_are_no_suspicion(seed: int) -> None:
+    """One in five takes up to thirty seconds where the others take a tenth: never suspect, until all of it hangs."""
+    chance, one, now = random.Random(seed), seat(), T0
+    flying: "list[tuple[float, app.Lease]]" = []
+    for _ in range(3000):
+        now += chance.expovariate(10)
+        for item in [item for item in flying if item[0] <= now]:
+            flying.remove(item)
+            item[1].answered(item[0], True)
+            item[1].release(app.GOOD, item[0])
+        assert not one.upstream.is_silent(now)
+        flying.append((now + (chance.uniform(5, 30) if chance.random() < 0.2 else 0.1), lease(one, now)))
+    limit = one.usual_s(True)
+    for _ in range(3):
+        lease(one, now)
+    assert one.upstream.is_silent(now + limit + 30)
 
 
 def test_kinds_have_their_own_usual_times() -> None:

@@ -1124,6 +1124,24 @@ async def test_a_silent_controller_gets_no_new_requests() -> None:
         assert home.state()["state"] == "open"
 
 
+async def test_a_hang_behind_a_slow_request_is_seen() -> None:
+    """A whole answer that takes its time does not hide that every stream since the last answer is stuck."""
+    scripts = then([hang, both, hang, hang, hang])
+    async with house(scripts, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        usual(home)
+        slow = await home.ask()
+        await until(lambda: home.calls[0] == 1)
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "a"
+        await pause(0.1)
+        tasks = [home.later(stream=True) for _ in range(3)]
+        await pause(1.5)
+        assert home.state()["state"] == "suspect"
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
+        for task in tasks:
+            assert (await task).headers["x-apiserver-controller"] == "b"
+        slow.close()
+
+
 async def test_whole_answers_that_are_arriving_are_not_silent() -> None:
     """A head has come and the body trickles: slow, but no suspect."""
 
