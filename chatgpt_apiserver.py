@@ -4758,12 +4758,14 @@ class Window:
     """A configured limit: at most `limit` in any `span_s` seconds. Entries are [when it was sent, amount, counted].
 
     One that is leased but not sent yet counts without an entry in line: it can only leave once it was sent.
+    `rate`: of a burst's window, how much may go per second in the long run. A burst of 1.67 requests a second would
+    otherwise come to one a second, so as many as fit may go in the time that these are worth: one each 0.6 s.
     """
 
-    __slots__ = ("entries", "limit", "span_s", "total")
+    __slots__ = ("entries", "limit", "rate", "span_s", "total")
 
-    def __init__(self, limit: float, span_s: float) -> None:
-        self.limit, self.span_s, self.total = limit, span_s + SLACK_S, 0.0
+    def __init__(self, limit: float, span_s: float, rate: float = 0.0) -> None:
+        self.limit, self.span_s, self.rate, self.total = limit, span_s, rate, 0.0
         self.entries: "deque[list[float]]" = deque()
 
     def add(self, amount: float) -> "list[float]":
@@ -4790,14 +4792,23 @@ class Window:
             gone = entries.popleft()
             self.total -= gone[1]
             gone[2] = 0.0
-        excess = self.total + min(amount, self.limit) - self.limit
-        if excess <= 1e-9:
+        most = amount if amount < self.limit else self.limit
+        if self.total + most <= self.limit + 1e-9:
             return 0.0
-        for at, taken, _ in entries:
+        at = self._leaves_at(self.limit - most, self.span_s, now)
+        if self.rate:
+            worth = self.limit // most * most
+            at = min(at, self._leaves_at(worth - most, worth / self.rate, now))
+        return at if at > now else 0.0
+
+    def _leaves_at(self, left: float, span_s: float, now: float) -> float:
+        """When no more than `left` will be younger than `span_s`."""
+        excess = self.total - left
+        for at, taken, _ in self.entries:
             excess -= taken
             if excess <= 1e-9:
-                return at + self.span_s
-        return now + self.span_s  # at the earliest: what is in the way has yet to be sent
+                return at + span_s
+        return now + span_s  # at the earliest: what is in the way has yet to be sent
 
 
 NO_WINDOWS: "tuple[tuple[Window, ...], ...]" = ((), ())  # of requests and of tokens
@@ -4957,8 +4968,9 @@ def configured_windows(limit: float, burst_s: float) -> "tuple[Window, ...]":
     """The windows of `rpm` or `tpm`: the minute's, and the burst's where that is shorter."""
     if not limit:
         return ()
-    minute = Window(limit, WINDOW_S)
-    return (minute,) if burst_s >= WINDOW_S else (minute, Window(max(1.0, limit * burst_s / WINDOW_S), burst_s))
+    minute, rate = Window(limit, WINDOW_S + SLACK_S), limit / WINDOW_S
+    burst = max(1.0, rate * burst_s)
+    return (minute,) if burst_s >= WINDOW_S else (minute, Window(burst, burst / rate, rate))
 
 
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")

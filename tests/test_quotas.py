@@ -402,7 +402,7 @@ def test_usage_corrects_where_nothing_is_told() -> None:
 
 def test_a_window_is_exact() -> None:
     """The limit's last one goes, the next waits until the first is a window old."""
-    window = app.Window(2, 60.0)
+    window = app.Window(2, 60.25)
     for at in (T0, T0 + 10):
         assert window.opens_at(1, at) == 0
         window.sent(window.add(1), at)
@@ -426,9 +426,12 @@ def test_what_is_leased_but_not_sent_yet_holds_its_place_and_nobody_elses() -> N
 
 @pytest.mark.parametrize("seed", range(6))
 def test_at_most_rpm_in_any_minute_and_a_burst_at_once(seed: int) -> None:
-    """Under random concurrency no 60 s hold more than rpm, no burst_s more than its share, and the limit is used up."""
+    """Under random concurrency no 60 s hold more than rpm, no burst_s more than its share, and the limit is used up.
+
+    A share that is no whole number is spread evenly: 1.67 a second are one each 0.6 s.
+    """
     chance = random.Random(seed)
-    rpm, burst_s = chance.choice(((30, 60.0), (60, 10.0), (100, 1.0), (7, 60.0), (120, 5.0)))
+    rpm, burst_s = ((30, 60.0), (60, 10.0), (100, 1.0), (7, 60.0), (120, 5.0), (20, 1.0))[seed]
     one, now = seat(rpm=rpm, burst_s=burst_s), T0
     connecting: "list[tuple[float, app.Lease]]" = []
     sent: "list[float]" = []
@@ -445,10 +448,41 @@ def test_at_most_rpm_in_any_minute_and_a_burst_at_once(seed: int) -> None:
         while one.ready(1, now):
             connecting.append((now + chance.choice((0.0, 0.002, 0.05, 0.3)), lease(one, now, sent=False)))
     burst = max(1, int(rpm * burst_s / 60))
-    for span_s, most in ((60.0, rpm), (burst_s, burst)):
+    for span_s, most in ((60.0, rpm), (burst * 60 / rpm - 1e-6, burst)):
         for at, start in enumerate(sent):
             assert sum(1 for other in sent[at : at + most + 1] if other < start + span_s) <= most
-    assert len(sent) >= 0.7 * min(rpm / 60.25, burst / (burst_s + 0.25)) * (now - T0)
+    assert len(sent) >= 0.7 * min(rpm / 60.25, burst / (burst * 60 / rpm + 0.25)) * (now - T0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "needs", "a_minute"),
+    [
+        ({"rpm": 100, "burst_s": 1}, (1,), 100),
+        ({"rpm": 100, "burst_s": 2}, (1,), 100),
+        ({"rpm": 20, "burst_s": 1}, (1,), 20),
+        ({"rpm": 1000, "burst_s": 0.5}, (1,), 1000),
+        ({"tpm": 60_000, "burst_s": 1}, (600,), 100),
+        ({"tpm": 60_000, "burst_s": 1}, (300, 600), 133),
+        ({"tpm": 60_000, "burst_s": 1}, (7000,), 8),
+        ({"tpm": 60_000, "burst_s": 10}, (100, 4000, 700), 37),
+    ],
+)
+def test_a_short_burst_wastes_nothing(limits: "dict[str, Any]", needs: "tuple[int, ...]", a_minute: int) -> None:
+    """However few fit into a burst, nearly all that a minute may have goes in it, and evenly if it fits into one."""
+    one, now = seat(**limits), T0
+    sent: "list[float]" = []
+    for need in itertools.cycle(needs):
+        opens = one.ledger.opens_at(need, now)
+        now = max(now, opens)
+        if now >= T0 + 180:
+            break
+        assert one.ready(need, now)
+        made = lease(one, now, need)
+        made.release(app.GOOD, now)
+        sent.append(now)
+    assert 0.97 * 3 * a_minute <= len(sent) + 1 and len(sent) <= 3 * a_minute + len(needs)
+    third = [sum(T0 + 20 * at <= one < T0 + 20 * at + 20 for one in sent) for at in range(9)]
+    assert max(needs) > 1000 == limits.get("tpm", 0) / 60 or max(third) - min(third) <= 0.15 * max(third) + 2
 
 
 def test_limits_count_per_model_and_concurrency_for_all() -> None:

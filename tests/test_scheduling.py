@@ -684,7 +684,18 @@ async def test_woken_while_the_one_before_is_still_silent() -> None:
         for task in tasks:
             assert (await task).status == 200
         gaps = [round(at - home.ups[0].times[0], 2) for at in home.ups[0].times]
-        assert gaps == pytest.approx([0, 1.25, 2.5], abs=0.05)
+        assert gaps == pytest.approx([0, 1.0, 2.0], abs=0.05)
+
+
+async def test_a_short_burst_spreads_the_limit_evenly() -> None:
+    """A hundred a minute in bursts of a second: one each 0.6 s, a hundred in the first minute, and not one more."""
+    async with house(both, each={"limits": {"rpm": 100, "burst_s": 1}}, pool={"max_wait": 90}) as home:
+        tasks = [home.later() for _ in range(130)]
+        for task in tasks:
+            assert (await task).status == 200
+        times = home.ups[0].times
+        assert worst(times, 59.9) == 100 and worst(times, 0.59) == 1
+        assert times[99] - times[0] == pytest.approx(59.4, abs=0.5)
 
 
 async def test_first_come_first_served_and_one_waiter_per_place() -> None:
