@@ -5461,13 +5461,26 @@ def thread_of(data: "dict[str, Any]") -> bytes:
     return b""
 
 
-def attraction(thread: bytes, upstream: Upstream) -> float:
-    """How much a conversation prefers a controller: weighted rendezvous, so each gets its weight's share of them all,
-    and when one comes or goes only its own move."""
+def preferred(thread: bytes, seats: "list[Seat]", by: "Callable[[Seat], str]") -> "list[Seat]":
+    """Those of `seats` that a conversation prefers, of all that have their name in common.
+
+    Weighted rendezvous: each name gets its weight's share of all conversations, and when one comes or goes only its own
+    move. A name that has more in flight than its share allows is passed over (consistent hashing with bounded loads).
+    """
     import hashlib  # as above
 
-    mixed = hashlib.blake2b(thread + upstream.name.encode(), digest_size=6).digest()
-    return upstream.weight / -math.log((int.from_bytes(mixed, "big") + 0.5) / 2**48)
+    named: "dict[str, list[Seat]]" = {}
+    for seat in seats:
+        named.setdefault(by(seat), []).append(seat)
+    share = AFFINE_LOAD * (sum(s.upstream.in_flight for s in seats) + 1) / sum(s.upstream.weight for s in seats)
+    best, most = seats, -1.0
+    for name, own in named.items() if len(named) > 1 else ():
+        weight = sum(seat.upstream.weight for seat in own)
+        mixed = hashlib.blake2b(thread + name.encode(), digest_size=6).digest()
+        attraction = weight / -math.log((int.from_bytes(mixed, "big") + 0.5) / 2**48)
+        if attraction > most and sum(seat.upstream.in_flight for seat in own) < math.ceil(share * weight):
+            best, most = own, attraction
+    return best
 
 
 class Policy(Protocol):
@@ -5672,18 +5685,16 @@ class UpstreamPool:
     def _choose_affine(self, request: ApiRequest, ready: "list[Seat]") -> Seat:
         """The one that a long conversation prefers, whose prompt cache may know its beginning.
 
-        It is left at once when it has no room or is ill, then it is not among `ready`; and when it has more in flight
-        than its share allows (consistent hashing with bounded loads).
+        It is left at once when it has no room or is ill: then it is not among `ready`. Caches belong to organisations,
+        so the quota group comes first; within it the same choice again, for groups that are none.
         """
         thread = request.thread
         if thread is None:
             thread = request.thread = thread_of(request.data)
         if not thread:
             return self.policy.choose(ready, request.stream)
-        total = sum(seat.upstream.in_flight for seat in ready) + 1
-        share = AFFINE_LOAD * total / sum(seat.upstream.weight for seat in ready)
-        idle = [seat for seat in ready if seat.upstream.in_flight < math.ceil(share * seat.upstream.weight)]
-        return max(idle, key=lambda seat: attraction(thread, seat.upstream))
+        group = preferred(thread, ready, lambda seat: seat.upstream.quota.name)
+        return preferred(thread, group, lambda seat: seat.upstream.name)[0]
 
     def _unwanted(self, seats: "list[Seat]", line: "deque[Waiter]") -> "list[Seat]":
         """Those of `seats` that nobody in `line` waits for: who tried one in vain waits for the others only."""

@@ -14,9 +14,11 @@ from .support import ANSWER, Running, Upstream, answers, controller, error_reply
 LONG = "x" * 5000
 
 
-def pool_of(*weights: int, **more: Any) -> app.UpstreamPool:
-    """A pool of controllers a, b, c ... that never open a connection."""
+def pool_of(*weights: int, groups: str = "", **more: Any) -> app.UpstreamPool:
+    """A pool of controllers a, b, c ... that never open a connection; `groups`: a letter of each one's quota group."""
     controllers = [{"type": "echo", "name": name, "weight": w} for name, w in zip("abcdef", weights, strict=False)]
+    for one, group in zip(controllers, groups, strict=False):
+        one["quota_group"] = group
     config = app.parse_config({"controllers": controllers, "pool": more}, "c.json", {})
     pool = app.UpstreamPool([], app.SmoothWeighted(), config.pool, asyncio.get_running_loop())
     app.rebuild_pool(pool, config)
@@ -123,6 +125,23 @@ async def test_only_the_conversations_of_the_lost_move() -> None:
     assert "b" not in during.values() and len({during[n] for n, place in before.items() if place == "b"}) == 3
     lost.recover()
     assert {number: send(pool, chat(LONG, str(number))) for number in range(200)} == before
+    pool.close()
+
+
+async def test_a_quota_group_is_one_account() -> None:
+    """Of two keys of one organisation the other takes over, whose cache is the same; all other shares stay the weights'."""
+    pool = pool_of(1, 1, 1, 1, groups="ggxy")
+    before = {number: send(pool, chat(LONG, str(number))) for number in range(2000)}
+    seen = Counter(before.values())
+    assert all(abs(seen[name] - 500) < 80 for name in "abcd")
+    assert {number: send(pool, chat(LONG, str(number))) for number in range(2000)} == before
+    pool.upstreams[0].take_out("breaker", asyncio.get_running_loop().time() + 60)
+    moved = Counter(send(pool, chat(LONG, str(number))) for number, place in before.items() if place == "a")
+    assert moved["b"] == pytest.approx(seen["a"] * 2 / 3, rel=0.15)  # the group has half of its weight, of four now three
+    leases = [lease(pool, chat(LONG, "q")) for _ in range(300)]
+    assert max(Counter(one.upstream.name for one in leases).values()) <= 126
+    for one in leases:
+        pool.settle(one, app.Verdict(app.Outcome.GONE))
     pool.close()
 
 

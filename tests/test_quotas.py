@@ -753,6 +753,29 @@ def test_a_stream_that_is_cut_is_one_failure_and_no_success() -> None:
     assert one.upstream.out_why == "breaker"
 
 
+@pytest.mark.parametrize(
+    ("kind", "failures", "state"),
+    [
+        ("server_error", 5, "breaker"),
+        ("overloaded_error", 5, "breaker"),
+        ("insufficient_quota", 0, "parked"),
+        ("authentication_error", 5, "open"),  # a key that begins an answer is not refused
+        ("rate_limit_exceeded", 0, "open"),
+        ("invalid_request_error", 0, "open"),
+    ],
+)
+def test_an_error_after_the_answer_began_counts_as_its_status(kind: str, failures: int, state: str) -> None:
+    """An error event in a stream that was already good is judged and settled like a reply with that status."""
+    one = upstream("a")
+    pool = app.UpstreamPool([one], app.SmoothWeighted(), app.PoolConfig(), Clock())  # type: ignore[arg-type]
+    for made in [lease(one.seat("m")) for _ in range(5)]:
+        pool.answered(made, True, T0)
+        event = b'data: {"error":{"message":"x","type":"%b","code":"%b"}}\n\n' % ((kind.encode(),) * 2)
+        pool.settle(made, app.judge_first_event(event))
+    assert (one.failures, one.in_flight, app.describe_upstream(one, T0)["state"]) == (failures, 0, state)
+    assert one.seat("m").ready(1, T0) is (kind in {"invalid_request_error", "authentication_error"})
+
+
 def test_old_failures_are_forgotten() -> None:
     """Only outcomes of the last 30 s count."""
     one = seat()
