@@ -56,6 +56,7 @@ import getopt
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -1590,7 +1591,7 @@ class RequestHead:
 
     __slots__ = ("index", "lines", "method", "minor", "target")
 
-    def __init__(self, method: str, target: str, minor: int, index: Index, lines: "list[bytes]") -> None:
+    def __init__(self, method: str, target: str, minor: int, index: Index, lines: bytes) -> None:
         self.method, self.target, self.minor, self.index, self.lines = method, target, minor, index, lines
 
     @property
@@ -1604,7 +1605,7 @@ class ResponseHead:
 
     __slots__ = ("index", "lines", "minor", "status")
 
-    def __init__(self, status: int, minor: int, index: Index, lines: "list[bytes]") -> None:
+    def __init__(self, status: int, minor: int, index: Index, lines: bytes) -> None:
         self.status, self.minor, self.index, self.lines = status, minor, index, lines
 
 
@@ -1622,6 +1623,9 @@ def tokens(value: bytes) -> "set[bytes]":
     return {member.strip(b" \t").lower() for member in value.split(b",")}
 
 
+_PAIR, _LINE_ON = operator.itemgetter(0), operator.itemgetter(1)  # of what FieldLines knows of a line
+
+
 class FieldLines:
     """Parses field lines, and remembers what common ones come to: peers repeat theirs, and looking up costs a tenth.
 
@@ -1634,18 +1638,20 @@ class FieldLines:
         self.passes, self.clean = passes, clean
         self.known: "dict[bytes, tuple[tuple[bytes, bytes], bytes]]" = {}
 
-    def parse(self, block: bytes, limit: int) -> "tuple[Index, list[bytes]]":
+    def parse(self, block: bytes, limit: int) -> "tuple[Index, bytes]":
         """Index and passing lines of a head's field lines, which CRLF separates. Raises ValueError."""
         if not block:
-            return {}, []
+            return {}, b""
         lines, known = block.split(b"\r\n"), self.known
         if len(lines) > limit:
             raise ValueError("more than %d header fields" % limit)
-        entries = [known.get(line) or self._learn(line) for line in lines]
-        index = dict([entry[0] for entry in entries])
+        entries: "list[Any]" = list(map(known.get, lines))
+        if not all(entries):
+            entries = [entry or self._learn(line) for entry, line in zip(entries, lines, strict=True)]
+        index = dict(map(_PAIR, entries))
         if len(index) != len(lines):
-            index = joined_index(entry[0] for entry in entries)
-        kept = [entry[1] for entry in entries if entry[1]]
+            index = joined_index(map(_PAIR, entries))
+        kept = b"".join(map(_LINE_ON, entries))
         connection = index.get(b"connection")
         if connection is not None and connection not in (b"keep-alive", b"close"):
             kept = without(kept, tokens(connection))  # RFC 9110, 7.6.1
@@ -1674,9 +1680,10 @@ def joined_index(pairs: "Iterable[tuple[bytes, bytes]]") -> Index:
     return index
 
 
-def without(lines: "list[bytes]", names: "Iterable[bytes]") -> "list[bytes]":
-    """`lines` without the fields of these lower-case names."""
-    return [line for line in lines if line[: line.index(b":")].lower() not in names]
+def without(lines: bytes, names: "Collection[bytes]") -> bytes:
+    """The field lines of `lines` without those of these lower-case names."""
+    fields = lines.splitlines(keepends=True)
+    return b"".join([field for field in fields if field[: field.index(b":")].lower() not in names])
 
 
 REQUEST_FIELDS = FieldLines(
@@ -3663,7 +3670,7 @@ class ApiRequest:
         "wait_s",
     )
 
-    def __init__(self, method: str, path: str, query: str, lines: "list[bytes]", body: bytes) -> None:
+    def __init__(self, method: str, path: str, query: str, lines: bytes, body: bytes) -> None:
         self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
         self.data: "dict[str, Any]" = {}
         self.model = self.request_id = self.key = self.pinned = self.asked = ""
@@ -3953,7 +3960,7 @@ class OpenAIController:
             body = self.edits.apply(body, request)
         lines = without(request.lines, self.hidden) if self.hidden else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
-        return b"".join((self._start(request), *lines, length)), body
+        return b"".join((self._start(request), lines, length)), body
 
     def _start(self, request: ApiRequest) -> bytes:
         """Request line and our own fields; those without a query are kept."""
@@ -4165,7 +4172,7 @@ def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead
         name: value for name, value in found.index.items() if name not in (b"content-length", b"transfer-encoding")
     }
     index[b"content-type"] = kind
-    lines = [*without(found.lines, (b"content-type",)), b"Content-Type: %b\r\n" % kind]
+    lines = without(found.lines, (b"content-type",)) + b"Content-Type: %b\r\n" % kind
     return ResponseHead(status, found.minor, index, lines)
 
 
@@ -4215,7 +4222,7 @@ class EchoExchange:
         self.complete = False
         self.pieces = self._stream_pieces() if request.stream else self._whole_pieces()
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
-        self.head = ResponseHead(200, 1, {b"content-type": kind}, [b"Content-Type: %b\r\n" % kind])
+        self.head = ResponseHead(200, 1, {b"content-type": kind}, b"Content-Type: %b\r\n" % kind)
 
     async def start(self) -> None:
         """See `Exchange`."""
@@ -6473,7 +6480,7 @@ class Relay:
             lines = without(lines, RETRY_FIELDS)
         serial = trip.request.request_id.encode()
         return b"%bx-apiserver-controller: %b\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n%b" % (
-            b"".join(lines),
+            lines,
             record.controller.encode(),
             len(record.outcomes),
             record.waited_s * 1e3,
@@ -6517,7 +6524,7 @@ def more_useful(one: "Reply | None", other: Reply) -> Reply:
 
 def as_error(reply: Reply, status: int) -> Reply:
     """A 200 whose body is an error, as the error that it is."""
-    reply.head = ResponseHead(status, 1, reply.head.index, [b"Content-Type: application/json\r\n"])
+    reply.head = ResponseHead(status, 1, reply.head.index, b"Content-Type: application/json\r\n")
     return reply
 
 
@@ -7237,10 +7244,7 @@ class Server:
         if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
             raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
         data, sent = parse_chat(call.body, self.config.limits.json_depth)
-        lines = head.lines
-        if b"json" not in index.get(b"content-type", b""):  # curl's default is a form's
-            lines = [*without(lines, (b"content-type",)), b"Content-Type: application/json\r\n"]
-        request = ApiRequest("POST", "/chat/completions", call.query, lines, sent)
+        request = ApiRequest("POST", "/chat/completions", call.query, json_lines(head), sent)
         request.data, request.model, request.stream = data, data["model"], data.get("stream") is True
         request.stateful = data.get("store") is True
         request.request_id = record.request_id
@@ -7257,7 +7261,8 @@ class Server:
         index, (as_form, model) = call.head.index, INFERENCE[call.path]
         if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
             raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
-        request = ApiRequest("POST", call.path, call.query, call.head.lines, call.body)
+        lines = call.head.lines if as_form else json_lines(call.head)
+        request = ApiRequest("POST", call.path, call.query, lines, call.body)
         if as_form:
             read_form(request, index.get(b"content-type", b""), model)
         else:
@@ -7328,6 +7333,13 @@ class Server:
             if model["id"] == name:
                 await call.client.json(model)
                 return
+        seats = [seat for seat in self.pool.seats(name) if not seat.upstream.config.models]
+        if {".", ".."}.isdisjoint(name.split("/")) and any(not seat.upstream.controller.chat_only for seat in seats):
+            # Accounts know models that their lists leave out: previews, snapshots, what was tuned elsewhere.
+            request = ApiRequest("GET", "/models/" + urllib.parse.quote(name, safe="/:"), "", call.head.lines, b"")
+            request.model, request.seeks = name, True
+            await self._go(call, request)
+            return
         raise ProxyError(404, "The model %r is served by no controller here." % name[:100], "model_not_found")
 
     # -- the list of models
@@ -7350,7 +7362,7 @@ class Server:
         until, models = self.models.get(upstream.name, (0.0, []))
         if self.loop.time() < until:
             return models
-        request = ApiRequest("GET", "/models", "", [b"Accept: application/json\r\n"], b"")
+        request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
         try:
             async with asyncio.timeout(MODELS_TIMEOUT_S):
                 models = await fetch_models(upstream.controller.exchange(request, self.links, uncounted))
@@ -7460,11 +7472,20 @@ def longest_wait(index: Index, most: float) -> float:
     return most if patience is None else max(0.0, min(most, patience - PATIENCE_S))
 
 
+def json_lines(head: RequestHead) -> bytes:
+    """The field lines of a JSON request; curl's default content type is a form's."""
+    if b"json" in head.index.get(b"content-type", b""):
+        return head.lines
+    return without(head.lines, (b"content-type",)) + b"Content-Type: application/json\r\n"
+
+
 def read_input(request: ApiRequest, model: str) -> None:
     """Reads a JSON request that is no chat. Raises ProxyError (400)."""
     data = request.data = parse_object(request.body)
     request.model = data.get("model") or model
-    if not isinstance(request.model, str) or not request.model:
+    if request.path == "/responses" and "model" not in data:
+        request.model = ""  # a stored prompt may name it
+    elif not isinstance(request.model, str) or not request.model:
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     request.stream = data.get("stream") is True
     request.stateful = request.path == "/responses" and data.get("store") is not False
@@ -7475,8 +7496,6 @@ def read_input(request: ApiRequest, model: str) -> None:
         request.max_tokens = most if isinstance(most, int) and most > 0 else answer_limit(data)
     else:
         request.max_tokens = 1  # what comes back counts for little
-    if b"json" not in b"".join(line for line in request.lines if line[:13].lower() == b"content-type:"):
-        request.lines = [*without(request.lines, (b"content-type",)), b"Content-Type: application/json\r\n"]
 
 
 def read_form(request: ApiRequest, content_type: bytes, model: str) -> None:
