@@ -5448,84 +5448,61 @@ def preferred(thread: bytes, seats: "list[Seat]", by: "Callable[[Seat], str]") -
     return best
 
 
-# -- policies. Another one is a class here, a line in POLICIES, and its name in the configuration's POOL_TYPES.
+# -- policies: which one of the seats that could take a request. They are at least one and in the order of the
+# configuration; `stream`: whether the request is one. Another policy is a function here, a line in POLICIES, and its
+# name in the configuration's POOL_TYPES. What one has to remember stands in the Upstream.
 
 
-class Policy(Protocol):
-    """How a pool chooses among the controllers that could take a request."""
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """One of `seats`, which are at least one and in the order of the configuration."""
-
-
-class SmoothWeighted:
+def smooth_weighted(seats: "list[Seat]", stream: bool) -> Seat:
     """Smooth weighted round robin, the sequence of the Go original and of nginx: 5, 1, 1 gives a a b a c a a.
 
     Who cannot take part in a choice neither gains nor loses by it, so the shares of the others stay their weights'.
     """
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        total, best, most = 0, seats[0], -NEVER
-        for seat in seats:
-            upstream = seat.upstream
-            total += upstream.weight
-            upstream.credit += upstream.weight
-            if upstream.credit > most:
-                best, most = seat, upstream.credit
-        best.upstream.credit -= total
-        return best
+    total, best, most = 0, seats[0], -NEVER
+    for seat in seats:
+        upstream = seat.upstream
+        total += upstream.weight
+        upstream.credit += upstream.weight
+        if upstream.credit > most:
+            best, most = seat, upstream.credit
+    best.upstream.credit -= total
+    return best
 
 
-class WeightedRandom:
+def weighted_random(seats: "list[Seat]", stream: bool, chance: "Callable[[], float]" = random.random) -> Seat:
     """Each choice by chance, in proportion to the weights."""
-
-    def __init__(self, chance: "Callable[[], float]" = random.random) -> None:
-        self.chance = chance
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        left = self.chance() * sum(seat.upstream.weight for seat in seats)
-        for seat in seats:
-            left -= seat.upstream.weight
-            if left < 0:
-                return seat
-        return seats[-1]
+    left = chance() * sum(seat.upstream.weight for seat in seats)
+    for seat in seats:
+        left -= seat.upstream.weight
+        if left < 0:
+            return seat
+    return seats[-1]
 
 
-class LeastBusy:
+def least_busy(seats: "list[Seat]", stream: bool) -> Seat:
     """The one with the fewest requests in flight for its weight; the earlier of equals."""
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        return min(seats, key=lambda seat: seat.upstream.in_flight / seat.upstream.weight)
+    return min(seats, key=lambda seat: seat.upstream.in_flight / seat.upstream.weight)
 
 
-class Priority:
+def first_listed(seats: "list[Seat]", stream: bool) -> Seat:
     """The first in the order of the configuration."""
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        return seats[0]
+    return seats[0]
 
 
-class Fastest:
+def fastest(seats: "list[Seat]", stream: bool) -> Seat:
     """The one whose first byte came soonest of late; answers and streams are different kinds. Unknown ones first."""
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        return min(seats, key=lambda seat: seat.upstream.first_byte_s[stream])
+    return min(seats, key=lambda seat: seat.upstream.first_byte_s[stream])
 
 
+POLICIES: "dict[str, Callable[[list[Seat], bool], Seat]]" = {
+    "balanced": smooth_weighted,
+    "random": weighted_random,
+    "least_busy": least_busy,
+    "priority": first_listed,
+    "fastest": fastest,
+}
 # Whose choice may give way to a conversation's preference: to the others it is their point where a request goes.
 AFFINE_POLICIES = ("balanced", "random", "least_busy")
-POLICIES: "dict[str, Callable[[], Policy]]" = {
-    "balanced": SmoothWeighted,
-    "random": WeightedRandom,
-    "least_busy": LeastBusy,
-    "priority": Priority,
-    "fastest": Fastest,
-}
 
 
 # -- the pool and its lines
@@ -5571,9 +5548,7 @@ class UpstreamPool:
     turn of the loop, so nothing needs a lock; only `wait` waits.
     """
 
-    def __init__(
-        self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig, timers: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, upstreams: "list[Upstream]", config: PoolConfig, timers: asyncio.AbstractEventLoop) -> None:
         self.timers = timers
         self.serving: "dict[str, list[Seat]]" = {}
         self.lines: "dict[str, deque[Waiter]]" = {}  # none is empty
@@ -5581,11 +5556,11 @@ class UpstreamPool:
         self.sweeper: "asyncio.TimerHandle | None" = None
         self.answer_tokens: "dict[str, float]" = {}  # the running mean per model
         self.rescues, self.saved = Window(RESCUES_A_MINUTE, WINDOW_S), 0.0
-        self.replace(upstreams, policy, config)
+        self.replace(upstreams, config)
 
-    def replace(self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig) -> None:
+    def replace(self, upstreams: "list[Upstream]", config: PoolConfig) -> None:
         """Goes on with these controllers; whoever waits now waits for them."""
-        self.upstreams, self.policy, self.config = upstreams, policy, config
+        self.upstreams, self.config, self.policy = upstreams, config, POLICIES[config.type]
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
         self.context_fallbacks = dict(config.context_fallbacks)
         self.detours = bool(self.aliases or self.fallbacks)
@@ -5650,7 +5625,7 @@ class UpstreamPool:
             return None
         if request.prompt_tokens > self.affine_above and len(ready) > 1:
             ready = self._affine(request, ready)
-        return self._count(Lease(self.policy.choose(ready, request.stream), need, request.stream, now), now)
+        return self._count(Lease(self.policy(ready, request.stream), need, request.stream, now), now)
 
     def _affine(self, request: ApiRequest, ready: "list[Seat]") -> "list[Seat]":
         """The one that a long conversation prefers, whose prompt cache may know its beginning.
@@ -7067,7 +7042,7 @@ class Server:
         self.last_host: "bytes | None" = None
         self.serial, self.id_prefix = 0, "req_" + os.urandom(6).hex()
         self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
-        self.pool = UpstreamPool([], SmoothWeighted(), config.pool, loop)
+        self.pool = UpstreamPool([], config.pool, loop)
         self.gates: "dict[str, KeyGate]" = {}
         self.access = AccessLog(loop, write_stderr)
         self.reconfigure(config)
@@ -7570,8 +7545,7 @@ def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
             same = Upstream(one, CONTROLLERS[one.type](one), position, quota)
         same.position = position
         upstreams.append(same)
-    policy = pool.policy if pool.upstreams and pool.config.type == config.pool.type else POLICIES[config.pool.type]()
-    pool.replace(upstreams, policy, config.pool)
+    pool.replace(upstreams, config.pool)
 
 
 def server_tls(config: Config) -> ssl.SSLContext:

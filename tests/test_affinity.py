@@ -1,6 +1,7 @@
 """Long conversations stay where their prompt cache is, shares stay the weights', and short ones notice nothing."""
 
 import asyncio
+import functools
 import random
 from collections import Counter, OrderedDict
 from typing import Any
@@ -20,7 +21,7 @@ def pool_of(*weights: int, groups: str = "", **more: Any) -> app.UpstreamPool:
     for one, group in zip(controllers, groups, strict=False):
         one["quota_group"] = group
     config = app.parse_config({"controllers": controllers, "pool": more}, "c.json", {})
-    pool = app.UpstreamPool([], app.SmoothWeighted(), config.pool, asyncio.get_running_loop())
+    pool = app.UpstreamPool([], config.pool, asyncio.get_running_loop())
     app.rebuild_pool(pool, config)
     return pool
 
@@ -86,8 +87,6 @@ async def test_all_else_keeps_the_exact_sequence(how: str) -> None:
 async def test_policies_with_a_point_of_their_own_stay(kind: str) -> None:
     """Where the order or the speed decides no conversation does."""
     pool = pool_of(1, 1, 1, type=kind)
-    app_policy = app.POLICIES[kind]()
-    pool.policy = app_policy
     assert pool.affine_above == app.NEVER
     if kind == "priority":
         assert {send(pool, chat(LONG, str(number))) for number in range(20)} == {"a"}
@@ -176,7 +175,7 @@ class Cache:
 async def test_cached_tokens(affinity: bool, least: float, most: float) -> None:
     """Most of the prompts' tokens are found in the accounts' caches, which balancing alone loses."""
     pool, chance = pool_of(1, 1, 1, 1, 1, 1, affinity=affinity, type="random"), random.Random(7)
-    pool.policy = app.WeightedRandom(chance.random)
+    pool.policy = functools.partial(app.weighted_random, chance=chance.random)
     caches = {name: Cache(60) for name in "abcdef"}
     talks: "dict[str, list[str]]" = {f"talk {number}": [LONG, f"question {number}"] for number in range(200)}
     for _ in range(3000):

@@ -516,7 +516,7 @@ def test_a_limits_name_belongs_to_what_the_account_calls_the_model() -> None:
     shared = app.Quota("g", app.QuotaLimits())
     a = upstream("a", shared, model_map=(("fast", "m"), ("quick", "m-2025-04-14")))
     b = upstream("b", shared, model_map=(("fast", "n"),))
-    pool = app.UpstreamPool([a, b], app.SmoothWeighted(), app.PoolConfig(), Clock())  # type: ignore[arg-type]
+    pool = app.UpstreamPool([a, b], app.PoolConfig(), Clock())  # type: ignore[arg-type]
     seats = [a.seat("fast"), a.seat("m"), a.seat("quick"), b.seat("m"), b.seat("m-20250414")]
     others = [b.seat("fast"), a.seat("n")]
     pool.settle(lease(seats[0]), verdict("rate", 429, bucket="m-long", after_s=9.0))
@@ -625,7 +625,7 @@ def test_a_429s_prose(message: str, outcome: str, by_tokens: bool, bucket: str) 
 def test_replies_count_for_the_ledger_that_their_request_was_charged_to() -> None:
     """When a 429 gives a model's limit another name, what is under way still belongs to the old one."""
     ups = [upstream()]
-    pool = app.UpstreamPool(ups, app.SmoothWeighted(), app.PoolConfig(), Clock())  # type: ignore[arg-type]
+    pool = app.UpstreamPool(ups, app.PoolConfig(), Clock())  # type: ignore[arg-type]
     one = ups[0].seat("m")
     flying = [lease(one) for _ in range(50)]
     flying[0].learn(told(100, 99), None, T0)
@@ -767,7 +767,7 @@ def test_a_stream_that_is_cut_is_one_failure_and_no_success() -> None:
 def test_an_error_after_the_answer_began_counts_as_its_status(kind: str, failures: int, state: str) -> None:
     """An error event in a stream that was already good is judged and settled like a reply with that status."""
     one = upstream("a")
-    pool = app.UpstreamPool([one], app.SmoothWeighted(), app.PoolConfig(), Clock())  # type: ignore[arg-type]
+    pool = app.UpstreamPool([one], app.PoolConfig(), Clock())  # type: ignore[arg-type]
     for made in [lease(one.seat("m")) for _ in range(5)]:
         pool.answered(made, True, T0)
         event = b'data: {"error":{"message":"x","type":"%b","code":"%b"}}\n\n' % ((kind.encode(),) * 2)
@@ -1023,10 +1023,9 @@ def test_equal_weights_share_equally_over_a_cycle_with_any_subset_closed() -> No
         for at, one in enumerate(seats):
             if at not in open_:
                 one.ledger.close(verdict("rate", 429, after_s=60.0), 1, T0)
-        policy = app.SmoothWeighted()
         cycle = sum(ups[at].weight for at in open_)
         for _ in range(3):
-            counts = Counter(policy.choose([s for s in seats if s.ready(1, T0)], True).upstream.position for _ in range(cycle))
+            counts = Counter(app.smooth_weighted([s for s in seats if s.ready(1, T0)], True).upstream.position for _ in range(cycle))
             assert counts == {at: ups[at].weight for at in open_}
 
 

@@ -766,7 +766,7 @@ async def test_waiters_that_leave_cost_nothing(how: str) -> None:
 
 def pool_here(*ups: app.Upstream, **config: Any) -> app.UpstreamPool:
     """A pool on the running loop."""
-    return app.UpstreamPool(list(ups), app.SmoothWeighted(), app.PoolConfig(**config), asyncio.get_running_loop())
+    return app.UpstreamPool(list(ups), app.PoolConfig(**config), asyncio.get_running_loop())
 
 
 def echo(name: str, **limits: Any) -> app.Upstream:
