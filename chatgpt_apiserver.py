@@ -4408,12 +4408,11 @@ class Verdict:
     """What an attempt came to, and what its controller learns of it.
 
     `status`: 0 where there was no reply. `after_s`: the time that a 429 or 503 named. `by_tokens`: a 429 about tokens,
-    `limit` and `requested` of them. `bucket`: the name that a 429 gave the limit ("for limit gpt-4.1-long-context").
+    of which so many were `requested`. `bucket`: the name that a 429 gave the limit ("for limit gpt-4.1-long-context").
     """
 
     after_s: "float | None" = None
-    by_tokens, bucket = False, ""
-    limit = requested = 0
+    by_tokens, bucket, requested = False, "", 0
 
     def __init__(self, outcome: Outcome, status: int = 0, message: str = "") -> None:
         self.outcome, self.status, self.message = outcome, status, message
@@ -4530,8 +4529,8 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
         verdict.bucket = found.group(1)
     found = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", message)
     if found:
-        verdict.limit, verdict.requested = (int(number.replace(",", "") or 0) for number in found.groups())
-        if verdict.requested > verdict.limit > 0:
+        limit, verdict.requested = (int(number.replace(",", "") or 0) for number in found.groups())
+        if verdict.requested > limit > 0:
             verdict.outcome = Outcome.LARGE
 
 
@@ -4718,7 +4717,6 @@ class Bucket:
         self.level = self.limit = self.rate = self.shift = 0.0
         self.size = self.most = NEVER
         self.at, self.newest, self.slow = now, -1, 0
-        self.told: "Allowance | None" = None
 
     def level_at(self, now: float) -> float:
         """What may be taken at `now`."""
@@ -4751,9 +4749,7 @@ class Bucket:
         self.charge(0.0, now)
         left, knew = told.remaining, self.limit
         if told.reset_s:
-            if told is not self.told or self.slow == 1:
-                self.told = told
-                self._learn_rate(told.limit, left, told.reset_s)
+            self._learn_rate(told.limit, left, told.reset_s)
             # The time until it is full tells the fraction that `remaining` rounds down, and never more than that.
             left = max(left, min(self.size - told.reset_s * self.rate, left + 0.999))
         elif told.limit != self.limit:
@@ -4947,8 +4943,7 @@ class Ledger:
         """
         after_s, bucket = verdict.after_s, self.buckets[verdict.by_tokens]
         if after_s is None and bucket.limit:
-            amount = min(need, bucket.size) if verdict.by_tokens else 1.0
-            after_s = max(0.0, amount - bucket.level_at(now)) / bucket.rate or None
+            after_s = max(0.0, bucket.opens_at(need if verdict.by_tokens else 1.0, now) - now) or None
         if after_s is None:
             after_s = self.closed_for = longer(self.closed_for, CLOSED_S)
         until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
@@ -5097,7 +5092,7 @@ def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
 
 
 class Upstream:
-    """A controller with its live state. `position` is its place in the configuration.
+    """A controller with its live state.
 
     It is out until `out_until` for the reason `out_why`: "breaker", "parked" (its key was refused), "suspect", or
     "busy" (it named a time itself). After the first three it is `recovering`: one request at a time (`probe`) finds out
@@ -5106,15 +5101,12 @@ class Upstream:
 
     __slots__ = (
         "answered_at config controller credit denied failures first_byte_s forbidden in_flight last_error name out_s"
-        " out_until out_why patterns position probe quota recent recovering requests seats unanswered weight"
+        " out_until out_why patterns probe quota recent recovering requests seats unanswered weight"
     ).split()
 
-    def __init__(
-        self, config: ControllerConfig, controller: Controller, position: int, quota: "Quota | None" = None
-    ) -> None:
-        self.config, self.controller, self.position = config, controller, position
+    def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
+        self.config, self.controller, self.quota = config, controller, quota
         self.name, self.weight = config.name, config.weight
-        self.quota = quota or Quota(config.quota_group or config.name, config.limits)
         self.credit = self.in_flight = self.requests = self.failures = self.denied = self.forbidden = 0
         self.first_byte_s = [0.0, 0.0]  # of whole answers and of streams: a mean that forgets; 0 is unknown
         self.recent: "deque[tuple[float, bool]]" = deque(maxlen=BREAKER_OUTCOMES)
@@ -5240,14 +5232,14 @@ class Lease:
     """
 
     __slots__ = (
-        "entries expected ledger need open seat sent_at serial since stream stuck told upstream urgent"
+        "entries expected ledger need seat sent_at serial since stream stuck told upstream urgent"
     ).split()
 
     def __init__(self, seat: Seat, need: float, stream: bool, now: float) -> None:
         upstream, ledger = seat.upstream, seat.ledger
         self.seat, self.upstream, self.need, self.stream, self.since = seat, upstream, need, stream, now
         self.ledger = ledger  # a 429 may give the seat another one meanwhile
-        self.sent_at, self.open, self.urgent = 0.0, True, False
+        self.sent_at, self.urgent = 0.0, False
         self.stuck: "Callable[[], bool] | None" = None
         self.entries: "Sequence[tuple[int, Window, list[float]]]" = ()
         self.expected = (0.0, 0.0)
@@ -5330,7 +5322,6 @@ class Lease:
         What was never sent is given back whole.
         """
         upstream = self.upstream
-        self.open = False
         upstream.in_flight -= 1
         upstream.quota.in_flight -= 1
         upstream.unanswered.pop(self, None)
@@ -5625,7 +5616,7 @@ class UpstreamPool:
             return None
         if request.prompt_tokens > self.affine_above and len(ready) > 1:
             ready = self._affine(request, ready)
-        return self._count(Lease(self.policy(ready, request.stream), need, request.stream, now), now)
+        return self._give(self.policy(ready, request.stream), request, now)
 
     def _affine(self, request: ApiRequest, ready: "list[Seat]") -> "list[Seat]":
         """The one that a long conversation prefers, whose prompt cache may know its beginning.
@@ -5657,21 +5648,20 @@ class UpstreamPool:
         Only a 429's time, a configured limit and an exhausted quota refuse; where one of those ends in time, waiting is
         better.
         """
-        left = [seat for seat in seats if seat.upstream not in tried]
-        out = [seat for seat in left if not seat.room_at(request.need, now)]
-        full = [seat.room_at(request.need, now) for seat in left if not seat.well_at(now)]
-        full += [seat.well_at(now) for seat in out if seat.upstream.is_busy(now)]
-        if not out or (request.wait_s and any(at == NEVER or now < at <= now + request.wait_s for at in full)):
+        left = [(one, one.room_at(request.need, now), one.well_at(now)) for one in seats if one.upstream not in tried]
+        out = [(seat, well) for seat, room, well in left if not room]
+        soon = [room for _, room, well in left if not well]
+        soon += [well for seat, well in out if seat.upstream.is_busy(now)]
+        if not out or (request.wait_s and any(at == NEVER or now < at <= now + request.wait_s for at in soon)):
             return None
-        seat = min(out, key=lambda one: one.well_at(now))
-        return self._count(Lease(seat, request.need, request.stream, now), now)
+        return self._give(min(out, key=lambda one: one[1])[0], request, now)
 
-    def _count(self, lease: Lease, now: float) -> Lease:
-        """A call: it earns a share of a rescue, and somebody has to look whether it is answered."""
+    def _give(self, seat: Seat, request: ApiRequest, now: float) -> Lease:
+        """A lease: a call earns a share of a rescue, and somebody has to look whether it is answered."""
         self.saved = min(self.saved + RESCUE_SHARE, RESCUES_SAVED)
         if self.sweeper is None:
             self.sweeper = self.timers.call_at(now + SWEEP_S, self._sweep)
-        return lease
+        return Lease(seat, request.need, request.stream, now)
 
     # -- what attempts came to
 
@@ -5680,7 +5670,7 @@ class UpstreamPool:
 
         Also for an error in a stream whose answer had begun: it counts as its verdict says, like one before.
         """
-        if not lease.open:
+        if lease not in lease.ledger.open:
             return
         now, upstream = self.timers.time(), lease.upstream
         was_out = upstream.out_why
@@ -5796,8 +5786,8 @@ class UpstreamPool:
         Half of the line is the most that one client key may hold, or one client's burst would be everybody's refusal.
         """
         openings = [(seat.opens_at(request.need, now), seat.ledger.rate(request.need)) for seat in seats]
-        unknown = any(opens == NEVER for opens, _ in openings)
-        after_s = NEVER if unknown else turn_at(openings, ahead, now) - now
+        known = all(opens != NEVER for opens, _ in openings)  # else another request's end may come at any time
+        after_s = turn_at(openings, ahead, now) - now if known else NEVER
         waiting, most = self.waiting, self.config.max_queue
         if waiting >= most:
             raise NoRoom("the line is full", after_s)
@@ -5805,7 +5795,7 @@ class UpstreamPool:
             own = sum(waiter.request.key == request.key for line in self.lines.values() for waiter in line)
             if 2 * own >= most:
                 raise NoRoom("this key holds half of the line", after_s)
-        if not request.wait_s or (not unknown and after_s > request.wait_s):
+        if not request.wait_s or (known and after_s > request.wait_s):
             raise NoRoom("no controller has room in time", after_s)
 
     def _give_up(self, waiter: Waiter) -> None:
@@ -5825,39 +5815,35 @@ class UpstreamPool:
     def _sweep(self) -> None:
         """Looks for controllers that fell silent and for requests stuck in them; runs while anything is under way."""
         now, self.sweeper = self.timers.time(), None
-        for upstream in self.upstreams:
-            if not upstream.in_flight:  # what is still connecting will be silent later
-                continue
+        for upstream in [one for one in self.upstreams if one.in_flight]:  # who is connecting may be silent later
             self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
             if upstream.is_silent(now):
                 if upstream.probe is not None:
                     upstream.probe.urgent = True
                 upstream.suspect()
                 log.warning("%s: silent, gets no new requests until it answers", upstream.name)
-            for lease in [one for one in upstream.unanswered if self._is_stuck(one, now)]:
-                self._rescue(lease, now)
+            for lease in list(upstream.unanswered):
+                if lease.stuck is not None and (lease.urgent or self._is_stuck(lease, now)):
+                    self._rescue(lease, lease.stuck, now)
 
     def _is_stuck(self, lease: Lease, now: float) -> bool:
         """Whether a request has been silent for so long that another controller should be asked too."""
         silent_s, after_s = now - lease.sent_at, self.config.rescue_after
-        if lease.stuck is None or lease.urgent:
-            return lease.stuck is not None
         if not (lease.stream or lease.upstream.out_why == "suspect"):  # a whole answer may just be long
             return False
         if after_s is not None:
-            return silent_s > (after_s or NEVER)
+            return silent_s > after_s
         known = self.serving.get(lease.seat.model, [])
         return silent_s > RESCUE_MIN_S and silent_s > rescue_s(lease.seat, known, lease.stream)
 
-    def _rescue(self, lease: Lease, now: float) -> None:
+    def _rescue(self, lease: Lease, ask_another: "Callable[[], bool]", now: float) -> None:
         """Asks the request's owner for a second attempt, within the budget.
 
         It is urgent from now on: should the rescuer fail, the next one is asked at once, until something is heard.
         """
-        if lease.stuck is None or self.config.rescue_after == 0:
-            return
         lease.urgent = True
-        if (self.saved >= 1.0 or not self.rescues.opens_at(1.0, now)) and lease.stuck():
+        allowed = self.saved >= 1.0 or not self.rescues.opens_at(1.0, now)
+        if allowed and self.config.rescue_after != 0 and ask_another():
             self.saved = max(0.0, self.saved - 1.0)
             self.rescues.sent(self.rescues.add(1.0), now)
 
@@ -7535,15 +7521,14 @@ def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
     known = {upstream.name: upstream for upstream in pool.upstreams}
     quotas = {upstream.quota.name: upstream.quota for upstream in pool.upstreams}
     upstreams: "list[Upstream]" = []
-    for position, one in enumerate(config.controllers):
+    for one in config.controllers:
         same = known.get(one.name)
         if same is None or same.config != one:
             name = one.quota_group or one.name
             quota = quotas.get(name)
             if quota is None or quota.limits != one.limits:
                 quota = quotas[name] = Quota(name, one.limits)
-            same = Upstream(one, CONTROLLERS[one.type](one), position, quota)
-        same.position = position
+            same = Upstream(one, CONTROLLERS[one.type](one), quota)
         upstreams.append(same)
     pool.replace(upstreams, config.pool)
 

@@ -10,11 +10,11 @@ import chatgpt_apiserver as app
 
 
 def upstream(
-    name: str, weight: int = 1, position: int = 0, models: tuple[str, ...] = (), **more: object
+    name: str, weight: int = 1, models: tuple[str, ...] = (), **more: object
 ) -> app.Upstream:
     """An echo controller with its state."""
     config = app.ControllerConfig("echo", name, app.AccountConfig(), weight, models, **more)  # type: ignore[arg-type]
-    return app.Upstream(config, app.EchoController(config), position)
+    return app.Upstream(config, app.EchoController(config), app.Quota(name, config.limits))
 
 
 def seats(*weights: int) -> list[app.Seat]:
@@ -24,7 +24,7 @@ def seats(*weights: int) -> list[app.Seat]:
 
 def upstreams(*weights: int) -> list[app.Upstream]:
     """Controllers a, b, c ... with these weights."""
-    return [upstream("abcdefgh"[at], weight, at) for at, weight in enumerate(weights)]
+    return [upstream(name, weight) for name, weight in zip("abcdefgh", weights, strict=False)]
 
 
 def request(stream: bool = True, stateful: bool = False) -> app.ApiRequest:
@@ -157,7 +157,7 @@ def test_names_of_the_model_map_are_served() -> None:
 
 def test_seats() -> None:
     """Only those that serve the model, in the order of the file; else a 404 that names what is served."""
-    pool = pool_of([upstream("a", models=("x", "y*")), upstream("b", 1, 1, ("x",))], "priority")
+    pool = pool_of([upstream("a", models=("x", "y*")), upstream("b", 1, ("x",))], "priority")
     assert [one.upstream.name for one in pool.seats("x")] == ["a", "b"]
     assert [one.upstream.name for one in pool.seats("yz")] == ["a"]
     for _ in range(2):

@@ -13,10 +13,10 @@ NEVER = app.NEVER
 T0 = 10_000.0
 
 
-def upstream(name: str = "a", quota: "app.Quota | None" = None, position: int = 0, **more: Any) -> app.Upstream:
+def upstream(name: str = "a", quota: "app.Quota | None" = None, **more: Any) -> app.Upstream:
     """An echo controller with its state."""
     config = app.ControllerConfig("echo", name, app.AccountConfig(), **more)
-    return app.Upstream(config, app.EchoController(config), position, quota)
+    return app.Upstream(config, app.EchoController(config), quota or app.Quota(name, config.limits))
 
 
 def seat(name: str = "a", model: str = "m", **limits: Any) -> app.Seat:
@@ -507,7 +507,7 @@ def test_a_dated_name_is_the_same_model() -> None:
     one.quota.rename("gpt-4.1-mini", "gpt-4.1")
     assert one.quota.ledger("gpt-4.1-mini") is plain.ledger
     config = app.ControllerConfig("azure", "z", app.AccountConfig())
-    azure = app.Upstream(config, app.EchoController(config), 0)  # whose deployments have quotas of their own
+    azure = app.Upstream(config, app.EchoController(config), one.quota)  # whose deployments have quotas of their own
     assert azure.seat("gpt-4.1-2025-04-14").ledger is not azure.seat("gpt-4.1").ledger
 
 
@@ -1018,15 +1018,15 @@ def test_when_a_request_wants_a_rescue() -> None:
 def test_equal_weights_share_equally_over_a_cycle_with_any_subset_closed() -> None:
     """Whichever of five are closed by a 429, each of the others gets its weight's share of every cycle."""
     for open_ in itertools.chain.from_iterable(itertools.combinations(range(5), size) for size in range(1, 6)):
-        ups = [upstream("abcde"[at], position=at, weight=weight) for at, weight in enumerate((3, 1, 2, 1, 5))]
+        ups = [upstream(name, weight=weight) for name, weight in zip("abcde", (3, 1, 2, 1, 5), strict=True)]
         seats = [one.seat("m") for one in ups]
         for at, one in enumerate(seats):
             if at not in open_:
                 one.ledger.close(verdict("rate", 429, after_s=60.0), 1, T0)
         cycle = sum(ups[at].weight for at in open_)
         for _ in range(3):
-            counts = Counter(app.smooth_weighted([s for s in seats if s.ready(1, T0)], True).upstream.position for _ in range(cycle))
-            assert counts == {at: ups[at].weight for at in open_}
+            counts = Counter(app.smooth_weighted([s for s in seats if s.ready(1, T0)], True).upstream.name for _ in range(cycle))
+            assert counts == {"abcde"[at]: ups[at].weight for at in open_}
 
 
 def turn_by_counting(openings: "list[tuple[float, float]]", ahead: int, now: float) -> float:

@@ -772,7 +772,7 @@ def pool_here(*ups: app.Upstream, **config: Any) -> app.UpstreamPool:
 def echo(name: str, **limits: Any) -> app.Upstream:
     """An echo controller with its state."""
     config = app.ControllerConfig("echo", name, app.AccountConfig(), limits=app.QuotaLimits(**limits))
-    return app.Upstream(config, app.EchoController(config), 0)
+    return app.Upstream(config, app.EchoController(config), app.Quota(name, config.limits))
 
 
 def asking(model: str = "m", wait_s: float = 30.0, key: str = "") -> app.ApiRequest:
