@@ -4751,7 +4751,9 @@ class Bucket:
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
             # The time until it is full tells the fraction that `remaining` rounds down, and never more than that.
-            left = max(left, min(self.size - told.reset_s * self.rate, left + 0.999))
+            exact = self.size - told.reset_s * self.rate
+            if exact > left:
+                left = exact if exact < left + 0.999 else left + 0.999
         elif told.limit != self.limit:
             self.limit, self.rate = told.limit, told.limit / WINDOW_S
             self.size = min(told.limit, self.most)
@@ -4771,7 +4773,9 @@ class Bucket:
         spent = limit - left
         self.slow = self.slow + 1 if spent > 0 and reset_s * limit > SLOW_PERIOD_S * spent else 0
         self.rate = spent / reset_s if self.slow > 1 else limit / WINDOW_S
-        size = min(left + reset_s * self.rate, limit, self.most)
+        size = left + reset_s * self.rate
+        if size > limit or size > self.most:
+            size = min(limit, self.most)
         if limit != self.limit or size > self.size:
             self.size = size if size > 1.0 else 1.0
         self.limit = limit
@@ -4898,11 +4902,9 @@ class Ledger:
 
     def begin(self, now: float) -> None:
         """Something is known of a limit: from now on all is counted, and first what is under way, in its order."""
-        if not self.limited:
-            self.limited = True
-            for lease in self.open:
-                lease.charge(now)
-        self.easy = -1.0
+        self.limited = True
+        for lease in self.open:
+            lease.charge(now)
 
     def _spare(self, now: float) -> float:
         """The largest need that surely fits until something is charged or learned; -1 where that has to be asked."""
@@ -4947,12 +4949,14 @@ class Ledger:
         if after_s is None:
             after_s = self.closed_for = longer(self.closed_for, CLOSED_S)
         until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
-        self.begin(now)
+        if not self.limited:
+            self.begin(now)
         if not (self.windows or self.requests.limit):
             self.requests.guess(after_s, now)
         least = need if verdict.by_tokens else 0.0
         self.closed = [one for one in self.closed if one[1] > now and (one[0] < least or one[1] > until)]
         self.closed.append((least, until))
+        self.easy = -1.0
 
     def halve_burst(self) -> None:
         """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s)."""
@@ -5295,7 +5299,9 @@ class Lease:
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
         ledger, self.told = self.ledger, (requests, tokens)
-        ledger.begin(now)
+        if not ledger.limited:
+            ledger.begin(now)
+        ledger.easy = -1.0
         if requests is not None:
             ledger.requests.rebase(requests, self.serial, self.expected[0], self.sent_at, now)
         if tokens is not None:
@@ -5546,7 +5552,7 @@ class UpstreamPool:
         self.alarm: "asyncio.TimerHandle | None" = None  # for the soonest reopening that somebody waits for
         self.sweeper: "asyncio.TimerHandle | None" = None
         self.answer_tokens: "dict[str, float]" = {}  # the running mean per model
-        self.rescues, self.saved = Window(RESCUES_A_MINUTE, WINDOW_S), 0.0
+        self.rescues, self.saved, self.calls = Window(RESCUES_A_MINUTE, WINDOW_S), 0.0, 0  # calls since the last rescue
         self.replace(upstreams, config)
 
     def replace(self, upstreams: "list[Upstream]", config: PoolConfig) -> None:
@@ -5658,7 +5664,7 @@ class UpstreamPool:
 
     def _give(self, seat: Seat, request: ApiRequest, now: float) -> Lease:
         """A lease: a call earns a share of a rescue, and somebody has to look whether it is answered."""
-        self.saved = min(self.saved + RESCUE_SHARE, RESCUES_SAVED)
+        self.calls += 1
         if self.sweeper is None:
             self.sweeper = self.timers.call_at(now + SWEEP_S, self._sweep)
         return Lease(seat, request.need, request.stream, now)
@@ -5842,6 +5848,7 @@ class UpstreamPool:
         It is urgent from now on: should the rescuer fail, the next one is asked at once, until something is heard.
         """
         lease.urgent = True
+        self.saved, self.calls = min(self.saved + RESCUE_SHARE * self.calls, RESCUES_SAVED), 0
         allowed = self.saved >= 1.0 or not self.rescues.opens_at(1.0, now)
         if allowed and self.config.rescue_after != 0 and ask_another():
             self.saved = max(0.0, self.saved - 1.0)
