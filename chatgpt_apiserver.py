@@ -4511,9 +4511,11 @@ def outcome_of(status: int, code: str, message: str) -> Outcome:
     if status == 401 or (status == 400 and code == "API_KEY_INVALID"):  # Google's word for a 401
         return Outcome.AUTH
     if status in (403, 404):
+        # A project may be barred from one model (403), a key from all: only the words tell.
         if code in MISSING_CODES or "model" in message:
             return Outcome.MISSING
         return Outcome.FORBIDDEN if status == 403 else Outcome.CLIENT
+    # A timeout, a conflict of the provider's own making, a failed dependency: the same request may do well elsewhere.
     return Outcome.CLIENT if 400 <= status < 500 and status not in (408, 409, 424) else Outcome.FAULT
 
 
@@ -4553,7 +4555,11 @@ def judge_reply(status: int, index: Index, body: bytes, wall_s: float, stateful:
 
 
 def judge_first_event(event: bytes) -> Verdict:
-    """What an error event means, in a 200's place or later: as if it had come with the status that belongs to it."""
+    """What an error event means, in a 200's place or later: as if it had come with the status that belongs to it.
+
+    Who judges by status alone sees nothing but successes here, while every client is refused.
+    """
+    # Some gateways put the status into `code`, deep inside (OpenRouter); else code and types name it, the code first.
     data = event_fields(event)[1]
     found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
     names = [error_words(data)[0], *(kind.decode() for kind in re.findall(rb'"type":\s*"(\w{1,64})"', event))]
@@ -4576,13 +4582,16 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     answer that is still silent may be generating, and be billed: asking another would pay twice.
     """
     outcome = verdict.outcome
+    # Whose object it is nobody remembers, so each account is asked until one has it.
     if request.seeks and verdict.status == 404:
         return True
+    # A client's mistake is one everywhere: replaying it over all keys is how a pool gets all its keys banned.
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
         refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
         return refused or verdict.status == 503
+    # A stream's first byte comes soon, so its silence is a hang; a whole answer's may be work.
     return request.stream or outcome is not Outcome.SILENT
 
 
@@ -4675,6 +4684,7 @@ def used_tokens(tail: bytes) -> "tuple[int, int]":
 # Whether a controller works is told by its outcomes (the *breaker*: it answers, and badly) and by its silence
 # (*suspicion*: it does not answer at all, which no status will ever tell). A *seat* is one controller for one model.
 
+# Of quotas.
 WINDOW_S = 60.0  # rpm and tpm are per this
 EDGE_S = 0.005  # a bucket is taken to refill this much later than computed: a request 1 ms too early is a 429
 SLACK_S = 0.25  # a request may reach the upstream this much later than another; then it is counted later too
@@ -4682,6 +4692,7 @@ CLOSED_MAX_S = 600.0  # no 429 closes for longer without a probe
 CLOSED_S = (1.0, 30.0)  # for a 429 that names no time: the first one's, and what doubling ends at
 CLOSED_MIN_S = 0.01  # a 429 that says "now" is not believed to the letter
 SLOW_PERIOD_S = 600.0  # a limit that takes longer than this to refill counts hours or days
+# Of health.
 BREAKER_OUTCOMES, BREAKER_FAILURES, BREAKER_WITHIN_S = 20, 5, 30.0
 PARK_S = (300.0, 3600.0)  # for an exhausted quota: somebody has to pay first
 # How long a controller is out, by reason, doubling until it works again: an overload is over in seconds, a refused key
@@ -4710,13 +4721,14 @@ class Bucket:
     compared with what was expected of it, and each error is corrected once.
 
     As long as no reply has told a `limit` it refuses nothing (`rate` 0) and only counts, below zero. `most`: no larger
-    `size` is believed, since 429s came early. `newest`: the serial of the latest request that a reply told of.
+    `size` is believed, since 429s came early. `newest`: the serial of the latest request that a reply told of;
+    `known_at`: when the first one did.
     """
 
     def __init__(self, now: float = 0.0) -> None:
         self.level = self.limit = self.rate = self.shift = 0.0
         self.size = self.most = NEVER
-        self.at, self.newest, self.slow = now, -1, 0
+        self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
 
     def level_at(self, now: float) -> float:
         """What may be taken at `now`."""
@@ -4725,6 +4737,8 @@ class Bucket:
 
     def charge(self, amount: float, now: float) -> float:
         """Takes `amount`, never below zero; what a reply will be compared with."""
+        # `level_at`, written out, as this runs for every request. Never below zero: the upstream takes nothing for what
+        # it refuses.
         level = self.level + (now - self.at) * self.rate
         level = (level if level < self.size else self.size) - amount
         self.level, self.at = level if level > 0.0 or not self.rate else 0.0, now
@@ -4734,20 +4748,23 @@ class Bucket:
         """When `amount` can be taken; more than the whole bucket goes when it is full."""
         if not self.rate:
             return 0.0
+        # A millionth less than needed is what adding floats leaves of enough.
         lacking = min(amount, self.size) - self.level_at(now - EDGE_S) - 1e-6
         return now + lacking / self.rate if lacking > 0 else 0.0
 
     def rebase(self, told: Allowance, serial: int, expected: float, sent_at: float, now: float) -> None:
         """Takes a reply's word, unless one to a request sent later was heard before.
 
-        `expected`: from the request's own `charge`. What the first reply says of the time before it is old by its
-        flight, in which the model, that had no rate yet, did not refill.
+        `expected`: from the request's own `charge`.
         """
+        # Replies come in any order, and the latest request's tells of all before it.
         if serial < self.newest:
             return
         self.newest = serial
         self.charge(0.0, now)
-        left, knew = told.remaining, self.limit
+        left = told.remaining
+        if not self.limit:
+            self.known_at = now
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
             # The time until it is full tells the fraction that `remaining` rounds down, and never more than that.
@@ -4757,8 +4774,11 @@ class Bucket:
         elif told.limit != self.limit:
             self.limit, self.rate = told.limit, told.limit / WINDOW_S
             self.size = min(told.limit, self.most)
-        if not knew:
-            left += (now - sent_at) * self.rate
+        # What was sent before the first reply was charged to a model that had no rate yet, and did not refill.
+        if sent_at < self.known_at:
+            expected -= (self.known_at - sent_at) * self.rate
+        # `expected` was less the shift of its time: with today's it is what the model of today would have said then, so
+        # what replies in between have corrected already is no error any more.
         error = left - expected - self.shift
         self.shift += error
         level = self.level + error
@@ -4780,7 +4800,8 @@ class Bucket:
             self.size = size if size > 1.0 else 1.0
         self.limit = limit
 
-    # -- slow start: what an account that tells nothing is taken to allow after a 429
+    # -- slow start: what an account that tells nothing is taken to allow after a 429. Without it the whole line would
+    # -- go at the reopening, and all but a few of it be refused again (self-hosted servers, Vertex, some gateways).
 
     def guess(self, after_s: float, now: float) -> None:
         """At the reopening one goes, then one each time as long again, until a reply tells the limit."""
@@ -4799,7 +4820,9 @@ class Bucket:
 class Window:
     """A configured limit: at most `limit` in any `span_s` seconds. Entries are [when it was sent, amount, counted].
 
-    One that is leased but not sent yet counts without an entry in line: it can only leave once it was sent.
+    It slides: a counter that starts anew each minute lets twice the limit pass around the minute's end. One that is
+    leased but not sent yet counts without an entry in line: it can only leave once it was sent.
+
     `rate`: of a burst's window, how much may go per second in the long run. A burst of 1.67 requests a second would
     otherwise come to one a second, so as many as fit may go in the time that these are worth: one each 0.6 s.
     """
@@ -4827,6 +4850,7 @@ class Window:
 
     def opens_at(self, amount: float, now: float) -> float:
         """When `amount` fits; more than the whole window goes when it is empty."""
+        # Entries leave when somebody asks, so no timer runs for them; each enters and leaves once.
         entries = self.entries
         while entries and entries[0][0] + self.span_s <= now:
             gone = entries.popleft()
@@ -4836,6 +4860,7 @@ class Window:
         if self.total + most <= self.limit + 1e-9:
             return 0.0
         at = self._leaves_at(self.limit - most, self.span_s, now)
+        # As many as fit into the burst, in the time that these are worth.
         if self.rate:
             worth = self.limit // most * most
             at = min(at, self._leaves_at(worth - most, worth / self.rate, now))
@@ -4909,6 +4934,7 @@ class Ledger:
     def _spare(self, now: float) -> float:
         """The largest need that surely fits until something is charged or learned; -1 where that has to be asked."""
         requests, tokens = self.requests, self.tokens
+        # Half of a bucket and two requests are far from every edge, where the exact times have to be asked.
         if any(until > now for _, until in self.closed) or (requests.rate and requests.level < 2.0):
             return -1.0
         spare = tokens.level / 2 if tokens.rate else NEVER
@@ -4943,6 +4969,8 @@ class Ledger:
 
         One about tokens closes for requests at least as large as the one it refused: smaller ones may fit.
         """
+        # A named time is obeyed to the letter. Who forgets it where there are several keys, or sleeps half a second in
+        # spite of it, burns all its retries while the window is shut.
         after_s, bucket = verdict.after_s, self.buckets[verdict.by_tokens]
         if after_s is None and bucket.limit:
             after_s = max(0.0, bucket.opens_at(need if verdict.by_tokens else 1.0, now) - now) or None
@@ -4953,13 +4981,17 @@ class Ledger:
             self.begin(now)
         if not (self.windows or self.requests.limit):
             self.requests.guess(after_s, now)
+        # What another 429 said of larger requests, or until later, still holds; what this one covers is forgotten.
         least = need if verdict.by_tokens else 0.0
         self.closed = [one for one in self.closed if one[1] > now and (one[0] < least or one[1] > until)]
         self.closed.append((least, until))
         self.easy = -1.0
 
     def halve_burst(self) -> None:
-        """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s)."""
+        """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s).
+
+        A counter of minutes meets such 429s for ever; capping what runs at once instead would waste the quota.
+        """
         self.burst_s = max(self.burst_s / 2, 1.0)
         self.windows = [one for one in self.windows if not one[1].rate]
         self._add_bursts()
@@ -5048,6 +5080,7 @@ class Seat:
 
     def ready(self, need: float, now: float) -> bool:
         """Whether a request of `need` tokens may go here now: it works, has the model, and has room."""
+        # The questions of `well_at` and `room_at` without the times: twenty seats are asked for each request.
         upstream = self.upstream
         if upstream.out_until > now or upstream.probe is not None or self.lacks_until > now:
             return False
@@ -5175,18 +5208,21 @@ class Upstream:
         A share and a number: one in a hundred never opens it however busy it is, nor do two failures at night. What was
         under way when it went out says nothing new, so a burst that fails together counts as one time.
         """
+        # Old outcomes say nothing of now: a controller with one request a minute needs no breaker.
         self.recent.append((now, True))
         fresh = [bad for at, bad in self.recent if now - at <= BREAKER_WITHIN_S]
         bad = sum(fresh)
         many = bad >= BREAKER_FAILURES and 2 * bad >= len(fresh)
         if (probed and self.out_why == "breaker") or (many and not (self.recovering and self.out_until > now)):
             self.back_off("breaker", now)
+        # It is busy and says until when, which needs no probe and no verdict on its health.
         if verdict.after_s:
             self.out_until = max(self.out_until, now + min(verdict.after_s, CLOSED_MAX_S))
             self.out_why = self.out_why or "busy"
 
     def refused(self, now: float, outcome: Outcome, probed: bool) -> None:
         """A 401 or 403; the key is parked after some in a row, and again when a probe met one."""
+        # Two kinds, counted apart: a 401 is about the key, a 403 may be about a region or one request.
         self.denied += outcome is Outcome.AUTH
         self.forbidden += outcome is not Outcome.AUTH
         many = self.denied >= DENIED_COUNT or self.forbidden >= FORBIDDEN_COUNT
@@ -5214,6 +5250,7 @@ class Upstream:
         if not asked or (len(asked) < SUSPECT_COUNT and asked[0] is not self.probe):
             return False
         seat, stream = asked[0].seat, asked[0].stream
+        # For those that were sent since, this is negative and does not count.
         slow = [since - one.sent_at for one in self.unanswered if one.seat is seat and one.stream == stream]
         return now - asked[0].sent_at > max(seat.usual_s(stream), *slow)
 
@@ -5251,6 +5288,7 @@ class Lease:
         upstream.in_flight += 1
         upstream.requests += 1
         upstream.quota.in_flight += 1
+        # Whoever comes first after an outage is the probe; the others are not let in until it is over.
         if upstream.recovering:
             upstream.probe = self
         if upstream.quota.park_s:
@@ -5309,6 +5347,7 @@ class Lease:
 
     def was_early(self, verdict: Verdict) -> bool:
         """Whether a 429 came while there should have been room: its own reply said so, or our exact count does."""
+        # The reply's own figures count more than ours: somebody else may use the account too.
         told = self.told[verdict.by_tokens]
         if told is not None:
             return told.remaining >= (self.need if verdict.by_tokens else 1)
@@ -5327,6 +5366,8 @@ class Lease:
 
         What was never sent is given back whole.
         """
+        # The slot is held until here, the end of the answer: providers count a stream as one request until its last
+        # byte, and who frees it at the first one exceeds `concurrency`.
         upstream = self.upstream
         upstream.in_flight -= 1
         upstream.quota.in_flight -= 1
@@ -5395,6 +5436,10 @@ RESCUES_SAVED = 500.0  # what quiet hours may save up of that share
 # -- conversations
 
 
+# Providers keep the computed beginning of prompts for some minutes, and bill what they find there at a tenth to a half.
+# Balancing alone sends the turns of a conversation everywhere, and hits fall from 95 % to nothing.
+
+
 def thread_of(data: "dict[str, Any]") -> bytes:
     """What a conversation goes by: its prompt_cache_key, else its texts through the first of the user; b"" for none.
 
@@ -5431,6 +5476,8 @@ def preferred(thread: bytes, seats: "list[Seat]", by: "Callable[[Seat], str]") -
     """
     import hashlib  # as above
 
+    # Not `hash % count`, where one controller less moves nearly all conversations; not a ring of points either, whose
+    # shares are uneven with few controllers.
     named: "dict[str, list[Seat]]" = {}
     for seat in seats:
         named.setdefault(by(seat), []).append(seat)
@@ -5455,6 +5502,8 @@ def smooth_weighted(seats: "list[Seat]", stream: bool) -> Seat:
 
     Who cannot take part in a choice neither gains nor loses by it, so the shares of the others stay their weights'.
     """
+    # Credits are added to those that can be chosen only. A weighted index into the list of those that are up, as other
+    # proxies have it, shifts the shares of all when one is down.
     total, best, most = 0, seats[0], -NEVER
     for seat in seats:
         upstream = seat.upstream
@@ -5526,6 +5575,7 @@ def turn_at(openings: "list[tuple[float, float]]", ahead: int, now: float) -> fl
     `openings`: when each controller has room, and its requests per second from then on. Each gives one place at its
     opening and then its rate, so the places until T are a piecewise linear sum that has to exceed `ahead`.
     """
+    # From opening to opening: whether the places that the time between gives are enough, else one more and go on.
     speed = places = 0.0
     at = now
     for opens, rate in sorted((max(opens, now), min(rate, 1e6)) for opens, rate in openings if opens != NEVER):
@@ -5585,6 +5635,7 @@ class UpstreamPool:
             # Requests about objects name no model: they may go anywhere.
             found = [upstream.seat(model) for upstream in self.upstreams if not model or upstream.serves(model)]
             if len(model) <= MODEL_NAME_CHARS:
+                # Clients choose the names: neither their number nor their length may fill the memory.
                 if len(self.serving) >= MEMORY_MODELS:
                     self.serving.pop(next(iter(self.serving)))
                 self.serving[model] = found
@@ -5607,6 +5658,7 @@ class UpstreamPool:
 
         `resort`: when all are out by health alone, one of them will do.
         """
+        # Who would be served by a place that somebody in line waits for has to stand in line, too.
         line = self.lines.get(request.model)
         if line:
             seats, resort = self._unwanted(seats, line), False
@@ -5630,6 +5682,7 @@ class UpstreamPool:
         It is left at once when it has no room or is ill: then it is not among `ready`. Caches belong to organisations,
         so the quota group comes first; within it the same choice again, for groups that are none.
         """
+        # Computed once for all attempts, and only for long prompts: providers cache none below 1,024 tokens.
         thread = request.thread
         if thread is None:
             thread = request.thread = thread_of(request.data)
@@ -5654,6 +5707,8 @@ class UpstreamPool:
         Only a 429's time, a configured limit and an exhausted quota refuse; where one of those ends in time, waiting is
         better.
         """
+        # `soon`: when those who work have room, and those who are merely busy have time. Waiting for them is an answer,
+        # asking one that is ill most likely none.
         left = [(one, one.room_at(request.need, now), one.well_at(now)) for one in seats if one.upstream not in tried]
         out = [(seat, well) for seat, room, well in left if not room]
         soon = [room for _, room, well in left if not well]
@@ -5676,6 +5731,7 @@ class UpstreamPool:
 
         Also for an error in a stream whose answer had begun: it counts as its verdict says, like one before.
         """
+        # A rescue that is dropped and a client that leaves may both come here.
         if lease not in lease.ledger.open:
             return
         now, upstream = self.timers.time(), lease.upstream
@@ -5739,6 +5795,8 @@ class UpstreamPool:
 
         None when waiting is no use: no controller that failed or was not tried comes back by time. Raises NoRoom.
         """
+        # Of those that were tried only who is full or busy is waited for: who failed would fail again. With none of
+        # these, and nobody in line, all that is left was tried, and its answer is the answer.
         now = self.timers.time()
         busy = [seat for seat in seats if seat.room_at(request.need, now) > now or seat.upstream.is_busy(now)]
         seats = [seat for seat in seats if seat.upstream not in tried or seat in busy]
@@ -5771,6 +5829,8 @@ class UpstreamPool:
                 if not waiter.future.done():
                     lease = self._grant(waiter.request, seats, NOBODY, now) if seats else None
                     if lease is None:
+                        # What it waits for is closed to those behind it, also a seat that has room for a smaller one:
+                        # else small requests would pass a large one for ever.
                         soonest = min([soonest, *(seat.opens_at(waiter.request.need, now) for seat in seats)])
                         blocked += seats
                         if len(waiter.seats) >= len(self.serving.get(model, ())):
@@ -5783,6 +5843,8 @@ class UpstreamPool:
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm = None
+        # Where nobody knows when, the end of another request will come by here. At least a millisecond, as a timer may
+        # fire a moment before its time.
         if soonest != NEVER:
             self.alarm = self.timers.call_at(max(soonest, now + 0.001), self.pump)
 
@@ -5791,6 +5853,8 @@ class UpstreamPool:
 
         Half of the line is the most that one client key may hold, or one client's burst would be everybody's refusal.
         """
+        # A queue without an end date hangs its clients for hours behind one long reset, and a 429 without a Retry-After
+        # makes them guess: so the end is computed, and told.
         openings = [(seat.opens_at(request.need, now), seat.ledger.rate(request.need)) for seat in seats]
         known = all(opens != NEVER for opens, _ in openings)  # else another request's end may come at any time
         after_s = turn_at(openings, ahead, now) - now if known else NEVER
@@ -5824,6 +5888,7 @@ class UpstreamPool:
         for upstream in [one for one in self.upstreams if one.in_flight]:  # who is connecting may be silent later
             self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
             if upstream.is_silent(now):
+                # A probe knows already that something is wrong: it need not wait for as long as the others.
                 if upstream.probe is not None:
                     upstream.probe.urgent = True
                 upstream.suspect()
@@ -5848,6 +5913,7 @@ class UpstreamPool:
         It is urgent from now on: should the rescuer fail, the next one is asked at once, until something is heard.
         """
         lease.urgent = True
+        # Once for all calls since the last time, as counting is all that a call should pay.
         self.saved, self.calls = min(self.saved + RESCUE_SHARE * self.calls, RESCUES_SAVED), 0
         allowed = self.saved >= 1.0 or not self.rescues.opens_at(1.0, now)
         if allowed and self.config.rescue_after != 0 and ask_another():
@@ -5890,6 +5956,7 @@ class KeyGate:
         """Counts a request and lets it pass (0), or says in how many seconds it may come again."""
         if self.quota.in_flight >= self.quota.most:
             return KEY_BUSY_S
+        # One ledger for all models: what a client may spend is about money, not about a model's capacity.
         ledger = self.quota.ledger("")
         opens = ledger.opens_at(need, now)
         if opens > now:

@@ -40,7 +40,7 @@ def told(limit: float, left: float, reset_s: "float | None" = None) -> app.Allow
 def rebase(bucket: app.Bucket, said: app.Allowance, serial: int, now: float = T0, sent_at: float = T0, since: float = 0) -> None:
     """A reply to a request that was sent before anything was known."""
     expected = bucket.charge(0.0, now) + since - (now - sent_at) * bucket.rate
-    bucket.rebase(said, serial, expected, sent_at, now)
+    bucket.rebase(said, serial, expected, sent_at if not bucket.limit else now, now)
 
 
 def verdict(outcome: str, status: int = 500, **more: Any) -> app.Verdict:
@@ -358,6 +358,20 @@ def test_what_is_in_flight_is_counted_once(seed: int) -> None:
             sent += 1
             on_way.append((now + transit_s, lease(one, now)))
     assert refused <= 3 and sent > 700
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_the_first_replies_know_what_was_sent_before_anything_was_known(order: "tuple[int, ...]") -> None:
+    """Four requests at once on an unknown account of 60 a minute: whichever reply comes first, all four are counted."""
+    one = seat()
+    flying = [lease(one, T0, need=100) for _ in range(4)]
+    gone = lease(one, T0, need=100, sent=False)
+    for at in order:
+        flying[at].learn(told(60, 59 - at, at + 1), told(6000, 5900 - 100 * at, at + 1), T0 + 1)
+        if at == order[1]:
+            gone.release(verdict("connect"), T0 + 1)
+    assert one.ledger.requests.level_at(T0 + 1) == pytest.approx(57, abs=0.01)
+    assert one.ledger.tokens.level_at(T0 + 1) == pytest.approx(5700, abs=1)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1362,6 +1362,24 @@ async def test_at_most_ten_rescues_a_minute_where_little_is_asked() -> None:
         assert sum(task.done() for task in tasks) == 15 and home.calls == [15, 15]
 
 
+async def test_at_most_five_percent_of_many_calls_are_rescues() -> None:
+    """A thousand calls allow fifty rescues at once, and the next twenty calls one more."""
+    one = echo("a")
+    pool = pool_here(one, rescue_after=1)
+    asked: "list[int]" = []
+    for number in range(1200):
+        made = pool.lease(asking(), pool.seats("m"), set(), now())
+        assert made is not None
+        if number < 1000:
+            pool.settle(made, app.GOOD)
+        elif number < 1100:
+            made.stream, made.stuck = True, lambda number=number: not asked.append(number)  # type: ignore[misc,func-returns-value]
+            made.sent(now())
+    await pause(2)
+    assert asked == list(range(1000, 1060))  # a twentieth of 1,200
+    pool.close()
+
+
 # -- what is shown
 
 
