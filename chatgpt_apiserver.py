@@ -5308,9 +5308,7 @@ class Lease:
     `urgent` from then on.
     """
 
-    __slots__ = (
-        "entries expected ledger need seat sent_at serial since stream stuck told upstream urgent"
-    ).split()
+    __slots__ = "entries expected ledger need seat sent_at serial since stream stuck told upstream urgent".split()
 
     def __init__(self, seat: Seat, need: float, stream: bool, now: float) -> None:
         upstream, ledger = seat.upstream, seat.ledger
@@ -5428,9 +5426,10 @@ class Lease:
         ledger, amounts = self.ledger, (1.0, self.need)
         for bucket, amount in zip(ledger.buckets, amounts, strict=True):
             bucket.charge(-amount, now)
-        for other in ledger.open:
-            if other.serial > self.serial:
-                other.expected = other.expected[0] + 1.0, other.expected[1] + self.need
+        for other in reversed(ledger.open):
+            if other.serial < self.serial:
+                break
+            other.expected = other.expected[0] + 1.0, other.expected[1] + self.need
         for _, window, entry in self.entries:
             window.change(entry, 0.0)
 
