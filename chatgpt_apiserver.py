@@ -6006,7 +6006,7 @@ class UpstreamPool:
         if not (lease.stream or lease.upstream.out_why == "suspect"):  # a whole answer may just be long
             return False
         if after_s is not None:
-            return silent_s > after_s
+            return 0 < after_s < silent_s
         known = self.serving.get(lease.seat.model, [])
         return silent_s > RESCUE_MIN_S and silent_s > rescue_s(lease.seat, known, lease.stream)
 

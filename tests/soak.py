@@ -171,7 +171,7 @@ async def soak(count: int, seed: int) -> bool:
         found = left_over(server)
         growth = memory_bytes() - marks[0]
         attempts = sum(one.requests for one in server.server.pool.upstreams)
-        rescues = server.server.pool.rescues.total
+        rescues = int(server.server.pool.rescues.total)
     print(f"{count} requests in {took_s:.1f} s, {attempts} attempts, {rescues} rescues in the last minute")
     print("outcomes: " + ", ".join(f"{name} {number}" for name, number in sorted(seen.items())))
     print("left over: " + ", ".join(f"{name} {number}" for name, number in found.items()))
