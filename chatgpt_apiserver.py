@@ -5214,12 +5214,15 @@ class Seat:
 
     def usual_s(self, stream: bool) -> float:
         """Silence beyond this is suspicious."""
+        # By model and kind, as a whole answer takes as long as its stream, and a thinking model minutes. The p95, as a
+        # mean is ruled by the many short ones, and a maximum by one hang.
         times = self.times[stream]
         return max(SUSPECT_MIN_S, 3 * quantile(times, 0.95)) if times else SUSPECT_UNKNOWN_S
 
 
 def rescue_s(seat: Seat, seats: "list[Seat]", stream: bool) -> float:
     """Silence beyond this asks for a rescue; NEVER while too little is known, of this controller or of all of them."""
+    # The p99, and never soon: a rescue is paid for twice, where a suspicion costs nothing.
     times: "Collection[float]" = seat.times[stream]
     if len(times) < RESCUE_SAMPLES:
         times = [seconds for one in seats for seconds in one.times[stream]]
@@ -5237,7 +5240,7 @@ class Upstream:
 
     It is out until `out_until` for the reason `out_why`: "breaker", "parked" (its key was refused), "suspect", or
     "busy" (it named a time itself). After the first three it is `recovering`: one request at a time (`probe`) finds out
-    whether it works again. `out_s`: how long it was out last, by reason, until it works again.
+    whether it works again. `out_s`: how long it was out last, by reason, until an answer ends well.
     """
 
     __slots__ = (
@@ -5290,14 +5293,13 @@ class Upstream:
         self.out_until, self.out_why, self.recovering, self.probe = until, why, True, None
 
     def back_off(self, why: str, now: float) -> None:
-        """Out for twice as long as the last time, unless it worked meanwhile."""
+        """Out for twice as long as the last time, unless an answer ended well meanwhile."""
         self.out_s[why] = longer(self.out_s.get(why, 0.0), OUT_S[why])
         self.take_out(why, now + self.out_s[why])
 
     def recover(self) -> None:
         """It works: every door opens."""
         self.out_until, self.out_why, self.recovering, self.probe = 0.0, "", False, None
-        self.out_s.clear()
         self.recent.clear()
 
     def works(self, now: float) -> None:
@@ -5457,6 +5459,7 @@ class Lease:
 
     def correct(self, used: float, now: float) -> None:
         """Takes the true cost of an answer, where the upstream does not tell what is left."""
+        # Where it does, its word counts: OpenAI and Azure charge the maximum at admission and give nothing back.
         if self.ledger.tokens.limit:
             self.ledger.tokens.charge(used - self.need, now)
         for by_tokens, window, entry in self.entries:
@@ -5484,6 +5487,9 @@ class Lease:
             upstream.quota.probe = None
         if verdict is GOOD:
             upstream.recent.append((now, False))
+            # The beginning of an answer opens the doors, as it may last for minutes; only a good end forgets the past.
+            if upstream.out_s and not upstream.out_why:
+                upstream.out_s.clear()
         else:
             self._learn_health(verdict, now, probed)
         if upstream.out_until == NEVER:

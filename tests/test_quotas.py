@@ -790,6 +790,25 @@ def test_an_error_after_the_answer_began_counts_as_its_status(kind: str, failure
     assert one.seat("m").ready(1, T0) is (kind in {"invalid_request_error", "authentication_error"})
 
 
+def test_answers_that_begin_well_and_are_cut_open_the_breaker_for_longer_each_time() -> None:
+    """Their beginning lets the next ones in, but only one that ends well begins again with two seconds."""
+    one, now = seat(), T0
+
+    def cut(count: int) -> None:
+        for _ in range(count):
+            made = lease(one, now)
+            made.answered(now, True)
+            made.release(verdict("cut"), now)
+
+    for expected in (2, 4, 8, 16):
+        cut(5)
+        assert one.upstream.out_until == pytest.approx(now + expected) and not one.ready(1, now)
+        now += expected
+    succeed(one, now)
+    cut(5)
+    assert one.upstream.out_until == pytest.approx(now + 2)
+
+
 def test_old_failures_are_forgotten() -> None:
     """Only outcomes of the last 30 s count."""
     one = seat()
