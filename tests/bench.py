@@ -4,7 +4,7 @@
 Upstream, gateways and load run in processes of their own, on loopback. What a gateway costs is the CPU time that Linux
 counts for it and its children, so it depends little on how busy the machine is with the load. Beside this server there
 are a relay of asyncio streams without any feature, nginx where it is installed, and if asked for LiteLLM and Portkey's
-gateway, with a tenth of the clients where events are paced. All answer the same load in turn, in rounds of alternating
+gateway, these with fewer clients where events are paced. All answer the same load in turn, in rounds of alternating
 order; a figure is the median of the rounds, and so is a ratio, which is taken within a round.
 """
 
@@ -40,7 +40,7 @@ START_S = 120.0  # what a gateway may take until it listens
 SLACK_S = 30.0  # what a load may take beyond its seconds and its streams
 STOP_S = 5.0  # what a process has to end after SIGTERM
 COLUMNS = THIS, RAW, NGINX, LITELLM, PORTKEY = "this server", "raw relay", "nginx", "LiteLLM", "Portkey"
-RIVALS = (LITELLM, PORTKEY)  # slower by far
+SHARE = {LITELLM: 40, PORTKEY: 10}  # slower by far: so many times fewer paced streams, which they can keep up with
 NOWHERE = "http://127.0.0.1:9"
 Link = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -391,7 +391,7 @@ class Bench:
             except Failed as failed:
                 self.notes[name] = str(failed)
             except (OSError, ValueError):  # no such program, or it ended: its files in /proc are gone
-                self.notes[name] = "broke off"
+                self.notes[name] = "does not run"
         return None
 
     def open(self, gateway: Gateway) -> int:
@@ -421,7 +421,7 @@ class Bench:
         return {**found, "peak": peak}
 
     def clients(self, case: Case, gateway: Gateway) -> int:
-        return max(1, case.clients // (10 if case.gap_ms and gateway.name in RIVALS else 1))
+        return max(1, case.clients // (SHARE.get(gateway.name, 1) if case.gap_ms else 1))
 
     def warm(self, case: Case, gateway: Gateway, pid: int) -> float:
         """All code runs and all connections open; returns the kB that each open stream takes."""
@@ -483,7 +483,7 @@ class Bench:
     def bare(self) -> float:
         """Milliseconds that a Python takes to import asyncio and end."""
         since = time.monotonic()
-        self.processes.start([self.args.python, "-c", "import asyncio"]).wait(START_S)
+        self.processes.start([self.args.python, "-c", "import asyncio"]).wait()  # given a timeout it polls, slowly
         return 1e3 * (time.monotonic() - since)
 
     def run_idle(self, name: str) -> None:
@@ -493,7 +493,7 @@ class Bench:
         for turn in range(1 if name == "memory" else STARTS):
             script = this_server("file", NOWHERE, self.folder, [self.args.python, str(ROOT / "chatgpt_apiserver.py")])
             for one in [script, *self.gateways()]:
-                if turn == 0 or one.name not in RIVALS:
+                if turn == 0 or one.name not in SHARE:
                     found.setdefault(one.name, []).append(self.attempt(one.name, self.idle, one, name) or 0.0)
             found["bare"].append(self.bare())
         cells = {one: middle(values) for one, values in found.items()}
