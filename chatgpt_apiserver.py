@@ -3026,49 +3026,32 @@ def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
 # ==== 8. Translations ====
 # How another API says what OpenAI's says: Anthropic's Messages API. Pure functions: no I/O, no clock. What it has no
 # word for raises Untranslatable; nothing is dropped in silence. https://platform.claude.com/docs/en/api/messages, and
-# the types of anthropic-sdk-python.
+# the types of anthropic-sdk-python. A chat request is first held against `_REQUEST`, a table of all that has a word
+# there, and then put together anew from what is known to be sound. A field that the API gets is a line in that table
+# and a golden file.
 
 MESSAGES_VERSION = b"2023-06-01"
 MESSAGE_BYTES = 16_777_216  # a whole answer above this is not translated; the longest ones are a megabyte
 MESSAGES_THINKING_TOKENS = 16384  # the least limit where the client asks for reasoning, which counts towards it
 MESSAGES_BUDGET_MIN = 1024  # the smallest thinking budget that the API takes
 
+# A form says what may stand in one place of a request:
+#   None                anything
+#   a type              a value of this type
+#   {name: form}        an object with these fields and no others; "!" after a name: it must be there
+#   [form]              a list of such
+#   (field, {word: form})    an object whose `field` tells which of these it is
+#   (function, words)   what the function makes something of; where that fails or gives None the words say what must be
+#   a function          what its result allows: it is given what was found, and returns a form
+Form = Any
+
 _NO_EQUIVALENT = "has no equivalent in Anthropic's Messages API."
-# Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
-_AS_THEY_ARE = ("model", "stream", "top_k", "thinking", "cache_control")
-# The last line's are hints: an answer without them is the same answer. stream_options speaks to our own translation.
-_TRANSLATED = frozenset(_AS_THEY_ARE) | frozenset(
-    "messages max_tokens max_completion_tokens temperature top_p stop user safety_identifier tools tool_choice"
-    " parallel_tool_calls response_format reasoning_effort"
-    " stream_options prompt_cache_key prompt_cache_options prompt_cache_retention".split()
+_TYPES: "dict[type, str]" = {str: "must be a string.", dict: "must be an object.", list: "must be a list."}
+_COUNT: Form = (lambda found: found if type(found) is int and found > 0 else None, "must be a whole number above 0.")
+_HEAT: Form = (
+    lambda found: found if type(found) in (int, float) and 0 <= found <= 2 else None,
+    "must be a number from 0 to 2.",
 )
-# Values that ask for nothing but the default.
-_HARMLESS: "dict[str, tuple[Any, ...]]" = {
-    "n": (1,),
-    "store": (False,),
-    "metadata": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "verbosity": ("medium",),
-    "functions": ([],),
-}
-_NOTHING: "tuple[Any, ...]" = (None, "", [], {}, False)
-# Of an answer that comes back these are passed over: the API believes only thinking that it signed.
-_OLD_THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details")
-_MESSAGE_FIELDS: "dict[str, tuple[str, ...]]" = {
-    "system": ("role", "content"),
-    "developer": ("role", "content"),
-    "user": ("role", "content"),
-    "assistant": ("role", "content", "refusal", "tool_calls", "annotations", *_OLD_THOUGHTS),
-    "tool": ("role", "content", "tool_call_id"),
-}
-_IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
-_TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
 # reasoning_effort: the word for output_config.effort, and the budget of models that know no effort.
 _EFFORTS = {
     "none": ("", 0),
@@ -3079,7 +3062,196 @@ _EFFORTS = {
     "xhigh": ("xhigh", 16384),
     "max": ("max", 32768),
 }
+_TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
+_THOUGHTS = ("thinking", "redacted_thinking")
 _JSON_ONLY = "Answer with one valid JSON object and nothing else: no other text and no code fence."
+
+
+def _only(*values: "Any") -> Form:
+    """The form of what may ask for one of these and nothing else: what is the default, or makes no difference."""
+    return (lambda found: found if found in values else None), _NO_EQUIVALENT
+
+
+def _stops(found: "Any") -> "list[str] | None":
+    """Stop sequences; the API refuses those of white space, and leaving one out would let the answer run on."""
+    stops = [found] if isinstance(found, str) else found
+    return stops if isinstance(stops, list) and all(one.strip() for one in stops) else None
+
+
+def _arguments(found: "Any") -> "dict[str, Any] | None":
+    """What a tool was called with; where it takes nothing, some clients send an empty text."""
+    given = json.loads(found or "{}")
+    return given if isinstance(given, dict) else None
+
+
+def _inline(url: str, kinds: str) -> "dict[str, str]":
+    """The source that a data URL of one of these media types becomes. Raises IndexError for anything else."""
+    head = re.findall("data:(%s)(?:;[^;,]*)*;base64," % kinds, url[:128], re.IGNORECASE)[0]
+    kind = head.lower().replace("jpg", "jpeg")
+    return {"type": "base64", "media_type": kind, "data": url.partition(",")[2]}
+
+
+def _image(url: str) -> "dict[str, str]":
+    """The source of a picture: the API fetches it by itself where it is an address."""
+    remote = url.startswith(("https://", "http://"))
+    return {"type": "url", "url": url} if remote else _inline(url, "image/(?:jpeg|jpg|png|gif|webp)")
+
+
+def _thought(block: "dict[str, Any]") -> "dict[str, Any]":
+    """A thinking block as it came; `index` is what streams add, and the API takes no field that it does not know."""
+    names = ("type", "thinking", "signature") if block["type"] == "thinking" else ("type", "data")
+    return {name: block[name] for name in names}
+
+
+_PARTS: "dict[str, dict[str, Form]]" = {
+    "text": {"text!": str, "cache_control": None},
+    "refusal": {"refusal!": str, "cache_control": None},
+    "image_url": {
+        "image_url!": {
+            "url!": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
+            "detail": _only("auto", "high"),  # there is no cheaper way to look
+        },
+        "cache_control": None,
+    },
+    "file": {
+        "file!": {
+            "file_data!": (
+                lambda url: _inline(url, "application/pdf"),
+                "must be a data URL in base64 of type application/pdf.",
+            ),
+            "filename": None,
+        },
+        "cache_control": None,
+    },
+}
+
+
+def _content(*kinds: str) -> Form:
+    """The form of a message's content: a text, or parts of these kinds."""
+    parts = [("type", {kind: _PARTS[kind] for kind in kinds})]
+    return lambda found: str if isinstance(found, str) else parts
+
+
+_SYSTEM: "dict[str, Form]" = {"content": _content("text")}
+_MESSAGES: "dict[str, dict[str, Form]]" = {
+    "system": _SYSTEM,
+    "developer": _SYSTEM,
+    "user": {"content": _content("text", "image_url", "file")},
+    "assistant": {
+        "content": _content("text", "refusal"),
+        "refusal": str,
+        "thinking_blocks": [(_thought, "must be a thinking block of an earlier answer, unchanged.")],
+        "tool_calls": [
+            {
+                "id!": str,
+                "type": None,
+                "function!": {"name!": str, "arguments": (_arguments, "must be the text of a JSON object.")},
+                "index": None,  # of a stream, and Gemini's signature: both mean nothing here and are no loss
+                "extra_content": None,
+            }
+        ],
+        # Thinking without its signature is passed over: the API would not believe it.
+        **dict.fromkeys(("annotations", "reasoning_content", "reasoning", "reasoning_details")),
+    },
+    "tool": {"tool_call_id!": str, "content": _content("text", "image_url", "file")},
+}
+_CHOICE: Form = ("type", {"function": {"function!": {"name!": str}}})
+_CHOICE_WORDS: Form = (_TOOL_CHOICES.get, "must be none, auto, required or a function for Anthropic's Messages API.")
+_REQUEST: "dict[str, Form]" = {
+    # Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
+    **dict.fromkeys(("model", "stream", "top_k", "thinking", "cache_control")),
+    "messages": [("role", _MESSAGES)],
+    "max_tokens": _COUNT,
+    "max_completion_tokens": _COUNT,
+    "temperature": _HEAT,
+    "top_p": None,
+    "stop": (_stops, "must be texts that are more than white space for Anthropic's Messages API."),
+    "user": None,
+    "safety_identifier": None,
+    "tools": [
+        {
+            "type": None,
+            "function!": {"name!": str, "description": None, "parameters": dict, "strict": None},
+            "cache_control": None,
+        }
+    ],
+    "tool_choice": lambda found: _CHOICE if isinstance(found, dict) else _CHOICE_WORDS,
+    "parallel_tool_calls": None,
+    "response_format": (
+        "type",
+        {
+            "text": {},
+            "json_object": {},
+            "json_schema": {"json_schema!": {"name": None, "description": None, "schema!": dict, "strict": None}},
+        },
+    ),
+    "reasoning_effort": (_EFFORTS.get, "must be one of %s." % ", ".join(_EFFORTS)),
+    # What follows is left out: hints, without which the answer is the same one, stream_options, which speaks to our own
+    # translation of streams, and values that ask for nothing but the default.
+    **dict.fromkeys(("stream_options", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")),
+    "n": _only(1),
+    **dict.fromkeys(("store", "logprobs"), _only(False)),
+    **dict.fromkeys(("metadata", "logit_bias"), _only({})),
+    **dict.fromkeys(("top_logprobs", "frequency_penalty", "presence_penalty"), _only(0)),
+    "modalities": _only(["text"]),
+    "service_tier": _only("auto", "default"),
+    "verbosity": _only("medium"),
+    "functions": _only([]),
+}
+
+
+def _checked(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "Any":
+    """What `found` says, if `form` has a word for all of it; else Untranslatable, with the path that is at fault.
+
+    Left out are fields and parts named in `drop`, null, and, below the top, unknown fields that are empty.
+    """
+    if isinstance(form, type):
+        if not isinstance(found, form):
+            raise Untranslatable(where, _TYPES[form])
+    elif isinstance(form, list):
+        return [
+            _checked(item, form[0], "%s[%d]" % (where, place), drop)
+            for place, item in enumerate(_checked(found, list, where, drop))
+            if not (isinstance(item, dict) and str(item.get("type")) in drop)
+        ]
+    elif isinstance(form, dict):
+        return _checked_fields(_checked(found, dict, where, drop), form, where, drop)
+    elif callable(form):
+        return _checked(found, form(found), where, drop)
+    elif form is not None:
+        return _made(found, form, where, drop)
+    return found
+
+
+def _checked_fields(found: "dict[str, Any]", form: Form, where: str, drop: "frozenset[str]") -> "dict[str, Any]":
+    path = where and where + "."
+    for name, value in found.items():
+        empty = value is None or (where and value in ("", [], {}, False))
+        if not (name in form or name + "!" in form or name in drop or empty):
+            raise Untranslatable(path + name, _NO_EQUIVALENT)
+    out = {}
+    for name, inner in form.items():
+        must, name = name[-1] == "!", name.rstrip("!")
+        if must or (found.get(name) is not None and name not in drop):
+            out[name] = _checked(found.get(name), inner, path + name, drop)
+    return out
+
+
+def _made(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "Any":
+    make, words = form
+    if isinstance(make, str):
+        kind = str(_checked(found, dict, where, drop).get(make))
+        if kind not in words:
+            allowed = "must be %s for Anthropic's Messages API." % " or ".join(words)
+            raise Untranslatable(where + "." + make, allowed)
+        return _checked(found, {make: None, **words[kind]}, where, drop)
+    try:
+        made = make(found)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        made = None
+    if made is None:
+        raise Untranslatable(where, words)
+    return made
 
 
 def to_messages(
@@ -3094,68 +3266,37 @@ def to_messages(
     `thinking` says what reasoning_effort becomes: "effort" (output_config.effort), "adaptive" (and thinking switched
     on, for models where it is off by default), "budget" (for models that know no effort).
     """
-    asked = {name: value for name, value in data.items() if value is not None and name not in drop}
-    for name, value in asked.items():
-        if name not in _TRANSLATED and value not in _HARMLESS.get(name, ()):
-            raise Untranslatable(name, _NO_EQUIVALENT)
-    out = {name: asked[name] for name in _AS_THEY_ARE if name in asked}
-    out["max_tokens"] = _answer_room(asked, max_tokens)
-    _add_turns(asked.get("messages"), drop, out)
+    asked = _checked(data, _REQUEST, "", drop)
+    out = {name: asked[name] for name in ("model", "stream", "top_k", "thinking", "cache_control") if name in asked}
+    effort, budget = asked.get("reasoning_effort", ("", 0))
+    least = MESSAGES_THINKING_TOKENS if effort or "thinking" in asked else 0
+    out["max_tokens"] = asked.get("max_completion_tokens") or asked.get("max_tokens") or max(max_tokens, least)
+    _add_turns(asked.get("messages", ()), out)
     _add_sampling(asked, out)
-    _add_tools(asked, out, drop)
-    _add_reasoning(asked, out, thinking)
-    _add_format(asked, out)
+    _add_tools(asked, out)
+    if "reasoning_effort" in asked:
+        _add_reasoning(effort, budget, thinking, out)
+    wanted = asked.get("response_format", {"type": "text"})
+    if wanted["type"] == "json_object":
+        out["system"] = [*out.get("system", ()), {"type": "text", "text": _JSON_ONLY}]
+    elif wanted["type"] == "json_schema":
+        form = wanted["json_schema"]
+        schema = {**_with({}, description=form.get("description")), **form["schema"]}
+        out.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
     return out
 
 
-def _only(found: "Any", known: "Iterable[str]", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    """`found`, an object with no fields but `known` ones, empty ones and those in `drop`."""
-    if not isinstance(found, dict):
-        raise Untranslatable(where, "must be an object.")
-    for name, value in found.items():
-        if name not in known and name not in drop and value not in _NOTHING:
-            raise Untranslatable(where + "." + name, _NO_EQUIVALENT)
-    return found
+def _with(found: "dict[str, Any]", **more: "Any") -> "dict[str, Any]":
+    """`found` and what of `more` says something."""
+    return {**found, **{name: value for name, value in more.items() if value}}
 
 
-def _word(found: "dict[str, Any]", name: str, where: str) -> str:
-    """The text that `found` must have under `name`."""
-    value = found.get(name)
-    if not isinstance(value, str) or not value:
-        raise Untranslatable(where + "." + name, "must be a non-empty string.")
-    return value
-
-
-def _items(found: "Any", where: str) -> "list[Any]":
-    """`found`, which must be a list; null counts as empty."""
-    if found is not None and not isinstance(found, list):
-        raise Untranslatable(where, "must be a list.")
-    return found or []
-
-
-def _answer_room(asked: "dict[str, Any]", default: int) -> int:
-    """The client's limit on the answer, or the default one."""
-    for name in ("max_completion_tokens", "max_tokens"):
-        value = asked.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise Untranslatable(name, "must be a whole number above 0.")
-        return value
-    thinks = asked.get("reasoning_effort", "none") != "none" or "thinking" in asked
-    return max(default, MESSAGES_THINKING_TOKENS) if thinks else default
-
-
-def _add_turns(messages: "Any", drop: "frozenset[str]", out: "dict[str, Any]") -> None:
+def _add_turns(messages: "Iterable[dict[str, Any]]", out: "dict[str, Any]") -> None:
     """Adds `messages`, and `system` where there is any: all system messages go to the top."""
     system: "list[dict[str, Any]]" = []
     turns: "list[dict[str, Any]]" = []
-    for place, message in enumerate(_items(messages, "messages")):
-        where = "messages[%d]" % place
-        role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(role, str) or role not in _MESSAGE_FIELDS:
-            raise Untranslatable(where + ".role", "must be one of %s." % ", ".join(_MESSAGE_FIELDS))
-        blocks = _message_blocks(_only(message, _MESSAGE_FIELDS[role], where, drop), where, drop)
+    for message in messages:
+        role, blocks = message["role"], _message_blocks(message)
         if role in ("system", "developer"):
             system += blocks
         elif blocks:
@@ -3166,224 +3307,105 @@ def _add_turns(messages: "Any", drop: "frozenset[str]", out: "dict[str, Any]") -
                 turns.append({"role": role, "content": blocks})
     if not turns:
         raise Untranslatable("messages", "must hold a user message with content.")
-    _trim_prefill(turns[-1])
-    out["messages"] = turns
-    if system:
-        out["system"] = system
+    last = turns[-1]["content"][-1]
+    if turns[-1]["role"] == "assistant" and last["type"] == "text":
+        last["text"] = last["text"].rstrip()  # white space at the end of what it shall go on with is refused
+    out.update(_with({"messages": turns}, system=system))
 
 
-def _trim_prefill(turn: "dict[str, Any]") -> None:
-    """Takes the white space from the end of a final assistant turn, which the API refuses."""
-    last = turn["content"][-1]
-    if turn["role"] == "assistant" and last["type"] == "text":
-        last["text"] = last["text"].rstrip()
-
-
-def _message_blocks(message: "dict[str, Any]", where: str, drop: "frozenset[str]") -> "list[dict[str, Any]]":
-    """The content blocks that one message becomes."""
+def _message_blocks(message: "dict[str, Any]") -> "list[dict[str, Any]]":
+    """The content blocks that one message becomes; in an answer thinking comes first and calls come last."""
     content = message.get("content")
     if message["role"] == "tool":
-        result: "dict[str, Any]" = {"type": "tool_result", "tool_use_id": _word(message, "tool_call_id", where)}
-        shown = content if isinstance(content, str) else _blocks(content, where + ".content", drop)
-        return [dict(result, content=shown) if shown else result]
-    blocks = _blocks(content, where + ".content", drop)
-    if message["role"] in ("system", "developer"):
-        for block in blocks:
-            if block["type"] != "text":
-                raise Untranslatable(where + ".content", "must be text in a %s message." % message["role"])
-    blocks += _blocks(message.get("refusal"), where + ".refusal", drop)
-    calls = _items(message.get("tool_calls"), where + ".tool_calls")
-    return blocks + [_tool_use(call, "%s.tool_calls[%d]" % (where, at), drop) for at, call in enumerate(calls)]
+        shown = content if isinstance(content, str) else _blocks(content)
+        return [_with({"type": "tool_result", "tool_use_id": message["tool_call_id"]}, content=shown)]
+    blocks = [*message.get("thinking_blocks", ()), *_blocks(content), *_blocks(message.get("refusal"))]
+    for call in message.get("tool_calls", ()):
+        name, given = call["function"]["name"], call["function"].get("arguments", {})
+        blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": given})
+    return blocks
 
 
-def _blocks(content: "Any", where: str, drop: "frozenset[str]") -> "list[dict[str, Any]]":
+def _blocks(content: "str | list[dict[str, Any]] | None") -> "list[dict[str, Any]]":
     """The blocks of a message's content; those without text are left out, as the API refuses them."""
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    blocks = [_block(part, "%s[%d]" % (where, place), drop) for place, part in enumerate(_items(content, where))]
-    return [block for block in blocks if block]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+    return [block for block in map(_block, parts) if block.get("text", "x").strip()]
 
 
-def _block(part: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    """The block that a part becomes; an empty one where nothing is left of it."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or (kind not in _PARTS and kind not in drop):
-        raise Untranslatable(where, "is a part of a type that " + _NO_EQUIVALENT)
-    if kind in drop:
-        return {}
-    _only(part, ("type", kind, "cache_control"), where, drop)
-    block = _PARTS[kind](part.get(kind), where + "." + kind, drop)
-    if block and part.get("cache_control"):
-        block["cache_control"] = part["cache_control"]
-    return block
-
-
-def _text_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    if not isinstance(found, str):
-        raise Untranslatable(where, "must be a string.")
-    return {"type": "text", "text": found} if found.strip() else {}
-
-
-def _image_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    known = ("url", "detail") if isinstance(found, dict) and found.get("detail") in ("auto", "high") else ("url",)
-    url = _word(_only(found, known, where, drop), "url", where)
-    if url.startswith(("https://", "http://")):
-        return {"type": "image", "source": {"type": "url", "url": url}}
-    return {"type": "image", "source": _inline(url, where + ".url", _IMAGE_TYPES)}
-
-
-def _document_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    data = _word(_only(found, ("file_data", "filename"), where, drop), "file_data", where)
-    block = {"type": "document", "source": _inline(data, where + ".file_data", ("application/pdf",))}
-    return dict(block, title=found["filename"]) if found.get("filename") else block
-
-
-_PARTS: "dict[str, Callable[[Any, str, frozenset[str]], dict[str, Any]]]" = {
-    "text": _text_block,
-    "refusal": _text_block,
-    "image_url": _image_block,
-    "file": _document_block,
-}
-
-
-def _inline(url: str, where: str, allowed: "tuple[str, ...]") -> "dict[str, str]":
-    """The source that a data URL becomes."""
-    head, _, data = url.partition(",")
-    if not head.startswith("data:") or not head.endswith(";base64"):
-        raise Untranslatable(where, "must be a data URL in base64" + (" or an https URL." if "png" in allowed else "."))
-    kind = head[5:-7].partition(";")[0].lower().replace("image/jpg", "image/jpeg")
-    if kind not in allowed:
-        raise Untranslatable(where, "must be of type %s." % " or ".join(allowed))
-    return {"type": "base64", "media_type": kind, "data": data}
-
-
-def _tool_use(call: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    """The block of an earlier tool call. `index` and Gemini's `extra_content` mean nothing here and are no loss."""
-    _only(call, ("id", "type", "function", "index", "extra_content"), where, drop)
-    function = _only(call.get("function"), ("name", "arguments"), where + ".function", drop)
-    try:
-        given = json.loads(function.get("arguments") or "{}")
-    except (ValueError, TypeError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise Untranslatable(where + ".function.arguments", "must be the text of a JSON object.")
-    name = _word(function, "name", where + ".function")
-    return {"type": "tool_use", "id": _word(call, "id", where), "name": name, "input": given}
+def _block(part: "dict[str, Any]") -> "dict[str, Any]":
+    kind = part["type"]
+    found, cache = part[kind], part.get("cache_control")
+    if kind == "image_url":
+        return _with({"type": "image", "source": found["url"]}, cache_control=cache)
+    if kind == "file":
+        document = {"type": "document", "source": found["file_data"]}
+        return _with(document, title=found.get("filename"), cache_control=cache)
+    return _with({"type": "text", "text": found}, cache_control=cache)
 
 
 def _add_sampling(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
     """Adds temperature, top_p, stop sequences and the user's name. Newer models refuse even defaults of the first two
     together, and other values at all: 1, the default of both APIs, is not sent."""
-    heat = asked.get("temperature")
-    if heat is not None:
-        if isinstance(heat, bool) or not isinstance(heat, (int, float)) or not 0 <= heat <= 2:
-            raise Untranslatable("temperature", "must be a number from 0 to 2.")
-        if heat < 1:  # its scale ends at 1, to which Anthropic's own compatible endpoint lowers all above
-            out["temperature"] = heat
+    if asked.get("temperature", 1) < 1:  # its scale ends there; Anthropic's own compatible endpoint lowers all above
+        out["temperature"] = asked["temperature"]
     if asked.get("top_p", 1) != 1:
         out["top_p"] = asked["top_p"]
-    stop = asked.get("stop")
-    stops = [stop] if isinstance(stop, str) else _items(stop, "stop")
-    if not all(isinstance(one, str) and one.strip() for one in stops):
-        raise Untranslatable("stop", "must be texts that are more than white space for Anthropic's Messages API.")
-    if stops:
-        out["stop_sequences"] = stops
+    if asked.get("stop"):
+        out["stop_sequences"] = asked["stop"]
     user = asked.get("safety_identifier") or asked.get("user")
     if user:
         out["metadata"] = {"user_id": user}
 
 
-def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]", drop: "frozenset[str]") -> None:
-    """Adds tools and tool_choice."""
-    found = _items(asked.get("tools"), "tools")
-    tools = [_tool(tool, "tools[%d]" % place, drop) for place, tool in enumerate(found)]
-    choice = _tool_choice(asked.get("tool_choice", "auto"), drop)
+def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
+    """Adds tools and tool_choice, of which "auto" is the default."""
+    tools, found = asked.get("tools"), asked.get("tool_choice", "auto")
+    choice: "dict[str, Any]" = {"type": found}
+    if isinstance(found, dict):
+        choice = {"type": "tool", "name": found["function"]["name"]}
     if not tools:
         if choice["type"] not in ("auto", "none"):
             raise Untranslatable("tool_choice", "needs tools.")
-        blocks = [block for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
-        names = dict.fromkeys(block["name"] for block in blocks)
-        if not names:
-            return
         # Where the history uses tools, gateways to the API want them defined; as at OpenAI, the answer calls none.
-        tools, choice = [{"name": name, "input_schema": _schema(None)} for name in names], {"type": "none"}
+        blocks = [block for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
+        tools = [{"function": {"name": name}} for name in dict.fromkeys(block["name"] for block in blocks)]
+        choice = {"type": "none"}
+        if not tools:
+            return
     if asked.get("parallel_tool_calls") is False and choice["type"] != "none":
         choice["disable_parallel_tool_use"] = True
-    out["tools"] = tools
+    out["tools"] = [_tool(tool["function"], tool.get("cache_control")) for tool in tools]
     if choice != {"type": "auto"}:
         out["tool_choice"] = choice
 
 
-def _tool(tool: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    """The tool that a function becomes."""
-    found = _only(tool, ("type", "function", "cache_control"), where, drop).get("function")
-    where += ".function"
-    function = _only(found, ("name", "description", "parameters", "strict"), where, drop)
-    out = {"name": _word(function, "name", where), "input_schema": _schema(function.get("parameters"))}
-    out.update({name: function[name] for name in ("description", "strict") if function.get(name)})
-    return dict(out, cache_control=tool["cache_control"]) if tool.get("cache_control") else out
+def _tool(function: "dict[str, Any]", cache: "Any") -> "dict[str, Any]":
+    # The API demands an object's schema with properties, even of a function that takes nothing.
+    schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
+    more = {name: function.get(name) for name in ("description", "strict")}
+    return _with({"name": function["name"], "input_schema": schema}, **more, cache_control=cache)
 
 
-def _schema(parameters: "Any") -> "Any":
-    """The input_schema for a function's parameters; the API demands an object's, even of a function without any."""
-    if not parameters:
-        return {"type": "object", "properties": {}}
-    return dict({"type": "object"}, **parameters) if isinstance(parameters, dict) else parameters
-
-
-def _tool_choice(choice: "Any", drop: "frozenset[str]") -> "dict[str, Any]":
-    """The API's tool_choice; "auto" is its default."""
-    if isinstance(choice, str) and choice in _TOOL_CHOICES:
-        return {"type": _TOOL_CHOICES[choice]}
-    if not isinstance(choice, dict) or choice.get("type") != "function":
-        raise Untranslatable("tool_choice", "must be none, auto, required or a function for Anthropic's Messages API.")
-    function = _only(choice.get("function"), ("name",), "tool_choice.function", drop)
-    return {"type": "tool", "name": _word(function, "name", "tool_choice.function")}
-
-
-def _add_reasoning(asked: "dict[str, Any]", out: "dict[str, Any]", thinking: str) -> None:
+def _add_reasoning(effort: str, budget: int, thinking: str, out: "dict[str, Any]") -> None:
     """Adds what reasoning_effort asks for; a `thinking` of the client's own stands."""
-    effort = asked.get("reasoning_effort")
-    if effort is None:
-        return
-    if not isinstance(effort, str) or effort not in _EFFORTS:
-        raise Untranslatable("reasoning_effort", "must be one of %s." % ", ".join(_EFFORTS))
-    word, budget = _EFFORTS[effort]
-    if not word:
-        out.setdefault("thinking", {"type": "disabled"})
-    elif thinking == "budget":
-        # Half of the room is for the answer. A turn that waits for tool results must begin with the thinking that led
-        # to the calls, signed, and chat clients cannot send that back: it goes on without.
-        room = out["max_tokens"]
-        budget = max(MESSAGES_BUDGET_MIN, min(budget, room // 2))
-        if budget >= room:
+    turns, room = out["messages"], out["max_tokens"]
+    first = [turn["content"][0]["type"] for turn in turns[-2:]]
+    begin: "dict[str, Any]" = {"type": "adaptive"}
+    may = thinking == "adaptive"
+    if effort and thinking == "budget":
+        begin = {"type": "enabled", "budget_tokens": max(MESSAGES_BUDGET_MIN, min(budget, room // 2))}
+        if begin["budget_tokens"] >= room:
             raise Untranslatable("reasoning_effort", "needs a max_tokens above %d." % MESSAGES_BUDGET_MIN)
-        if out["messages"][-1]["content"][0]["type"] != "tool_result":
-            out.setdefault("thinking", {"type": "enabled", "budget_tokens": budget})
+        # A turn that waits for tool results must begin with the thinking that led to the calls, signed. A client that
+        # does not send its `thinking_blocks` back goes on without: better than a 400 in the middle of a loop.
+        may = first[-1] != "tool_result" or first[0] in _THOUGHTS
+    elif effort:
+        out["output_config"] = {"effort": effort}
     else:
-        out["output_config"] = {"effort": word}
-        if thinking == "adaptive":
-            out.setdefault("thinking", {"type": "adaptive"})
-
-
-def _add_format(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
-    """Adds the form that the answer must have."""
-    found = _only(
-        asked.get("response_format", {"type": "text"}), ("type", "json_schema"), "response_format", frozenset()
-    )
-    kind = found.get("type")
-    if kind == "json_object":
-        out["system"] = [*out.get("system", ()), {"type": "text", "text": _JSON_ONLY}]
-    elif kind == "json_schema":
-        where = "response_format.json_schema"
-        form = _only(found.get("json_schema"), ("name", "description", "schema", "strict"), where, frozenset())
-        if not isinstance(form.get("schema"), dict):
-            raise Untranslatable(where + ".schema", "must be an object.")
-        about = {"description": form["description"]} if form.get("description") else {}
-        schema = dict(about, **form["schema"])
-        out.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-    elif kind != "text":
-        raise Untranslatable("response_format.type", "must be text, json_object or json_schema.")
+        begin, may = {"type": "disabled"}, True
+    forced = effort and out.get("tool_choice", {}).get("type") in ("any", "tool")  # excludes thinking
+    if may and not forced:
+        out.setdefault("thinking", begin)
 
 
 _FINISH_REASONS = {
@@ -3395,42 +3417,39 @@ _FINISH_REASONS = {
 
 
 def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
-    """The chat.completion that a whole Messages answer is. Raises ValueError where it is none."""
+    """The chat.completion that a whole Messages answer is. Raises ValueError where it is none.
+
+    Thinking comes twice where tools are called: to be read, and signed, to be sent back with the results (in LiteLLM's
+    `thinking_blocks`; the openai package keeps fields of a message that it does not know).
+    """
     try:
-        return _completion(reply, created)
+        content = reply["content"]
+        told = {
+            kind: "".join(block.get(kind) or "" for block in content if block["type"] == kind)
+            for kind in ("text", "thinking")
+        }
+        used = [block for block in content if block["type"] == "tool_use"]
+        message = _with(
+            {"role": "assistant", "content": told["text"] or None, "refusal": _refusal(reply)},
+            reasoning_content=told["thinking"],
+            tool_calls=[_tool_call(block, compact_json(block["input"]).decode()) for block in used],
+            thinking_blocks=used and [block for block in content if block["type"] in _THOUGHTS],
+        )
+        reason = _FINISH_REASONS.get(reply["stop_reason"], "stop")
+        return {
+            "id": reply["id"],
+            "object": "chat.completion",
+            "created": created,
+            "model": reply["model"],
+            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+            "usage": messages_usage(reply.get("usage")),
+        }
     except (LookupError, TypeError, AttributeError):
         raise ValueError("the upstream's answer is no message") from None
 
 
-def _completion(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
-    content = reply["content"]
-    message: "dict[str, Any]" = {"role": "assistant", "content": _joined(content, "text"), "refusal": _refusal(reply)}
-    thoughts = _joined(content, "thinking")
-    if thoughts:
-        message["reasoning_content"] = thoughts
-    used = [block for block in content if block["type"] == "tool_use"]
-    calls = [_tool_call(block, compact_json(block["input"]).decode()) for block in used]
-    if calls:
-        message["tool_calls"] = calls
-    reason = _FINISH_REASONS.get(reply["stop_reason"], "stop")
-    return {
-        "id": reply["id"],
-        "object": "chat.completion",
-        "created": created,
-        "model": reply["model"],
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
-        "usage": messages_usage(reply.get("usage")),
-    }
-
-
-def _joined(content: "list[dict[str, Any]]", kind: str) -> "str | None":
-    """The text of all blocks of this kind, or None."""
-    return "".join(str(block.get(kind) or "") for block in content if block.get("type") == kind) or None
-
-
 def _tool_call(block: "dict[str, Any]", arguments: str) -> "dict[str, Any]":
-    function = {"name": block["name"], "arguments": arguments}
-    return {"id": block["id"], "type": "function", "function": function}
+    return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
 
 
 def _refusal(found: "dict[str, Any]") -> "str | None":
@@ -3447,8 +3466,7 @@ def messages_usage(usage: "Any") -> "dict[str, Any]":
         for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
     )
     prompt = fresh + written + read
-    details = found.get("output_tokens_details")
-    thought = details.get("thinking_tokens") or 0 if isinstance(details, dict) else 0
+    thought = (found.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
@@ -3465,12 +3483,25 @@ class MessageStream:
     Nothing comes out before the first content, so an overloaded upstream can still be left for another.
     """
 
-    __slots__ = ("calls", "created", "done", "failed", "head", "include_usage", "opened", "reason", "refusal", "usage")
+    __slots__ = (
+        "calls",
+        "created",
+        "done",
+        "failed",
+        "head",
+        "include_usage",
+        "opened",
+        "reason",
+        "refusal",
+        "thoughts",
+        "usage",
+    )
 
     def __init__(self, created: int, include_usage: bool = False) -> None:
         self.created, self.include_usage = created, include_usage
         self.head = b""  # of every chunk, up to its choices
         self.calls: "dict[int, list[Any]]" = {}  # of each tool block: its number, its input if that comes in no delta
+        self.thoughts: "dict[int, tuple[dict[str, Any], list[str]]]" = {}  # thinking since the last call, and its text
         self.usage: "dict[str, Any]" = {}
         self.reason = ""
         self.refusal: "str | None" = None
@@ -3482,26 +3513,19 @@ class MessageStream:
             return b""
         try:
             event = json.loads(data)
-            step = _STREAM_STEPS.get(event.get("type") or event_type.decode("latin-1"))
-            return step(self, event) if step else b""
+            step = getattr(self, "on_" + (event.get("type") or event_type.decode("latin-1")), None)
+            return step(event) if step else b""
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            self.failed = True
-            return _error_event({"type": "api_error", "message": "The upstream sent an event that cannot be read."})
+            return self.fail({"type": "api_error", "message": "The upstream sent an event that cannot be read."})
 
-    def _chunk(self, delta: "dict[str, Any]", reason: "str | None" = None) -> bytes:
-        if not self.head:
-            raise LookupError("content before message_start")
-        if not self.opened:
-            delta = dict({"role": "assistant"}, **delta)
-            self.opened = True
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
+    def fail(self, found: "dict[str, Any]") -> bytes:
+        """The event that tells an error; nothing that comes after it counts."""
+        self.failed = True
+        return b"data: " + compact_json(_translate_error(found, 500)) + b"\n\n"
 
-    def _count(self, usage: "dict[str, Any] | None") -> None:
-        """Usage is cumulative and comes in parts: the last number of each field holds."""
-        self.usage.update({name: value for name, value in (usage or {}).items() if value is not None})
+    on_error = fail
 
-    def message_start(self, event: "dict[str, Any]") -> bytes:
+    def on_message_start(self, event: "dict[str, Any]") -> bytes:
         """Id and model of all chunks, and the prompt's tokens."""
         message = event["message"]
         self._count(message.get("usage"))
@@ -3510,30 +3534,39 @@ class MessageStream:
             self.head = b"data: " + compact_json(dict(same, model=message["model"]))[:-1] + b',"choices":'
         return b""
 
-    def block_start(self, event: "dict[str, Any]") -> bytes:
+    def on_content_block_start(self, event: "dict[str, Any]") -> bytes:
         """A tool's name; and what gateways that send a block whole put here."""
-        block = event["content_block"]
+        block, index = event["content_block"], event["index"]
         if block["type"] != "tool_use":
-            return self._text(block.get("text"), block.get("thinking"))
+            if block["type"] in _THOUGHTS:
+                self.thoughts[index] = dict(block, index=index), [block.get("thinking") or ""]
+            return self._text(block)
         number = len(self.calls)
-        self.calls[event["index"]] = [number, block.get("input") or {}]
-        return self._chunk({"tool_calls": [dict({"index": number}, **_tool_call(block, ""))]})
+        self.calls[index] = [number, block.get("input") or {}]
+        delta: "dict[str, Any]" = {"tool_calls": [{"index": number, **_tool_call(block, "")}]}
+        signed = self._signed()
+        if signed:
+            delta["thinking_blocks"] = signed
+        return self._chunk(delta)
 
-    def block_delta(self, event: "dict[str, Any]") -> bytes:
-        """A piece of text, of thinking or of a tool's arguments; signatures and citations have no place."""
-        delta = event["delta"]
-        piece, call = delta.get("partial_json"), self.calls.get(event["index"])
-        if not piece or not call:  # the first piece is always empty, and no others come of a tool without arguments
-            return self._text(delta.get("text"), delta.get("thinking"))
-        call[1] = None
-        return self._arguments(call[0], piece)
+    def on_content_block_delta(self, event: "dict[str, Any]") -> bytes:
+        """A piece of text, of thinking, of its signature or of a tool's arguments; citations have no place."""
+        delta, index = event["delta"], event["index"]
+        piece, call, thought = delta.get("partial_json"), self.calls.get(index), self.thoughts.get(index)
+        if piece and call:  # the first piece is always empty, and no others come of a tool without arguments
+            call[1] = None
+            return self._arguments(call[0], piece)
+        if thought:
+            thought[0]["signature"] = delta.get("signature") or thought[0].get("signature")
+            thought[1].append(delta.get("thinking") or "")
+        return self._text(delta)
 
-    def block_stop(self, event: "dict[str, Any]") -> bytes:
+    def on_content_block_stop(self, event: "dict[str, Any]") -> bytes:
         """The arguments of a tool that had no pieces."""
         number, whole = self.calls.get(event["index"]) or (0, None)
         return b"" if whole is None else self._arguments(number, compact_json(whole).decode())
 
-    def message_delta(self, event: "dict[str, Any]") -> bytes:
+    def on_message_delta(self, event: "dict[str, Any]") -> bytes:
         """Why it stops, and the answer's tokens."""
         self._count(event.get("usage"))
         delta = event.get("delta") or {}
@@ -3541,7 +3574,7 @@ class MessageStream:
         self.refusal = _refusal(delta) or self.refusal
         return b""
 
-    def message_stop(self, event: "dict[str, Any]") -> bytes:
+    def on_message_stop(self, event: "dict[str, Any]") -> bytes:
         """The end: finish_reason, usage if it was asked for, [DONE]."""
         delta = {"refusal": self.refusal} if self.refusal else {}
         out = self._chunk(delta, _FINISH_REASONS.get(self.reason, "stop"))
@@ -3550,42 +3583,49 @@ class MessageStream:
         self.done = True
         return out + b"data: [DONE]\n\n"
 
-    def error(self, event: "dict[str, Any]") -> bytes:
-        """An error in the middle; nothing that comes after it counts."""
-        self.failed = True
-        return _error_event(event)
+    def _chunk(self, delta: "dict[str, Any]", reason: "str | None" = None) -> bytes:
+        if not self.head:
+            raise LookupError("content before message_start")
+        if not self.opened:
+            delta = {"role": "assistant", **delta}
+            self.opened = True
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
 
-    def _text(self, text: "str | None", thinking: "str | None") -> bytes:
-        return self._chunk({"content": text} if text else {"reasoning_content": thinking}) if text or thinking else b""
+    def _count(self, usage: "dict[str, Any] | None") -> None:
+        """Usage is cumulative and comes in parts: the last number of each field holds."""
+        self.usage.update({name: value for name, value in (usage or {}).items() if value is not None})
+
+    def _text(self, found: "dict[str, Any]") -> bytes:
+        for name, ours in (("text", "content"), ("thinking", "reasoning_content")):
+            if found.get(name):
+                return self._chunk({ours: found[name]})
+        return b""
 
     def _arguments(self, number: int, piece: str) -> bytes:
         return self._chunk({"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
 
+    def _signed(self) -> "list[dict[str, Any]]":
+        """The thinking that led to a call, as in whole answers; the openai package joins lists by their `index`."""
+        found, self.thoughts = self.thoughts.values(), {}
+        for block, pieces in found:
+            if block["type"] == "thinking":
+                block["thinking"] = "".join(pieces)
+        return [block for block, _ in found if block.get("signature") or block.get("data")]
 
-_STREAM_STEPS: "dict[str, Callable[[MessageStream, dict[str, Any]], bytes]]" = {
-    "message_start": MessageStream.message_start,
-    "content_block_start": MessageStream.block_start,
-    "content_block_delta": MessageStream.block_delta,
-    "content_block_stop": MessageStream.block_stop,
-    "message_delta": MessageStream.message_delta,
-    "message_stop": MessageStream.message_stop,
-    "error": MessageStream.error,
-}
 
-# Anthropic's error types for which OpenAI has words of its own: type and code. Others stay, as the code.
-_MESSAGES_ERRORS: "dict[str, tuple[str, str | None]]" = {
-    "invalid_request_error": ("invalid_request_error", None),
-    "authentication_error": ("invalid_request_error", "invalid_api_key"),
-    "billing_error": ("insufficient_quota", "insufficient_quota"),
-    "not_found_error": ("invalid_request_error", "model_not_found"),
-    "rate_limit_error": ("rate_limit_error", "rate_limit_exceeded"),
-}
-# Meanings that only the words of a message tell.
-_MESSAGES_ERROR_WORDS = (
-    ("credit balance is too low", ("insufficient_quota", "insufficient_quota")),
-    ("enforced_spend_limit_reached", ("insufficient_quota", "insufficient_quota")),
-    ("prompt is too long", ("invalid_request_error", "context_length_exceeded")),
-    ("exceed context limit", ("invalid_request_error", "context_length_exceeded")),
+# What of Anthropic's errors OpenAI has words of its own for: what its type is or its message has in it, type and code
+# there. Other types stay, as the code.
+_MESSAGES_ERRORS: "tuple[tuple[str, str, str | None], ...]" = (
+    ("credit balance is too low", "insufficient_quota", "insufficient_quota"),
+    ("enforced_spend_limit_reached", "insufficient_quota", "insufficient_quota"),
+    ("prompt is too long", "invalid_request_error", "context_length_exceeded"),
+    ("exceed context limit", "invalid_request_error", "context_length_exceeded"),
+    ("invalid_request_error", "invalid_request_error", None),
+    ("authentication_error", "invalid_request_error", "invalid_api_key"),
+    ("billing_error", "insufficient_quota", "insufficient_quota"),
+    ("not_found_error", "invalid_request_error", "model_not_found"),
+    ("rate_limit_error", "rate_limit_error", "rate_limit_exceeded"),
 )
 
 
@@ -3610,16 +3650,35 @@ def _translate_error(found: "Any", status: int) -> "dict[str, Any]":
     if not isinstance(message, str):
         message = "The upstream answered with status %d." % status
     word = str(error.get("type") or error.get("code") or "")
+    for known, kind, code in _MESSAGES_ERRORS:
+        if known == word or known in message:
+            return error_object(message, kind, code)
     kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-    meaning = _MESSAGES_ERRORS.get(word, (kind, word or None))
-    for text, told in _MESSAGES_ERROR_WORDS:
-        if text in message:
-            meaning = told
-    return error_object(message, *meaning)
+    return error_object(message, kind, word or None)
 
 
-def _error_event(found: "dict[str, Any]") -> bytes:
-    return b"data: " + compact_json(_translate_error(found, 500)) + b"\n\n"
+def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
+    """What Anthropic's three token limits leave together, as x-ratelimit-*-tokens fields; {} where it says nothing.
+
+    Input and output have limits of their own there, and `tokens` tells their sum or what binds a workspace; our ledger
+    has one bucket, from which a request takes its prompt and its answer. So it gets the size of the whole, filled as
+    far as the emptiest of the three: the share tells which one binds. The emptiest one as it is would be wrong: a
+    prompt of 20,000 tokens is larger than an output limit of 8,000 ever gets, and would wait for a full bucket each
+    time. Tokens that the prompt cache gives are not counted by the input limit; as replies tell what is left, they need
+    no arithmetic here.
+    """
+    told: "list[tuple[float, int, int, bytes]]" = []
+    for kind in (b"tokens", b"input-tokens", b"output-tokens"):
+        names = [b"anthropic-ratelimit-%b-%b" % (kind, end) for end in (b"limit", b"remaining", b"reset")]
+        limit, left, reset = (index.get(name, b"") for name in names)
+        if re.fullmatch(rb"[1-9][0-9]{0,14} [0-9]{1,15}", limit + b" " + left):
+            told.append((int(left) / int(limit), int(limit), int(left), reset))
+    if not told:
+        return {}
+    size = told[0][1] if b"anthropic-ratelimit-tokens-limit" in index else sum(one[1] for one in told)
+    _, most, rest, full = min(told)
+    fields = (b"limit", b"%d" % size), (b"remaining", b"%d" % (size * rest // most)), (b"reset", full)
+    return {b"x-ratelimit-%b-tokens" % name: value for name, value in fields}
 
 
 # ==== 9. Controllers ====
@@ -4053,11 +4112,13 @@ class MessagesExchange:
         """See `Exchange`. Errors are read to their end, as only their words tell their status."""
         await self.inner.start()
         found = self.inner.head
-        if found.index.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise BadReply("the upstream compressed its answer unasked")
-        if found.status >= 300:
-            status, self.ready = error_from_messages(found.status, await self._read_all(HOLD_BYTES))
+        coded = found.index.get(b"content-encoding", b"identity").lower() != b"identity"
+        if found.status >= 300:  # of a compressed one the status has to do
+            body = b"" if coded else await self._read_all(HOLD_BYTES)
+            status, self.ready = error_from_messages(found.status, body)
             self.head, self.ended = messages_head(found, status, b"application/json"), True
+        elif coded:  # although only identity was asked for: inflating what an upstream likes to send has no bound
+            raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
         elif found.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
             self.stream = MessageStream(int(time.time()), self.usage)
             self.head = messages_head(found, found.status, b"text/event-stream; charset=utf-8")
@@ -4148,7 +4209,7 @@ class MessagesExchange:
         out = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
         if len(self.splitter.pending) > EVENT_BYTES:
             self.splitter.pending = b""
-            out += stream.error({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
+            out += stream.fail({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
         return out
 
     def _last_events(self, stream: MessageStream) -> bytes:
@@ -4160,12 +4221,13 @@ class MessagesExchange:
 
 
 def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
-    """The head of a translated answer: nothing of the framing or the type of the original."""
-    index = {
-        name: value for name, value in found.index.items() if name not in (b"content-length", b"transfer-encoding")
-    }
+    """The head of a translated answer: nothing of the framing or the type of the original, and its limits as OpenAI
+    tells them, for the ledger only."""
+    framing = (b"content-length", b"transfer-encoding", b"content-encoding")
+    index = {name: value for name, value in found.index.items() if name not in framing}
+    index.update(tightest_tokens(found.index))
     index[b"content-type"] = kind
-    lines = [*without(found.lines, (b"content-type",)), b"Content-Type: %b\r\n" % kind]
+    lines = [*without(found.lines, (b"content-type", b"content-encoding")), b"Content-Type: %b\r\n" % kind]
     return ResponseHead(status, found.minor, index, lines)
 
 

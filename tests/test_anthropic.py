@@ -82,10 +82,11 @@ def test_requests_keep_the_apis_rules(case: dict[str, Any]) -> None:
 
 
 def check_turn(turn: dict[str, Any]) -> None:
-    """A turn has content; results come before all else in it, calls after all else; no text is blank."""
+    """A turn has content; results and thinking come before all else in it, calls after all else; no text is blank."""
     kinds = [block["type"] for block in turn["content"]]
-    assert kinds and set(kinds) <= {"text", "image", "document", "tool_use", "tool_result"}
-    assert kinds == sorted(kinds, key=lambda kind: (kind != "tool_result", kind == "tool_use"))
+    first = {"thinking", "redacted_thinking"} if turn["role"] == "assistant" else {"tool_result"}
+    assert kinds and set(kinds) <= {"text", "image", "document", "tool_use", *first}
+    assert kinds == sorted(kinds, key=lambda kind: (kind not in first, kind == "tool_use"))
     assert ("tool_use" not in kinds or turn["role"] == "assistant") and (
         "tool_result" not in kinds or turn["role"] == "user"
     )
@@ -156,11 +157,11 @@ def called(**call: Any) -> dict[str, Any]:
         (asked_for(tools=[{"type": "function", "function": {}}]), "tools[0].function.name"),
         (asked_for(tool_choice="required"), "tool_choice"),
         (asked_for(tools=[TOOL], tool_choice="sometimes"), "tool_choice"),
-        (asked_for(tools=[TOOL], tool_choice={"type": "allowed_tools", "allowed_tools": {}}), "tool_choice"),
+        (asked_for(tools=[TOOL], tool_choice={"type": "allowed_tools", "allowed_tools": {}}), "tool_choice.type"),
         (asked_for(tools=[TOOL], tool_choice={"type": "function"}), "tool_choice.function"),
         (asked_for(messages=[]), "messages"),
         (asked_for(messages="x"), "messages"),
-        (asked_for(messages=["x"]), "messages[0].role"),
+        (asked_for(messages=["x"]), "messages[0]"),
         (asked_for(messages=[{"role": "system", "content": "x"}]), "messages"),
         (asked_for(messages=[{"role": "function", "name": "f", "content": "x"}]), "messages[0].role"),
         (asked_for(messages=[{"role": "user", "content": "x", "name": "bob"}]), "messages[0].name"),
@@ -172,13 +173,13 @@ def called(**call: Any) -> dict[str, Any]:
                 "model": "m",
                 "messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "https://x"}}]}],
             },
-            "messages[0].content",
+            "messages[0].content[0].type",
         ),
         (content("x"), "messages[0].content[0]"),
         (content({"type": "text"}), "messages[0].content[0].text"),
         (content({"type": "text", "text": "a", "shiny": 1}), "messages[0].content[0].shiny"),
-        (content({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}), "messages[0].content[0]"),
-        (content({"type": ["text"]}), "messages[0].content[0]"),
+        (content({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}), "messages[0].content[0].type"),
+        (content({"type": ["text"]}), "messages[0].content[0].type"),
         (content({"type": "image_url", "image_url": "https://x"}), "messages[0].content[0].image_url"),
         (content({"type": "image_url", "image_url": {"url": "file:///x.png"}}), "messages[0].content[0].image_url.url"),
         (
@@ -193,6 +194,10 @@ def called(**call: Any) -> dict[str, Any]:
         (
             content({"type": "file", "file": {"file_data": "data:text/csv;base64,AA=="}}),
             "messages[0].content[0].file.file_data",
+        ),
+        (
+            asked_for(messages=[*USER, {"role": "assistant", "thinking_blocks": [{"type": "thinking", "thinking": "x"}]}]),
+            "messages[1].thinking_blocks[0]",
         ),
         (called(type="custom", custom={"name": "f", "input": ""}), "messages[1].tool_calls[0].custom"),
         (called(function={"name": "f", "arguments": "{"}), "messages[1].tool_calls[0].function.arguments"),
@@ -275,6 +280,59 @@ def test_a_stream_says_what_the_whole_answer_says() -> None:
         0: {"id": "toolu_1", "name": "get_weather", "arguments": '{"location": "Paris"}'},
         1: {"id": "toolu_2", "name": "now", "arguments": "{}"},
     }
+
+
+def test_signed_thinking_comes_back_as_it_was() -> None:
+    """What a stream gives of the thinking that led to its calls is, sent back, what the upstream had signed."""
+    path = GOLDEN / "streams" / "thinking-tools.sse"
+    given = [chunk["choices"][0]["delta"] for chunk in chunks(fed(stream(path), path.read_bytes()))]
+    blocks = [block for delta in given for block in delta.get("thinking_blocks", ())]
+    answer = {"role": "assistant", "content": "So.", "thinking_blocks": blocks}
+    sent = app.to_messages(asked_for(messages=[*USER, answer, *USER]), frozenset())["messages"][1]["content"]
+    assert sent == [
+        {"type": "thinking", "thinking": "A city.", "signature": "c2ln"},
+        {"type": "redacted_thinking", "data": "ZW5j"},
+        {"type": "thinking", "thinking": "And when?", "signature": "c2lnMg"},
+        {"type": "text", "text": "So."},
+    ]
+
+
+def limits(**told: "tuple[int | str, int | str]") -> dict[bytes, bytes]:
+    """Anthropic's fields for these limits: how much, and what is left of it."""
+    found = {}
+    for name, values in told.items():
+        for end, value in zip(("limit", "remaining"), values, strict=True):
+            found[f"anthropic-ratelimit-{name.replace('_', '-')}-{end}".encode()] = str(value).encode()
+        found[f"anthropic-ratelimit-{name.replace('_', '-')}-reset".encode()] = name.encode()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, None),
+        ({"requests": (50, 0)}, None),
+        ({"tokens": (96_000, 48_000)}, (96_000, 48_000, "tokens")),
+        ({"input_tokens": (80_000, 20_000)}, (80_000, 20_000, "input_tokens")),
+        (
+            {"tokens": (96_000, 90_000), "input_tokens": (80_000, 78_000), "output_tokens": (16_000, 12_000)},
+            (96_000, 72_000, "output_tokens"),
+        ),
+        ({"input_tokens": (80_000, 8_000), "output_tokens": (16_000, 12_000)}, (96_000, 9_600, "input_tokens")),
+        (
+            {"tokens": (50_000, 0), "input_tokens": (80_000, 78_000), "output_tokens": (16_000, 12_000)},
+            (50_000, 0, "tokens"),
+        ),
+        ({"tokens": (0, 0), "input_tokens": (-1, 5), "output_tokens": ("9" * 5000, 1)}, None),
+    ],
+)
+def test_the_tightest_of_the_token_limits(
+    told: "dict[str, tuple[int, int]]", expected: "tuple[int, int, str] | None"
+) -> None:
+    """The ledger's one bucket has the size of all tokens and is as empty as the emptiest of the limits."""
+    found = app.tightest_tokens(limits(**told))
+    names = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+    assert found == ({} if expected is None else dict(zip(names, (str(one).encode() for one in expected), strict=True)))
 
 
 @pytest.mark.parametrize(
