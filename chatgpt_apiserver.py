@@ -268,8 +268,15 @@ PRESETS: "dict[str, dict[str, Any]]" = {
     "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
     "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
     "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1"},
-    "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1"},
-    "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"},
+    # Its 429 with insufficient_quota is a throttle, not an empty purse (openclaw PR 148275).
+    "dashscope": {
+        "base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1",
+        "rate_codes": ["insufficient_quota"],
+    },
+    "dashscope-intl": {
+        "base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
+        "rate_codes": ["insufficient_quota"],
+    },
     "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
     "fireworks": {"base_url": "https://api.fireworks.ai/inference/v1"},
     "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai"},
@@ -392,8 +399,9 @@ class AccountConfig(Record):
 
     `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
     place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
-    name; then `extra_body` is added, in place of what the client said. `api_version` is Azure's; `thinking` is
-    Anthropic's, and so is `max_tokens`, the limit where the client sets none.
+    name; then `extra_body` is added, in place of what the client said. Of a 429's codes `rate_codes` mean a limit on
+    the rate here, though elsewhere an empty purse. `api_version` is Azure's; `thinking` is Anthropic's, and so is
+    `max_tokens`, the limit where the client sets none.
     """
 
     api_key: Secret = NO_SECRET
@@ -412,6 +420,7 @@ class AccountConfig(Record):
     drop_params: "tuple[str, ...]" = ()
     rename_params: "tuple[tuple[str, str], ...]" = ()
     extra_body: "tuple[tuple[str, Any], ...]" = ()
+    rate_codes: "tuple[str, ...]" = ()
     delay: float = 0.0
     first_delay: float = 0.0
 
@@ -912,6 +921,7 @@ def parse_openai_account(section: Section, own: bool, alike: bool) -> AccountCon
         drop_params=check_params(section, "drop_params", section.strings("drop_params")),
         rename_params=parse_renames(section) if alike else (),
         extra_body=parse_extra_body(section),
+        rate_codes=section.strings("rate_codes"),
     )
 
 
@@ -3938,10 +3948,11 @@ def made_id(beginning: bytes) -> str:
 class Controller(Protocol):
     """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write.
 
-    `chat_only`: it takes chat completions and nothing else.
+    `chat_only`: it takes chat completions and nothing else. `rate_codes`: see `AccountConfig`.
     """
 
     chat_only: bool
+    rate_codes: "tuple[str, ...]"
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """A fresh exchange for `request`, not started."""
@@ -3984,7 +3995,7 @@ class OpenAIController:
         account = config.account
         self.origin, self.prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
         self.chat_path = account.chat_path
-        self.model_map = dict(config.model_map)
+        self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
         self.edits = ParamEdits(account) or None
         self.whole_timeouts = with_first_byte(config.timeouts, 600.0)
         self.stream_timeouts = with_first_byte(config.timeouts, 120.0)
@@ -4374,6 +4385,7 @@ class EchoController:
     """An account without a network: answers with the last user message, whole or word by word, with usage."""
 
     chat_only = True
+    rate_codes: "tuple[str, ...]" = ()
 
     def __init__(self, config: ControllerConfig) -> None:
         self.name = config.name
@@ -4489,12 +4501,15 @@ def error_words(body: bytes) -> "tuple[str, str]":
     return named, str(error.get("message") or error.get("detail") or "")
 
 
-def judge_reply(status: int, index: Index, body: bytes, wall_s: float) -> Verdict:
-    """What a reply means. `body` is only looked at for errors; `wall_s`: the time of day, for dates."""
+def judge_reply(
+    status: int, index: Index, body: bytes, wall_s: float, rate_codes: "Collection[str]" = ()
+) -> Verdict:
+    """What a reply means. `body` is only looked at for errors; `wall_s`: the time of day, for dates; `rate_codes`: see
+    `AccountConfig`."""
     if status < 300:
         return GOOD
     code, message = error_words(body)
-    verdict = Verdict(outcome_of(status, code, message), status, message)
+    verdict = Verdict(outcome_of(status, code, message, rate_codes), status, message)
     if verdict.outcome in (Outcome.RATE, Outcome.FAULT):
         verdict.after_s = retry_after(index, message, body, wall_s)
     if verdict.outcome is Outcome.RATE:
@@ -4502,9 +4517,9 @@ def judge_reply(status: int, index: Index, body: bytes, wall_s: float) -> Verdic
     return verdict
 
 
-def outcome_of(status: int, code: str, message: str) -> Outcome:
+def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str]" = ()) -> Outcome:
     """The class of an error reply (PROVIDERS, neutral outcome classes)."""
-    if status == 402 or (status == 429 and code in QUOTA_CODES):
+    if status == 402 or (status == 429 and code in QUOTA_CODES and code not in rate_codes):
         return Outcome.QUOTA
     if status in (429, 498):
         return Outcome.RATE
@@ -4606,14 +4621,14 @@ def judge_error(error: UpstreamError) -> Verdict:
     return Verdict(Outcome.SILENT if silent else Outcome.FAULT, 0, str(error))
 
 
-def judge_first_event(event: bytes) -> Verdict:
+def judge_first_event(event: bytes, rate_codes: "Collection[str]" = ()) -> Verdict:
     """What an error in a 200's place means: as if it had come with the status that belongs to it."""
     code, message = error_words(event_fields(event)[1])
     found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
     names = [code, *(kind.decode() for kind in re.findall(rb'"type":\s*"(\w{1,64})"', event))]
     named = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
     status = int(found.group(1)) if found else [*named, 502][0]
-    verdict = Verdict(outcome_of(status, code, message), status, message)
+    verdict = Verdict(outcome_of(status, code, message, rate_codes), status, message)
     if verdict.outcome is Outcome.RATE:
         read_rate_message(verdict, code)
         verdict.after_s = retry_after({}, message, event, 0.0)
@@ -6093,13 +6108,13 @@ class Reply:
     """What an upstream sent, as far as it decides: its exchange, and what was read of the body.
 
     `at`: when what decides was read. `whole`: `held` is all of the body. `told`: the reply said how many tokens are
-    left. `controller`: whose it was, of a refusal.
+    left. `controller`: whose it was, of a refusal. `rate_codes`: see `AccountConfig`.
     """
 
-    __slots__ = ("at", "controller", "exchange", "head", "held", "stream", "told", "verdict", "whole")
+    __slots__ = ("at", "controller", "exchange", "head", "held", "rate_codes", "stream", "told", "verdict", "whole")
 
-    def __init__(self, exchange: Exchange, now: float) -> None:
-        self.exchange, self.head, self.at = exchange, exchange.head, now
+    def __init__(self, exchange: Exchange, now: float, rate_codes: "tuple[str, ...]") -> None:
+        self.exchange, self.head, self.at, self.rate_codes = exchange, exchange.head, now, rate_codes
         self.held, self.whole, self.stream, self.told, self.verdict = b"", False, False, False, GOOD
         self.controller = ""
 
@@ -6338,7 +6353,7 @@ class Relay:
         try:
             await exchange.start()
             now = self.loop.time()
-            reply = Reply(exchange, now)
+            reply = Reply(exchange, now, lease.upstream.controller.rate_codes)
             index = reply.head.index
             requests, tokens = allowance(index, REQUEST_NAMES, time.time), allowance(index, TOKEN_NAMES, time.time)
             if requests is not None or tokens is not None:
@@ -6362,14 +6377,14 @@ class Relay:
         head = reply.head
         if head.status >= 300:
             reply.exchange.finish()
-            verdict = judge_reply(head.status, head.index, reply.held, time.time())
+            verdict = judge_reply(head.status, head.index, reply.held, time.time(), reply.rate_codes)
             if stateful and head.status == 404:  # about an object of the account, perhaps
                 verdict.outcome = Outcome.CLIENT
             raise Refused(reply, verdict)
         event = b"data: " + reply.held.translate(SPACED)
         if not reply.stream and judge_event(event) is EventKind.ERROR:
             reply.exchange.finish()
-            verdict = judge_first_event(event)  # 200 with an error in it, as OpenRouter may send
+            verdict = judge_first_event(event, reply.rate_codes)  # 200 with an error in it, as OpenRouter may send
             raise Refused(as_error(reply, verdict.status), verdict)
 
     async def _collect(self, reply: Reply, lease: Lease, others: bool) -> None:
@@ -6417,7 +6432,7 @@ class Relay:
         for event in events:
             kind = judge_event(event)
             if kind is EventKind.ERROR:
-                verdict = judge_first_event(event)
+                verdict = judge_first_event(event, reply.rate_codes)
                 reply.held = event_fields(event)[1]
                 reply.exchange.abort()
                 raise Refused(as_error(reply, verdict.status), verdict)
