@@ -3692,89 +3692,13 @@ def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
 
 
 # ==== 9. Controllers ====
-# What a request to one account looks like. Pure translation: a parsed request in, the bytes for the upstream out. A new
-# kind of account is one class here and one line in CONTROLLERS.
-
+# What a request to one account looks like. Pure translation: a parsed request in, the bytes for the upstream out. First
+# what a request is and what can be read from its body, then a class for each kind of account: one that speaks OpenAI's
+# API (Azure's is a dialect of it), one whose answers are translated, one that makes them up. A vendor that speaks
+# OpenAI's API is a row in PRESETS; a kind of its own is one class here, a line in CONTROLLERS and a file of tests.
 
 CHAT_PATH = "/chat/completions"
-
-
-class ApiRequest:
-    """One API call as every controller gets it.
-
-    `lines`: the client's field lines that may pass. `body` as it came, `data` its parsed JSON object. `need`: the
-    tokens that it is taken to cost. `wait_s`: how long it may still stand in line. `key`: the client key's name.
-    `model_span`: where the model stands in a multipart body. `pinned`: the controller that has the object it is about;
-    `seeks`: each is asked until one has it. `asked`: what the client asked for, where `model` is another one by now.
-    `thread`: what its conversation goes by, once somebody wanted to know.
-    """
-
-    __slots__ = (
-        "asked",
-        "body",
-        "data",
-        "key",
-        "lines",
-        "max_tokens",
-        "method",
-        "model",
-        "model_span",
-        "need",
-        "path",
-        "pinned",
-        "prompt_tokens",
-        "query",
-        "request_id",
-        "seeks",
-        "stateful",
-        "stream",
-        "thread",
-        "wait_s",
-    )
-
-    def __init__(self, method: str, path: str, query: str, lines: "list[bytes]", body: bytes) -> None:
-        self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
-        self.data: "dict[str, Any]" = {}
-        self.model = self.request_id = self.key = self.pinned = self.asked = ""
-        self.stream = self.stateful = self.seeks = False
-        self.model_span: "tuple[int, int] | None" = None
-        self.thread: "bytes | None" = None
-        self.prompt_tokens = self.max_tokens = self.need = 0
-        self.wait_s = 0.0
-
-    def substitute(self, model: str) -> None:
-        """Asks for `model` from now on."""
-        self.asked, self.model = self.asked or self.model, model
-        if self.model_span is not None:
-            start, end = self.model_span
-            self.body = self.body[:start] + model.encode() + self.body[end:]
-            self.model_span = start, start + len(model.encode())
-        elif self.data:
-            self.data, self.body = {**self.data, "model": model}, replace_model(self.body, model)
-
-
-def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], bytes]":
-    """The JSON object of a chat request, and the body to send: as it came, or respelled for Go clients.
-
-    Raises ProxyError (400) for what no upstream could answer.
-    """
-    data = parse_object(body, depth)
-    if "model" not in data or "messages" not in data or "Stream" in data:
-        spelled = respell(data)
-        if spelled is not data:
-            data, body = spelled, compact_json(spelled)
-    model, messages = data.get("model"), data.get("messages")
-    if not isinstance(model, str) or not model:
-        raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise ProxyError(400, "You must provide messages: a non-empty array of objects.", param="messages")
-    if not isinstance(data.get("stream", False), (bool, type(None))):
-        raise ProxyError(400, "stream must be true or false.", param="stream")
-    return data, body
-
-
-decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
-NO_MORE: "Mapping[str, Any]" = {}
+decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads, and it tells where a value ends
 
 
 def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
@@ -3809,18 +3733,6 @@ def deeper(data: "Any", depth: int) -> bool:
     return True
 
 
-def top_level_count(body: bytes, key: str) -> int:
-    """How often `key` stands in the outermost object, in any case: two readers could believe two different ones."""
-    counts: "list[int]" = []
-
-    def pairs(found: "list[tuple[str, Any]]") -> "dict[str, Any]":
-        counts.append(sum(name.lower() == key for name, _ in found))
-        return {}
-
-    json.loads(body, object_pairs_hook=pairs)
-    return counts[-1] if counts else 0
-
-
 _CHAT_KEYS = frozenset(
     "model messages stream temperature top_p n stop max_tokens max_completion_tokens presence_penalty frequency_penalty"
     " logit_bias user tools tool_choice functions function_call response_format seed stream_options logprobs"
@@ -3829,33 +3741,63 @@ _CHAT_KEYS = frozenset(
 _MESSAGE_KEYS = frozenset("role content name tool_calls tool_call_id refusal function_call".split())
 
 
-def respell(data: "dict[str, Any]") -> "dict[str, Any]":
-    """`data` with the keys that Go clients capitalise in the API's spelling; the same object if there are none."""
-    found = lower_keys(data, _CHAT_KEYS)
-    messages = found.get("messages")
-    if found is not data and isinstance(messages, list):
-        found["messages"] = [lower_keys(m, _MESSAGE_KEYS) if isinstance(m, dict) else m for m in messages]
-    return found
-
-
 def lower_keys(data: "dict[str, Any]", known: "frozenset[str]") -> "dict[str, Any]":
     """`data` with its keys lower-cased where that makes a known one; unknown keys stay as they are."""
-    if not any(key not in known and key.lower() in known for key in data):
-        return data
     return {key.lower() if key.lower() in known else key: value for key, value in data.items()}
 
 
-def replace_model(body: bytes, model: str) -> bytes:
-    """`body` with another value for each outermost "model", every other byte as it was."""
-    return edit_members(body, lambda name: (name, json.dumps(model) if name == "model" else None))
+def respell(data: "dict[str, Any]") -> "dict[str, Any]":
+    """A chat request with the keys that Go clients without JSON tags capitalise in the API's spelling."""
+    found = lower_keys(data, _CHAT_KEYS)
+    messages = found.get("messages")
+    if isinstance(messages, list):
+        found["messages"] = [lower_keys(one, _MESSAGE_KEYS) if isinstance(one, dict) else one for one in messages]
+    return found
 
 
-def edit_members(
-    body: bytes, edit: "Callable[[str], tuple[str, str | None]]", more: "Mapping[str, Any]" = NO_MORE
-) -> bytes:
+def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], bytes]":
+    """The JSON object of a chat request, and the body to send: as it came, or respelled for Go clients.
+
+    Raises ProxyError (400) for what no upstream could answer.
+    """
+    data = parse_object(body, depth)
+    if "model" not in data or "messages" not in data or "Stream" in data:
+        spelled = respell(data)
+        if spelled != data:
+            data, body = spelled, compact_json(spelled)
+    model, messages = data.get("model"), data.get("messages")
+    if not isinstance(model, str) or not model:
+        raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise ProxyError(400, "You must provide messages: a non-empty array of objects.", param="messages")
+    if not isinstance(data.get("stream", False), (bool, type(None))):
+        raise ProxyError(400, "stream must be true or false.", param="stream")
+    return data, body
+
+
+def top_level_count(body: bytes, key: str) -> int:
+    """How often `key` stands in the outermost object, in any case: two readers could believe two different ones."""
+    counts = [0]
+
+    def pairs(found: "list[tuple[str, Any]]") -> None:
+        counts.append(sum(name.lower() == key for name, _ in found))
+
+    json.loads(body, object_pairs_hook=pairs)
+    return counts[-1]  # the outermost object ends last
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def edit_members(body: bytes, edit: "Callable[[str], tuple[str, str | None]]", more: "Mapping[str, Any]") -> bytes:
     """`body` with its outermost members as `edit` wants them, and `more` after them; what stays, stays byte for byte.
 
     `edit` gives, for a member's name, the new one ("": the member is left out) and its new value (None: as it was).
+    Parsing and writing it anew would change what JSON does not tell apart and upstreams may: 1.0 and 1, escapes, keys
+    that stand twice.
     """
     text = body.decode("utf-8", "surrogatepass")
     first = at = text.index("{") + 1
@@ -3868,36 +3810,77 @@ def edit_members(
         stop = _skip_space(text, end)
         new_name, value = edit(name)
         if new_name:
-            key = text[start:end_name] if new_name == name else text[start:at] + json.dumps(new_name)
-            members.append(
-                key + text[end_name:value_at] + (text[value_at:end] if value is None else value) + text[end:stop]
-            )
+            key = text[at:end_name] if new_name == name else json.dumps(new_name)
+            value = text[value_at:end] if value is None else value
+            members.append(text[start:at] + key + text[end_name:value_at] + value + text[end:stop])
         at = stop + 1
     members += [json.dumps(name) + ":" + json.dumps(value) for name, value in more.items()]
     return (text[:first] + ",".join(members) + text[at - 1 :]).encode("utf-8", "surrogatepass")
 
 
-def _skip_space(text: str, at: int) -> int:
-    while text[at] in " \t\r\n":
-        at += 1
-    return at
+def replace_model(body: bytes, model: str) -> bytes:
+    """`body` with another value for each outermost "model", every other byte as it was."""
+    return edit_members(body, lambda name: (name, json.dumps(model) if name == "model" else None), {})
+
+
+class ApiRequest:
+    """One API call as every controller gets it.
+
+    `lines`: the client's field lines that may pass. `body` as it came, `data` its parsed JSON object. `need`: the
+    tokens that it is taken to cost. `wait_s`: how long it may still stand in line. `key`: the client key's name.
+    `model_span`: where the model stands in a multipart body. `pinned`: the controller that has the object it is about;
+    `seeks`: each is asked until one has it. `asked`: what the client asked for, where `model` is another one by now.
+    `thread`: what its conversation goes by, once somebody wanted to know.
+    """
+
+    def __init__(self, method: str, path: str, query: str, lines: "list[bytes]", body: bytes) -> None:
+        self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
+        self.data: "dict[str, Any]" = {}
+        self.model = self.request_id = self.key = self.pinned = self.asked = ""
+        self.stream = self.stateful = self.seeks = False
+        self.model_span: "tuple[int, int] | None" = None
+        self.thread: "bytes | None" = None
+        self.prompt_tokens = self.max_tokens = self.need = 0
+        self.wait_s = 0.0
+
+    def body_for(self, model: str) -> bytes:
+        """The body with another model."""
+        if self.model_span is not None:
+            start, end = self.model_span
+            return self.body[:start] + model.encode() + self.body[end:]
+        return replace_model(self.body, model) if self.data else self.body
+
+    def substitute(self, model: str) -> None:
+        """Asks for `model` from now on."""
+        self.asked, self.model, self.body = self.asked or self.model, model, self.body_for(model)
+        if self.model_span is not None:
+            self.model_span = self.model_span[0], self.model_span[0] + len(model.encode())
+        elif self.data:
+            self.data = {**self.data, "model": model}
+
+
+def count_text(value: "Any", depth: int = 0) -> int:
+    """Characters of text in a prompt or input of any shape; a token that comes as a number counts as four, and what is
+    no text as TOKENS_PER_PART tokens: never the length of a data URL, which says nothing of an image's cost."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, int):
+        return 4
+    if depth > INPUT_DEPTH:
+        return 0
+    if isinstance(value, list):
+        return sum([count_text(item, depth + 1) for item in value])
+    if isinstance(value, dict):
+        if "text" in value or "content" in value:
+            return count_text(value.get("text") or value.get("content"), depth + 1)
+        return 4 * TOKENS_PER_PART
+    return 0
 
 
 def estimate_prompt(data: "dict[str, Any]") -> int:
-    """About how many tokens the prompt has: text characters / 4, and 1,000 for each part that is no text."""
-    chars = parts = 0
-    for message in data["messages"]:
-        content = message.get("content")
-        if isinstance(content, str):
-            chars += len(content)
-        elif isinstance(content, list):
-            for part in content:
-                text = part.get("text") if isinstance(part, dict) else None
-                if isinstance(text, str):
-                    chars += len(text)
-                else:
-                    parts += 1
-    return chars // 4 + parts * TOKENS_PER_PART
+    """About how many tokens the prompt of a chat has. No tokenizer: it would be a dependency and a table for each
+    model, and replies correct what is wrong here."""
+    return sum([count_text(message.get("content")) for message in data["messages"]]) // 4
 
 
 def answer_limit(data: "dict[str, Any]") -> int:
@@ -3907,23 +3890,6 @@ def answer_limit(data: "dict[str, Any]") -> int:
     if not isinstance(most, int) or not isinstance(choices, int):
         return 0
     return max(0, most) * min(max(1, choices), 128)
-
-
-def count_text(value: "Any", depth: int = 0) -> int:
-    """Characters of text in a prompt or input of any shape; a token that comes as a number counts as four."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, int):
-        return 4
-    if depth > INPUT_DEPTH:
-        return 0
-    if isinstance(value, list):
-        return sum(count_text(item, depth + 1) for item in value)
-    if isinstance(value, dict):
-        if "text" in value or "content" in value:
-            return count_text(value.get("text") or value.get("content"), depth + 1)
-        return 4 * TOKENS_PER_PART
-    return 0
 
 
 def form_field(body: bytes, content_type: bytes, name: bytes) -> "tuple[int, int] | None":
@@ -3958,22 +3924,60 @@ class Controller(Protocol):
         """A fresh exchange for `request`, not started."""
 
 
-class ParamEdits:
-    """What an account wants changed in the outermost keys of a request: left out, renamed, and of a chat added."""
+class OpenAIController:
+    """An account that speaks OpenAI's API, at any base URL (openai-openapi; PROVIDERS: vendors alike).
 
-    __slots__ = ("drop", "extra", "rename")
+    What differs from account to account is data: `base` is what precedes every path in a request line, `paths` are
+    those that it has elsewhere, `fixed` our own field lines, `hidden` the client's that must not stand beside them.
+    """
 
-    def __init__(self, account: AccountConfig) -> None:
+    chat_only = False
+
+    def __init__(self, config: ControllerConfig) -> None:
+        account, wanted = config.account, config.timeouts.first_byte
+        self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
+        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")
+        absolute = self.origin.proxy and self.origin.scheme == "http"
+        if absolute:  # RFC 9112, 3.2.2
+            self.base = "http://" + self.origin.authority + self.base
+        self.paths = {CHAT_PATH: account.chat_path}
+        self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
         self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
         self.extra = dict(account.extra_body)
+        # Of whole answers, and of streams, whose first byte does not wait for the last token.
+        self.timeouts = [config.timeouts.replace(first_byte=s if wanted is None else wanted) for s in (600.0, 120.0)]
+        own = frozenset(name.lower().encode() for name, _ in account.headers)
+        self.hidden = own | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
+        self.fixed = self._fixed_fields(account, own)
+        if absolute:
+            self.fixed += proxy_authorization(self.origin.proxy)
 
-    def __bool__(self) -> bool:
-        return bool(self.drop or self.rename or self.extra)
+    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
+        """See `Controller`."""
+        timeouts = self.timeouts[request.stream]
+        return NetworkExchange(pool, self.origin, self.message(request), timeouts, on_sent, request.method)
 
-    def apply(self, body: bytes, request: ApiRequest) -> bytes:
-        """The request's `body` as the account wants it; the same object where nothing of it is meant."""
-        extra, names = self.extra if request.path == CHAT_PATH else NO_MORE, request.data.keys()
-        if not (extra or self.drop & names or self.rename.keys() & names):
+    def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
+        """Head and body of the request as the account gets them; nothing of it is copied from the client's own head
+        but values that were parsed."""
+        body = self.body(request)
+        start = ("%s %s HTTP/1.1\r\n" % (request.method, self.target(request))).encode()
+        lines = without(request.lines, self.hidden) if self.hidden else request.lines
+        length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
+        return b"".join((start, self.fixed, *lines, length)), body
+
+    def target(self, request: ApiRequest) -> str:
+        """What stands between method and version in the request line."""
+        path = self.base + self.paths.get(request.path, request.path)
+        return path + "?" + request.query if request.query else path
+
+    def body(self, request: ApiRequest) -> bytes:
+        """The body with this account's name of the model and its parameters; the same object where both are as they
+        came."""
+        model, names = self.model_map.get(request.model), request.data.keys()
+        body = request.body if model is None else request.body_for(model)
+        extra = self.extra if request.path == CHAT_PATH else {}
+        if not names or not (extra or self.drop & names or self.rename.keys() & names):
             return body
         # Of an old and a new name for one thing the one that is renamed counts: clients send the other for servers
         # that know nothing better.
@@ -3985,79 +3989,18 @@ class ParamEdits:
 
         return edit_members(body, edit, extra)
 
-
-class OpenAIController:
-    """An account that speaks OpenAI's API, at any base URL (openai-openapi; PROVIDERS: vendors alike)."""
-
-    chat_only = False
-
-    def __init__(self, config: ControllerConfig) -> None:
-        account = config.account
-        self.origin, self.prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
-        self.chat_path = account.chat_path
-        self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
-        self.edits = ParamEdits(account) or None
-        self.whole_timeouts = with_first_byte(config.timeouts, 600.0)
-        self.stream_timeouts = with_first_byte(config.timeouts, 120.0)
-        self.overrides = frozenset(name.lower().encode() for name, _ in account.headers)
-        self.fixed = self._fixed_fields(account)
-        self.hidden = self.overrides | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
-        self.starts: "dict[str, bytes]" = {}
-
-    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
-        """See `Controller`."""
-        timeouts = self.stream_timeouts if request.stream else self.whole_timeouts
-        return NetworkExchange(pool, self.origin, self.message(request), timeouts, on_sent, request.method)
-
-    def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
-        """Head and body of the request as the account gets them; nothing of it is copied from the client's own head
-        but values that were parsed."""
-        body = request.body
-        model = self.model_map.get(request.model)
-        if model is not None and request.model_span is not None:
-            start, end = request.model_span
-            body = body[:start] + model.encode() + body[end:]
-        elif model is not None and request.data:
-            body = replace_model(body, model)
-        if self.edits is not None and request.data:
-            body = self.edits.apply(body, request)
-        lines = without(request.lines, self.hidden) if self.hidden else request.lines
-        length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
-        return b"".join((self._start(request), *lines, length)), body
-
-    def _start(self, request: ApiRequest) -> bytes:
-        """Request line and our own fields; those without a query are kept."""
-        if request.query:
-            return self._line(request.method, request.path + "?" + request.query) + self.fixed
-        key = request.method + request.path
-        found = self.starts.get(key)
-        if found is None:
-            found = self._line(request.method, request.path) + self.fixed
-            if len(self.starts) < 64:
-                self.starts[key] = found
-        return found
-
-    def _line(self, method: str, path: str) -> bytes:
-        path, mark, query = path.partition("?")
-        path = (self.chat_path if path == CHAT_PATH else path) + mark + query
-        target = urllib.parse.quote(self.prefix, safe="/%:@!$&'()*+,;=~") + path
-        if self.origin.proxy and self.origin.scheme == "http":
-            target = "http://" + self.origin.authority + target  # absolute-form, RFC 9112, 3.2.2
-        return b"%b %b HTTP/1.1\r\n" % (method.encode(), target.encode())
-
-    def _fixed_fields(self, account: AccountConfig) -> bytes:
-        fields = [("Host", self.origin.authority), ("Accept-Encoding", "identity")]
-        if account.api_key:
-            fields.append((account.auth_header, (account.auth_scheme + " " + account.api_key.reveal()).lstrip()))
-        if account.organization:
-            fields.append(("OpenAI-Organization", account.organization))
-        if account.project:
-            fields.append(("OpenAI-Project", account.project))
-        own = [field for field in fields if field[0].lower().encode() not in self.overrides]
-        lines = [(name.encode(), value.encode()) for name, value in own]
-        lines += [(name.encode(), value.reveal().encode()) for name, value in account.headers]
-        proxied = self.origin.proxy and self.origin.scheme == "http"
-        return render_fields(lines) + (proxy_authorization(self.origin.proxy) if proxied else b"")
+    def _fixed_fields(self, account: AccountConfig, own: "frozenset[bytes]") -> bytes:
+        key = account.api_key.reveal()
+        fields = {
+            "Host": self.origin.authority,
+            "Accept-Encoding": "identity",  # events could not be told apart, errors not read, nothing translated
+            account.auth_header: key and (account.auth_scheme + " " + key).lstrip(),
+            "OpenAI-Organization": account.organization,
+            "OpenAI-Project": account.project,
+        }
+        lines = [(name, value) for name, value in fields.items() if value and name.lower().encode() not in own]
+        lines += [(name, value.reveal()) for name, value in account.headers]
+        return render_fields([(name.encode(), value.encode()) for name, value in lines])
 
 
 # What Azure's classic surface serves below a deployment (openai-python, lib/azure.py); all else stands beside them.
@@ -4075,12 +4018,13 @@ class AzureController(OpenAIController):
 
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
-        self.api_version, self.deploys = config.account.api_version, not self.prefix.endswith("/openai/v1")
+        self.api_version, self.deploys = config.account.api_version, not self.base.endswith("/openai/v1")
         if self.deploys:
             self.api_version = self.api_version or AZURE_API_VERSION
-            self.prefix = self.prefix.removesuffix("/openai") + "/openai"
+            self.base = self.base.removesuffix("/openai") + "/openai"
 
-    def _start(self, request: ApiRequest) -> bytes:
+    def target(self, request: ApiRequest) -> str:
+        """See `OpenAIController`. Raises Untranslatable."""
         path, parts = request.path, [part for part in request.query.split("&") if part[:12] != "api-version="]
         if self.deploys and path in _AZURE_DEPLOYED:
             deployment = self.model_map.get(request.model, request.model)
@@ -4090,12 +4034,17 @@ class AzureController(OpenAIController):
         if self.api_version:
             parts.append("api-version=" + self.api_version)
         query = "&".join(filter(None, parts))
-        return self._line(request.method, path + "?" * bool(query) + query) + self.fixed
+        return self.base + self.paths.get(path, path) + "?" * bool(query) + query
 
 
-def push_some(outlet: Outlet, data: bytes) -> bool:
-    """As `Outlet.push`, but of what may be nothing, which would look like the end to a client that reads chunks."""
-    return outlet.push(data) if data else True
+def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
+    """The head of a translated answer: nothing of the framing or the type of the original, and its limits as OpenAI
+    tells them, for the ledger only."""
+    gone = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
+    index = {name: value for name, value in found.index.items() if name not in gone}
+    index.update(tightest_tokens(found.index))
+    index[b"content-type"] = kind
+    return ResponseHead(status, found.minor, index, [*without(found.lines, gone), b"Content-Type: %b\r\n" % kind])
 
 
 class MessagesExchange:
@@ -4104,39 +4053,29 @@ class MessagesExchange:
     Streams are translated event by event as they come, whole answers and errors once they are all there.
     """
 
-    __slots__ = ("ended", "head", "inner", "outlet", "ready", "splitter", "stream", "usage")
-
     def __init__(self, inner: Exchange, usage: bool) -> None:
         self.inner, self.usage = inner, usage
+        self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: "MessageStream | None" = None
         self.outlet: "Outlet | None" = None
-        self.ready, self.ended = b"", False  # translated and not handed out; whether nothing follows it
+        self.ready, self.complete = b"", False  # translated and not handed out; whether nothing follows it
         self.head: ResponseHead
-
-    @property
-    def complete(self) -> bool:
-        """See `Exchange`."""
-        return self.ended
 
     async def start(self) -> None:
         """See `Exchange`. Errors are read to their end, as only their words tell their status."""
         await self.inner.start()
         found = self.inner.head
+        status, kind = found.status, b"application/json"
         coded = found.index.get(b"content-encoding", b"identity").lower() != b"identity"
-        if found.status >= 300:  # of a compressed one the status has to do
-            body = b"" if coded else await self._read_all(HOLD_BYTES)
-            status, self.ready = error_from_messages(found.status, body)
-            self.head, self.ended = messages_head(found, status, b"application/json"), True
+        if status >= 300:  # of a compressed one the status has to do
+            status, self.ready = error_from_messages(status, b"" if coded else await self._read_all(HOLD_BYTES))
+            self.complete = True
         elif coded:  # although only identity was asked for: inflating what an upstream likes to send has no bound
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
         elif found.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
-            self.stream = MessageStream(int(time.time()), self.usage)
-            self.head = messages_head(found, found.status, b"text/event-stream; charset=utf-8")
-        else:
-            self.head = messages_head(found, found.status, b"application/json")
-            if self.inner.complete:
-                self._take_whole(self.inner.take())
+            self.stream, kind = MessageStream(int(time.time()), self.usage), b"text/event-stream; charset=utf-8"
+        self.head = messages_head(found, status, kind)
 
     def take(self) -> bytes:
         """See `Exchange`."""
@@ -4145,48 +4084,42 @@ class MessagesExchange:
 
     async def read(self) -> bytes:
         """See `Exchange`."""
-        while not (self.ready or self.ended):
+        while not (self.ready or self.complete):
             if self.stream is None:
-                self._take_whole(await self._read_all(MESSAGE_BYTES))
-            else:
-                await self._read_events(self.stream)
+                self.ready, self.complete = as_completion(await self._read_all(MESSAGE_BYTES)), True
+                break
+            try:
+                data = await self.inner.read()
+            except UpstreamError:
+                if not self.stream.done:
+                    raise
+                data = b""  # what goes wrong after the last event does no harm
+            self.ready, self.complete = self._translate(self.stream, data), not data
         return self.take()
 
     async def pipe(self, outlet: Outlet) -> None:
-        """See `Exchange`."""
+        """See `Exchange`. Of a whole answer nothing is left to hand out, of a stream all that it still sends."""
         stream, self.outlet = self.stream, outlet
-        if self.ready or stream is None:
-            push_some(outlet, await self.read())
-        if stream is None or self.ended:
+        if stream is None or self.complete:
             return
         try:
             await self.inner.pipe(self)
         except UpstreamError:
             if not stream.done:
                 raise
-        push_some(outlet, self._last_events(stream))
+        self.push(b"")
 
     def push(self, data: bytes) -> bool:
-        """See `Outlet`: what the upstream sent while `pipe` runs."""
+        """See `Outlet`: what the upstream sent while `pipe` runs; b"" is its end. Nothing is never pushed on: it would
+        look like the end to a client that reads chunks."""
         assert self.outlet is not None and self.stream is not None
-        return push_some(self.outlet, self._translate(self.stream, data))
+        out = self._translate(self.stream, data)
+        return self.outlet.push(out) if out else True
 
     def when_ready(self, call: "Callable[[], None]") -> None:
         """See `Outlet`."""
         assert self.outlet is not None
         self.outlet.when_ready(call)
-
-    def interrupt(self, error: Exception) -> None:
-        """See `Exchange`."""
-        self.inner.interrupt(error)
-
-    def finish(self) -> None:
-        """See `Exchange`."""
-        self.inner.finish()
-
-    def abort(self) -> None:
-        """See `Exchange`."""
-        self.inner.abort()
 
     async def _read_all(self, most: int) -> bytes:
         """The upstream's whole body, or as much of it as decides that it is too large."""
@@ -4198,48 +4131,27 @@ class MessagesExchange:
             body += piece
         return body
 
-    def _take_whole(self, body: bytes) -> None:
-        try:
-            self.ready = compact_json(from_message(json.loads(body), int(time.time())))
-        except (ValueError, RecursionError) as problem:
-            raise BadReply("the upstream's answer cannot be translated: %s" % problem) from None
-        self.ended = True
-
-    async def _read_events(self, stream: MessageStream) -> None:
-        """Translates the next bytes of a stream; what goes wrong after its last event does no harm."""
-        try:
-            data = await self.inner.read()
-        except UpstreamError:
-            if not stream.done:
-                raise
-            data = b""
-        self.ready = self._translate(stream, data) if data else self._last_events(stream)
-        self.ended = not data
-
     def _translate(self, stream: MessageStream, data: bytes) -> bytes:
+        """What the next bytes become; b"" is the end, where the last event may lack its blank line. Raises
+        UpstreamClosed where something is missing."""
+        at_end = not data
+        if at_end and b"message_stop" in self.splitter.pending:
+            data = b"\n\n"
         out = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
         if len(self.splitter.pending) > EVENT_BYTES:
             self.splitter.pending = b""
             out += stream.fail({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
-        return out
-
-    def _last_events(self, stream: MessageStream) -> bytes:
-        """What is left at the end of a stream, whose last event may lack its blank line. Raises UpstreamClosed."""
-        out = self._translate(stream, b"\n\n") if b"message_stop" in self.splitter.pending else b""
-        if not (stream.done or stream.failed):
+        if at_end and not (stream.done or stream.failed):
             raise UpstreamClosed("the upstream ended its stream before the last event")
         return out
 
 
-def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
-    """The head of a translated answer: nothing of the framing or the type of the original, and its limits as OpenAI
-    tells them, for the ledger only."""
-    framing = (b"content-length", b"transfer-encoding", b"content-encoding")
-    index = {name: value for name, value in found.index.items() if name not in framing}
-    index.update(tightest_tokens(found.index))
-    index[b"content-type"] = kind
-    lines = [*without(found.lines, (b"content-type", b"content-encoding")), b"Content-Type: %b\r\n" % kind]
-    return ResponseHead(status, found.minor, index, lines)
+def as_completion(body: bytes) -> bytes:
+    """The chat.completion that a whole answer is. Raises BadReply."""
+    try:
+        return compact_json(from_message(json.loads(body), int(time.time())))
+    except (ValueError, RecursionError) as problem:
+        raise BadReply("the upstream's answer cannot be translated: %s" % problem) from None
 
 
 class AnthropicController(OpenAIController):
@@ -4249,13 +4161,11 @@ class AnthropicController(OpenAIController):
 
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
-        account = config.account
-        self.dropped, self.extra = frozenset(account.drop_params), dict(account.extra_body)
-        self.max_tokens, self.thinking, self.edits = account.max_tokens, account.thinking, None
-        self.hidden |= {b"anthropic-version"}
-        if b"anthropic-version" not in self.overrides:
+        self.max_tokens, self.thinking = config.account.max_tokens, config.account.thinking
+        self.paths["/models"] = "/models?limit=1000"  # 20 unless asked for more
+        if b"anthropic-version" not in self.hidden:
+            self.hidden |= {b"anthropic-version"}
             self.fixed += b"anthropic-version: %b\r\n" % MESSAGES_VERSION
-        self.starts["GET/models"] = self._line("GET", "/models?limit=1000") + self.fixed
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
@@ -4263,37 +4173,64 @@ class AnthropicController(OpenAIController):
         usage = isinstance(options, dict) and options.get("include_usage") is True
         return MessagesExchange(inner, usage) if request.path == CHAT_PATH else inner
 
-    def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
+    def body(self, request: ApiRequest) -> bytes:
         """See `OpenAIController`. Raises Untranslatable."""
-        body = request.body
-        if request.path == CHAT_PATH:
-            asked = dict(request.data, model=self.model_map.get(request.model, request.model))
-            body = compact_json({**to_messages(asked, self.dropped, self.max_tokens, self.thinking), **self.extra})
-        return super().message(ApiRequest(request.method, request.path, request.query, request.lines, body))
+        if request.path != CHAT_PATH:
+            return request.body
+        asked = {**request.data, "model": self.model_map.get(request.model, request.model)}
+        return compact_json({**to_messages(asked, self.drop, self.max_tokens, self.thinking), **self.extra})
 
 
-def with_first_byte(timeouts: Timeouts, default_s: float) -> Timeouts:
-    """`timeouts` with the time to the first byte that this kind of answer needs."""
-    return timeouts if timeouts.first_byte is not None else timeouts.replace(first_byte=default_s)
+def echo_pieces(request: ApiRequest) -> "Iterator[bytes]":
+    """What an echo controller answers: the last user message, cut after each run of white space, with usage."""
+    messages = request.data["messages"]
+    content = ([one for one in messages if one.get("role") == "user"] or messages)[-1].get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    words = re.findall(r"\S*\s*", content)[:-1]
+    prompt = max(1, request.prompt_tokens)
+    usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
+    kind = "chat.completion.chunk" if request.stream else "chat.completion"
+    same = {"id": "chatcmpl-echo-" + request.request_id, "object": kind, "created": int(time.time())}
+
+    def told(choices: "list[dict[str, Any]]", **more: "Any") -> bytes:
+        return compact_json({**same, "model": request.model, "choices": choices, **more})
+
+    def choice(name: str, value: "dict[str, Any]", reason: "str | None") -> "list[dict[str, Any]]":
+        return [{"index": 0, name: value, "logprobs": None, "finish_reason": reason}]
+
+    if not request.stream:
+        message = {"role": "assistant", "content": content, "refusal": None}
+        yield told(choice("message", message, "stop"), usage=usage)
+        return
+    options = request.data.get("stream_options")
+    metered = isinstance(options, dict) and options.get("include_usage")
+    more: "dict[str, Any]" = {"usage": None} if metered else {}
+    for delta in ({"role": "assistant", "content": ""}, *({"content": word} for word in words)):
+        yield b"data: %b\n\n" % told(choice("delta", delta, None), **more)
+    yield b"data: %b\n\n" % told(choice("delta", {}, "stop"), **more)
+    if metered:
+        yield b"data: %b\n\n" % told([], usage=usage)
+    yield b"data: [DONE]\n\n"
 
 
 class EchoExchange:
-    """An exchange that makes its reply up. See `Exchange`."""
+    """An exchange that makes its reply up. See `Exchange`. `first_delay` s before all, `delay` s between tokens."""
+
+    complete = False
 
     def __init__(
         self, request: ApiRequest, delay: float, first_delay: float, on_sent: "Callable[[float], None]"
     ) -> None:
-        self.request, self.delay, self.on_sent = request, delay, on_sent
-        self.wait_s = first_delay
-        self.complete = False
-        self.pieces = self._stream_pieces() if request.stream else self._whole_pieces()
+        self.pieces, self.on_sent, self.first_delay = echo_pieces(request), on_sent, first_delay
+        self.wait_s, self.delay = 0.0, delay if request.stream else 0.0
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
         self.head = ResponseHead(200, 1, {b"content-type": kind}, [b"Content-Type: %b\r\n" % kind])
 
     async def start(self) -> None:
         """See `Exchange`."""
         self.on_sent(asyncio.get_running_loop().time())
-        await self._pause()
+        await asyncio.sleep(self.first_delay)
 
     def take(self) -> bytes:
         """See `Exchange`."""
@@ -4301,22 +4238,19 @@ class EchoExchange:
 
     async def read(self) -> bytes:
         """See `Exchange`."""
-        await self._pause()
-        if self.request.stream:
-            self.wait_s = self.delay
+        await asyncio.sleep(self.wait_s)
+        self.wait_s = self.delay
         return next(self.pieces, b"")
 
     async def pipe(self, outlet: Outlet) -> None:
         """See `Exchange`."""
-        ready = asyncio.Event()
-        while True:
-            piece = await self.read()
-            if not piece:
-                return
+        ready, piece = asyncio.Event(), await self.read()
+        while piece:
             if not outlet.push(piece):
+                ready.clear()
                 outlet.when_ready(ready.set)
                 await ready.wait()
-                ready.clear()
+            piece = await self.read()
 
     def interrupt(self, error: Exception) -> None:
         """Nothing is waited for but time."""
@@ -4324,61 +4258,7 @@ class EchoExchange:
     def finish(self) -> None:
         """Nothing is held."""
 
-    def abort(self) -> None:
-        """Nothing is held."""
-
-    async def _pause(self) -> None:
-        """Waits for the delay that is due."""
-        wait_s, self.wait_s = self.wait_s, 0.0
-        if wait_s:
-            await asyncio.sleep(wait_s)
-
-    def _words(self) -> "list[str]":
-        """The last user message, cut after each run of white space."""
-        asked = [message for message in self.request.data["messages"] if message.get("role") == "user"]
-        content = (asked or self.request.data["messages"])[-1].get("content") or ""
-        if not isinstance(content, str):
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        return re.findall(r"\S*\s*", content)[:-1]
-
-    def _answer(self, kind: str, **more: "Any") -> "dict[str, Any]":
-        return dict(
-            {
-                "id": "chatcmpl-echo-" + self.request.request_id,
-                "object": kind,
-                "created": int(time.time()),
-                "model": self.request.model,
-            },
-            **more,
-        )
-
-    def _usage(self, words: int) -> "dict[str, int]":
-        prompt = max(1, self.request.prompt_tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": words, "total_tokens": prompt + words}
-
-    def _whole_pieces(self) -> "Iterator[bytes]":
-        words = self._words()
-        message = {"role": "assistant", "content": "".join(words), "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
-        yield compact_json(self._answer("chat.completion", choices=[choice], usage=self._usage(len(words))))
-
-    def _stream_pieces(self) -> "Iterator[bytes]":
-        words = self._words()
-        deltas: "list[dict[str, str]]" = [{"role": "assistant", "content": ""}]
-        deltas += [{"content": word} for word in words] + [{}]
-        options = self.request.data.get("stream_options") or {}
-        usage = isinstance(options, dict) and options.get("include_usage")
-        more: "dict[str, Any]" = {"usage": None} if usage else {}
-        for number, delta in enumerate(deltas):
-            reason = "stop" if number == len(deltas) - 1 else None
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-            yield self._event(choices=[choice], **more)
-        if usage:
-            yield self._event(choices=[], usage=self._usage(len(words)))
-        yield b"data: [DONE]\n\n"
-
-    def _event(self, **more: "Any") -> bytes:
-        return b"data: " + compact_json(self._answer("chat.completion.chunk", **more)) + b"\n\n"
+    abort = finish
 
 
 class EchoController:
@@ -4388,12 +4268,11 @@ class EchoController:
     rate_codes: "tuple[str, ...]" = ()
 
     def __init__(self, config: ControllerConfig) -> None:
-        self.name = config.name
-        self.delay, self.first_delay = config.account.delay, config.account.first_delay
+        self.delays = config.account.delay, config.account.first_delay
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
-        return EchoExchange(request, self.delay, self.first_delay, on_sent)
+        return EchoExchange(request, *self.delays, on_sent)
 
 
 CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
