@@ -7309,6 +7309,13 @@ class Server:
             if model["id"] == name:
                 await call.client.json(model)
                 return
+        seats = [seat for seat in self.pool.seats(name) if not seat.upstream.config.models]
+        if {".", ".."}.isdisjoint(name.split("/")) and any(not seat.upstream.controller.chat_only for seat in seats):
+            # Accounts know models that their lists leave out: previews, snapshots, what was tuned elsewhere.
+            request = ApiRequest("GET", "/models/" + urllib.parse.quote(name, safe="/:"), "", call.head.lines, b"")
+            request.model, request.seeks = name, True
+            await self._go(call, request)
+            return
         raise ProxyError(404, "The model %r is served by no controller here." % name[:100], "model_not_found")
 
     # -- the list of models
@@ -7445,7 +7452,9 @@ def read_input(request: ApiRequest, model: str) -> None:
     """Reads a JSON request that is no chat. Raises ProxyError (400)."""
     data = request.data = parse_object(request.body)
     request.model = data.get("model") or model
-    if not isinstance(request.model, str) or not request.model:
+    if request.path == "/responses" and "model" not in data:
+        request.model = ""  # a stored prompt may name it
+    elif not isinstance(request.model, str) or not request.model:
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     request.stream = data.get("stream") is True
     request.stateful = request.path == "/responses" and data.get("store") is not False

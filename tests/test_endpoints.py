@@ -232,3 +232,28 @@ def test_memory_of_objects_is_bounded() -> None:
     for number in range(app.OBJECTS_KNOWN + 5):
         relay.remember("id%d" % number, "a")
     assert len(relay.makers) == app.OBJECTS_KNOWN and "id0" not in relay.makers
+
+
+async def test_a_model_that_no_list_has_is_asked_for_upstream() -> None:
+    """GET /v1/models/{id} goes to the accounts without a list, one after the other, and never leaves their models."""
+    tuned = {"id": "ft:gpt-4.1:org", "object": "model"}
+
+    async def knows(peer: Peer, request: Message) -> None:
+        found = request.start == "GET /v1/models/ft:gpt-4.1:org HTTP/1.1"
+        await peer.send(json_reply(200, tuned) if found else json_reply(200, LISTED))
+
+    async with Upstream(answers(error_reply(404))) as bad, Upstream(knows) as good:
+        async with Running(controller("a", bad.url), controller("b", good.url)) as server:
+            assert (await ask(server, "GET", "/v1/models/ft:gpt-4.1:org")).json() == tuned
+            assert (await ask(server, "GET", "/v1/models/%2e%2e/files")).status == 404
+            assert not any("files" in seen.start for seen in bad.seen + good.seen)
+        async with Running(controller("b", good.url, models=["gpt-*"])) as server:
+            assert (await ask(server, "GET", "/v1/models/gpt-9")).status == 404
+
+
+async def test_a_response_may_leave_its_model_to_a_stored_prompt() -> None:
+    """The Responses API's model is optional; its upstream judges what is missing."""
+    async with Upstream(answers(json_reply(200, {"id": "resp_1", "object": "response"}))) as one:
+        async with Running(controller("a", one.url)) as server:
+            assert (await ask(server, "POST", "/v1/responses", {"prompt": {"id": "pmpt_1"}})).status == 200
+            assert (await ask(server, "POST", "/v1/responses", {"model": None, "input": "x"})).status == 400
