@@ -3885,11 +3885,11 @@ def estimate_prompt(data: "dict[str, Any]") -> int:
 
 def answer_limit(data: "dict[str, Any]") -> int:
     """The most tokens that the client lets the answers have together; 0 when it sets no limit."""
-    most = data.get("max_completion_tokens") or data.get("max_tokens") or 0
-    choices = data.get("n") or 1
-    if not isinstance(most, int) or not isinstance(choices, int):
+    most = data.get("max_completion_tokens") or data.get("max_tokens")
+    if not isinstance(most, int) or most < 0:
         return 0
-    return max(0, most) * min(max(1, choices), 128)
+    choices = data.get("n") or 1
+    return most * min(max(1, choices), 128) if isinstance(choices, int) else 0
 
 
 def form_field(body: bytes, content_type: bytes, name: bytes) -> "tuple[int, int] | None":
@@ -3944,6 +3944,7 @@ class OpenAIController:
         self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
         self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
         self.extra = dict(account.extra_body)
+        self.edits = bool(self.drop or self.rename or self.extra)
         # Of whole answers, and of streams, whose first byte does not wait for the last token.
         self.timeouts = [config.timeouts.replace(first_byte=s if wanted is None else wanted) for s in (600.0, 120.0)]
         own = frozenset(name.lower().encode() for name, _ in account.headers)
@@ -3951,6 +3952,7 @@ class OpenAIController:
         self.fixed = self._fixed_fields(account, own)
         if absolute:
             self.fixed += proxy_authorization(self.origin.proxy)
+        self.start = functools.lru_cache(maxsize=64)(self._start)  # nearly all requests have one of a few
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
@@ -3960,24 +3962,27 @@ class OpenAIController:
     def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
         """Head and body of the request as the account gets them; nothing of it is copied from the client's own head
         but values that were parsed."""
-        body = self.body(request)
-        start = ("%s %s HTTP/1.1\r\n" % (request.method, self.target(request))).encode()
+        body, start = self.body(request), self.start(request.method, request.path, request.query, request.model)
         lines = without(request.lines, self.hidden) if self.hidden else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
-        return b"".join((start, self.fixed, *lines, length)), body
+        return b"".join((start, *lines, length)), body
 
-    def target(self, request: ApiRequest) -> str:
+    def target(self, path: str, query: str, model: str) -> str:
         """What stands between method and version in the request line."""
-        path = self.base + self.paths.get(request.path, request.path)
-        return path + "?" + request.query if request.query else path
+        return self.base + self.paths.get(path, path) + "?" * bool(query) + query
+
+    def _start(self, method: str, path: str, query: str, model: str) -> bytes:
+        return ("%s %s HTTP/1.1\r\n" % (method, self.target(path, query, model))).encode() + self.fixed
 
     def body(self, request: ApiRequest) -> bytes:
         """The body with this account's name of the model and its parameters; the same object where both are as they
         came."""
         model, names = self.model_map.get(request.model), request.data.keys()
         body = request.body if model is None else request.body_for(model)
+        if not (self.edits and names):
+            return body
         extra = self.extra if request.path == CHAT_PATH else {}
-        if not names or not (extra or self.drop & names or self.rename.keys() & names):
+        if not (extra or self.drop & names or self.rename.keys() & names):
             return body
         # Of an old and a new name for one thing the one that is renamed counts: clients send the other for servers
         # that know nothing better.
@@ -4023,18 +4028,17 @@ class AzureController(OpenAIController):
             self.api_version = self.api_version or AZURE_API_VERSION
             self.base = self.base.removesuffix("/openai") + "/openai"
 
-    def target(self, request: ApiRequest) -> str:
+    def target(self, path: str, query: str, model: str) -> str:
         """See `OpenAIController`. Raises Untranslatable."""
-        path, parts = request.path, [part for part in request.query.split("&") if part[:12] != "api-version="]
+        parts = [part for part in query.split("&") if part and part[:12] != "api-version="]
         if self.deploys and path in _AZURE_DEPLOYED:
-            deployment = self.model_map.get(request.model, request.model)
+            deployment = self.model_map.get(model, model)
             if not deployment.strip("."):  # would lead elsewhere
                 raise Untranslatable("model", "is no deployment's name.")
             path = "/deployments/" + urllib.parse.quote(deployment, "") + path
         if self.api_version:
             parts.append("api-version=" + self.api_version)
-        query = "&".join(filter(None, parts))
-        return self.base + self.paths.get(path, path) + "?" * bool(query) + query
+        return super().target(path, "&".join(parts), model)
 
 
 def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
