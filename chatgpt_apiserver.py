@@ -3234,16 +3234,15 @@ def _checked(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "A
 
 
 def _checked_fields(found: "dict[str, Any]", form: Form, where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    path = where and where + "."
+    path, known, out = where and where + ".", {name.rstrip("!") for name in form}, {}
     for name, value in found.items():
         empty = value is None or (where and value in ("", [], {}, False))
-        if not (name in form or name + "!" in form or name in drop or empty):
+        if not (name in known or name in drop or empty):
             raise Untranslatable(path + name, _NO_EQUIVALENT)
-    out = {}
     for name, inner in form.items():
-        must, name = name[-1] == "!", name.rstrip("!")
-        if must or (found.get(name) is not None and name not in drop):
-            out[name] = _checked(found.get(name), inner, path + name, drop)
+        bare = name.rstrip("!")
+        if bare != name or (found.get(bare) is not None and bare not in drop):
+            out[bare] = _checked(found.get(bare), inner, path + bare, drop)
     return out
 
 
@@ -3486,6 +3485,10 @@ def messages_usage(usage: "Any") -> "dict[str, Any]":
     }
 
 
+def _keep(known: "dict[str, Any]", news: "dict[str, Any] | None") -> None:
+    known.update({name: value for name, value in (news or {}).items() if value is not None})
+
+
 class MessageStream:
     """A Messages stream becoming a chat stream, event by event.
 
@@ -3493,29 +3496,16 @@ class MessageStream:
     Nothing comes out before the first content, so an overloaded upstream can still be left for another.
     """
 
-    __slots__ = (
-        "calls",
-        "created",
-        "done",
-        "failed",
-        "head",
-        "include_usage",
-        "opened",
-        "reason",
-        "refusal",
-        "thoughts",
-        "usage",
-    )
-
     def __init__(self, created: int, include_usage: bool = False) -> None:
         self.created, self.include_usage = created, include_usage
         self.head = b""  # of every chunk, up to its choices
         self.calls: "dict[int, list[Any]]" = {}  # of each tool block: its number, its input if that comes in no delta
         self.thoughts: "dict[int, tuple[dict[str, Any], list[str]]]" = {}  # thinking since the last call, and its text
+        # What came of usage and of the reason to stop: both come in parts, and the last value of each field holds.
         self.usage: "dict[str, Any]" = {}
-        self.reason = ""
-        self.refusal: "str | None" = None
-        self.opened = self.done = self.failed = False
+        self.ending: "dict[str, Any]" = {}
+        self.role = {"role": "assistant"}  # of the first chunk
+        self.done = self.failed = False
 
     def feed(self, event_type: bytes, data: bytes) -> bytes:
         """The chunks that one event of the upstream becomes; often none."""
@@ -3538,7 +3528,7 @@ class MessageStream:
     def on_message_start(self, event: "dict[str, Any]") -> bytes:
         """Id and model of all chunks, and the prompt's tokens."""
         message = event["message"]
-        self._count(message.get("usage"))
+        _keep(self.usage, message.get("usage"))
         if not self.head:
             same = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
             self.head = b"data: " + compact_json(dict(same, model=message["model"]))[:-1] + b',"choices":'
@@ -3578,16 +3568,14 @@ class MessageStream:
 
     def on_message_delta(self, event: "dict[str, Any]") -> bytes:
         """Why it stops, and the answer's tokens."""
-        self._count(event.get("usage"))
-        delta = event.get("delta") or {}
-        self.reason = delta.get("stop_reason") or self.reason
-        self.refusal = _refusal(delta) or self.refusal
+        _keep(self.usage, event.get("usage"))
+        _keep(self.ending, event.get("delta"))
         return b""
 
     def on_message_stop(self, event: "dict[str, Any]") -> bytes:
         """The end: finish_reason, usage if it was asked for, [DONE]."""
-        delta = {"refusal": self.refusal} if self.refusal else {}
-        out = self._chunk(delta, _FINISH_REASONS.get(self.reason, "stop"))
+        reason = _FINISH_REASONS.get(self.ending.get("stop_reason", ""), "stop")
+        out = self._chunk(_with({}, refusal=_refusal(self.ending)), reason)
         if self.include_usage:
             out += self.head + b'[],"usage":' + compact_json(messages_usage(self.usage)) + b"}\n\n"
         self.done = True
@@ -3596,15 +3584,9 @@ class MessageStream:
     def _chunk(self, delta: "dict[str, Any]", reason: "str | None" = None) -> bytes:
         if not self.head:
             raise LookupError("content before message_start")
-        if not self.opened:
-            delta = {"role": "assistant", **delta}
-            self.opened = True
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        choice = {"index": 0, "delta": {**self.role, **delta}, "logprobs": None, "finish_reason": reason}
+        self.role = {}
         return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
-
-    def _count(self, usage: "dict[str, Any] | None") -> None:
-        """Usage is cumulative and comes in parts: the last number of each field holds."""
-        self.usage.update({name: value for name, value in (usage or {}).items() if value is not None})
 
     def _text(self, found: "dict[str, Any]") -> bytes:
         for name, ours in (("text", "content"), ("thinking", "reasoning_content")):
@@ -4194,27 +4176,25 @@ def echo_pieces(request: ApiRequest) -> "Iterator[bytes]":
     words = re.findall(r"\S*\s*", content)[:-1]
     prompt = max(1, request.prompt_tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
-    kind = "chat.completion.chunk" if request.stream else "chat.completion"
+    kind, said = ("chat.completion.chunk", "delta") if request.stream else ("chat.completion", "message")
     same = {"id": "chatcmpl-echo-" + request.request_id, "object": kind, "created": int(time.time())}
 
-    def told(choices: "list[dict[str, Any]]", **more: "Any") -> bytes:
-        return compact_json({**same, "model": request.model, "choices": choices, **more})
-
-    def choice(name: str, value: "dict[str, Any]", reason: "str | None") -> "list[dict[str, Any]]":
-        return [{"index": 0, name: value, "logprobs": None, "finish_reason": reason}]
+    def told(what: "dict[str, Any]", reason: "str | None", **more: "Any") -> bytes:
+        choice = {"index": 0, said: what, "logprobs": None, "finish_reason": reason}
+        body = compact_json({**same, "model": request.model, "choices": [choice], **more})
+        return b"data: %b\n\n" % body if request.stream else body
 
     if not request.stream:
-        message = {"role": "assistant", "content": content, "refusal": None}
-        yield told(choice("message", message, "stop"), usage=usage)
+        yield told({"role": "assistant", "content": content, "refusal": None}, "stop", usage=usage)
         return
     options = request.data.get("stream_options")
     metered = isinstance(options, dict) and options.get("include_usage")
     more: "dict[str, Any]" = {"usage": None} if metered else {}
     for delta in ({"role": "assistant", "content": ""}, *({"content": word} for word in words)):
-        yield b"data: %b\n\n" % told(choice("delta", delta, None), **more)
-    yield b"data: %b\n\n" % told(choice("delta", {}, "stop"), **more)
+        yield told(delta, None, **more)
+    yield told({}, "stop", **more)
     if metered:
-        yield b"data: %b\n\n" % told([], usage=usage)
+        yield told({}, None, choices=[], usage=usage)
     yield b"data: [DONE]\n\n"
 
 
