@@ -56,6 +56,7 @@ import getopt
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -1600,7 +1601,7 @@ class RequestHead:
 
     __slots__ = ("index", "lines", "method", "minor", "target")
 
-    def __init__(self, method: str, target: str, minor: int, index: Index, lines: "list[bytes]") -> None:
+    def __init__(self, method: str, target: str, minor: int, index: Index, lines: bytes) -> None:
         self.method, self.target, self.minor, self.index, self.lines = method, target, minor, index, lines
 
     @property
@@ -1614,7 +1615,7 @@ class ResponseHead:
 
     __slots__ = ("index", "lines", "minor", "status")
 
-    def __init__(self, status: int, minor: int, index: Index, lines: "list[bytes]") -> None:
+    def __init__(self, status: int, minor: int, index: Index, lines: bytes) -> None:
         self.status, self.minor, self.index, self.lines = status, minor, index, lines
 
 
@@ -1632,6 +1633,9 @@ def tokens(value: bytes) -> "set[bytes]":
     return {member.strip(b" \t").lower() for member in value.split(b",")}
 
 
+_PAIR, _LINE_ON = operator.itemgetter(0), operator.itemgetter(1)  # of what FieldLines knows of a line
+
+
 class FieldLines:
     """Parses field lines, and remembers what common ones come to: peers repeat theirs, and looking up costs a tenth.
 
@@ -1644,18 +1648,20 @@ class FieldLines:
         self.passes, self.clean = passes, clean
         self.known: "dict[bytes, tuple[tuple[bytes, bytes], bytes]]" = {}
 
-    def parse(self, block: bytes, limit: int) -> "tuple[Index, list[bytes]]":
+    def parse(self, block: bytes, limit: int) -> "tuple[Index, bytes]":
         """Index and passing lines of a head's field lines, which CRLF separates. Raises ValueError."""
         if not block:
-            return {}, []
+            return {}, b""
         lines, known = block.split(b"\r\n"), self.known
         if len(lines) > limit:
             raise ValueError("more than %d header fields" % limit)
-        entries = [known.get(line) or self._learn(line) for line in lines]
-        index = dict([entry[0] for entry in entries])
+        entries: "list[Any]" = list(map(known.get, lines))
+        if not all(entries):
+            entries = [entry or self._learn(line) for entry, line in zip(entries, lines, strict=True)]
+        index = dict(map(_PAIR, entries))
         if len(index) != len(lines):
-            index = joined_index(entry[0] for entry in entries)
-        kept = [entry[1] for entry in entries if entry[1]]
+            index = joined_index(map(_PAIR, entries))
+        kept = b"".join(map(_LINE_ON, entries))
         connection = index.get(b"connection")
         if connection is not None and connection not in (b"keep-alive", b"close"):
             kept = without(kept, tokens(connection))  # RFC 9110, 7.6.1
@@ -1684,9 +1690,10 @@ def joined_index(pairs: "Iterable[tuple[bytes, bytes]]") -> Index:
     return index
 
 
-def without(lines: "list[bytes]", names: "Iterable[bytes]") -> "list[bytes]":
-    """`lines` without the fields of these lower-case names."""
-    return [line for line in lines if line[: line.index(b":")].lower() not in names]
+def without(lines: bytes, names: "Collection[bytes]") -> bytes:
+    """The field lines of `lines` without those of these lower-case names."""
+    fields = lines.splitlines(keepends=True)
+    return b"".join([field for field in fields if field[: field.index(b":")].lower() not in names])
 
 
 REQUEST_FIELDS = FieldLines(
@@ -3815,7 +3822,7 @@ class ApiRequest:
     `thread`: what its conversation goes by, once somebody wanted to know.
     """
 
-    def __init__(self, method: str, path: str, query: str, lines: "list[bytes]", body: bytes) -> None:
+    def __init__(self, method: str, path: str, query: str, lines: bytes, body: bytes) -> None:
         self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
         self.data: "dict[str, Any]" = {}
         self.model = self.request_id = self.key = self.pinned = self.asked = ""
@@ -3947,7 +3954,7 @@ class OpenAIController:
         body, start = self.body(request), self.start(request.method, request.path, request.query, request.model)
         lines = without(request.lines, self.hidden) if self.hidden else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
-        return b"".join((start, *lines, length)), body
+        return b"".join((start, lines, length)), body
 
     def target(self, path: str, query: str, model: str) -> str:
         """What stands between method and version in the request line."""
@@ -4030,7 +4037,7 @@ def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead
     index = {name: value for name, value in found.index.items() if name not in gone}
     index.update(tightest_tokens(found.index))
     index[b"content-type"] = kind
-    return ResponseHead(status, found.minor, index, [*without(found.lines, gone), b"Content-Type: %b\r\n" % kind])
+    return ResponseHead(status, found.minor, index, without(found.lines, gone) + b"Content-Type: %b\r\n" % kind)
 
 
 class MessagesExchange:
@@ -4209,7 +4216,7 @@ class EchoExchange:
         self.pieces, self.on_sent, self.first_delay = echo_pieces(request), on_sent, first_delay
         self.wait_s, self.delay = 0.0, delay if request.stream else 0.0
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
-        self.head = ResponseHead(200, 1, {b"content-type": kind}, [b"Content-Type: %b\r\n" % kind])
+        self.head = ResponseHead(200, 1, {b"content-type": kind}, b"Content-Type: %b\r\n" % kind)
 
     async def start(self) -> None:
         """See `Exchange`."""
@@ -6438,7 +6445,7 @@ class Relay:
             lines = without(lines, RETRY_FIELDS)
         serial = trip.request.request_id.encode()
         return b"%bx-apiserver-controller: %b\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n%b" % (
-            b"".join(lines),
+            lines,
             record.controller.encode(),
             len(record.outcomes),
             record.waited_s * 1e3,
@@ -6482,7 +6489,7 @@ def more_useful(one: "Reply | None", other: Reply) -> Reply:
 
 def as_error(reply: Reply, status: int) -> Reply:
     """A 200 whose body is an error, as the error that it is."""
-    reply.head = ResponseHead(status, 1, reply.head.index, [b"Content-Type: application/json\r\n"])
+    reply.head = ResponseHead(status, 1, reply.head.index, b"Content-Type: application/json\r\n")
     return reply
 
 
@@ -7202,10 +7209,7 @@ class Server:
         if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
             raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
         data, sent = parse_chat(call.body, self.config.limits.json_depth)
-        lines = head.lines
-        if b"json" not in index.get(b"content-type", b""):  # curl's default is a form's
-            lines = [*without(lines, (b"content-type",)), b"Content-Type: application/json\r\n"]
-        request = ApiRequest("POST", "/chat/completions", call.query, lines, sent)
+        request = ApiRequest("POST", "/chat/completions", call.query, json_lines(head), sent)
         request.data, request.model, request.stream = data, data["model"], data.get("stream") is True
         request.stateful = data.get("store") is True
         request.request_id = record.request_id
@@ -7222,7 +7226,8 @@ class Server:
         index, (as_form, model) = call.head.index, INFERENCE[call.path]
         if b"content-encoding" in index and index[b"content-encoding"].lower() != b"identity":
             raise ProxyError(415, "A compressed request body is not understood; send it plain.", "unsupported_encoding")
-        request = ApiRequest("POST", call.path, call.query, call.head.lines, call.body)
+        lines = call.head.lines if as_form else json_lines(call.head)
+        request = ApiRequest("POST", call.path, call.query, lines, call.body)
         if as_form:
             read_form(request, index.get(b"content-type", b""), model)
         else:
@@ -7322,7 +7327,7 @@ class Server:
         until, models = self.models.get(upstream.name, (0.0, []))
         if self.loop.time() < until:
             return models
-        request = ApiRequest("GET", "/models", "", [b"Accept: application/json\r\n"], b"")
+        request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
         try:
             async with asyncio.timeout(MODELS_TIMEOUT_S):
                 models = await fetch_models(upstream.controller.exchange(request, self.links, uncounted))
@@ -7432,6 +7437,13 @@ def longest_wait(index: Index, most: float) -> float:
     return most if patience is None else max(0.0, min(most, patience - PATIENCE_S))
 
 
+def json_lines(head: RequestHead) -> bytes:
+    """The field lines of a JSON request; curl's default content type is a form's."""
+    if b"json" in head.index.get(b"content-type", b""):
+        return head.lines
+    return without(head.lines, (b"content-type",)) + b"Content-Type: application/json\r\n"
+
+
 def read_input(request: ApiRequest, model: str) -> None:
     """Reads a JSON request that is no chat. Raises ProxyError (400)."""
     data = request.data = parse_object(request.body)
@@ -7449,8 +7461,6 @@ def read_input(request: ApiRequest, model: str) -> None:
         request.max_tokens = most if isinstance(most, int) and most > 0 else answer_limit(data)
     else:
         request.max_tokens = 1  # what comes back counts for little
-    if b"json" not in b"".join(line for line in request.lines if line[:13].lower() == b"content-type:"):
-        request.lines = [*without(request.lines, (b"content-type",)), b"Content-Type: application/json\r\n"]
 
 
 def read_form(request: ApiRequest, content_type: bytes, model: str) -> None:

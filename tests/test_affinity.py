@@ -27,7 +27,7 @@ def chat(*texts: str, **more: Any) -> app.ApiRequest:
     """A chat of a system message, then the user's and the model's in turn."""
     roles = ["system", *("user", "assistant") * len(texts)]
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-    made = app.ApiRequest("POST", "/chat/completions", "", [], b"")
+    made = app.ApiRequest("POST", "/chat/completions", "", b"", b"")
     made.data, made.model = {"model": "m", "messages": messages, **more}, "m"
     made.prompt_tokens = app.estimate_prompt(made.data)
     return made

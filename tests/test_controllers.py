@@ -21,11 +21,11 @@ def controller(account: "dict[str, Any] | None" = None, **more: Any) -> app.Open
     return made
 
 
-def request(data: "dict[str, Any] | None" = None, lines: "list[bytes] | None" = None, **more: Any) -> app.ApiRequest:
+def request(data: "dict[str, Any] | None" = None, lines: bytes = b"", **more: Any) -> app.ApiRequest:
     """A chat request as the server hands it over."""
     data = {"model": "m", "messages": MESSAGES} if data is None else data
     body = json.dumps(data).encode()
-    made = app.ApiRequest("POST", "/chat/completions", "", lines or [], body)
+    made = app.ApiRequest("POST", "/chat/completions", "", lines, body)
     made.data, made.model, made.stream = data, data.get("model", ""), bool(data.get("stream"))
     for name, value in more.items():
         setattr(made, name, value)
@@ -42,7 +42,7 @@ def head_of(one: app.OpenAIController, asked: app.ApiRequest) -> list[bytes]:
 def test_message() -> None:
     """Prefix, our own fields, the client's, the length; and the body as it came."""
     one = controller({"organization": "org-1", "project": "proj-1"})
-    asked = request(lines=[b"Content-Type: application/json\r\n", b"X-A: b\r\n"])
+    asked = request(lines=b"Content-Type: application/json\r\nX-A: b\r\n")
     for _ in range(2):
         assert head_of(one, asked) == [
             b"POST /v1/chat/completions HTTP/1.1",
@@ -84,7 +84,7 @@ def test_query_and_get() -> None:
 def test_configured_headers_override() -> None:
     """A configured header replaces ours and the client's, whatever its case."""
     one = controller({"headers": {"authorization": "Basic x", "X-Own": "mine"}})
-    lines = head_of(one, request(lines=[b"x-own: theirs\r\n", b"X-Else: 1\r\n"]))
+    lines = head_of(one, request(lines=b"x-own: theirs\r\nX-Else: 1\r\n"))
     assert [line for line in lines if line.lower().startswith((b"authorization", b"x-own"))] == [
         b"authorization: Basic x",
         b"X-Own: mine",
@@ -139,7 +139,7 @@ def test_bodies_in_utf_16_are_refused() -> None:
 )
 def test_where_the_key_goes(account: dict[str, Any], line: bytes) -> None:
     """Header and scheme are the configuration's; a client cannot add a second value."""
-    lines = head_of(controller(account), request(lines=[b"x-goog-api-key: theirs\r\n", b"X-A: b\r\n"]))
+    lines = head_of(controller(account), request(lines=b"x-goog-api-key: theirs\r\nX-A: b\r\n"))
     assert lines[3] == line and b"X-A: b" in lines
     assert (b"x-goog-api-key: theirs" in lines) == (b"X-Goog" not in line)
 

@@ -7,7 +7,7 @@ import chatgpt_apiserver as app
 
 def request(stream: bool = True, stateful: bool = False) -> app.ApiRequest:
     """A request of that kind."""
-    made = app.ApiRequest("POST", "/v1/chat/completions", "", [], b"")
+    made = app.ApiRequest("POST", "/v1/chat/completions", "", b"", b"")
     made.stream, made.stateful = stream, stateful
     return made
 

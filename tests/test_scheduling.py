@@ -766,7 +766,7 @@ def echo(name: str, **limits: Any) -> app.Upstream:
 
 def asking(model: str = "m", wait_s: float = 30.0, key: str = "") -> app.ApiRequest:
     """A request as the pool sees it."""
-    made = app.ApiRequest("POST", "/chat/completions", "", [], b"")
+    made = app.ApiRequest("POST", "/chat/completions", "", b"", b"")
     made.model, made.wait_s, made.key = model, wait_s, key
     return made
 
