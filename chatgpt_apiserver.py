@@ -3043,11 +3043,14 @@ def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
 # ==== 8. Translations ====
 # How another API says what OpenAI's says: Anthropic's Messages API. Pure functions: no I/O, no clock. What it has no
 # word for raises Untranslatable; nothing is dropped in silence. https://platform.claude.com/docs/en/api/messages, and
-# the types of anthropic-sdk-python. A chat request is first held against `_REQUEST`, a table of all that has a word
-# there, and then put together anew from what is known to be sound. A field that the API gets is a line in that table
-# and a golden file.
+# the types of anthropic-sdk-python.
+#
+# A chat request is first held against `_REQUEST`, a table of all that has a word there, and then put together anew from
+# what is known to be sound. A builder that checks as it goes passes over whatever it does not look at: that is how
+# translators come to lose fields. A field that the API gets is a line in the table, one where it is used, and a golden
+# file in tests/golden/anthropic.
 
-MESSAGES_VERSION = b"2023-06-01"
+MESSAGES_VERSION = b"2023-06-01"  # what came since goes by `anthropic-beta`
 MESSAGE_BYTES = 16_777_216  # a whole answer above this is not translated; the longest ones are a megabyte
 MESSAGES_THINKING_TOKENS = 16384  # the least limit where the client asks for reasoning, which counts towards it
 MESSAGES_BUDGET_MIN = 1024  # the smallest thinking budget that the API takes
@@ -3069,7 +3072,8 @@ _HEAT: Form = (
     lambda found: found if type(found) in (int, float) and 0 <= found <= 2 else None,
     "must be a number from 0 to 2.",
 )
-# reasoning_effort: the word for output_config.effort, and the budget of models that know no effort.
+# reasoning_effort: the word for output_config.effort, and the budget of models that know no effort. OpenAI has a step
+# more at the lower end; budgets double from the least that is taken.
 _EFFORTS = {
     "none": ("", 0),
     "minimal": ("low", 1024),
@@ -3079,8 +3083,11 @@ _EFFORTS = {
     "xhigh": ("xhigh", 16384),
     "max": ("max", 32768),
 }
+# The choice of some tools only (allowed_tools) has no word: the other tools would have to go, and with them the prompt
+# cache, which begins with the tools.
 _TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
 _THOUGHTS = ("thinking", "redacted_thinking")
+# There is no JSON mode without a schema: an instruction has to do.
 _JSON_ONLY = "Answer with one valid JSON object and nothing else: no other text and no code fence."
 
 
@@ -3102,14 +3109,18 @@ def _arguments(found: "Any") -> "dict[str, Any] | None":
 
 
 def _inline(url: str, kinds: str) -> "dict[str, str]":
-    """The source that a data URL of one of these media types becomes. Raises IndexError for anything else."""
-    head = re.findall("data:(%s)(?:;[^;,]*)*;base64," % kinds, url[:128], re.IGNORECASE)[0]
+    """The source that a data URL of one of these media types becomes. Raises IndexError for anything else.
+
+    Not a byte of the data is looked at: it may be megabytes, and the API says what it thinks of them.
+    """
+    head = re.findall("^data:(%s)(?:;[^;,]*)*;base64," % kinds, url[:128], re.IGNORECASE)[0]
     kind = head.lower().replace("jpg", "jpeg")
     return {"type": "base64", "media_type": kind, "data": url.partition(",")[2]}
 
 
 def _image(url: str) -> "dict[str, str]":
     """The source of a picture: the API fetches it by itself where it is an address."""
+    # Plain http too: whether it is fetched is the upstream's word, and its error names the place.
     remote = url.startswith(("https://", "http://"))
     return {"type": "url", "url": url} if remote else _inline(url, "image/(?:jpeg|jpg|png|gif|webp)")
 
@@ -3120,13 +3131,15 @@ def _thought(block: "dict[str, Any]") -> "dict[str, Any]":
     return {name: block[name] for name in names}
 
 
+# cache_control is Anthropic's own, a mark where the prompt cache shall end; OpenRouter's clients send it in these
+# places.
 _PARTS: "dict[str, dict[str, Form]]" = {
     "text": {"text!": str, "cache_control": None},
     "refusal": {"refusal!": str, "cache_control": None},
     "image_url": {
         "image_url!": {
             "url!": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
-            "detail": _only("auto", "high"),  # there is no cheaper way to look
+            "detail": _only("auto", "high"),  # "low" asks for a price that there is none for
         },
         "cache_control": None,
     },
@@ -3149,6 +3162,7 @@ def _content(*kinds: str) -> Form:
     return lambda found: str if isinstance(found, str) else parts
 
 
+# What Anthropic takes in each place. An assistant's pictures and a name for a speaker are nowhere among it.
 _SYSTEM: "dict[str, Form]" = {"content": _content("text")}
 _MESSAGES: "dict[str, dict[str, Form]]" = {
     "system": _SYSTEM,
@@ -3204,7 +3218,7 @@ _REQUEST: "dict[str, Form]" = {
     ),
     "reasoning_effort": (_EFFORTS.get, "must be one of %s." % ", ".join(_EFFORTS)),
     # What follows is left out: hints, without which the answer is the same one, stream_options, which speaks to our own
-    # translation of streams, and values that ask for nothing but the default.
+    # translation of streams, and values that ask for nothing but the default: libraries send all of them, set or not.
     **dict.fromkeys(("stream_options", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")),
     "n": _only(1),
     **dict.fromkeys(("store", "logprobs"), _only(False)),
@@ -3217,116 +3231,81 @@ _REQUEST: "dict[str, Form]" = {
 }
 
 
-def _checked(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "Any":
-    """What `found` says, if `form` has a word for all of it; else Untranslatable, with the path that is at fault.
-
-    Left out are fields and parts named in `drop`, null, and, below the top, unknown fields that are empty.
-    """
+def _made(found: "Any", form: Form, where: str) -> "Any":
+    """What a type, or a pair of function and words, makes of `found`. Raises Untranslatable."""
     if isinstance(form, type):
         if not isinstance(found, form):
             raise Untranslatable(where, _TYPES[form])
-    elif isinstance(form, list):
-        return [
-            _checked(item, form[0], "%s[%d]" % (where, place), drop)
-            for place, item in enumerate(_checked(found, list, where, drop))
-            if not (isinstance(item, dict) and str(item.get("type")) in drop)
-        ]
-    elif isinstance(form, dict):
-        return _checked_fields(_checked(found, dict, where, drop), form, where, drop)
-    elif callable(form):
-        return _checked(found, form(found), where, drop)
-    elif form is not None:
-        return _made(found, form, where, drop)
-    return found
-
-
-def _checked_fields(found: "dict[str, Any]", form: Form, where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    path, known, out = where and where + ".", {name.rstrip("!") for name in form}, {}
-    for name, value in found.items():
-        empty = value is None or (where and value in ("", [], {}, False))
-        if not (name in known or name in drop or empty):
-            raise Untranslatable(path + name, _NO_EQUIVALENT)
-    for name, inner in form.items():
-        bare = name.rstrip("!")
-        if bare != name or (found.get(bare) is not None and bare not in drop):
-            out[bare] = _checked(found.get(bare), inner, path + bare, drop)
-    return out
-
-
-def _made(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "Any":
+        return found
     make, words = form
-    if isinstance(make, str):
-        kind = str(_checked(found, dict, where, drop).get(make))
-        if kind not in words:
-            allowed = "must be %s for Anthropic's Messages API." % " or ".join(words)
-            raise Untranslatable(where + "." + make, allowed)
-        return _checked(found, {make: None, **words[kind]}, where, drop)
     try:
         made = make(found)
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        made = None
+        made = None  # of a shape that the function was not written for
     if made is None:
         raise Untranslatable(where, words)
     return made
 
 
-def to_messages(
-    data: "dict[str, Any]",
-    drop: "frozenset[str]",
-    max_tokens: int = AccountConfig.defaults["max_tokens"],
-    thinking: str = THINKING[0],
-) -> "dict[str, Any]":
-    """The Messages request that asks what the chat request `data` asks. Raises Untranslatable.
+def _checked(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "Any":
+    """What `found` says, if `form` has a word for all of it; else Untranslatable, with the path that is at fault.
 
-    Fields named in `drop` are left out, wherever they stand; `max_tokens` is the limit when the client sets none.
-    `thinking` says what reasoning_effort becomes: "effort" (output_config.effort), "adaptive" (and thinking switched
-    on, for models where it is off by default), "budget" (for models that know no effort).
+    Left out are fields and parts named in `drop`, null, and, below the top, unknown fields that are empty: the messages
+    of an answer come back with all that some vendor or library had put there. At the top an unknown field may mean
+    something by being empty, as web_search_options does.
     """
-    asked = _checked(data, _REQUEST, "", drop)
-    out = {name: asked[name] for name in ("model", "stream", "top_k", "thinking", "cache_control") if name in asked}
-    effort, budget = asked.get("reasoning_effort", ("", 0))
-    least = MESSAGES_THINKING_TOKENS if effort or "thinking" in asked else 0
-    out["max_tokens"] = asked.get("max_completion_tokens") or asked.get("max_tokens") or max(max_tokens, least)
-    _add_turns(asked.get("messages", ()), out)
-    _add_sampling(asked, out)
-    _add_tools(asked, out)
-    if "reasoning_effort" in asked:
-        _add_reasoning(effort, budget, thinking, out)
-    wanted = asked.get("response_format", {"type": "text"})
-    if wanted["type"] == "json_object":
-        out["system"] = [*out.get("system", ()), {"type": "text", "text": _JSON_ONLY}]
-    elif wanted["type"] == "json_schema":
-        form = wanted["json_schema"]
-        schema = {**_with({}, description=form.get("description")), **form["schema"]}
-        out.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-    return out
+    if form is None:
+        return found
+    if isinstance(form, list):
+        return [
+            _checked(item, form[0], "%s[%d]" % (where, place), drop)
+            for place, item in enumerate(_made(found, list, where))
+            if not (isinstance(item, dict) and str(item.get("type")) in drop)
+        ]
+    if isinstance(form, tuple) and isinstance(form[0], str):
+        field, known = form
+        kind = str(_made(found, dict, where).get(field))
+        if kind not in known:
+            raise Untranslatable(where + "." + field, "must be %s for Anthropic's Messages API." % " or ".join(known))
+        form = {field: None, **known[kind]}
+    if isinstance(form, dict):
+        path, known, out = where and where + ".", {name.rstrip("!") for name in form}, {}
+        for name, value in _made(found, dict, where).items():
+            empty = value is None or (where and value in ("", [], {}, False))
+            if not (name in known or name in drop or empty):
+                raise Untranslatable(path + name, _NO_EQUIVALENT)
+        for name, inner in form.items():
+            bare = name.rstrip("!")
+            if bare != name or (found.get(bare) is not None and bare not in drop):
+                out[bare] = _checked(found.get(bare), inner, path + bare, drop)
+        return out
+    if callable(form) and not isinstance(form, type):
+        return _checked(found, form(found), where, drop)
+    return _made(found, form, where)
 
 
 def _with(found: "dict[str, Any]", **more: "Any") -> "dict[str, Any]":
-    """`found` and what of `more` says something."""
+    """`found` and what of `more` says something: no API takes null for a field that is not asked for."""
     return {**found, **{name: value for name, value in more.items() if value}}
 
 
-def _add_turns(messages: "Iterable[dict[str, Any]]", out: "dict[str, Any]") -> None:
-    """Adds `messages`, and `system` where there is any: all system messages go to the top."""
-    system: "list[dict[str, Any]]" = []
-    turns: "list[dict[str, Any]]" = []
-    for message in messages:
-        role, blocks = message["role"], _message_blocks(message)
-        if role in ("system", "developer"):
-            system += blocks
-        elif blocks:
-            role = "user" if role == "tool" else role
-            if turns and turns[-1]["role"] == role:  # so all results of parallel calls share the one turn they must
-                turns[-1]["content"] += blocks
-            else:
-                turns.append({"role": role, "content": blocks})
-    if not turns:
-        raise Untranslatable("messages", "must hold a user message with content.")
-    last = turns[-1]["content"][-1]
-    if turns[-1]["role"] == "assistant" and last["type"] == "text":
-        last["text"] = last["text"].rstrip()  # white space at the end of what it shall go on with is refused
-    out.update(_with({"messages": turns}, system=system))
+def _block(part: "dict[str, Any]") -> "dict[str, Any]":
+    """The content block of one part; a refusal of earlier is what the assistant said."""
+    kind = part["type"]
+    found, cache = part[kind], part.get("cache_control")
+    if kind == "image_url":
+        return _with({"type": "image", "source": found["url"]}, cache_control=cache)
+    if kind == "file":
+        document = {"type": "document", "source": found["file_data"]}
+        return _with(document, title=found.get("filename"), cache_control=cache)
+    return _with({"type": "text", "text": found}, cache_control=cache)
+
+
+def _blocks(content: "str | list[dict[str, Any]] | None") -> "list[dict[str, Any]]":
+    """The blocks of a message's content. Empty texts are left out, for which the API has a 400 (hermes-agent PR 11929):
+    an answer of nothing but calls often comes back with one."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+    return [block for block in map(_block, parts) if block.get("text", "x").strip()]
 
 
 def _message_blocks(message: "dict[str, Any]") -> "list[dict[str, Any]]":
@@ -3342,21 +3321,27 @@ def _message_blocks(message: "dict[str, Any]") -> "list[dict[str, Any]]":
     return blocks
 
 
-def _blocks(content: "str | list[dict[str, Any]] | None") -> "list[dict[str, Any]]":
-    """The blocks of a message's content; those without text are left out, as the API refuses them."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
-    return [block for block in map(_block, parts) if block.get("text", "x").strip()]
-
-
-def _block(part: "dict[str, Any]") -> "dict[str, Any]":
-    kind = part["type"]
-    found, cache = part[kind], part.get("cache_control")
-    if kind == "image_url":
-        return _with({"type": "image", "source": found["url"]}, cache_control=cache)
-    if kind == "file":
-        document = {"type": "document", "source": found["file_data"]}
-        return _with(document, title=found.get("filename"), cache_control=cache)
-    return _with({"type": "text", "text": found}, cache_control=cache)
+def _add_turns(messages: "Iterable[dict[str, Any]]", out: "dict[str, Any]") -> None:
+    """Adds `messages`, and `system` where there is any: all system messages go to the top, as in the vendor's own
+    compatible endpoint. A message of which nothing is left is none (nanobot PR 193)."""
+    system: "list[dict[str, Any]]" = []
+    turns: "list[dict[str, Any]]" = []
+    for message in messages:
+        role, blocks = message["role"], _message_blocks(message)
+        if role in ("system", "developer"):  # no model there tells the two apart
+            system += blocks
+        elif blocks:
+            role = "user" if role == "tool" else role
+            if turns and turns[-1]["role"] == role:  # so all results of parallel calls share the one turn they must
+                turns[-1]["content"] += blocks
+            else:
+                turns.append({"role": role, "content": blocks})
+    if not turns:
+        raise Untranslatable("messages", "must hold a user message with content.")
+    last = turns[-1]["content"][-1]
+    if turns[-1]["role"] == "assistant" and last["type"] == "text":
+        last["text"] = last["text"].rstrip()  # white space at the end of what it shall go on with is refused
+    out.update(_with({"messages": turns}, system=system))
 
 
 def _add_sampling(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
@@ -3368,9 +3353,18 @@ def _add_sampling(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
         out["top_p"] = asked["top_p"]
     if asked.get("stop"):
         out["stop_sequences"] = asked["stop"]
+    # One opaque name for both of OpenAI's; the newer one counts.
     user = asked.get("safety_identifier") or asked.get("user")
     if user:
         out["metadata"] = {"user_id": user}
+
+
+def _tool(function: "dict[str, Any]", cache: "Any") -> "dict[str, Any]":
+    """The definition of one function. `strict: false` is the default and not sent: older models know no strict."""
+    # The API demands an object's schema with properties, even of a function that takes nothing.
+    schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
+    more = {name: function.get(name) for name in ("description", "strict")}
+    return _with({"name": function["name"], "input_schema": schema}, **more, cache_control=cache)
 
 
 def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
@@ -3382,7 +3376,8 @@ def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
     if not tools:
         if choice["type"] not in ("auto", "none"):
             raise Untranslatable("tool_choice", "needs tools.")
-        # Where the history uses tools, gateways to the API want them defined; as at OpenAI, the answer calls none.
+        # Where the history uses tools, gateways to the API (Bedrock) want them defined; as at OpenAI, the answer calls
+        # none.
         blocks = [block for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
         tools = [{"function": {"name": name}} for name in dict.fromkeys(block["name"] for block in blocks)]
         choice = {"type": "none"}
@@ -3395,15 +3390,12 @@ def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
         out["tool_choice"] = choice
 
 
-def _tool(function: "dict[str, Any]", cache: "Any") -> "dict[str, Any]":
-    # The API demands an object's schema with properties, even of a function that takes nothing.
-    schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
-    more = {name: function.get(name) for name in ("description", "strict")}
-    return _with({"name": function["name"], "input_schema": schema}, **more, cache_control=cache)
-
-
 def _add_reasoning(effort: str, budget: int, thinking: str, out: "dict[str, Any]") -> None:
-    """Adds what reasoning_effort asks for; a `thinking` of the client's own stands."""
+    """Adds what reasoning_effort asks for; a `thinking` of the client's own stands.
+
+    The generations differ: effort alone, effort with thinking switched on, a budget of tokens, where the others are a
+    400. Which one a model is cannot be told from a name, so that the configuration says it.
+    """
     turns, room = out["messages"], out["max_tokens"]
     first = [turn["content"][0]["type"] for turn in turns[-2:]]
     begin: "dict[str, Any]" = {"type": "adaptive"}
@@ -3424,12 +3416,76 @@ def _add_reasoning(effort: str, budget: int, thinking: str, out: "dict[str, Any]
         out.setdefault("thinking", begin)
 
 
+def to_messages(
+    data: "dict[str, Any]",
+    drop: "frozenset[str]",
+    max_tokens: int = AccountConfig.defaults["max_tokens"],
+    thinking: str = THINKING[0],
+) -> "dict[str, Any]":
+    """The Messages request that asks what the chat request `data` asks. Raises Untranslatable.
+
+    Fields named in `drop` are left out, wherever they stand; `max_tokens` is the limit when the client sets none.
+    `thinking` says what reasoning_effort becomes: "effort" (output_config.effort), "adaptive" (and thinking switched
+    on, for models where it is off by default), "budget" (for models that know no effort).
+    """
+    asked = _checked(data, _REQUEST, "", drop)
+    out = {name: asked[name] for name in ("model", "stream", "top_k", "thinking", "cache_control") if name in asked}
+    effort, budget = asked.get("reasoning_effort", ("", 0))
+    # A limit is demanded, where OpenAI's models have none: the default is the account's. Thinking counts towards it, so
+    # that 4096 would be thought away before the first word of an answer.
+    least = MESSAGES_THINKING_TOKENS if effort or "thinking" in asked else 0
+    out["max_tokens"] = asked.get("max_completion_tokens") or asked.get("max_tokens") or max(max_tokens, least)
+    _add_turns(asked.get("messages", ()), out)
+    _add_sampling(asked, out)
+    _add_tools(asked, out)
+    if "reasoning_effort" in asked:
+        _add_reasoning(effort, budget, thinking, out)
+    wanted = asked.get("response_format", {"type": "text"})
+    if wanted["type"] == "json_object":
+        out["system"] = [*out.get("system", ()), {"type": "text", "text": _JSON_ONLY}]
+    elif wanted["type"] == "json_schema":
+        # Every schema is strict there; what it is for has no field but the schema's own.
+        form = wanted["json_schema"]
+        schema = {**_with({}, description=form.get("description")), **form["schema"]}
+        out.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
+    return out
+
+
 _FINISH_REASONS = {
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "tool_use": "tool_calls",
     "refusal": "content_filter",
-}  # all others are "stop"
+}  # all others are "stop": end_turn, stop_sequence, and pause_turn, of tools that run at Anthropic
+
+
+def _tool_call(block: "dict[str, Any]", arguments: str) -> "dict[str, Any]":
+    return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
+
+
+def _refusal(found: "dict[str, Any]") -> "str | None":
+    """Why the model refused, where it says so."""
+    details = found.get("stop_details")
+    return details.get("explanation") or None if isinstance(details, dict) else None
+
+
+def messages_usage(usage: "Any") -> "dict[str, Any]":
+    """OpenAI's usage. Anthropic's input_tokens leave out what the prompt cache read or took in, OpenAI's prompt_tokens
+    do not (Portkey PR 1754); null counts as 0. Thinking is inside the answer's tokens in both."""
+    found = usage if isinstance(usage, dict) else {}
+    fresh, written, read, answer = (
+        found.get(name) or 0
+        for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
+    )
+    prompt = fresh + written + read
+    thought = (found.get("output_tokens_details") or {}).get("thinking_tokens") or 0
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
+        "completion_tokens_details": {"reasoning_tokens": thought},
+    }
 
 
 def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
@@ -3464,35 +3520,57 @@ def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
         raise ValueError("the upstream's answer is no message") from None
 
 
-def _tool_call(block: "dict[str, Any]", arguments: str) -> "dict[str, Any]":
-    return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
+# What of Anthropic's errors OpenAI has words of its own for: what its type is or its message has in it, type and code
+# there. Other types stay, as the code. Messages come first, as invalid_request_error is the type of most: an account
+# without money is a 400 there, and only these words tell it from a client's mistake.
+_MESSAGES_ERRORS: "tuple[tuple[str, str, str | None], ...]" = (
+    ("credit balance is too low", "insufficient_quota", "insufficient_quota"),
+    ("enforced_spend_limit_reached", "insufficient_quota", "insufficient_quota"),
+    ("prompt is too long", "invalid_request_error", "context_length_exceeded"),
+    ("exceed context limit", "invalid_request_error", "context_length_exceeded"),
+    ("invalid_request_error", "invalid_request_error", None),
+    ("authentication_error", "invalid_request_error", "invalid_api_key"),
+    ("billing_error", "insufficient_quota", "insufficient_quota"),
+    ("not_found_error", "invalid_request_error", "model_not_found"),
+    ("rate_limit_error", "rate_limit_error", "rate_limit_exceeded"),
+)
 
 
-def _refusal(found: "dict[str, Any]") -> "str | None":
-    """Why the model refused, where it says so."""
-    details = found.get("stop_details")
-    return details.get("explanation") or None if isinstance(details, dict) else None
+def _translate_error(found: "Any", status: int) -> "dict[str, Any]":
+    """OpenAI's error object for an error of any shape: gateways in front of the API have their own, with a text for
+    `error`, none at all, or in a list."""
+    if isinstance(found, list) and found:
+        found = found[0]
+    error = found.get("error", found) if isinstance(found, dict) else found
+    error = error if isinstance(error, dict) else {"message": error}
+    message = error.get("message") or error.get("detail")
+    if not isinstance(message, str):
+        message = "The upstream answered with status %d." % status
+    word = str(error.get("type") or error.get("code") or "")
+    for known, kind, code in _MESSAGES_ERRORS:
+        if known == word or known in message:
+            return error_object(message, kind, code)
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+    return error_object(message, kind, word or None)
 
 
-def messages_usage(usage: "Any") -> "dict[str, Any]":
-    """OpenAI's usage. Anthropic's input_tokens leave out what the prompt cache read or took in; null counts as 0."""
-    found = usage if isinstance(usage, dict) else {}
-    fresh, written, read, answer = (
-        found.get(name) or 0
-        for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
-    )
-    prompt = fresh + written + read
-    thought = (found.get("output_tokens_details") or {}).get("thinking_tokens") or 0
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answer,
-        "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
-        "completion_tokens_details": {"reasoning_tokens": thought},
-    }
+def error_from_messages(status: int, body: bytes) -> "tuple[int, bytes]":
+    """Status and body that tell an error of the Messages API in OpenAI's way; any body at all is taken.
+
+    No money is a 429 at OpenAI, and overload a 503; 529 is in no registry.
+    """
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    told = _translate_error(found, status)
+    if told["error"]["code"] == "insufficient_quota":
+        status = 429
+    return 503 if status == 529 else status, compact_json(told)
 
 
 def _keep(known: "dict[str, Any]", news: "dict[str, Any] | None") -> None:
+    """Takes what is told anew; null tells nothing."""
     known.update({name: value for name, value in (news or {}).items() if value is not None})
 
 
@@ -3500,7 +3578,11 @@ class MessageStream:
     """A Messages stream becoming a chat stream, event by event.
 
     `done` after the last event, `failed` once an error went out instead; an upstream that ends with neither was cut.
-    Nothing comes out before the first content, so an overloaded upstream can still be left for another.
+    Nothing comes out before the first content, so an overloaded upstream can still be left for another. An error that
+    comes later leaves as OpenAI's error event with its own word as the code (overloaded_error), by which the relay
+    judges it like a reply with the status of that word: elsewhere it was lost or became a 500 (envoy ai-gateway 2697).
+
+    Each event of the upstream is a method, `on_` and its type; types that have none, ping among them, say nothing here.
     """
 
     def __init__(self, created: int, include_usage: bool = False) -> None:
@@ -3515,7 +3597,8 @@ class MessageStream:
         self.done = self.failed = False
 
     def feed(self, event_type: bytes, data: bytes) -> bytes:
-        """The chunks that one event of the upstream becomes; often none."""
+        """The chunks that one event of the upstream becomes; often none. Never raises: what cannot be read is an error
+        event. `event_type` counts where the data has no type, as some gateways send it."""
         if self.done or self.failed or not data.strip():
             return b""
         try:
@@ -3536,7 +3619,7 @@ class MessageStream:
         """Id and model of all chunks, and the prompt's tokens."""
         message = event["message"]
         _keep(self.usage, message.get("usage"))
-        if not self.head:
+        if not self.head:  # a second one comes where another model takes over; another id would be another answer
             same = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
             self.head = b"data: " + compact_json(dict(same, model=message["model"]))[:-1] + b',"choices":'
         return b""
@@ -3548,6 +3631,7 @@ class MessageStream:
             if block["type"] in _THOUGHTS:
                 self.thoughts[index] = dict(block, index=index), [block.get("thinking") or ""]
             return self._text(block)
+        # Calls are numbered from 0, as clients join their pieces by it; the upstream's index counts texts, too.
         number = len(self.calls)
         self.calls[index] = [number, block.get("input") or {}]
         delta: "dict[str, Any]" = {"tool_calls": [{"index": number, **_tool_call(block, "")}]}
@@ -3560,10 +3644,12 @@ class MessageStream:
         """A piece of text, of thinking, of its signature or of a tool's arguments; citations have no place."""
         delta, index = event["delta"], event["index"]
         piece, call, thought = delta.get("partial_json"), self.calls.get(index), self.thoughts.get(index)
-        if piece and call:  # the first piece is always empty, and no others come of a tool without arguments
+        # The first piece is always empty, and no others come of a tool without arguments: `on_content_block_stop` says
+        # what those are. Taken for unknown it once ended streams (llmgateway PR 2468).
+        if piece and call:
             call[1] = None
             return self._arguments(call[0], piece)
-        if thought:
+        if thought:  # the signature comes last, in a piece of its own
             thought[0]["signature"] = delta.get("signature") or thought[0].get("signature")
             thought[1].append(delta.get("thinking") or "")
         return self._text(delta)
@@ -3574,7 +3660,7 @@ class MessageStream:
         return b"" if whole is None else self._arguments(number, compact_json(whole).decode())
 
     def on_message_delta(self, event: "dict[str, Any]") -> bytes:
-        """Why it stops, and the answer's tokens."""
+        """Why it stops, and the answer's tokens; from some gateways the cache's, too (rust-genai PR 258)."""
         _keep(self.usage, event.get("usage"))
         _keep(self.ending, event.get("delta"))
         return b""
@@ -3589,6 +3675,7 @@ class MessageStream:
         return out + b"data: [DONE]\n\n"
 
     def _chunk(self, delta: "dict[str, Any]", reason: "str | None" = None) -> bytes:
+        """One chunk. The role stands in the first; with include_usage each has the field, null until the last."""
         if not self.head:
             raise LookupError("content before message_start")
         choice = {"index": 0, "delta": {**self.role, **delta}, "logprobs": None, "finish_reason": reason}
@@ -3596,6 +3683,7 @@ class MessageStream:
         return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
 
     def _text(self, found: "dict[str, Any]") -> bytes:
+        """The chunk for a text or a thought; DeepSeek's name for the latter is what most clients know."""
         for name, ours in (("text", "content"), ("thinking", "reasoning_content")):
             if found.get(name):
                 return self._chunk({ours: found[name]})
@@ -3613,49 +3701,6 @@ class MessageStream:
         return [block for block, _ in found if block.get("signature") or block.get("data")]
 
 
-# What of Anthropic's errors OpenAI has words of its own for: what its type is or its message has in it, type and code
-# there. Other types stay, as the code.
-_MESSAGES_ERRORS: "tuple[tuple[str, str, str | None], ...]" = (
-    ("credit balance is too low", "insufficient_quota", "insufficient_quota"),
-    ("enforced_spend_limit_reached", "insufficient_quota", "insufficient_quota"),
-    ("prompt is too long", "invalid_request_error", "context_length_exceeded"),
-    ("exceed context limit", "invalid_request_error", "context_length_exceeded"),
-    ("invalid_request_error", "invalid_request_error", None),
-    ("authentication_error", "invalid_request_error", "invalid_api_key"),
-    ("billing_error", "insufficient_quota", "insufficient_quota"),
-    ("not_found_error", "invalid_request_error", "model_not_found"),
-    ("rate_limit_error", "rate_limit_error", "rate_limit_exceeded"),
-)
-
-
-def error_from_messages(status: int, body: bytes) -> "tuple[int, bytes]":
-    """Status and body that tell an error of the Messages API in OpenAI's way; any body at all is taken."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        found = None
-    told = _translate_error(found, status)
-    if told["error"]["code"] == "insufficient_quota":  # a 400 or 402 there
-        status = 429
-    return 503 if status == 529 else status, compact_json(told)
-
-
-def _translate_error(found: "Any", status: int) -> "dict[str, Any]":
-    if isinstance(found, list) and found:
-        found = found[0]
-    error = found.get("error", found) if isinstance(found, dict) else found
-    error = error if isinstance(error, dict) else {"message": error}
-    message = error.get("message") or error.get("detail")
-    if not isinstance(message, str):
-        message = "The upstream answered with status %d." % status
-    word = str(error.get("type") or error.get("code") or "")
-    for known, kind, code in _MESSAGES_ERRORS:
-        if known == word or known in message:
-            return error_object(message, kind, code)
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-    return error_object(message, kind, word or None)
-
-
 def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
     """What Anthropic's three token limits leave together, as x-ratelimit-*-tokens fields; {} where it says nothing.
 
@@ -3666,16 +3711,16 @@ def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
     time. Tokens that the prompt cache gives are not counted by the input limit; as replies tell what is left, they need
     no arithmetic here.
     """
-    told: "list[tuple[float, int, int, bytes]]" = []
+    told: "dict[bytes, tuple[float, int, int, bytes]]" = {}
     for kind in (b"tokens", b"input-tokens", b"output-tokens"):
         names = [b"anthropic-ratelimit-%b-%b" % (kind, end) for end in (b"limit", b"remaining", b"reset")]
         limit, left, reset = (index.get(name, b"") for name in names)
         if re.fullmatch(rb"[1-9][0-9]{0,14} [0-9]{1,15}", limit + b" " + left):
-            told.append((int(left) / int(limit), int(limit), int(left), reset))
+            told[kind] = int(left) / int(limit), int(limit), int(left), reset
     if not told:
         return {}
-    size = told[0][1] if b"anthropic-ratelimit-tokens-limit" in index else sum(one[1] for one in told)
-    _, most, rest, full = min(told)
+    size = told[b"tokens"][1] if b"tokens" in told else sum(one[1] for one in told.values())
+    _, most, rest, full = min(told.values())
     fields = (b"limit", b"%d" % size), (b"remaining", b"%d" % (size * rest // most)), (b"reset", full)
     return {b"x-ratelimit-%b-tokens" % name: value for name, value in fields}
 
@@ -3687,24 +3732,8 @@ def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
 # OpenAI's API is a row in PRESETS; a kind of its own is one class here, a line in CONTROLLERS and a file of tests.
 
 CHAT_PATH = "/chat/completions"
-decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads, and it tells where a value ends
-
-
-def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
-    """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1), nested to `depth`. Raises ProxyError (400)."""
-    try:
-        text = body.decode("utf-8-sig" if body[:3] == b"\xef\xbb\xbf" else "utf-8").strip(" \t\r\n")
-        data, end = decode_json(text)
-        if end != len(text):
-            raise ValueError("something follows its end, at character %d" % end)
-    except (ValueError, RecursionError) as problem:
-        raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
-    if not isinstance(data, dict):
-        raise ProxyError(400, "The body must be a JSON object.")
-    # Counting is cheaper for small bodies; a large one is mostly text, and 100 kB of it take 75 us to count in.
-    if (len(body) > COUNTED_BYTES or body.count(b"{") + body.count(b"[") > depth) and deeper(data, depth):
-        raise ProxyError(400, "The body is nested deeper than %d levels." % depth)
-    return data
+# The fastest way into JSON, which tells where a value ends, too.
+decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
 
 
 def deeper(data: "Any", depth: int) -> bool:
@@ -3722,6 +3751,25 @@ def deeper(data: "Any", depth: int) -> bool:
     return True
 
 
+def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
+    """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1), nested to `depth`. Raises ProxyError (400)."""
+    try:
+        # A byte order mark is what PowerShell writes. Other encodings are refused: two readers might guess differently.
+        text = body.decode("utf-8-sig" if body[:3] == b"\xef\xbb\xbf" else "utf-8").strip(" \t\r\n")
+        data, end = decode_json(text)
+        if end != len(text):
+            raise ValueError("something follows its end, at character %d" % end)
+    except (ValueError, RecursionError) as problem:
+        raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
+    if not isinstance(data, dict):
+        raise ProxyError(400, "The body must be a JSON object.")
+    # Counting is cheaper for small bodies; a large one is mostly text, and 100 kB of it take 75 us to count in.
+    if (len(body) > COUNTED_BYTES or body.count(b"{") + body.count(b"[") > depth) and deeper(data, depth):
+        raise ProxyError(400, "The body is nested deeper than %d levels." % depth)
+    return data
+
+
+# Go writes the names of fields as they stand in the struct unless it has tags; the original server, in Go, took both.
 _CHAT_KEYS = frozenset(
     "model messages stream temperature top_p n stop max_tokens max_completion_tokens presence_penalty frequency_penalty"
     " logit_bias user tools tool_choice functions function_call response_format seed stream_options logprobs"
@@ -3750,11 +3798,14 @@ def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], b
     Raises ProxyError (400) for what no upstream could answer.
     """
     data = parse_object(body, depth)
+    # Nearly all requests are spelled well, and are not looked through for keys that are not.
     if "model" not in data or "messages" not in data or "Stream" in data:
         spelled = respell(data)
         if spelled != data:
             data, body = spelled, compact_json(spelled)
     model, messages = data.get("model"), data.get("messages")
+    # Only what routing and relaying stand on is checked. All else is the upstream's to judge: it knows what it takes,
+    # and a field that is new there shall not need a new version here.
     if not isinstance(model, str) or not model:
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
@@ -3765,7 +3816,11 @@ def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], b
 
 
 def top_level_count(body: bytes, key: str) -> int:
-    """How often `key` stands in the outermost object, in any case: two readers could believe two different ones."""
+    """How often `key` stands in the outermost object, in any case.
+
+    Where it stands twice, two readers can believe two different ones (Go's takes any case and the last): a client key
+    that may use one model would get the other.
+    """
     counts = [0]
 
     def pairs(found: "list[tuple[str, Any]]") -> None:
@@ -3786,8 +3841,9 @@ def edit_members(body: bytes, edit: "Callable[[str], tuple[str, str | None]]", m
 
     `edit` gives, for a member's name, the new one ("": the member is left out) and its new value (None: as it was).
     Parsing and writing it anew would change what JSON does not tell apart and upstreams may: 1.0 and 1, escapes, keys
-    that stand twice.
+    that stand twice. `body` is known to be an object that is not empty.
     """
+    # The decoder finds where values end, strings and nesting included; a search for the key would find it in a prompt.
     text = body.decode("utf-8", "surrogatepass")
     first = at = text.index("{") + 1
     members: "list[str]" = []
@@ -3835,7 +3891,7 @@ class ApiRequest:
     def body_for(self, model: str) -> bytes:
         """The body with another model."""
         if self.model_span is not None:
-            start, end = self.model_span
+            start, end = self.model_span  # the rest may be a file of hours of speech
             return self.body[:start] + model.encode() + self.body[end:]
         return replace_model(self.body, model) if self.data else self.body
 
@@ -3874,6 +3930,7 @@ def estimate_prompt(data: "dict[str, Any]") -> int:
 
 def answer_limit(data: "dict[str, Any]") -> int:
     """The most tokens that the client lets the answers have together; 0 when it sets no limit."""
+    # Nonsense counts as none here; the upstream says what is wrong with it. 128 is the most that `n` may be.
     most = data.get("max_completion_tokens") or data.get("max_tokens")
     if not isinstance(most, int) or most < 0:
         return 0
@@ -3882,7 +3939,11 @@ def answer_limit(data: "dict[str, Any]") -> int:
 
 
 def form_field(body: bytes, content_type: bytes, name: bytes) -> "tuple[int, int] | None":
-    """Where the value of the text field `name` stands in a multipart body (RFC 7578); None where there is none."""
+    """Where the value of the text field `name` stands in a multipart body (RFC 7578); None where there is none.
+
+    Searched for, not parsed: the body is mostly one file, and goes on as it came. Values above 256 bytes are no model's
+    name. Raises ProxyError (400) where there is no boundary.
+    """
     boundary = re.search(rb'boundary="?([^";,]{1,70})"?', content_type)
     if boundary is None:
         raise ProxyError(400, "A multipart/form-data body with its boundary is needed here.")
@@ -3895,13 +3956,15 @@ _OBJECT_ID = re.compile(rb'"id"\s*:\s*"([\w\-]{4,128})"')
 
 
 def made_id(beginning: bytes) -> str:
-    """The id of the object that an answer describes: the first that stands in it."""
+    """The id of the object that an answer describes: the first that stands in it, "" where none does. Files, batches
+    and responses begin with theirs; parsing megabytes of an answer for it would cost more than it is worth."""
     found = _OBJECT_ID.search(beginning)
     return found.group(1).decode() if found else ""
 
 
 class Controller(Protocol):
-    """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write.
+    """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write: until
+    then everything that the request took of a quota can be given back.
 
     `chat_only`: it takes chat completions and nothing else. `rate_codes`: see `AccountConfig`.
     """
@@ -3910,7 +3973,7 @@ class Controller(Protocol):
     rate_codes: "tuple[str, ...]"
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
-        """A fresh exchange for `request`, not started."""
+        """A fresh exchange for `request`, not started. Raises Untranslatable where the account has no words for it."""
 
 
 class OpenAIController:
@@ -3925,7 +3988,7 @@ class OpenAIController:
     def __init__(self, config: ControllerConfig) -> None:
         account, wanted = config.account, config.timeouts.first_byte
         self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
-        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")
+        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")  # RFC 3986, 3.3; an escape stays one
         absolute = self.origin.proxy and self.origin.scheme == "http"
         if absolute:  # RFC 9112, 3.2.2
             self.base = "http://" + self.origin.authority + self.base
@@ -3934,8 +3997,10 @@ class OpenAIController:
         self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
         self.extra = dict(account.extra_body)
         self.edits = bool(self.drop or self.rename or self.extra)
-        # Of whole answers, and of streams, whose first byte does not wait for the last token.
+        # Of whole answers, for which SDKs wait 600 s, and of streams, whose first byte does not wait for the last.
         self.timeouts = [config.timeouts.replace(first_byte=s if wanted is None else wanted) for s in (600.0, 120.0)]
+        # Of our fields and the configuration's the latter counts, and of the client's none with one of these names:
+        # which of two values an upstream believes is anybody's guess.
         own = frozenset(name.lower().encode() for name, _ in account.headers)
         self.hidden = own | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
         self.fixed = self._fixed_fields(account, own)
@@ -3950,7 +4015,7 @@ class OpenAIController:
 
     def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
         """Head and body of the request as the account gets them; nothing of it is copied from the client's own head
-        but values that were parsed."""
+        but values that were parsed. Raises Untranslatable."""
         body, start = self.body(request), self.start(request.method, request.path, request.query, request.model)
         lines = without(request.lines, self.hidden) if self.hidden else request.lines
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
@@ -3998,6 +4063,7 @@ class OpenAIController:
 
 
 # What Azure's classic surface serves below a deployment (openai-python, lib/azure.py); all else stands beside them.
+# Files and batches, for one, belong to the resource.
 _AZURE_DEPLOYED = frozenset(
     "/completions /chat/completions /embeddings /audio/transcriptions /audio/translations /audio/speech"
     " /images/generations /images/edits".split()
@@ -4019,10 +4085,11 @@ class AzureController(OpenAIController):
 
     def target(self, path: str, query: str, model: str) -> str:
         """See `OpenAIController`. Raises Untranslatable."""
+        # The version is the account's: clients made for Azure send one of their own, and it need not be served here.
         parts = [part for part in query.split("&") if part and part[:12] != "api-version="]
         if self.deploys and path in _AZURE_DEPLOYED:
             deployment = self.model_map.get(model, model)
-            if not deployment.strip("."):  # would lead elsewhere
+            if not deployment.strip("."):  # ".." would lead elsewhere; slashes are escaped below
                 raise Untranslatable("model", "is no deployment's name.")
             path = "/deployments/" + urllib.parse.quote(deployment, "") + path
         if self.api_version:
@@ -4031,8 +4098,8 @@ class AzureController(OpenAIController):
 
 
 def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
-    """The head of a translated answer: nothing of the framing or the type of the original, and its limits as OpenAI
-    tells them, for the ledger only."""
+    """The head of a translated answer: nothing of the framing or the type of the original. Its token limits go into the
+    index as OpenAI names them, for the ledger; the lines, which a client sees, stay what the upstream said."""
     gone = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
     index = {name: value for name, value in found.index.items() if name not in gone}
     index.update(tightest_tokens(found.index))
@@ -4040,10 +4107,20 @@ def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead
     return ResponseHead(status, found.minor, index, without(found.lines, gone) + b"Content-Type: %b\r\n" % kind)
 
 
+def as_completion(body: bytes) -> bytes:
+    """The chat.completion that a whole answer is. Raises BadReply."""
+    try:
+        return compact_json(from_message(json.loads(body), int(time.time())))
+    except (ValueError, RecursionError) as problem:
+        raise BadReply("the upstream's answer cannot be translated: %s" % problem) from None
+
+
 class MessagesExchange:
     """An exchange with Anthropic's Messages API that reads as one with OpenAI's. See `Exchange`.
 
-    Streams are translated event by event as they come, whole answers and errors once they are all there.
+    Streams are translated event by event as they come, whole answers and errors once they are all there. It is outlet
+    and exchange in one: the relay pipes it to the client, and it has the connection piped to itself, so that each event
+    is still written in the callback that brought it.
     """
 
     def __init__(self, inner: Exchange, usage: bool) -> None:
@@ -4139,14 +4216,6 @@ class MessagesExchange:
         return out
 
 
-def as_completion(body: bytes) -> bytes:
-    """The chat.completion that a whole answer is. Raises BadReply."""
-    try:
-        return compact_json(from_message(json.loads(body), int(time.time())))
-    except (ValueError, RecursionError) as problem:
-        raise BadReply("the upstream's answer cannot be translated: %s" % problem) from None
-
-
 class AnthropicController(OpenAIController):
     """An account that speaks Anthropic's Messages API, to which chats are translated."""
 
@@ -4155,13 +4224,14 @@ class AnthropicController(OpenAIController):
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
         self.max_tokens, self.thinking = config.account.max_tokens, config.account.thinking
-        self.paths["/models"] = "/models?limit=1000"  # 20 unless asked for more
+        self.paths["/models"] = "/models?limit=1000"  # without it the list ends after 20
         if b"anthropic-version" not in self.hidden:
             self.hidden |= {b"anthropic-version"}
             self.fixed += b"anthropic-version: %b\r\n" % MESSAGES_VERSION
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
+        # The account's own usage comes in every stream; a client that did not ask for it gets none, as at OpenAI.
         inner, options = super().exchange(request, pool, on_sent), request.data.get("stream_options")
         usage = isinstance(options, dict) and options.get("include_usage") is True
         return MessagesExchange(inner, usage) if request.path == CHAT_PATH else inner
@@ -4253,7 +4323,8 @@ class EchoExchange:
 
 
 class EchoController:
-    """An account without a network: answers with the last user message, whole or word by word, with usage."""
+    """An account without a network: answers with the last user message, whole or word by word, with usage. For --demo,
+    for trying out a configuration, and for clients' tests, which need no key."""
 
     chat_only = True
     rate_codes: "tuple[str, ...]" = ()
