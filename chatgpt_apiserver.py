@@ -1535,61 +1535,66 @@ def secrets_of(config: Config) -> "Iterator[str]":
 # ==== 4. HTTP/1.1 on the wire ====
 # Bytes to values and back, strict (RFC 9110, RFC 9112), for both sides; no I/O, no clock. Heads are parsed whole by one
 # regular expression; bodies by push decoders that may be fed at any cut. Nothing that was not parsed is passed on.
+#
+# Why so strict: a gateway stands between two parsers, and each byte that they may read differently is a way to smuggle
+# one request inside another, on a connection that carries other people's keys. So what the grammar leaves open is
+# refused, never repaired: a bare LF, a blank before a colon, a folded line, two lengths, a length beside a coding.
+# And what goes on is written afresh from the parsed values, so a head that we misread cannot be read otherwise there.
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-# Origin-form, absolute-form, asterisk-form; authority-form belongs to CONNECT, which nobody may do here.
+# Origin-form, absolute-form, asterisk-form; authority-form belongs to CONNECT, which nobody may do here. Visible ASCII
+# only: RFC 3986 knows no other byte, and what UTF-8 in a path means differs from one server to the next.
 _TARGET = rb'/[!-~]*|\*|(?i:https?)://[!"$-.0->@-~][!"$-~]*'
 _REQUEST_LINE = re.compile(rb"(%b) (%b) HTTP/([0-9])\.([0-9])\Z" % (_TOKEN, _TARGET))
+# The reason phrase is free text and often missing, with or without the blank before it.
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
-# Possessive, because white space fits both parts: a field of blanks with a bad end took quadratic time to refuse.
+# Values may hold bytes above 0x7f (obs-text), as some upstreams put UTF-8 there; of control characters only the tab.
+# Possessive, because white space fits both parts: a field of 60,000 blanks with a bad end took 18 s to refuse.
 _FIELD = re.compile(rb"(%b):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)\Z" % _TOKEN)
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # before a request line they are skipped (RFC 9112, 2.2)
+# Digits are counted before they are converted: int() takes "+5", "1_0" and " 5", and time for a million of them.
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 _ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]+)([^#]*)\Z")
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-~%!$&'()*+,;=]*)(?::[0-9]{0,5})?\Z")
 
-HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
-)  # RFC 9110, 7.6.1
+# They speak of this connection only (RFC 9110, 7.6.1); whatever Connection names joins them.
+HOP_BY_HOP = frozenset(b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade".split())
+# A client's credentials are for us, never for an upstream: a key sent on by mistake is a key given away. Nor may it
+# choose the account's organization. accept-encoding, because an answer that we must look into has to come plain.
 REQUEST_DROPPED = HOP_BY_HOP | frozenset(
-    (
-        b"authorization",
-        b"api-key",
-        b"x-api-key",
-        b"openai-organization",
-        b"openai-project",
-        b"cookie",
-        b"host",
-        b"accept-encoding",
-        b"expect",
-        b"forwarded",
-        b"content-length",
-        b"x-apiserver-max-wait",
-        b"http2-settings",
-    )
+    b"authorization api-key x-api-key openai-organization openai-project cookie host accept-encoding expect forwarded"
+    b" content-length x-apiserver-max-wait http2-settings".split()
 )
 REQUEST_DROPPED_PREFIXES = (b"proxy-", b"x-forwarded-")
+# An upstream's cookies are those of its load balancer (Cloudflare's), and would tie all clients to one account's
+# session; alt-svc would invite clients to go around us.
 REPLY_DROPPED = HOP_BY_HOP | frozenset(
-    (
-        b"set-cookie",
-        b"set-cookie2",
-        b"content-length",
-        b"alt-svc",
-        b"proxy-authenticate",
-        b"proxy-authentication-info",
-    )
+    b"set-cookie set-cookie2 content-length alt-svc proxy-authenticate proxy-authentication-info".split()
 )
 # On an answer that took waiting or failover these would speak of one account of many.
 RETRY_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-should-retry"))
 
-SECRET_FIELDS = frozenset(
-    (b"authorization", b"api-key", b"x-api-key", b"proxy-authorization", b"cookie", b"set-cookie")
-)  # never remembered
+# Lines that hold a secret are parsed each time: what is remembered of lines lives as long as the process.
+SECRET_FIELDS = frozenset(b"authorization api-key x-api-key proxy-authorization cookie set-cookie".split())
 
 Fields = list[tuple[bytes, bytes]]
 Index = dict[bytes, bytes]
+
+
+def tokens(value: bytes) -> "set[bytes]":
+    """The lower-case members of a comma-separated list."""
+    return {member.strip(b" \t").lower() for member in value.split(b",")}
+
+
+def keeps_alive(index: Index, minor: int) -> bool:
+    """Whether a message leaves its connection open (RFC 9112, 9.3)."""
+    found = index.get(b"connection")
+    if found is None:
+        return minor >= 1
+    options = tokens(found)
+    return b"close" not in options and (minor >= 1 or b"keep-alive" in options)
 
 
 class RequestHead:
@@ -1619,21 +1624,21 @@ class ResponseHead:
         self.status, self.minor, self.index, self.lines = status, minor, index, lines
 
 
-def keeps_alive(index: Index, minor: int) -> bool:
-    """Whether a message leaves its connection open (RFC 9112, 9.3)."""
-    found = index.get(b"connection")
-    if found is None:
-        return minor >= 1
-    options = tokens(found)
-    return b"close" not in options and (minor >= 1 or b"keep-alive" in options)
-
-
-def tokens(value: bytes) -> "set[bytes]":
-    """The lower-case members of a comma-separated list."""
-    return {member.strip(b" \t").lower() for member in value.split(b",")}
-
-
 _PAIR, _LINE_ON = operator.itemgetter(0), operator.itemgetter(1)  # of what FieldLines knows of a line
+
+
+def joined_index(pairs: "Iterable[tuple[bytes, bytes]]") -> Index:
+    """The index of fields of which some repeat: their values are joined by commas."""
+    index: Index = {}
+    for name, value in pairs:
+        index[name] = index[name] + b"," + value if name in index else value
+    return index
+
+
+def without(lines: bytes, names: "Collection[bytes]") -> bytes:
+    """The field lines of `lines` without those of these lower-case names."""
+    fields = lines.splitlines(keepends=True)
+    return b"".join([field for field in fields if field[: field.index(b":")].lower() not in names])
 
 
 class FieldLines:
@@ -1652,6 +1657,7 @@ class FieldLines:
         """Index and passing lines of a head's field lines, which CRLF separates. Raises ValueError."""
         if not block:
             return {}, b""
+        # A bare CR or LF stays within its line here, where `_FIELD` refuses it.
         lines, known = block.split(b"\r\n"), self.known
         if len(lines) > limit:
             raise ValueError("more than %d header fields" % limit)
@@ -1659,7 +1665,7 @@ class FieldLines:
         if not all(entries):
             entries = [entry or self._learn(line) for entry, line in zip(entries, lines, strict=True)]
         index = dict(map(_PAIR, entries))
-        if len(index) != len(lines):
+        if len(index) != len(lines):  # some name stands twice
             index = joined_index(map(_PAIR, entries))
         kept = b"".join(map(_LINE_ON, entries))
         connection = index.get(b"connection")
@@ -1676,30 +1682,41 @@ class FieldLines:
         line_on = b"%b: %b\r\n" % (found.group(1), self.clean(value)) if self.passes(name) else b""
         entry = ((name, value), line_on)
         if len(line) <= KNOWN_LINE_BYTES and name not in SECRET_FIELDS:
+            # Emptied when full: keeping the most used ones would cost more than to learn the common dozen again, and
+            # somebody who sends a thousand new lines gains nothing but that.
             if len(self.known) >= KNOWN_LINES:
                 self.known.clear()
             self.known[line] = entry
         return entry
 
 
-def joined_index(pairs: "Iterable[tuple[bytes, bytes]]") -> Index:
-    """The index of fields of which some repeat: their values are joined by commas."""
-    index: Index = {}
-    for name, value in pairs:
-        index[name] = index[name] + b"," + value if name in index else value
-    return index
-
-
-def without(lines: bytes, names: "Collection[bytes]") -> bytes:
-    """The field lines of `lines` without those of these lower-case names."""
-    fields = lines.splitlines(keepends=True)
-    return b"".join([field for field in fields if field[: field.index(b":")].lower() not in names])
-
-
 REQUEST_FIELDS = FieldLines(
     lambda name: name not in REQUEST_DROPPED and not name.startswith(REQUEST_DROPPED_PREFIXES)
 )
 REPLY_FIELDS = FieldLines(lambda name: name not in REPLY_DROPPED, redactor.scrub_field)
+
+
+@functools.lru_cache(maxsize=256)  # clients ask for few targets; 256 of the longest are 2 MB
+def parse_request_line(line: bytes) -> "tuple[str, str, int]":
+    """Method, target and minor version. Raises BadMessage."""
+    found = _REQUEST_LINE.match(line)
+    if found is None:
+        raise BadMessage(400, "The request line is malformed: METHOD SP /PATH SP HTTP/1.1 CRLF is needed.")
+    if found.group(3) != b"1":
+        raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
+    return found.group(1).decode(), found.group(2).decode(), 1 if found.group(4) != b"0" else 0
+
+
+# Two Hosts are joined by a comma in the index, which no host holds. IP-literals and reg-names as RFC 3986, 3.2.2 has
+# them; the port may be empty. Which host it names is the business of the doors.
+@functools.lru_cache(maxsize=256)
+def check_host(host: "bytes | None", minor: int) -> None:
+    """Exactly one Host on HTTP/1.1, and one that is a host (RFC 9112, 3.2). Raises BadMessage."""
+    if host is None:
+        if minor >= 1:
+            raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
+    elif not _HOST.match(host) or b"," in host:
+        raise BadMessage(400, "The Host header is not one host name with an optional port.")
 
 
 def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHead:
@@ -1718,25 +1735,13 @@ def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHe
     return RequestHead(method, target, minor, index, lines)
 
 
-@functools.lru_cache(maxsize=256)  # clients ask for few targets; 256 of the longest are 2 MB
-def parse_request_line(line: bytes) -> "tuple[str, str, int]":
-    """Method, target and minor version. Raises BadMessage."""
-    found = _REQUEST_LINE.match(line)
-    if found is None:
-        raise BadMessage(400, "The request line is malformed: METHOD SP /PATH SP HTTP/1.1 CRLF is needed.")
-    if found.group(3) != b"1":
-        raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
-    return found.group(1).decode(), found.group(2).decode(), 1 if found.group(4) != b"0" else 0
-
-
-@functools.lru_cache(maxsize=256)
-def check_host(host: "bytes | None", minor: int) -> None:
-    """Exactly one Host on HTTP/1.1, and one that is a host (RFC 9112, 3.2). Raises BadMessage."""
-    if host is None:
-        if minor >= 1:
-            raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
-    elif not _HOST.match(host) or b"," in host:
-        raise BadMessage(400, "The Host header is not one host name with an optional port.")
+@functools.lru_cache(maxsize=64)
+def parse_status_line(line: bytes) -> "tuple[int, int]":
+    """Status and minor version. Raises BadReply."""
+    found = _STATUS_LINE.match(line)
+    if found is None:  # HTTP/0.9 and ICY, which have no head, are among those
+        raise BadReply("the upstream's status line is malformed")
+    return int(found.group(2)), int(found.group(1))
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
@@ -1748,15 +1753,6 @@ def parse_response_head(data: bytes) -> ResponseHead:
     except ValueError as problem:
         raise BadReply("the upstream's reply head is malformed: %s" % problem) from None
     return ResponseHead(status, minor, index, lines)
-
-
-@functools.lru_cache(maxsize=64)
-def parse_status_line(line: bytes) -> "tuple[int, int]":
-    """Status and minor version. Raises BadReply."""
-    found = _STATUS_LINE.match(line)
-    if found is None:
-        raise BadReply("the upstream's status line is malformed")
-    return int(found.group(2)), int(found.group(1))
 
 
 def check_partial_head(data: bytes, since: int = 0, line_limit: int = START_LINE_BYTES) -> None:
@@ -1779,7 +1775,7 @@ def check_partial_head(data: bytes, since: int = 0, line_limit: int = START_LINE
 
 def content_length(value: bytes) -> int:
     """The number of a Content-Length; repeated equal values count once (RFC 9112, 6.3). Raises ValueError."""
-    if value.isdigit() and len(value) < 19:
+    if value.isdigit() and len(value) < 19:  # bytes.isdigit knows ASCII digits only
         return int(value)
     members = [member.strip(b" \t") for member in value.split(b",")]
     if not all(_DIGITS.match(member) for member in members) or len({int(member) for member in members}) != 1:
@@ -1827,13 +1823,15 @@ class EofDecoder:
         return True
 
 
-CHUNK_SIZES: "dict[bytes, int]" = {}  # chunk-size lines seen before; at most 4096, of at most 7 digits
+# Chunk-size lines seen before, at most 4096 of at most 7 digits: a stream's chunks have a few hundred sizes.
+CHUNK_SIZES: "dict[bytes, int]" = {}
 
 
 class ChunkedDecoder:
     """A chunked body of at most `limit` bytes (RFC 9112, 7.1); extensions are dropped, trailers too. `rest` as above.
 
-    Raises ValueError for what the grammar or a bound forbids, OverflowError beyond `limit`.
+    Trailers are checked and forgotten, as RFC 9110, 6.5.1 allows: nothing in them may become a header field. Raises
+    ValueError for what the grammar or a bound forbids, OverflowError beyond `limit`.
     """
 
     __slots__ = ("done", "left", "limit", "pending", "rest", "total", "trailing")
@@ -1881,6 +1879,7 @@ class ChunkedDecoder:
             line = data[at:end]
             length = CHUNK_SIZES.get(line) or self._plain_size(line)
             stop = end + 2 + length
+            # The last chunk (length 0) is the slow path's too: what follows it are trailers.
             if end < 0 or not length or data[stop : stop + 2] != b"\r\n" or total + length > self.limit:
                 self.total = total
                 return at
@@ -1898,6 +1897,8 @@ class ChunkedDecoder:
 
     def _line(self, data: bytes, at: int) -> int:
         """Reads the chunk-size or trailer line at `at`; its end, or -1 when it is not whole."""
+        # By the LF, so that a line that ends with a bare one is found and refused rather than joined to the next:
+        # a parser before us that takes it for a line's end would see another body (RFC 9112, 11.2).
         end = data.find(b"\n", at, at + (TRAILER_BYTES if self.trailing else CHUNK_LINE_BYTES))
         if end < 0:
             self._check_unfinished(data, at)
@@ -1945,6 +1946,7 @@ def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | Chun
     coding = head.index.get(b"transfer-encoding")
     length = head.index.get(b"content-length")
     if coding is not None:
+        # RFC 9112, 6.1 lets a server prefer the coding; the one before us may have preferred the length.
         if length is not None or head.minor == 0:
             raise BadMessage(400, "Transfer-Encoding cannot stand with Content-Length, nor on HTTP/1.0.")
         codings = [member.strip(b" \t").lower() for member in coding.split(b",")]
@@ -1953,12 +1955,12 @@ def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | Chun
             raise BadMessage(status, "Only the transfer coding chunked is understood, alone and once.")
         return ChunkedDecoder(limit)
     if length is None:
-        return None
+        return None  # a request without either has no body (RFC 9112, 6.3), unlike a reply
     try:
         size = content_length(length)
     except ValueError as problem:
         raise BadMessage(400, "%s." % problem) from None
-    if size > limit:
+    if size > limit:  # before a byte of it is read
         raise BadMessage(413, "The body is %d bytes; at most %d are taken." % (size, limit), "request_too_large")
     return LengthDecoder(size) if size else None
 
@@ -1969,12 +1971,13 @@ def reply_body_decoder(head: ResponseHead, method: str) -> "LengthDecoder | Chun
     length = head.index.get(b"content-length")
     if coding is not None and length is not None:
         raise BadReply("the upstream's reply has both Transfer-Encoding and Content-Length")
+    # These have no body whatever their fields say; else the next reply on the connection would be read as one.
     if method == "HEAD" or head.status in (204, 304):
         return LengthDecoder(0)
     if coding is not None:
         if coding.strip(b" \t").lower() != b"chunked" or head.minor == 0:
             raise BadReply("the upstream's transfer coding is not plain chunked")
-        return ChunkedDecoder(1 << 62)
+        return ChunkedDecoder(1 << 62)  # an answer may be as long as it likes: what is held of it is bounded elsewhere
     if length is None:
         return EofDecoder()
     try:
@@ -2013,6 +2016,7 @@ def split_target(target: str) -> "tuple[str, str, str]":
     """Authority (of absolute-form), percent-decoded path and raw query of a request target. Raises BadMessage."""
     authority = ""
     if not target.startswith("/"):
+        # A server has to take absolute-form (RFC 9112, 3.2.2), as clients configured with a proxy send it.
         absolute = _ABSOLUTE_TARGET.match(target)
         if absolute is None:
             if target == "*":
@@ -2022,6 +2026,7 @@ def split_target(target: str) -> "tuple[str, str, str]":
         target = target if target.startswith("/") else "/" + target
     path, _, query = target.partition("?")
     if "%" in path:
+        # Routes are found by the decoded path; what goes upstream keeps its spelling.
         path = urllib.parse.unquote(path, errors="replace")
         if any(ord(char) < 33 or ord(char) == 127 for char in path):
             raise BadMessage(400, "The request target hides a control character.")
@@ -2032,6 +2037,8 @@ def split_target(target: str) -> "tuple[str, str, str]":
 # Finds events in a byte stream cut anywhere, looks into them, and never rewrites them. Only bytes are split: U+2028 and
 # friends are no line ends here. https://html.spec.whatwg.org/multipage/server-sent-events.html
 
+# An event ends with an empty line, and each of its two line ends may be CRLF, LF or CR. "\r\n" alone is one line end:
+# that is why the alternatives start with the longest.
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
@@ -2044,6 +2051,7 @@ class EventSplitter:
     def __init__(self) -> None:
         self.pending = b""
 
+    # A generator: whoever looks for the first real event stops there, and the rest of a read is never split.
     def feed(self, data: bytes) -> "Iterator[bytes]":
         """The events that `data` completes, each with the blank line that ends it; found as they are asked for."""
         data = self.pending + data if self.pending else data
@@ -2057,6 +2065,7 @@ class EventSplitter:
 def event_fields(event: bytes) -> "tuple[bytes, bytes]":
     """An event's type (`event:`) and data; several data lines are joined, comments skipped."""
     kind, data = b"", []
+    # A byte order mark may stand before the first event of a stream; elsewhere it does no harm.
     for line in _LINE_END.split(event.removeprefix(b"\xef\xbb\xbf")):
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
@@ -2075,6 +2084,7 @@ class EventKind(enum.Enum):
     ERROR = "error"
 
 
+# The Responses API says these before anything is generated: an error that comes after them can still go elsewhere.
 _PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress")
 
 
@@ -2084,7 +2094,7 @@ def judge_event(event: bytes) -> EventKind:
         return EventKind.REAL
     kind, data = event_fields(event)
     data = data.strip()
-    if not data or data[:1] not in b"{[":
+    if not data or data[:1] not in b"{[":  # "[DONE]" counts as real: an answer may be empty
         return EventKind.REAL if data else EventKind.PREFACE
     try:
         found = json.loads(data)
@@ -2107,6 +2117,9 @@ def error_event(message: str, code: str) -> bytes:
 # ==== 6. Timed streams ====
 # asyncio's streams with three things added: a read that hands over whatever has arrived without copying it, a timer
 # that is moved by assignment (a `wait_for` per read costs more than the read), and a hook that sees the peer leave.
+
+# A read that waits has three ways to end: bytes, the peer's end, or `interrupt` with the error that a timer or a rescue
+# chose. Nothing here cancels tasks to end a read: a cancellation cannot say why, and loses what has just arrived.
 
 IDLE_CHECK_S = 30.0  # a timer is never armed further ahead than this, so moving it later or back is an assignment
 
@@ -2137,6 +2150,8 @@ class Deadline:
     def _arm(self) -> None:
         if self.handle is not None:
             self.handle.cancel()
+        # An earlier deadline needs the timer moved, a later one does not: it looks again when it fires. A stream moves
+        # its deadline at each event and arms a timer twice a minute.
         self.armed = min(self.at, self.loop.time() + IDLE_CHECK_S)
         self.handle = self.loop.call_at(self.armed, self._fire)
 
@@ -2204,12 +2219,13 @@ class Fiber:
     def wake(self, wake: "Wake | asyncio.Future[Any]") -> None:
         """Goes on, if this is what it waits for."""
         if self.waits_for is wake:
-            if Fiber.current is self:  # woken by its own doing
+            if Fiber.current is self:  # woken by its own doing; a running coroutine cannot be entered
                 self.loop.call_soon(self.wake, wake)
             else:
                 self._step(None)
 
     def _cancel(self) -> None:
+        # As asyncio.Task.cancel: a future that it waits for is cancelled and wakes it, anything else it is thrown at.
         if self.ended.done():
             return
         found, self.waits_for = self.waits_for, None
@@ -2219,6 +2235,7 @@ class Fiber:
             self._step(asyncio.CancelledError())
 
     def _step(self, error: "BaseException | None") -> None:
+        # One fiber may run another (a pushed event wakes the client's side): hence the one before comes back.
         before, Fiber.current = Fiber.current, self
         try:
             found = self.coro.send(None) if error is None else self.coro.throw(error)
@@ -2277,6 +2294,7 @@ class WireReader(asyncio.StreamReader):
             if self.sink(data):
                 self._wake_up()
             return
+        # Mostly nothing waits, and the read is kept as the very object that the kernel's bytes were put into.
         self.data = self.data + data if self.data else data
         if self.wake is not None:
             self._wake_up()
@@ -2336,6 +2354,8 @@ class WireReader(asyncio.StreamReader):
             self.unhold()
         return data
 
+    # Half of what an event costs is waking a coroutine to hand it on. So for the length of a body the reader calls a
+    # function instead, in the very callback that read the bytes: they are with the client's socket when it returns.
     async def divert(self, sink: "Callable[[bytes], bool]") -> None:
         """Calls `sink` with each read until it returns true or nothing more comes. Raises what broke the connection."""
         self.sink = sink
@@ -2395,11 +2415,12 @@ class WireProtocol(asyncio.StreamReaderProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
-        super().connection_made(transport)
+        super().connection_made(transport)  # StreamWriter.drain works by it
         if self.connected is not None:
             assert isinstance(transport, asyncio.WriteTransport)
             self.connected(self, transport)
 
+    # TCP may close one way and still take an answer, TLS may not (asyncio's cannot).
     def eof_received(self) -> bool:
         """Called by asyncio at the FIN; whether we may still write."""
         return bool(super().eof_received()) and not self.over_tls
@@ -2480,6 +2501,10 @@ def shrink_tls_buffers() -> None:
 # ==== 7. Upstream connections ====
 # Dialling (TCP, proxy, TLS), one exchange at a time on a connection, and a pool of idle ones per origin. Bookkeeping is
 # synchronous; a connection is given back at most once, and only when its last reply was read to its end.
+#
+# What is promised to the sections below: a request is never answered with bytes of another's reply. A connection goes
+# back to the pool only if its reply ended where its framing says, nothing came after it, and nobody wants to close it;
+# and it comes out again only if it is still open and silent. All else is closed, which costs a handshake and no more.
 
 
 class Origin(Record):
@@ -2529,12 +2554,31 @@ def proxy_authorization(proxy: Secret) -> bytes:
 def tls_context(ca_file: str) -> ssl.SSLContext:
     """Verifying client context; the system's certificates (or SSL_CERT_FILE's) unless a file is named."""
     context = ssl.create_default_context(cafile=ca_file or None)
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols(["http/1.1"])  # without it some front ends speak HTTP/2 to whoever connects
     return context
 
 
 Link = tuple[WireReader, asyncio.StreamWriter]
 Dial = Callable[[Origin], Awaitable[Link]]
+
+
+def abort_unwanted(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> None:
+    """Closes a connection that nobody waits for any more."""
+    if not dialling.cancelled() and dialling.exception() is None:
+        dialling.result()[0].abort()
+
+
+async def unless_cancelled(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> "tuple[Any, Any]":
+    """The connection that a race of addresses brings.
+
+    Cancelled in the race, asyncio forgets a socket that has just connected without closing it.
+    """
+    try:
+        return await asyncio.shield(dialling)
+    except asyncio.CancelledError:
+        dialling.add_done_callback(abort_unwanted)
+        dialling.get_loop().call_later(UNWANTED_S, dialling.cancel)
+        raise
 
 
 async def open_link(host: str, port: int, tls: "ssl.SSLContext | None" = None, name: "str | None" = None) -> Link:
@@ -2556,68 +2600,18 @@ async def open_link(host: str, port: int, tls: "ssl.SSLContext | None" = None, n
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
-async def unless_cancelled(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> "tuple[Any, Any]":
-    """The connection that a race of addresses brings.
-
-    Cancelled in the race, asyncio forgets a socket that has just connected without closing it.
-    """
-    try:
-        return await asyncio.shield(dialling)
-    except asyncio.CancelledError:
-        dialling.add_done_callback(abort_unwanted)
-        dialling.get_loop().call_later(UNWANTED_S, dialling.cancel)
-        raise
-
-
-def abort_unwanted(dialling: "asyncio.Task[tuple[asyncio.Transport, WireProtocol]]") -> None:
-    """Closes a connection that nobody waits for any more."""
-    if not dialling.cancelled() and dialling.exception() is None:
-        dialling.result()[0].abort()
-
-
-def close_unwanted(dialling: "asyncio.Task[Link]") -> None:
-    """Closes a link that nobody waits for any more."""
-    if not dialling.cancelled() and dialling.exception() is None:
-        dialling.result()[1].transport.abort()
-
-
-async def dial(origin: Origin) -> Link:
-    """A connection on which requests to `origin` can be written, by its proxy where it has one. Raises OSError."""
-    tls = tls_context(origin.ca_file) if origin.scheme == "https" else None
-    if not origin.proxy:
-        return await open_link(origin.host, origin.port, tls, origin.host if tls else None)
-    proxy = urllib.parse.urlsplit(origin.proxy.reveal())
-    link = await open_link(proxy.hostname or "", proxy.port or 80)
-    if tls is None:
-        return link
-    try:
-        await open_tunnel(link, origin)
-        await link[1].start_tls(tls, server_hostname=origin.host)
-        link[0].set_transport(link[1].transport)
-        tune(link[1].transport)
-    except BaseException:
-        link[1].transport.abort()
-        raise
-    return link
-
-
-async def open_tunnel(link: Link, origin: Origin) -> None:
-    """Asks the proxy for a tunnel (RFC 9110, 9.3.6)."""
-    host = "[%s]" % origin.host if ":" in origin.host else origin.host
-    target = b"%b:%d" % (host.encode("idna" if not host.isascii() else "ascii"), origin.port)
-    link[1].write(
-        b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (target, target, proxy_authorization(origin.proxy))
-    )
-    head, rest = await read_reply_head(link[0], UPSTREAM_HEAD_BYTES)
-    if not 200 <= head.status < 300:
-        raise ConnectFailed("the proxy refused the tunnel with status %d" % head.status)
-    if rest:
-        raise ConnectFailed("the proxy sent bytes before the tunnel's own")
+def check_reply_beginning(data: bytes, limit: int) -> None:
+    """Refuses what cannot become a reply head, before waiting for more of it."""
+    if len(data) > limit + 3:  # of the empty line some may have come
+        raise BadReply("the upstream's reply head is longer than %d bytes" % limit)
+    if data[:7] != b"HTTP/1."[: len(data)]:
+        raise BadReply("the upstream does not speak HTTP/1.1")
 
 
 async def read_reply_head(reader: WireReader, limit: int) -> "tuple[ResponseHead, bytes]":
     """The final head of a reply, past the interim ones, and what came after it. Raises UpstreamError."""
     data = b""
+    # 100 and 103 may come before the final head, any number of them (RFC 9110, 15.2); 101 was never asked for.
     for _ in range(INFORMATIONAL_MAX):
         end = data.find(b"\r\n\r\n")
         while end < 0:
@@ -2640,12 +2634,39 @@ async def read_reply_head(reader: WireReader, limit: int) -> "tuple[ResponseHead
     raise BadReply("the upstream sent more interim replies than anyone needs, or switched protocols")
 
 
-def check_reply_beginning(data: bytes, limit: int) -> None:
-    """Refuses what cannot become a reply head, before waiting for more of it."""
-    if len(data) > limit + 3:  # of the empty line some may have come
-        raise BadReply("the upstream's reply head is longer than %d bytes" % limit)
-    if data[:7] != b"HTTP/1."[: len(data)]:
-        raise BadReply("the upstream does not speak HTTP/1.1")
+async def open_tunnel(link: Link, origin: Origin) -> None:
+    """Asks the proxy for a tunnel (RFC 9110, 9.3.6)."""
+    # The port always stands there (RFC 9110, 9.3.6), unlike in a Host.
+    host = "[%s]" % origin.host if ":" in origin.host else origin.host
+    target = b"%b:%d" % (host.encode("idna" if not host.isascii() else "ascii"), origin.port)
+    link[1].write(
+        b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (target, target, proxy_authorization(origin.proxy))
+    )
+    head, rest = await read_reply_head(link[0], UPSTREAM_HEAD_BYTES)
+    if not 200 <= head.status < 300:
+        raise ConnectFailed("the proxy refused the tunnel with status %d" % head.status)
+    if rest:  # it would be taken for the origin's TLS
+        raise ConnectFailed("the proxy sent bytes before the tunnel's own")
+
+
+async def dial(origin: Origin) -> Link:
+    """A connection on which requests to `origin` can be written, by its proxy where it has one. Raises OSError."""
+    tls = tls_context(origin.ca_file) if origin.scheme == "https" else None
+    if not origin.proxy:
+        return await open_link(origin.host, origin.port, tls, origin.host if tls else None)
+    proxy = urllib.parse.urlsplit(origin.proxy.reveal())
+    link = await open_link(proxy.hostname or "", proxy.port or 80)
+    if tls is None:
+        return link  # a plain origin is asked for in absolute-form, without a tunnel
+    try:
+        await open_tunnel(link, origin)
+        await link[1].start_tls(tls, server_hostname=origin.host)
+        link[0].set_transport(link[1].transport)
+        tune(link[1].transport)
+    except BaseException:
+        link[1].transport.abort()
+        raise
+    return link
 
 
 class Outlet(Protocol):
@@ -2749,6 +2770,7 @@ class UpstreamConnection:
         self.reader.on_end = None
         self.writer.transport.abort()
 
+    # One timer serves both lives: in the pool it ends the idling, in an exchange the waiting.
     def _expired(self) -> None:
         if self.idle:
             self.pool.drop(self)
@@ -2758,6 +2780,12 @@ class UpstreamConnection:
     def _ended(self, error: "BaseException | None") -> None:
         if self.idle:
             self.pool.drop(self)
+
+
+def close_unwanted(dialling: "asyncio.Task[Link]") -> None:
+    """Closes a link that nobody waits for any more."""
+    if not dialling.cancelled() and dialling.exception() is None:
+        dialling.result()[1].transport.abort()
 
 
 class ConnectionPool:
@@ -2776,7 +2804,7 @@ class ConnectionPool:
         """An idle connection that is still good, if there is one."""
         idle = self.idle.get(origin)
         while idle:
-            connection = idle.pop()
+            connection = idle.pop()  # LIFO: the fewest connections stay warm, TLS sessions and TCP windows with them
             connection.idle = False
             if connection.usable():
                 self.active.add(connection)
@@ -2786,6 +2814,7 @@ class ConnectionPool:
 
     async def connect(self, origin: Origin, within_s: float) -> UpstreamConnection:
         """A fresh connection. Raises ConnectFailed, within `within_s` seconds."""
+        # A task of its own, because asyncio.timeout needs one, which a fiber is not.
         dialling = asyncio.get_running_loop().create_task(self._dial(origin, within_s))
         try:
             link = await dialling
@@ -2840,6 +2869,24 @@ class ConnectionPool:
         self.idle.clear()
 
 
+def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
+    """A lost connection as the error that says so."""
+    if isinstance(problem, UpstreamClosed):
+        return problem
+    return UpstreamClosed("the upstream reset the connection before its reply", early=True)
+
+
+def ended_well(transport: asyncio.BaseTransport) -> bool:
+    """Whether TLS, where there is any, said that nothing more comes: anybody can forge a FIN (RFC 9112, 9.8)."""
+    tls = transport.get_extra_info("ssl_object")
+    try:
+        return tls is None or not tls.read(1)
+    except ssl.SSLWantReadError:
+        return False
+    except ssl.SSLError:
+        return True
+
+
 class NetworkExchange:
     """An exchange on a connection of the pool. See `Exchange`. `on_sent(now)` is called at the write of the request."""
 
@@ -2885,13 +2932,15 @@ class NetworkExchange:
         try:
             data = await connection.reader.read_some()
             end = data.find(b"\r\n\r\n")
-            if 0 <= end <= self.pool.head_bytes and data[9:10] != b"1":
+            if 0 <= end <= self.pool.head_bytes and data[9:10] != b"1":  # as nearly all come: whole, in one read
                 self.head, self.rest = parse_response_head(data[: end + 4]), data[end + 4 :]
             else:  # not whole yet, or an interim one
                 connection.reader.unread(data)
                 self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
         except (UpstreamClosed, ConnectionError) as problem:
             error = as_closed(problem)
+            # Upstreams close idle connections, and their FIN may cross our request: then it was never read, and goes
+            # out once more. This is the one replay that no table of outcomes decides.
             if not connection.was_stale(error):
                 raise error from problem
             self.pool.give_back(connection, False)
@@ -2952,7 +3001,8 @@ class NetworkExchange:
                 return True
             deadline.at = self._idle_until(connection)  # only ever later: the timer looks when it fires
             if payload and not outlet.push(payload):
-                deadline.at = math.inf  # it is we who keep the upstream waiting now
+                # It is we who keep the upstream waiting now, so its clock stands still; the client's runs instead.
+                deadline.at = math.inf
                 reader.hold()
                 outlet.when_ready(resume)
             return decoder.done
@@ -2980,6 +3030,7 @@ class NetworkExchange:
         whole = decoder is not None and decoder.done and not decoder.rest and type(decoder) is not EofDecoder
         self.connection = None
         head = self.head
+        # Bytes beyond the reply's end would be taken for the next reply: response splitting, the other way round.
         whole = whole and ((head.minor and b"connection" not in head.index) or keeps_alive(head.index, head.minor))
         self.pool.give_back(connection, whole)
 
@@ -2993,6 +3044,7 @@ class NetworkExchange:
         """Writes the request as one piece; the transport sends what the kernel does not take while we read on."""
         self.connection = connection
         (head, body), transport = self.message, connection.writer.transport
+        # A reply may come before the request is sent whole (401, 413): nobody waits for the writing to end.
         if len(body) < READ_BYTES:
             self.pool.outbox.write(transport, head + body)
         else:
@@ -3020,24 +3072,6 @@ class NetworkExchange:
         idle, total = self.timeouts.idle, self.timeouts.total
         silent = connection.loop.time() + idle if idle else math.inf
         return min(silent, connection.written_at + total) if total else silent
-
-
-def ended_well(transport: asyncio.BaseTransport) -> bool:
-    """Whether TLS, where there is any, said that nothing more comes: anybody can forge a FIN (RFC 9112, 9.8)."""
-    tls = transport.get_extra_info("ssl_object")
-    try:
-        return tls is None or not tls.read(1)
-    except ssl.SSLWantReadError:
-        return False
-    except ssl.SSLError:
-        return True
-
-
-def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
-    """A lost connection as the error that says so."""
-    if isinstance(problem, UpstreamClosed):
-        return problem
-    return UpstreamClosed("the upstream reset the connection before its reply", early=True)
 
 
 # ==== 8. Translations ====
