@@ -3430,23 +3430,24 @@ def _add_reasoning(effort: str, budget: int, thinking: str, out: "dict[str, Any]
     The generations differ: effort alone, effort with thinking switched on, a budget of tokens, where the others are a
     400. Which one a model is cannot be told from a name, so that the configuration says it.
     """
-    turns, room = out["messages"], out["max_tokens"]
-    first = [turn["content"][0]["type"] for turn in turns[-2:]]
-    begin: "dict[str, Any]" = {"type": "adaptive"}
-    may = thinking == "adaptive"
-    if effort and thinking == "budget":
-        begin = {"type": "enabled", "budget_tokens": max(MESSAGES_BUDGET_MIN, min(budget, room // 2))}
-        if begin["budget_tokens"] >= room:
+    begin: "dict[str, Any]" = {}
+    if not effort:
+        begin = {"type": "disabled"}
+    elif thinking == "budget":
+        room, first = out["max_tokens"], [turn["content"][0]["type"] for turn in out["messages"][-2:]]
+        budget = max(MESSAGES_BUDGET_MIN, min(budget, room // 2))  # the other half is for the answer
+        if budget >= room:
             raise Untranslatable("reasoning_effort", "needs a max_tokens above %d." % MESSAGES_BUDGET_MIN)
         # A turn that waits for tool results must begin with the thinking that led to the calls, signed. A client that
         # does not send its `thinking_blocks` back goes on without: better than a 400 in the middle of a loop.
-        may = first[-1] != "tool_result" or first[0] in _THOUGHTS
-    elif effort:
-        out["output_config"] = {"effort": effort}
+        if first[-1] != "tool_result" or first[0] in _THOUGHTS:
+            begin = {"type": "enabled", "budget_tokens": budget}
     else:
-        begin, may = {"type": "disabled"}, True
-    forced = effort and out.get("tool_choice", {}).get("type") in ("any", "tool")  # excludes thinking
-    if may and not forced:
+        out["output_config"] = {"effort": effort}
+        if thinking == "adaptive":  # takes a loop's turns without their thinking
+            begin = {"type": "adaptive"}
+    # A tool that must be called excludes thinking, a 400 there, while OpenAI's models do both.
+    if begin and not (effort and out.get("tool_choice", {}).get("type") in ("any", "tool")):
         out.setdefault("thinking", begin)
 
 
@@ -4162,7 +4163,7 @@ class MessagesExchange:
         self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: "MessageStream | None" = None
-        self.outlet: "Outlet | None" = None
+        self.outlet: Outlet
         self.ready, self.complete = b"", False  # translated and not handed out; whether nothing follows it
         self.head: ResponseHead
 
@@ -4216,13 +4217,12 @@ class MessagesExchange:
     def push(self, data: bytes) -> bool:
         """See `Outlet`: what the upstream sent while `pipe` runs; b"" is its end. Nothing is never pushed on: it would
         look like the end to a client that reads chunks."""
-        assert self.outlet is not None and self.stream is not None
+        assert self.stream is not None
         out = self._translate(self.stream, data)
         return self.outlet.push(out) if out else True
 
     def when_ready(self, call: "Callable[[], None]") -> None:
         """See `Outlet`."""
-        assert self.outlet is not None
         self.outlet.when_ready(call)
 
     async def _read_all(self, most: int) -> bytes:
