@@ -4001,10 +4001,12 @@ class Controller(Protocol):
     """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write: until
     then everything that the request took of a quota can be given back.
 
-    `chat_only`: it takes chat completions and nothing else. `rate_codes`: see `AccountConfig`.
+    `chat_only`: it takes chat completions and nothing else. `cache_free`: what its prompt cache gives takes nothing of
+    its token limit. `rate_codes`: see `AccountConfig`.
     """
 
     chat_only: bool
+    cache_free: bool
     rate_codes: "tuple[str, ...]"
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
@@ -4018,7 +4020,7 @@ class OpenAIController:
     those that it has elsewhere, `fixed` our own field lines, `hidden` the client's that must not stand beside them.
     """
 
-    chat_only = False
+    chat_only = cache_free = False
 
     def __init__(self, config: ControllerConfig) -> None:
         account, wanted = config.account, config.timeouts.first_byte
@@ -4253,7 +4255,7 @@ class MessagesExchange:
 class AnthropicController(OpenAIController):
     """An account that speaks Anthropic's Messages API, to which chats are translated."""
 
-    chat_only = True
+    chat_only = cache_free = True
 
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
@@ -4360,7 +4362,7 @@ class EchoController:
     """An account without a network: answers with the last user message, whole or word by word, with usage. For --demo,
     for trying out a configuration, and for clients' tests, which need no key."""
 
-    chat_only = True
+    chat_only, cache_free = True, False
     rate_codes: "tuple[str, ...]" = ()
 
     def __init__(self, config: ControllerConfig) -> None:
@@ -4679,14 +4681,17 @@ def as_allowance(limit: bytes, remaining: bytes, reset: bytes) -> "Allowance | N
 _COUNT = re.compile(rb"\s*:\s*(\d{1,12})")
 
 
-def used_tokens(tail: bytes) -> "tuple[int, int]":
-    """All tokens and those of the answer, by the last `usage` in the end of an answer; zeros where there is none."""
+def used_tokens(tail: bytes, cache_free: bool = False) -> "tuple[int, int]":
+    """All tokens and those of the answer, by the last `usage` in the end of an answer; zeros where there is none.
+
+    `cache_free`: without those that the prompt cache gave.
+    """
     at = tail.rfind(b'"usage"')
     if at < 0:
         return 0, 0
     answer = count_after(tail, b'"completion_tokens"', at) or count_after(tail, b'"output_tokens"', at)
     total = count_after(tail, b'"total_tokens"', at) or count_after(tail, b'"input_tokens"', at) + answer
-    return total, answer
+    return total - (count_after(tail, b'"cached_tokens"', at) if cache_free else 0), answer
 
 
 def count_after(text: bytes, name: bytes, start: int) -> int:
@@ -6501,7 +6506,7 @@ class Relay:
 
     def _account(self, tail: bytes, reply: Reply, lease: Lease, trip: Trip) -> None:
         """Takes the usage that stands in the end of an answer."""
-        total, answer = used_tokens(tail)
+        total, answer = used_tokens(tail, lease.upstream.controller.cache_free)
         self.pool.used(lease, trip.request.model, total, answer, reply.told)
 
     async def _fail(self, trip: Trip, sink: Sink) -> None:

@@ -322,6 +322,18 @@ async def test_the_limit_that_binds_is_learned() -> None:
             assert shown["limit"] == 96_000 and 9_000 <= shown["left"] <= 10_000
 
 
+@pytest.mark.parametrize("field", ["cache_read_input_tokens", "cache_creation_input_tokens"])
+async def test_a_configured_limit_counts_no_cached_tokens(field: str) -> None:
+    """What the prompt cache gives takes nothing of the account's limit, what it takes in does: `tpm` is the same."""
+    usage = {"input_tokens": 5, field: 5000, "output_tokens": 2}
+    async with Upstream(answers(json_reply(200, {**REPLY, "usage": usage}))) as one:
+        limited = anthropic("a", one, limits={"tpm": 1000})
+        async with Running(limited, pool={"max_wait": 0}) as server:
+            found = [(await server.post(max_tokens=9)).status for _ in range(3)]
+            assert found == ([200] * 3 if field == "cache_read_input_tokens" else [200, 429, 429])
+            assert (await server.post(max_tokens=9)).status == found[-1]
+
+
 GZIPPED = ("Content-Encoding: gzip", "retry-after: 7")
 
 
