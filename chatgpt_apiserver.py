@@ -3092,7 +3092,7 @@ MESSAGES_BUDGET_MIN = 1024  # the smallest thinking budget that the API takes
 # A form says what may stand in one place of a request:
 #   None                anything
 #   a type              a value of this type
-#   {name: form}        an object with these fields and no others; "!" after a name: it must be there
+#   {name: form}        an object with these fields and no others; under "" the names of those that must be there
 #   [form]              a list of such
 #   (field, {word: form})    an object whose `field` tells which of these it is
 #   (function, words)   what the function makes something of; where that fails or gives None the words say what must be
@@ -3168,18 +3168,22 @@ def _thought(block: "dict[str, Any]") -> "dict[str, Any]":
 # cache_control is Anthropic's own, a mark where the prompt cache shall end; OpenRouter's clients send it in these
 # places.
 _PARTS: "dict[str, dict[str, Form]]" = {
-    "text": {"text!": str, "cache_control": None},
-    "refusal": {"refusal!": str, "cache_control": None},
+    "text": {"": ("text",), "text": str, "cache_control": None},
+    "refusal": {"": ("refusal",), "refusal": str, "cache_control": None},
     "image_url": {
-        "image_url!": {
-            "url!": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
+        "": ("image_url",),
+        "image_url": {
+            "": ("url",),
+            "url": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
             "detail": _only("auto", "high"),  # "low" asks for a price that there is none for
         },
         "cache_control": None,
     },
     "file": {
-        "file!": {
-            "file_data!": (
+        "": ("file",),
+        "file": {
+            "": ("file_data",),
+            "file_data": (
                 lambda url: _inline(url, "application/pdf"),
                 "must be a data URL in base64 of type application/pdf.",
             ),
@@ -3208,9 +3212,14 @@ _MESSAGES: "dict[str, dict[str, Form]]" = {
         "thinking_blocks": [(_thought, "must be a thinking block of an earlier answer, unchanged.")],
         "tool_calls": [
             {
-                "id!": str,
+                "": ("id", "function"),
+                "id": str,
                 "type": None,
-                "function!": {"name!": str, "arguments": (_arguments, "must be the text of a JSON object.")},
+                "function": {
+                    "": ("name",),
+                    "name": str,
+                    "arguments": (_arguments, "must be the text of a JSON object."),
+                },
                 "index": None,  # of a stream, and Gemini's signature: both mean nothing here and are no loss
                 "extra_content": None,
             }
@@ -3218,9 +3227,9 @@ _MESSAGES: "dict[str, dict[str, Form]]" = {
         # Thinking without its signature is passed over: the API would not believe it.
         **dict.fromkeys(("annotations", "reasoning_content", "reasoning", "reasoning_details")),
     },
-    "tool": {"tool_call_id!": str, "content": _content("text", "image_url", "file")},
+    "tool": {"": ("tool_call_id",), "tool_call_id": str, "content": _content("text", "image_url", "file")},
 }
-_CHOICE: Form = ("type", {"function": {"function!": {"name!": str}}})
+_NAMED: Form = {"": ("function",), "function": {"": ("name",), "name": str}}
 _CHOICE_WORDS: Form = (_TOOL_CHOICES.get, "must be none, auto, required or a function for Anthropic's Messages API.")
 _REQUEST: "dict[str, Form]" = {
     # Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
@@ -3235,19 +3244,23 @@ _REQUEST: "dict[str, Form]" = {
     "safety_identifier": None,
     "tools": [
         {
+            "": ("function",),
             "type": None,
-            "function!": {"name!": str, "description": None, "parameters": dict, "strict": None},
+            "function": {"": ("name",), "name": str, "description": None, "parameters": dict, "strict": None},
             "cache_control": None,
         }
     ],
-    "tool_choice": lambda found: _CHOICE if isinstance(found, dict) else _CHOICE_WORDS,
+    "tool_choice": lambda found: ("type", {"function": _NAMED}) if isinstance(found, dict) else _CHOICE_WORDS,
     "parallel_tool_calls": None,
     "response_format": (
         "type",
         {
             "text": {},
             "json_object": {},
-            "json_schema": {"json_schema!": {"name": None, "description": None, "schema!": dict, "strict": None}},
+            "json_schema": {
+                "": ("json_schema",),
+                "json_schema": {"": ("schema",), "schema": dict, **dict.fromkeys(("name", "description", "strict"))},
+            },
         },
     ),
     "reasoning_effort": (_EFFORTS.get, "must be one of %s." % ", ".join(_EFFORTS)),
@@ -3303,15 +3316,17 @@ def _checked(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "A
             raise Untranslatable(where + "." + field, "must be %s for Anthropic's Messages API." % " or ".join(known))
         form = {field: None, **known[kind]}
     if isinstance(form, dict):
-        path, known, out = where and where + ".", {name.rstrip("!") for name in form}, {}
+        path, must, out = where and where + ".", form.get("", ()), {}
         for name, value in _made(found, dict, where).items():
-            empty = value is None or (where and value in ("", [], {}, False))
-            if not (name in known or name in drop or empty):
+            if value is None or (name in drop and name not in must):
+                continue
+            if name and name in form:
+                out[name] = _checked(value, form[name], path + name, drop)
+            elif not where or value not in ("", [], {}, False):
                 raise Untranslatable(path + name, _NO_EQUIVALENT)
-        for name, inner in form.items():
-            bare = name.rstrip("!")
-            if bare != name or (found.get(bare) is not None and bare not in drop):
-                out[bare] = _checked(found.get(bare), inner, path + bare, drop)
+        for name in must:
+            if name not in out:  # none of these forms takes None, so this raises, in the form's own words
+                _made(None, dict if isinstance(form[name], dict) else form[name], path + name)
         return out
     if callable(form) and not isinstance(form, type):
         return _checked(found, form(found), where, drop)
@@ -3766,14 +3781,14 @@ def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
 # API (Azure's is a dialect of it), one whose answers are translated, one that makes them up. A vendor that speaks
 # OpenAI's API is a row in PRESETS; a kind of its own is one class here, a line in CONTROLLERS and a file of tests.
 
-CHAT_PATH = "/chat/completions"
+CHAT_PATH = "/chat/completions"  # without /v1, which belongs to the base URL, where it has one
 # The fastest way into JSON, which tells where a value ends, too.
 decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
 
 
 def deeper(data: "Any", depth: int) -> bool:
     """Whether JSON values stand in more than `depth` objects and lists; whoever handles them later may recurse."""
-    level = [data]
+    level = [data]  # level by level, as the one who counts should not recurse either
     for _ in range(depth):
         level = [
             inner
@@ -3922,6 +3937,7 @@ class ApiRequest:
         self.thread: "bytes | None" = None
         self.prompt_tokens = self.max_tokens = self.need = 0
         self.wait_s = 0.0
+        # No __slots__: in Python 3.11 they save nothing that can be measured in a request.
 
     def body_for(self, model: str) -> bytes:
         """The body with another model."""
@@ -3951,7 +3967,7 @@ def count_text(value: "Any", depth: int = 0) -> int:
     if isinstance(value, list):
         return sum([count_text(item, depth + 1) for item in value])
     if isinstance(value, dict):
-        if "text" in value or "content" in value:
+        if "text" in value or "content" in value:  # a part, a message, an item of the responses API
             return count_text(value.get("text") or value.get("content"), depth + 1)
         return 4 * TOKENS_PER_PART
     return 0
@@ -3979,6 +3995,7 @@ def form_field(body: bytes, content_type: bytes, name: bytes) -> "tuple[int, int
     Searched for, not parsed: the body is mostly one file, and goes on as it came. Values above 256 bytes are no model's
     name. Raises ProxyError (400) where there is no boundary.
     """
+    # RFC 2046, 5.1.1: at most 70 characters, quoted or not. Both spellings of the field's name are in use.
     boundary = re.search(rb'boundary="?([^";,]{1,70})"?', content_type)
     if boundary is None:
         raise ProxyError(400, "A multipart/form-data body with its boundary is needed here.")
@@ -4026,8 +4043,10 @@ class OpenAIController:
         account, wanted = config.account, config.timeouts.first_byte
         self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
         self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")  # RFC 3986, 3.3; an escape stays one
+        # A proxy gets plain requests in the absolute form (RFC 9112, 3.2.2), with its password; TLS goes by a tunnel,
+        # and what is in it is none of the proxy's business.
         absolute = self.origin.proxy and self.origin.scheme == "http"
-        if absolute:  # RFC 9112, 3.2.2
+        if absolute:
             self.base = "http://" + self.origin.authority + self.base
         self.paths = {CHAT_PATH: account.chat_path}
         self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
@@ -4039,6 +4058,7 @@ class OpenAIController:
         # Of our fields and the configuration's the latter counts, and of the client's none with one of these names:
         # which of two values an upstream believes is anybody's guess.
         own = frozenset(name.lower().encode() for name, _ in account.headers)
+        # What a client says for itself never gets as far as here; another header for the key might.
         self.hidden = own | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
         self.fixed = self._fixed_fields(account, own)
         if absolute:
@@ -4055,6 +4075,7 @@ class OpenAIController:
         but values that were parsed. Raises Untranslatable."""
         body, start = self.body(request), self.start(request.method, request.path, request.query, request.model)
         lines = without(request.lines, self.hidden) if self.hidden else request.lines
+        # A GET without a body has no length, anything else has one, be it 0 (RFC 9110, 8.6).
         length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
         return b"".join((start, lines, length)), body
 
@@ -4072,6 +4093,7 @@ class OpenAIController:
         body = request.body if model is None else request.body_for(model)
         if not (self.edits and names):
             return body
+        # Other calls have other parameters, so that chats alone get what the account wants added.
         extra = self.extra if request.path == CHAT_PATH else {}
         if not (extra or self.drop & names or self.rename.keys() & names):
             return body
@@ -4094,6 +4116,7 @@ class OpenAIController:
             "OpenAI-Organization": account.organization,
             "OpenAI-Project": account.project,
         }
+        # An empty value is no value: a server without keys would refuse an empty one.
         lines = [(name, value) for name, value in fields.items() if value and name.lower().encode() not in own]
         lines += [(name, value.reveal()) for name, value in account.headers]
         return render_fields([(name.encode(), value.encode()) for name, value in lines])
@@ -4116,7 +4139,7 @@ class AzureController(OpenAIController):
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
         self.api_version, self.deploys = config.account.api_version, not self.base.endswith("/openai/v1")
-        if self.deploys:
+        if self.deploys:  # the portal shows the address with and without /openai
             self.api_version = self.api_version or AZURE_API_VERSION
             self.base = self.base.removesuffix("/openai") + "/openai"
 
@@ -4181,6 +4204,7 @@ class MessagesExchange:
         elif coded:  # although only identity was asked for: inflating what an upstream likes to send has no bound
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
         elif found.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
+            # By the type that came, not by what was asked for: some gateways answer a stream whole.
             self.stream, kind = MessageStream(int(time.time()), self.usage), b"text/event-stream; charset=utf-8"
         self.head = messages_head(found, status, kind)
 
@@ -4241,10 +4265,11 @@ class MessagesExchange:
         """What the next bytes become; b"" is the end, where the last event may lack its blank line. Raises
         UpstreamClosed where something is missing."""
         at_end = not data
+        # Some servers close after the last event without its blank line. Of all others half is not enough.
         if at_end and b"message_stop" in self.splitter.pending:
             data = b"\n\n"
         out = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
-        if len(self.splitter.pending) > EVENT_BYTES:
+        if len(self.splitter.pending) > EVENT_BYTES:  # it would be kept until its end, which may never come
             self.splitter.pending = b""
             out += stream.fail({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
         if at_end and not (stream.done or stream.failed):
@@ -4282,10 +4307,12 @@ class AnthropicController(OpenAIController):
 
 def echo_pieces(request: ApiRequest) -> "Iterator[bytes]":
     """What an echo controller answers: the last user message, cut after each run of white space, with usage."""
+    # Where no user speaks the last message is echoed, whoever's it is.
     messages = request.data["messages"]
     content = ([one for one in messages if one.get("role") == "user"] or messages)[-1].get("content") or ""
     if not isinstance(content, str):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    # Cut as the spaces stand, so that the words put together are the text.
     words = re.findall(r"\S*\s*", content)[:-1]
     prompt = max(1, request.prompt_tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
@@ -4340,7 +4367,7 @@ class EchoExchange:
         return next(self.pieces, b"")
 
     async def pipe(self, outlet: Outlet) -> None:
-        """See `Exchange`."""
+        """See `Exchange`. A client that does not read is waited for, as an upstream would be held."""
         ready, piece = asyncio.Event(), await self.read()
         while piece:
             if not outlet.push(piece):
@@ -4373,6 +4400,7 @@ class EchoController:
         return EchoExchange(request, *self.delays, on_sent)
 
 
+# The vendors of PRESETS differ from OpenAI in what their rows say, and in nothing else.
 CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
     **dict.fromkeys(PRESETS, OpenAIController),
     "openai": OpenAIController,

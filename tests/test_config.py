@@ -577,7 +577,7 @@ def test_account_dialect() -> None:
 def test_presets(name: str) -> None:
     """A vendor's name is enough: it gives address and dialect. A server of one's own needs no key, all others TLS."""
     preset = app.PRESETS[name]
-    assert set(preset) <= {"base_url", "drop_params", "rename_params", "rate_codes"} and name not in app.CONTROLLER_TYPES
+    assert set(preset) <= set(app.AccountConfig.fields) and name not in app.CONTROLLER_TYPES
     parts = urllib.parse.urlsplit(preset["base_url"])
     local = parts.hostname == "localhost"
     assert parts.scheme == ("http" if local else "https")
