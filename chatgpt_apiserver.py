@@ -88,6 +88,7 @@ UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
 INFORMATIONAL_MAX = 16  # 1xx replies before the final one; more is an upstream gone mad
 READ_BYTES = 65536  # asked of the kernel at once, and half of what a reader keeps before it stops the peer
 OUTBOX_BYTES = 16384  # larger writes leave at once
+JOINED_BYTES = 262_144  # a request's body up to this size is written in one piece with its head
 WRITE_HIGH_BYTES = 65536  # unsent bytes to one peer above which nothing more is read for it
 TLS_BUFFER_BYTES = 32768  # asyncio's own 256 kB for each TLS connection is most of what an idle one costs
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head goes out, and can be replayed
@@ -3044,8 +3045,9 @@ class NetworkExchange:
         """Writes the request as one piece; the transport sends what the kernel does not take while we read on."""
         self.connection = connection
         (head, body), transport = self.message, connection.writer.transport
-        # A reply may come before the request is sent whole (401, 413): nobody waits for the writing to end.
-        if len(body) < READ_BYTES:
+        # A reply may come before the request is sent whole (401, 413): nobody waits for the writing to end. To copy
+        # 100 kB costs less than a second system call that wakes the upstream twice (80 us of the system's time or 60).
+        if len(body) < JOINED_BYTES:
             self.pool.outbox.write(transport, head + body)
         else:
             transport.write(head)

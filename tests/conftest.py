@@ -158,6 +158,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "virtual_time: the loop's clock jumps to the next timer when nothing is ready")
 
 
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: the collection after each one need not look at it (20 ms each)."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a coroutine test in a loop of its own; leave the others to pytest."""
