@@ -3103,6 +3103,7 @@ Form = Any
 
 _NO_EQUIVALENT = "has no equivalent in Anthropic's Messages API."
 _TYPES: "dict[type, str]" = {str: "must be a string.", dict: "must be an object.", list: "must be a list."}
+# By type and not by isinstance, for which true is a number.
 _COUNT: Form = (lambda found: found if type(found) is int and found > 0 else None, "must be a whole number above 0.")
 _HEAT: Form = (
     lambda found: found if type(found) in (int, float) and 0 <= found <= 2 else None,
@@ -3122,7 +3123,7 @@ _EFFORTS = {
 # The choice of some tools only (allowed_tools) has no word: the other tools would have to go, and with them the prompt
 # cache, which begins with the tools.
 _TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
-_THOUGHTS = ("thinking", "redacted_thinking")
+_THOUGHTS = ("thinking", "redacted_thinking")  # the latter is encrypted, and good for nothing but being sent back
 # There is no JSON mode without a schema: an instruction has to do.
 _JSON_ONLY = "Answer with one valid JSON object and nothing else: no other text and no code fence."
 
@@ -3161,6 +3162,11 @@ def _image(url: str) -> "dict[str, str]":
     return {"type": "url", "url": url} if remote else _inline(url, "image/(?:jpeg|jpg|png|gif|webp)")
 
 
+def _pdf(url: str) -> "dict[str, str]":
+    """The source of a document; of all kinds of files only this one comes as data in both APIs."""
+    return _inline(url, "application/pdf")
+
+
 def _thought(block: "dict[str, Any]") -> "dict[str, Any]":
     """A thinking block as it came; `index` is what streams add, and the API takes no field that it does not know."""
     names = ("type", "thinking", "signature") if block["type"] == "thinking" else ("type", "data")
@@ -3170,29 +3176,21 @@ def _thought(block: "dict[str, Any]") -> "dict[str, Any]":
 # cache_control is Anthropic's own, a mark where the prompt cache shall end; OpenRouter's clients send it in these
 # places.
 _PARTS: "dict[str, dict[str, Form]]" = {
-    "text": {"": ("text",), "text": str, "cache_control": None},
-    "refusal": {"": ("refusal",), "refusal": str, "cache_control": None},
-    "image_url": {
-        "": ("image_url",),
+    kind: {"": (kind,), kind: form, "cache_control": None}
+    for kind, form in {
+        "text": str,
+        "refusal": str,
         "image_url": {
             "": ("url",),
             "url": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
             "detail": _only("auto", "high"),  # "low" asks for a price that there is none for
         },
-        "cache_control": None,
-    },
-    "file": {
-        "": ("file",),
         "file": {
             "": ("file_data",),
-            "file_data": (
-                lambda url: _inline(url, "application/pdf"),
-                "must be a data URL in base64 of type application/pdf.",
-            ),
+            "file_data": (_pdf, "must be a data URL in base64 of type application/pdf."),
             "filename": None,
         },
-        "cache_control": None,
-    },
+    }.items()
 }
 
 
@@ -3362,7 +3360,7 @@ def _blocks(content: "str | list[dict[str, Any]] | None") -> "list[dict[str, Any
 def _message_blocks(message: "dict[str, Any]") -> "list[dict[str, Any]]":
     """The content blocks that one message becomes; in an answer thinking comes first and calls come last."""
     content = message.get("content")
-    if message["role"] == "tool":
+    if message["role"] == "tool":  # that a tool failed is told by its words: OpenAI has no field for is_error
         shown = content if isinstance(content, str) else _blocks(content)
         return [_with({"type": "tool_result", "tool_use_id": message["tool_call_id"]}, content=shown)]
     blocks = [*message.get("thinking_blocks", ()), *_blocks(content), *_blocks(message.get("refusal"))]
@@ -3434,6 +3432,7 @@ def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
         choice = {"type": "none"}
         if not tools:
             return
+    # Only with tools, and not with "none": elsewhere the API refuses the field.
     if asked.get("parallel_tool_calls") is False and choice["type"] != "none":
         choice["disable_parallel_tool_use"] = True
     out["tools"] = [_tool(tool["function"], tool.get("cache_control")) for tool in tools]
@@ -3546,6 +3545,7 @@ def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
     Thinking comes twice where tools are called: to be read, and signed, to be sent back with the results (in LiteLLM's
     `thinking_blocks`; the openai package keeps fields of a message that it does not know).
     """
+    # Block types that are not named here are those of tools that run at Anthropic: their results are in the text.
     try:
         content = reply["content"]
         told = {
@@ -3651,7 +3651,7 @@ class MessageStream:
     def feed(self, event_type: bytes, data: bytes) -> bytes:
         """The chunks that one event of the upstream becomes; often none. Never raises: what cannot be read is an error
         event. `event_type` counts where the data has no type, as some gateways send it."""
-        if self.done or self.failed or not data.strip():
+        if self.done or self.failed or not data.strip():  # what follows the end is nobody's answer
             return b""
         try:
             event = json.loads(data)
@@ -3662,6 +3662,7 @@ class MessageStream:
 
     def fail(self, found: "dict[str, Any]") -> bytes:
         """The event that tells an error; nothing that comes after it counts."""
+        # Without a status of its own an error of no known type counts as the upstream's fault.
         self.failed = True
         return b"data: " + compact_json(_translate_error(found, 500)) + b"\n\n"
 
@@ -3763,18 +3764,19 @@ def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
     time. Tokens that the prompt cache gives are not counted by the input limit; as replies tell what is left, they need
     no arithmetic here.
     """
-    told: "dict[bytes, tuple[float, int, int, bytes]]" = {}
+    ends = (b"limit", b"remaining", b"reset")
+    told: "dict[bytes, tuple[float, int, bytes]]" = {}
     for kind in (b"tokens", b"input-tokens", b"output-tokens"):
-        names = [b"anthropic-ratelimit-%b-%b" % (kind, end) for end in (b"limit", b"remaining", b"reset")]
-        limit, left, reset = (index.get(name, b"") for name in names)
-        if re.fullmatch(rb"[1-9][0-9]{0,14} [0-9]{1,15}", limit + b" " + left):
-            told[kind] = int(left) / int(limit), int(limit), int(left), reset
+        limit, left, reset = (index.get(b"anthropic-ratelimit-%b-%b" % (kind, end), b"") for end in ends)
+        if re.fullmatch(rb"[1-9][0-9]{0,14} [0-9]{1,15}", limit + b" " + left):  # insane values tell nothing
+            told[kind] = int(left) / int(limit), int(limit), reset
     if not told:
         return {}
-    size = told[b"tokens"][1] if b"tokens" in told else sum(one[1] for one in told.values())
-    _, most, rest, full = min(told.values())
-    fields = (b"limit", b"%d" % size), (b"remaining", b"%d" % (size * rest // most)), (b"reset", full)
-    return {b"x-ratelimit-%b-tokens" % name: value for name, value in fields}
+    size = told[b"tokens"][1] if b"tokens" in told else sum(limit for _, limit, _ in told.values())
+    # The binding one's time to be full is right for the whole, too: each limit refills in a minute, whatever its size.
+    share, _, reset = min(told.values())
+    values = b"%d" % size, b"%d" % round(size * share), reset
+    return {b"x-ratelimit-%b-tokens" % end: value for end, value in zip(ends, values, strict=True)}
 
 
 # ==== 9. Controllers ====
@@ -3949,7 +3951,8 @@ class ApiRequest:
         return replace_model(self.body, model) if self.data else self.body
 
     def substitute(self, model: str) -> None:
-        """Asks for `model` from now on."""
+        """Asks for `model` from now on: an alias stands for it, or its own model failed. What the client asked for
+        first stays known, as its answer tells both."""
         self.asked, self.model, self.body = self.asked or self.model, model, self.body_for(model)
         if self.model_span is not None:
             self.model_span = self.model_span[0], self.model_span[0] + len(model.encode())
@@ -4006,6 +4009,7 @@ def form_field(body: bytes, content_type: bytes, name: bytes) -> "tuple[int, int
     return found.span(1) if found else None
 
 
+# Of bounded length, as it becomes a key of what is remembered.
 _OBJECT_ID = re.compile(rb'"id"\s*:\s*"([\w\-]{4,128})"')
 
 
@@ -4099,8 +4103,8 @@ class OpenAIController:
         extra = self.extra if request.path == CHAT_PATH else {}
         if not (extra or self.drop & names or self.rename.keys() & names):
             return body
-        # Of an old and a new name for one thing the one that is renamed counts: clients send the other for servers
-        # that know nothing better.
+        # Of an old and a new name for one thing (max_tokens, max_completion_tokens) the one that is renamed counts:
+        # clients send the other for servers that know nothing better. Two members of one name would be anybody's guess.
         gone = self.drop | ({self.rename[name] for name in self.rename.keys() & names - self.drop} - self.rename.keys())
 
         def edit(name: str) -> "tuple[str, None]":
@@ -4211,7 +4215,7 @@ class MessagesExchange:
         self.head = messages_head(found, status, kind)
 
     def take(self) -> bytes:
-        """See `Exchange`."""
+        """See `Exchange`. Nothing is translated without a wait, as whole answers seldom come with their head."""
         data, self.ready = self.ready, b""
         return data
 
@@ -4280,7 +4284,8 @@ class MessagesExchange:
 
 
 class AnthropicController(OpenAIController):
-    """An account that speaks Anthropic's Messages API, to which chats are translated."""
+    """An account that speaks Anthropic's Messages API, to which chats are translated. Its own chat/completions is for
+    trying out only, by the vendor's word: it ignores many fields in silence, and tells nothing of the cache."""
 
     chat_only = cache_free = True
 
@@ -4303,6 +4308,7 @@ class AnthropicController(OpenAIController):
         """See `OpenAIController`. Raises Untranslatable."""
         if request.path != CHAT_PATH:
             return request.body
+        # What the configuration adds counts over the client's words and over the translation: it may know newer fields.
         asked = {**request.data, "model": self.model_map.get(request.model, request.model)}
         return compact_json({**to_messages(asked, self.drop, self.max_tokens, self.thinking), **self.extra})
 
