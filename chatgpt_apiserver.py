@@ -50,7 +50,6 @@ import asyncio
 import asyncio.sslproto
 import base64
 import enum
-import errno
 import functools
 import getopt
 import json
@@ -60,9 +59,11 @@ import operator
 import os
 import random
 import re
+import select
 import signal
 import socket
 import ssl
+import stat
 import time
 import traceback
 import urllib.parse
@@ -73,37 +74,46 @@ from typing import Any, ClassVar, Protocol, Self, dataclass_transform
 __version__ = "1.0.0"
 
 # Limits that are no configuration keys. Those that users may set stand in section 2 with their defaults.
+# What a message may be. Each bound stands for memory or time that a peer could otherwise take without end; most servers
+# have had their CVE for the lack of one.
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
 COUNTED_BYTES = 4096  # brackets are counted in bodies up to this size
 JSON_DEPTH = 128  # objects and lists in one another; schemas of tools stay below 30
 FIELD_COUNT = 100  # header fields of one message; nginx and Apache stop near this too
 HOST_BYTES = 300  # a name has at most 255 (RFC 1035), a port five digits
+# What is remembered of messages, as clients and upstreams repeat themselves to the byte.
 PIECES = 64  # of a body that are kept apart; joining them once costs least
 KNOWN_LINES = 1024  # header lines that are remembered on each side, of at most
 KNOWN_HEAD_BYTES = 2048  # a connection's last request head is remembered up to this size
 KNOWN_LINE_BYTES = 256  # this many bytes: half a megabyte in all
-CHUNK_LINE_BYTES = 256  # a chunk-size line with its extensions, which nobody needs
+# Chunked bodies (RFC 9112, 7.1) and replies.
+CHUNK_LINE_BYTES = 256  # unless configured: a chunk-size line with its extensions, which nobody needs
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
 INFORMATIONAL_MAX = 16  # 1xx replies before the final one; more is an upstream gone mad
+# How much is read, kept and sent at once.
 READ_BYTES = 65536  # asked of the kernel at once, and half of what a reader keeps before it stops the peer
 OUTBOX_BYTES = 16384  # larger writes leave at once
 JOINED_BYTES = 262_144  # a request's body up to this size is written in one piece with its head
 WRITE_HIGH_BYTES = 65536  # unsent bytes to one peer above which nothing more is read for it
 TLS_BUFFER_BYTES = 32768  # asyncio's own 256 kB for each TLS connection is most of what an idle one costs
+# What is held back before a client sees any of it: until then another account may be asked.
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head goes out, and can be replayed
 HOLD_BYTES = 65536  # what may come before the first real event of a stream
 HOLD_S = 15.0  # and for how long it is kept
 UNWANTED_S = 1.0  # for a connect that nobody waits for any more to end by itself, so that its socket can be closed
 EVENT_BYTES = 1_048_576  # one event that is looked into; a larger one counts as real unseen
+# Connections to upstreams.
 IDLE_UPSTREAM_S = 55.0  # a pooled connection is closed after this; servers commonly close after 60 s
 IDLE_UPSTREAM_COUNT = 1024  # pooled connections per origin
 STALE_S = 1.0  # a pooled connection that dies this soon after the write had been closed before it
+# Connections of clients: how they begin and end.
 BACKLOG = 4096  # connections that the kernel completes before they are accepted
 LINGER_S = 2.0  # how long a client may go on sending after our side is closed
 LINGER_BYTES = 1_048_576  # and how much
 FLUSH_FIRST_S, FLUSH_MOST_S = 0.01, 1.0  # between two looks at whether a closing connection has sent all
 PROBE_S = 0.05  # between the two interim replies that tell a half-closed client from one that left
+# What is known of models and of requests before their answers tell.
 MODELS_TTL_S = 300.0  # how long an upstream's model list is believed
 MODELS_TIMEOUT_S = 10.0  # for asking it
 INPUT_DEPTH = 8  # nesting of an input that is looked into for its text
@@ -111,7 +121,11 @@ OBJECTS_KNOWN = 10_000  # ids of files, batches, responses ... whose controller 
 TOKENS_PER_PART = 1000  # an image, audio or file part in the token estimate; never the length of a data URL
 TOKENS_ANSWER = 500  # what an answer is taken to need while nothing is known of the model
 MODEL_NAME_CHARS = 256  # longer names are not looked up
+# The log.
 FLUSH_S = 0.01  # access lines wait this long for company
+LOG_KEPT_BYTES = 262_144  # of the log for a pipe whose reader is slow; 1,700 lines
+LOG_LAST_MS = 200  # at the end such a reader may take this long for each piece
+# Who gets in, who waits, and who goes where.
 USAGE_BYTES = 4096  # the end of an answer, where its usage stands
 RESERVE_CONNECTIONS = 16  # above the bound, so that /status still answers
 SPARE_FILES = 48  # descriptors for the reserve and for what is no connection
@@ -133,7 +147,10 @@ log = logging.getLogger("chatgpt_apiserver")
 
 
 class ProxyError(Exception):
-    """An answer that this server gives itself: HTTP status, OpenAI-style code and message, extra header lines."""
+    """An answer that this server gives itself.
+
+    HTTP status, OpenAI-style code and message, the parameter that is at fault, extra header lines with their CRLF.
+    """
 
     def __init__(
         self, status: int, message: str, code: "str | None" = None, *, param: "str | None" = None, headers: bytes = b""
@@ -144,6 +161,7 @@ class ProxyError(Exception):
     @property
     def type(self) -> str:
         """The `error.type` that OpenAI uses for this status."""
+        # Not the SDKs, which go by the status, but the frameworks above them tell errors apart by this word.
         if self.status == 429:
             return "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
@@ -154,7 +172,7 @@ class BadMessage(ProxyError):
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used: file, path, what was found, what is allowed."""
+    """A configuration that cannot be used: file, path, what was found, what is allowed. One line, without secrets."""
 
 
 class Untranslatable(ProxyError):
@@ -169,12 +187,23 @@ class Untranslatable(ProxyError):
         self.field, self.why = field, why
 
 
+# What follows is about upstreams: one class for each thing that section 10 must tell apart. What an upstream said (a
+# status, a body) is a reply and no exception.
 class UpstreamError(Exception):
-    """An attempt that brought no answer. `sent`: whether the upstream may have seen the request."""
+    """An attempt that brought no answer.
 
+    `sent`: whether the upstream may have seen the request. `early`: whether it failed before any byte of the reply.
+    `status` and `code` are what a client is told when nobody else answers either.
+    """
+
+    # 502 and 504 are what SDKs retry and what a load balancer in front counts as ours to mend (RFC 9110, 15.6.3).
     status = 502
     code = "upstream_error"
     sent = True
+
+    def __init__(self, message: str, early: bool = False) -> None:
+        super().__init__(message)
+        self.early = early
 
 
 class ConnectFailed(UpstreamError):
@@ -185,24 +214,16 @@ class ConnectFailed(UpstreamError):
 
 
 class UpstreamClosed(UpstreamError):
-    """The upstream closed or reset the connection. `early`: before any byte of its reply."""
+    """The upstream closed or reset the connection."""
 
     code = "upstream_closed"
 
-    def __init__(self, message: str, early: bool = False) -> None:
-        super().__init__(message)
-        self.early = early
-
 
 class UpstreamTimeout(UpstreamError):
-    """The upstream stayed silent for too long. `early`: before any byte of its reply."""
+    """The upstream stayed silent for too long."""
 
     status = 504
     code = "upstream_timeout"
-
-    def __init__(self, message: str, early: bool = False) -> None:
-        super().__init__(message)
-        self.early = early
 
 
 class BadReply(UpstreamError):
@@ -212,7 +233,7 @@ class BadReply(UpstreamError):
 
 
 class ClientGone(Exception):
-    """The client closed its connection while it was being served."""
+    """The client closed its connection while it was being served. Nobody is to blame, and nobody is told."""
 
 
 def error_object(message: str, kind: str, code: "str | None" = None, param: "str | None" = None) -> "dict[str, Any]":
@@ -220,8 +241,15 @@ def error_object(message: str, kind: str, code: "str | None" = None, param: "str
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def compact_json(value: "Any") -> bytes:
+    """JSON without white space, as UTF-8."""
+    # "replace": a lone surrogate, which JSON can spell, has no UTF-8, and an error must not fail for want of one.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
 def error_body(error: "ProxyError | UpstreamError") -> bytes:
     """The JSON body that tells `error` to a client."""
+    # An upstream's failure is a server_error with a code of ours: clients retry those, as they should.
     if isinstance(error, ProxyError):
         found = error_object(error.message, error.type, error.code, error.param)
     else:
@@ -229,28 +257,35 @@ def error_body(error: "ProxyError | UpstreamError") -> bytes:
     return compact_json(found)
 
 
-def compact_json(value: "Any") -> bytes:
-    """JSON without white space, as UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
 # ==== 2. Configuration ====
-# A pure parse of one mapping into frozen values; every message names the file, the path, what was found, what is
-# allowed. `Section` hands keys out one by one, so that what nobody asked for is a typing error by definition.
+# A pure parse of one mapping into frozen records; every message names the file, the path, what was found, what is
+# allowed. The records below are the reference: each key stands once, with its default, its bounds and how it is read.
+# What no record names is a typing error by definition: an option that is ignored in silence is how people come to run
+# without a limit that they believe in.
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
 CONTROLLER_TYPES = ("openai", "azure", "anthropic", "echo")  # and those of PRESETS
+KNOWN_TYPES = "openai | azure | anthropic | echo | a vendor that README.md names"
 ENDPOINTS = ("inference", "objects", "*")
-FRAMING_FIELDS = frozenset("host content-length transfer-encoding connection expect upgrade te trailer".split())
-SCALARS = ("host", "port", "drain_delay", "drain_timeout")  # at the top level; the rest are objects and lists
+# What CHATGPT_APISERVER_<KEY> may set, beside the scalars of the pool. Objects and lists have no spelling in a variable
+# that anybody would guess.
+SCALARS = ("host", "port", "drain_delay", "drain_timeout")
 FIXED_PARAMS = ("model", "messages", "stream")  # routing and relaying rely on them
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# Where a file is looked for: the Go original's places, and what the environment's names begin with.
 CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "config", "/etc/chatgpt-apiserver")
 ENV = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
 AZURE_API_VERSION = "2024-10-21"  # the newest stable one of the classic surface
-_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # the API knows only the older name, and ignores or refuses others
+THINKING = ("effort", "adaptive", "budget")  # what reasoning_effort becomes at Anthropic: `to_messages` says it
+# A header's name is a token (RFC 9110, 5.1); those that frame messages are ours alone, or a file could smuggle.
+FIELD_NAME = (
+    r"(?!(?i:host|content-length|transfer-encoding|connection|expect|upgrade|te|trailer)\Z)"
+    r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+)
+FIELD_NAME_IS = "a header name (RFC 9110, 5.1) that does not frame messages"
+
 # Accounts that are unlike OpenAI's: what their `config` says when the user says nothing else.
 DIALECTS: "dict[str, dict[str, Any]]" = {
     "azure": {"auth_header": "api-key", "auth_scheme": ""},
@@ -261,55 +296,62 @@ DIALECTS: "dict[str, dict[str, Any]]" = {
         "chat_path": "/messages",
     },
 }
-THINKING = ("effort", "adaptive", "budget")  # what reasoning_effort becomes at Anthropic: `to_messages` says it
 # Vendors that speak OpenAI's API: what the `config` of an openai controller must say of them. Words in braces stand for
-# further keys of it.
-PRESETS: "dict[str, dict[str, Any]]" = {
-    "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
-    "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
-    "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
-    "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
-    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1"},
-    # Its 429 with insufficient_quota is a throttle, not an empty purse (openclaw PR 148275).
-    "dashscope": {
-        "base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1",
-        "rate_codes": ["insufficient_quota"],
-    },
-    "dashscope-intl": {
-        "base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
-        "rate_codes": ["insufficient_quota"],
-    },
-    "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
-    "fireworks": {"base_url": "https://api.fireworks.ai/inference/v1"},
-    "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai"},
-    "groq": {"base_url": "https://api.groq.com/openai/v1"},
-    "huggingface": {"base_url": "https://router.huggingface.co/v1"},
-    "llamacpp": {"base_url": "http://localhost:8080/v1"},
-    "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
-    "mistral": {
-        "base_url": "https://api.mistral.ai/v1",
-        "rename_params": {"max_completion_tokens": "max_tokens", "seed": "random_seed"},
-        "drop_params": ["stream_options"],  # was refused, and usage comes without it
-    },
-    "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
-    "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
-    "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
-    "ollama": {"base_url": "http://localhost:11434/v1", "rename_params": _OLD_LIMIT},
-    "openrouter": {"base_url": "https://openrouter.ai/api/v1"},
-    "perplexity": {"base_url": "https://api.perplexity.ai", "rename_params": _OLD_LIMIT},
-    "sglang": {"base_url": "http://localhost:30000/v1"},
-    "tgi": {"base_url": "http://localhost:8080/v1"},
-    "together": {"base_url": "https://api.together.xyz/v1"},
-    "vllm": {"base_url": "http://localhost:8000/v1"},
-    "xai": {"base_url": "https://api.x.ai/v1"},
-    "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
-    "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
-}
+# further keys of it. `old=new` renames a parameter, `old=` drops it: an API that knows only the older name of the limit
+# ignores the newer one or refuses it; Mistral refused stream_options, and sends usage without it. `429:code`: the code
+# means a rate limit there, though elsewhere that the money is spent (DashScope: openclaw PR 148275).
+VENDORS = """
+bedrock         https://bedrock-runtime.{region}.amazonaws.com/openai/v1
+bedrock-mantle  https://bedrock-mantle.{region}.api.aws/v1
+cerebras        https://api.cerebras.ai/v1
+cloudflare      https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1
+cohere          https://api.cohere.ai/compatibility/v1
+dashscope       https://dashscope.aliyuncs.com/compatible-mode/v1  429:insufficient_quota
+dashscope-intl  https://dashscope-intl.aliyuncs.com/compatible-mode/v1  429:insufficient_quota
+deepseek        https://api.deepseek.com/v1           max_completion_tokens=max_tokens
+fireworks       https://api.fireworks.ai/inference/v1
+gemini          https://generativelanguage.googleapis.com/v1beta/openai
+groq            https://api.groq.com/openai/v1
+huggingface     https://router.huggingface.co/v1
+llamacpp        http://localhost:8080/v1
+lmstudio        http://localhost:1234/v1              max_completion_tokens=max_tokens
+mistral         https://api.mistral.ai/v1             max_completion_tokens=max_tokens seed=random_seed stream_options=
+moonshot        https://api.moonshot.ai/v1
+moonshot-cn     https://api.moonshot.cn/v1
+nvidia          https://integrate.api.nvidia.com/v1   max_completion_tokens=max_tokens
+ollama          http://localhost:11434/v1             max_completion_tokens=max_tokens
+openrouter      https://openrouter.ai/api/v1
+perplexity      https://api.perplexity.ai             max_completion_tokens=max_tokens
+sglang          http://localhost:30000/v1
+tgi             http://localhost:8080/v1
+together        https://api.together.xyz/v1
+vllm            http://localhost:8000/v1
+xai             https://api.x.ai/v1
+zai             https://api.z.ai/api/paas/v4          max_completion_tokens=max_tokens
+zhipu           https://open.bigmodel.cn/api/paas/v4  max_completion_tokens=max_tokens
+"""
+
+
+def parse_vendor(url: str, *changes: str) -> "dict[str, Any]":
+    """A row of VENDORS as the `config` that it stands for."""
+    codes = [change[4:] for change in changes if change[:4] == "429:"]
+    pairs = [change.split("=") for change in changes if "=" in change]
+    drops, renames = [old for old, new in pairs if not new], {old: new for old, new in pairs if new}
+    return {"base_url": url, "rename_params": renames, "drop_params": drops, "rate_codes": codes}
+
+
+PRESETS = {name: parse_vendor(*row) for name, *row in map(str.split, VENDORS.strip().splitlines())}
 
 
 class Secret:
-    """A value that is never shown: `reveal()` gives it, every other way to print it gives `sk-…last4`."""
+    """A value that is never shown: `reveal()` gives it, every other way to print it gives `sk-…last4`.
 
+    The last four letters are what providers' own pages show of a key, so that it can be told from others; a value of
+    less than twelve would lose too much by them.
+    """
+
+    # No subclass of str: that would be joined, sliced and dumped to JSON as it is. All that prints objects (a log, a
+    # debugger, a traceback with locals) goes by __repr__ and __str__.
     __slots__ = ("_value",)
 
     def __init__(self, value: str) -> None:
@@ -338,753 +380,46 @@ class Secret:
 
 
 NO_SECRET = Secret("")
-
-
-@dataclass_transform(frozen_default=True)
-class Record:
-    """Named values that never change, declared as those of a frozen dataclass are.
-
-    It is none because `dataclasses` writes and compiles methods for each class: 0.8 ms each, a twelfth of the start.
-    """
-
-    fields: "ClassVar[tuple[str, ...]]"
-    defaults: "ClassVar[dict[str, Any]]"
-
-    def __init_subclass__(cls) -> None:
-        cls.fields = tuple(cls.__annotations__)
-        cls.defaults = {name: vars(cls)[name] for name in cls.fields if name in vars(cls)}
-
-    def __init__(self, *values: "Any", **named: "Any") -> None:
-        found = {**self.defaults, **dict(zip(self.fields, values, strict=False)), **named}
-        if found.keys() != set(self.fields):
-            raise TypeError("missing or unknown: %s" % ", ".join(sorted(found.keys() ^ self.fields)))
-        self.__dict__.update(found)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("%s.%s cannot be changed" % (type(self).__name__, name))
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
-
-    def __hash__(self) -> int:
-        return hash(tuple(vars(self)[name] for name in self.fields))
-
-    def __repr__(self) -> str:
-        shown_fields = ", ".join("%s=%r" % (name, vars(self)[name]) for name in self.fields)
-        return "%s(%s)" % (type(self).__name__, shown_fields)
-
-    def replace(self, **changes: "Any") -> "Self":
-        """A copy in which `changes` apply."""
-        return type(self)(**{**vars(self), **changes})
-
-
-class Timeouts(Record):
-    """Seconds; 0 is none. `first_byte` None: 120 for streams, 600 for whole answers, as SDKs wait 600."""
-
-    connect: float = 10.0
-    first_byte: "float | None" = None
-    idle: float = 300.0
-    total: float = 0.0
-
-
-class QuotaLimits(Record):
-    """Requests and tokens in any sliding 60 s, requests at once, seconds' worth at once; 0 is none."""
-
-    rpm: int = 0
-    tpm: int = 0
-    concurrency: int = 0
-    burst_s: float = 60.0
-
-
-class AccountConfig(Record):
-    """The `config` of a controller: where it is, what opens it, what its dialect of the API wants. Delays are echo's.
-
-    `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
-    place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
-    name; then `extra_body` is added, in place of what the client said. Of a 429's codes `rate_codes` mean a limit on
-    the rate here, though elsewhere an empty purse. `api_version` is Azure's; `thinking` is Anthropic's, and so is
-    `max_tokens`, the limit where the client sets none.
-    """
-
-    api_key: Secret = NO_SECRET
-    base_url: str = ""
-    organization: str = ""
-    project: str = ""
-    proxy: Secret = NO_SECRET
-    ca_file: str = ""
-    headers: "tuple[tuple[str, Secret], ...]" = ()
-    auth_header: str = "Authorization"
-    auth_scheme: str = "Bearer"
-    chat_path: str = "/chat/completions"
-    api_version: str = ""
-    max_tokens: int = 4096
-    thinking: str = THINKING[0]
-    drop_params: "tuple[str, ...]" = ()
-    rename_params: "tuple[tuple[str, str], ...]" = ()
-    extra_body: "tuple[tuple[str, Any], ...]" = ()
-    rate_codes: "tuple[str, ...]" = ()
-    delay: float = 0.0
-    first_delay: float = 0.0
-
-
-class ControllerConfig(Record):
-    """One upstream account."""
-
-    type: str
-    name: str
-    account: AccountConfig
-    weight: int = 1
-    models: "tuple[str, ...]" = ()
-    model_map: "tuple[tuple[str, str], ...]" = ()
-    limits: QuotaLimits = QuotaLimits()
-    quota_group: str = ""
-    timeouts: Timeouts = Timeouts()
-
-
-class PoolConfig(Record):
-    """How the pool chooses and waits; `rescue_after` None is "auto", 0 never.
-
-    `affinity` sends a conversation where its last request went, as long as there is room. `aliases` are other names of
-    models. `fallbacks` are the models to try, in this order, when nothing serves the one asked for; `context_fallbacks`
-    when the request is too long for it.
-    """
-
-    type: str = "balanced"
-    max_wait: float = 30.0
-    max_queue: int = 1000
-    rescue_after: "float | None" = None
-    affinity: bool = True
-    aliases: "tuple[tuple[str, str], ...]" = ()
-    fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
-    context_fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
-
-
-class ClientKey(Record):
-    """Who may come in: the SHA-256 of a key, and what it may ask for."""
-
-    name: str
-    digest: bytes
-    models: "tuple[str, ...]" = ()
-    limits: QuotaLimits = QuotaLimits()
-
-
-class ServerLimits(Record):
-    """Bounds on what clients may do: bytes, counts, seconds."""
-
-    body_bytes: int = 33_554_432
-    bodies_bytes: int = 1 << 30
-    json_depth: int = JSON_DEPTH
-    start_line_bytes: int = START_LINE_BYTES
-    header_bytes: int = 65536
-    header_count: int = FIELD_COUNT
-    connections: int = 10000
-    connections_per_client: int = 0
-    header_timeout: float = 20.0
-    body_timeout: float = 120.0
-    body_rate: int = 1024
-    idle_timeout: float = 75.0
-    write_timeout: float = 120.0
-    upstream_head_bytes: int = UPSTREAM_HEAD_BYTES
-
-
-class Config(Record):
-    """Everything that the server runs by; `source` says where it came from."""
-
-    controllers: "tuple[ControllerConfig, ...]"
-    source: str = ""
-    host: str = "127.0.0.1"
-    port: int = 8080
-    pool: PoolConfig = PoolConfig()
-    client_keys: "tuple[ClientKey, ...]" = ()
-    endpoints: "tuple[str, ...]" = ("inference",)
-    allow_origins: "tuple[str, ...]" = ()
-    allowed_hosts: "tuple[str, ...]" = ()
-    tls_cert: str = ""
-    tls_key: str = ""
-    limits: ServerLimits = ServerLimits()
-    log_format: str = "text"
-    log_level: str = "info"
-    drain_delay: float = 0.0
-    drain_timeout: float = 30.0
+WORD = "a non-empty string"
 
 
 def shown(value: "Any") -> str:
-    """`value` as a message may show it: short, and never a text that could be a secret."""
-    if isinstance(value, str) and len(value) > 40:
-        return "a text of %d characters" % len(value)
-    if value and isinstance(value, (dict, list)):  # a secret may stand inside
+    """`value` as a message may show it: short, and never a text that could be a secret, or what may hold one."""
+    # People paste keys where a name belongs, and then the error into an issue. Real keys are longer than 40 characters.
+    if value and isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return text if len(text) <= 42 else "a text of %d characters" % len(value if isinstance(value, str) else text)
 
 
 def nearest(word: str, known: "Iterable[str]") -> str:
-    """The hint that ends a message about an unknown word."""
-    names = sorted(known)
+    """The hint that helps with an unknown word; "" when nothing is like it."""
+    # 0.6 is difflib's own measure: "wieght" finds weight, "grok" finds groq, "zzz" finds nothing.
     import difflib  # only mistakes need it
 
-    close = difflib.get_close_matches(word, names, 1, 0.6)
-    return "did you mean %r?" % close[0] if close else "allowed here: " + ", ".join(names)
-
-
-class Section:
-    """One mapping of the configuration: hands out its keys, knows where it stands, refuses what is left over.
-
-    `env` is what `$NAME` refers to; `setters` name, for a path, the flag or variable that set it in place of a file.
-    """
-
-    def __init__(
-        self,
-        data: "Any",
-        source: str,
-        path: str = "",
-        env: "Mapping[str, str] | None" = None,
-        setters: "Mapping[str, str] | None" = None,
-    ) -> None:
-        self.source, self.path = source, path
-        self.env: "Mapping[str, str]" = {} if env is None else env
-        self.setters: "Mapping[str, str]" = {} if setters is None else setters
-        if not isinstance(data, dict):
-            found = "a string" if isinstance(data, str) else shown(data)
-            raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", found))
-        self.data: "dict[str, Any]" = data
-        self.known: "set[str]" = set()
-
-    def where(self, key: str) -> str:
-        """The path of `key` as messages name it."""
-        key = key if key.isprintable() else ascii(key)[1:-1]
-        return self.path + "." + key if self.path else key
-
-    def error(self, key: str, found: "Any", allowed: str) -> ConfigError:
-        """What is wrong with the value of `key`."""
-        where = self.where(key)
-        place = self.setters.get(where) or "%s: %s" % (self.source, where)
-        return ConfigError("%s: found %s, allowed: %s" % (place, shown(found), allowed))
-
-    def take(self, key: str, default: "Any" = None) -> "Any":
-        """The raw value; null counts as absent."""
-        self.known.add(key)
-        value = self.data.get(key)
-        return default if value is None else value
-
-    def text(self, key: str, default: str = "", choices: "tuple[str, ...]" = ()) -> str:
-        """A string, of `choices` where given."""
-        value = self.take(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, value, "a string")
-        if choices and value not in choices:
-            raise self.error(key, value, " | ".join(choices) + " (%s)" % nearest(value, choices))
-        self.printable(key, (value,))
-        return value
-
-    def printable(self, key: str, values: "Iterable[str]") -> None:
-        """Refuses what would break a line of the log, or a header."""
-        if not all(value.isprintable() for value in values):
-            raise self.error(key, "a character that cannot be printed", "printable characters")
-
-    def number(self, key: str, default: float, low: float, high: float) -> float:
-        """A number from `low` to `high`."""
-        value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise self.error(key, value, "a number from %g to %g" % (low, high))
-        return float(value)
-
-    def whole(self, key: str, default: int, low: int, high: int) -> int:
-        """A whole number from `low` to `high`."""
-        value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(key, value, "a whole number from %d to %d" % (low, high))
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
-        value = self.take(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, value, "true or false")
-        return value
-
-    def strings(self, key: str) -> "tuple[str, ...]":
-        """A list of non-empty strings."""
-        value = self.take(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-            raise self.error(key, value, "a list of non-empty strings")
-        self.printable(key, value)
-        return tuple(value)
-
-    def pairs(self, key: str) -> "tuple[tuple[str, str], ...]":
-        """An object of strings."""
-        value = self.take(key, {})
-        if not isinstance(value, dict) or not all(isinstance(item, str) and item for item in value.values()):
-            raise self.error(key, value, "an object whose values are non-empty strings")
-        self.printable(key, (*value, *value.values()))
-        return tuple(value.items())
-
-    def lists(self, key: str) -> "tuple[tuple[str, tuple[str, ...]], ...]":
-        """An object of lists of non-empty strings."""
-        inner = self.section(key)
-        self.printable(key, inner.data)
-        return tuple((name, inner.strings(name)) for name in inner.data)
-
-    def section(self, key: str) -> "Section":
-        """A nested mapping; an empty one where there is none."""
-        return self._inner(self.take(key, {}), self.where(key))
-
-    def _inner(self, data: "Any", path: str) -> "Section":
-        return Section(data, self.source, path, self.env, self.setters)
-
-    def sections(self, key: str) -> "list[Section]":
-        """A list of mappings."""
-        value = self.take(key, [])
-        if not isinstance(value, list):
-            raise self.error(key, type(value).__name__, "a list of objects")
-        return [self._inner(item, "%s[%d]" % (self.where(key), number)) for number, item in enumerate(value)]
-
-    def secret(self, key: str) -> Secret:
-        """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
-        value = self.take(key, "")
-        if not isinstance(value, str):
-            raise self.error(key, type(value).__name__, "a string, $NAME or file:PATH")
-        return self.resolve(key, value)
-
-    def resolve(self, key: str, value: str) -> Secret:
-        """The secret that the text `value` stands for."""
-        named = re.fullmatch(r"\$(?:\{(\w+)\}|(\w+))", value)
-        if named:
-            name = named.group(1) or named.group(2)
-            if not self.env.get(name):
-                told = "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key"
-                raise self.error(key, value, told % (name, name))
-            value = self.env[name]
-        elif value.startswith("file:"):
-            value = self.read(key, value[5:])
-        value = value.strip()
-        if any(not 32 <= ord(char) < 127 for char in value):
-            raise self.error(key, "a character outside printable ASCII", "printable ASCII (it goes into a header)")
-        return Secret(value)
-
-    def read(self, key: str, name: str) -> str:
-        """The text of the file `name`."""
-        path = beside(self.source, name)
-        try:
-            with open(path, encoding="utf-8") as file:
-                return file.read()
-        except (OSError, ValueError) as problem:  # no such file, no text, or no name of a file
-            raise self.error(key, name, "a readable file (%s)" % problem) from problem
-
-    def file(self, key: str) -> str:
-        """The path of a file that exists, looked up beside the configuration, then in the working directory."""
-        name = self.text(key)
-        if not name:
-            return ""
-        path = beside(self.source, name)
-        if not os.path.isfile(path):
-            raise self.error(key, name, "an existing file, beside the configuration or in the working directory")
-        return path
-
-    def close(self) -> None:
-        """Refuses the keys that nobody asked for."""
-        for key in self.data:
-            if key not in self.known:
-                raise ConfigError(
-                    "%s: %s: unknown key; %s" % (self.source, self.where(key), nearest(key, self.known))
-                )
+    close = difflib.get_close_matches(word, sorted(known), 1, 0.6)
+    return "did you mean %r?" % close[0] if close else ""
 
 
 def beside(source: str, name: str) -> str:
     """Where the relative path `name` of the file `source` leads: beside it, else in the working directory."""
+    # Beside it first, as a service's working directory is rarely where its files are; the Go original's files, which
+    # were looked for in the working directory only, are still found.
     near = os.path.join(os.path.dirname(source), name)
     return near if os.path.exists(near) else name
 
 
-def parse_config(
-    data: "Any", source: str, env: "Mapping[str, str]", setters: "Mapping[str, str] | None" = None
-) -> Config:
-    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError.
+def unique_keys(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
+    """A JSON object, refused when a key stands in it twice: only one of the two could count.
 
-    What `setters` names came from the flag or variable given there.
+    Raises ValueError. TOML refuses it by itself; JSON parsers take the last one in silence.
     """
-    top = Section(data, source, "", env, setters)
-    tls, cors, logs = top.section("tls"), top.section("cors"), top.section("log")
-    config = Config(
-        source=source,
-        host=top.text("host", Config.host),
-        port=parse_port(top),
-        pool=parse_pool(top.section("pool")),
-        controllers=parse_controllers(top),
-        client_keys=parse_client_keys(top),
-        endpoints=parse_endpoints(top),
-        allow_origins=cors.strings("allow_origins"),
-        allowed_hosts=tuple(name.lower() for name in top.strings("allowed_hosts")),
-        tls_cert=tls.file("cert"),
-        tls_key=tls.file("key"),
-        limits=parse_server_limits(top.section("limits")),
-        log_format=logs.text("format", "text", ("text", "json")),
-        log_level=logs.text("level", "info", LOG_LEVELS),
-        drain_delay=top.number("drain_delay", 0, 0, 3600),
-        drain_timeout=top.number("drain_timeout", 30, 0, 3600),
-    )
-    for section in (top, tls, cors, logs):
-        section.close()
-    if bool(config.tls_cert) != bool(config.tls_key):
-        raise ConfigError("%s: tls: found one of cert and key, allowed: both or none" % source)
-    return config
-
-
-def parse_port(top: Section) -> int:
-    """The port, which the Go original's files write as a string."""
-    value = top.take("port", Config.port)
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
-        raise top.error("port", value, "a number from 0 to 65535 (0: any free port)")
-    return value
-
-
-def parse_pool(section: Section) -> PoolConfig:
-    """The `pool` object."""
-    rescue = section.take("rescue_after", "auto")
-    pool = PoolConfig(
-        type=section.text("type", "balanced", POOL_TYPES),
-        max_wait=section.number("max_wait", 30, 0, 3600),
-        max_queue=section.whole("max_queue", 1000, 0, 1_000_000),
-        rescue_after=None if rescue == "auto" else section.number("rescue_after", 0, 0, 3600),
-        affinity=section.flag("affinity", True),
-        aliases=section.pairs("aliases"),
-        fallbacks=section.lists("fallbacks"),
-        context_fallbacks=section.lists("context_fallbacks"),
-    )
-    section.close()
-    check_detours(section, "aliases", [(name, (model,)) for name, model in pool.aliases])
-    check_detours(section, "fallbacks", pool.fallbacks)
-    check_detours(section, "context_fallbacks", pool.context_fallbacks)
-    return pool
-
-
-def check_detours(section: Section, key: str, detours: "Iterable[tuple[str, tuple[str, ...]]]") -> None:
-    """Refuses a model that stands in for itself."""
-    for name, models in detours:
-        if name in models:
-            raise section.error("%s.%s" % (key, name), name, "another model")
-
-
-def parse_endpoints(top: Section) -> "tuple[str, ...]":
-    """What clients may reach beyond chat and models."""
-    found = top.strings("endpoints") or ("inference",)
-    for number, name in enumerate(found):
-        if name not in ENDPOINTS:
-            raise top.error("endpoints[%d]" % number, name, " | ".join(ENDPOINTS))
+    found: "dict[str, Any]" = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError("the key %r stands twice in one object" % key)
+        found[key] = value
     return found
-
-
-def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
-    """The `controllers` list; names are made where missing, and must differ."""
-    found: "list[ControllerConfig]" = []
-    for number, section in enumerate(top.sections("controllers")):
-        controller = parse_controller(section, number + 1)
-        if any(controller.name == other.name for other in found):
-            raise section.error("name", controller.name, "a name that no other controller has")
-        check_quota_group(section, controller, found)
-        found.append(controller)
-    if not found:
-        raise top.error("controllers", top.take("controllers"), "a list of at least one controller")
-    return tuple(found)
-
-
-def check_quota_group(section: Section, controller: ControllerConfig, others: "list[ControllerConfig]") -> None:
-    """Members of a quota group count as one bucket, so they cannot have different limits."""
-    for other in others:
-        if controller.quota_group and controller.quota_group == other.quota_group and controller.limits != other.limits:
-            raise ConfigError(
-                "%s: %s: differ from those of %r, which is in the same quota_group %r; allowed: equal limits"
-                % (section.source, section.where("limits"), other.name, other.quota_group)
-            )
-
-
-def parse_controller(section: Section, number: int) -> ControllerConfig:
-    """One of the `controllers`; its `config` may stand in a file of its own."""
-    kind = parse_type(section)
-    account = section.section("config")
-    if section.take("config_file"):
-        if section.take("config"):
-            raise section.error("config_file", section.data["config_file"], "config or config_file, not both")
-        account = Section(read_file(section.file("config_file")), section.file("config_file"), "", section.env)
-    controller = ControllerConfig(
-        type=kind,
-        name=section.text("name") or "%s-%d" % (kind, number),
-        weight=section.whole("weight", 1, 1, 10000),
-        models=section.strings("models"),
-        model_map=section.pairs("model_map"),
-        limits=parse_quota_limits(section.section("limits")),
-        quota_group=section.text("quota_group"),
-        timeouts=parse_timeouts(section.section("timeouts")),
-        account=parse_account(account, kind),
-    )
-    section.close()
-    return controller
-
-
-def parse_type(section: Section) -> str:
-    """A controller's type. The vendors are too many for a message, so that only the nearest is named."""
-    kind = section.text("type", "openai")
-    if kind not in CONTROLLER_TYPES and kind not in PRESETS:
-        hint = nearest(kind, (*CONTROLLER_TYPES, *PRESETS))
-        known = " | ".join((*CONTROLLER_TYPES, "a vendor that README.md names"))
-        raise section.error("type", kind, known + (" (%s)" % hint if hint.startswith("did") else ""))
-    return kind
-
-
-def parse_quota_limits(section: Section) -> QuotaLimits:
-    """`limits` of a controller or of a client key."""
-    limits = QuotaLimits(
-        rpm=section.whole("rpm", 0, 0, 10_000_000),
-        tpm=section.whole("tpm", 0, 0, 10**12),
-        concurrency=section.whole("concurrency", 0, 0, 1_000_000),
-        burst_s=section.number("burst_s", 60, 0.1, 60),
-    )
-    section.close()
-    return limits
-
-
-def parse_timeouts(section: Section) -> Timeouts:
-    """`timeouts` of a controller, seconds; 0 is none."""
-    first_byte = section.number("first_byte", -1, -1, 86400)
-    timeouts = Timeouts(
-        connect=section.number("connect", 10, 0.001, 3600),
-        first_byte=None if first_byte < 0 else first_byte,
-        idle=section.number("idle", 300, 0, 86400),
-        total=section.number("total", 0, 0, 86400),
-    )
-    section.close()
-    return timeouts
-
-
-def parse_account(section: Section, kind: str) -> AccountConfig:
-    """The `config` of a controller, in place or in its own file."""
-    if kind == "echo":
-        account = AccountConfig(
-            delay=section.number("delay", 0, 0, 600), first_delay=section.number("first_delay", 0, 0, 3600)
-        )
-    else:
-        own = bool(section.data.get("base_url")) and kind != "azure"
-        section.data = with_preset(section, PRESETS.get(kind) or DIALECTS.get(kind, {}))
-        account = parse_openai_account(section, own, kind != "anthropic")
-        if kind == "azure":
-            account = account.replace(api_version=check_azure(section, account.base_url))
-        elif kind == "anthropic":
-            most = section.whole("max_tokens", AccountConfig.max_tokens, 1, 10**7)
-            account = account.replace(max_tokens=most, thinking=section.text("thinking", THINKING[0], THINKING))
-    section.close()
-    return account
-
-
-def with_preset(section: Section, preset: "dict[str, Any]") -> "dict[str, Any]":
-    """What `section` says over what `preset` says. One that names a header for its key means the scheme, too."""
-    said = {key: value for key, value in section.data.items() if value not in (None, "") or key not in preset}
-    found = {**preset, **said}
-    if "auth_header" in said and "auth_scheme" not in section.data:
-        found.pop("auth_scheme", None)
-    if "base_url" in preset and "base_url" not in said:
-        found["base_url"] = re.sub(r"\{(\w+)\}", lambda word: parse_word(section, word.group(1)), preset["base_url"])
-    return found
-
-
-def parse_word(section: Section, key: str) -> str:
-    """A part of a vendor's address that the user has to name."""
-    word = section.text(key)
-    if not re.fullmatch(r"[0-9A-Za-z_-]+", word):
-        raise section.error(key, word, "the %s that is part of the address: letters, digits, - and _" % key)
-    return word
-
-
-def parse_openai_account(section: Section, own: bool, alike: bool) -> AccountConfig:
-    """The `config` of an openai controller, or of one that is not `alike` enough to have all of its keys.
-
-    Only a base_url of the user's `own` or a local one may do without a key.
-    """
-    base_url = section.text("base_url") or OPENAI_URL
-    key = section.secret("api_key")
-    if not key and (base_url.startswith(OPENAI_URL[:22]) or not (own or base_url.startswith("http://localhost"))):
-        raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
-    headers = section.section("headers")
-    chat_path = section.text("chat_path", AccountConfig.chat_path)
-    if not re.fullmatch(r"/[!-\"$->@-~]+", chat_path):
-        raise section.error("chat_path", chat_path, "/path, without blanks, query and fragment")
-    return AccountConfig(
-        api_key=key,
-        base_url=check_url(section, "base_url", base_url, ("http", "https")),
-        organization=section.text("organization") if alike else "",
-        project=section.text("project") if alike else "",
-        proxy=parse_proxy(section),
-        ca_file=check_ca_file(section),
-        headers=tuple((check_field_name(headers, name, name), headers.secret(name)) for name in headers.data),
-        auth_header=check_field_name(section, "auth_header", section.text("auth_header", AccountConfig.auth_header)),
-        auth_scheme=check_scheme(section),
-        chat_path=chat_path,
-        drop_params=check_params(section, "drop_params", section.strings("drop_params")),
-        rename_params=parse_renames(section) if alike else (),
-        extra_body=parse_extra_body(section),
-        rate_codes=section.strings("rate_codes"),
-    )
-
-
-def check_azure(section: Section, base_url: str) -> str:
-    """Azure's version, if base_url is a resource's and that is a version."""
-    if base_url == OPENAI_URL or "/deployments" in base_url:
-        found = section.data.get("base_url") or "nothing"
-        raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
-    version = section.text("api_version")
-    if not re.fullmatch(r"[0-9A-Za-z-]*", version):
-        raise section.error("api_version", version, "a date such as %s" % AZURE_API_VERSION)
-    return version
-
-
-def check_scheme(section: Section) -> str:
-    """The word before the key; may be empty."""
-    scheme = section.text("auth_scheme", AccountConfig.auth_scheme)
-    if not re.fullmatch(r"[!-~]*", scheme):
-        raise section.error("auth_scheme", scheme, "one word of printable ASCII, or nothing for the bare key")
-    return scheme
-
-
-def check_params(section: Section, key: str, names: "tuple[str, ...]") -> "tuple[str, ...]":
-    """`names`, if what becomes of a request can be left to them."""
-    for name in names:
-        if name in FIXED_PARAMS:
-            raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
-    return names
-
-
-def parse_renames(section: Section) -> "tuple[tuple[str, str], ...]":
-    """`rename_params`: no two may come to the same name."""
-    pairs = section.pairs("rename_params")
-    news = [new for _, new in pairs]
-    check_params(section, "rename_params", tuple(name for pair in pairs for name in pair))
-    for new in news:
-        if news.count(new) > 1:
-            raise section.error("rename_params", new, "each new name once")
-    return pairs
-
-
-def parse_extra_body(section: Section) -> "tuple[tuple[str, Any], ...]":
-    """`extra_body`: what JSON can say; TOML's dates are none of it."""
-    extra = section.section("extra_body").data
-    try:
-        json.dumps(extra, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as problem:
-        raise section.error("extra_body", extra, "JSON values (%s)" % problem) from None
-    check_params(section, "extra_body", tuple(extra))
-    return tuple(extra.items())
-
-
-def parse_proxy(section: Section) -> Secret:
-    """The proxy's URL; a secret, because it may carry a password."""
-    proxy = section.secret("proxy")
-    if proxy:
-        try:
-            check_url(section, "proxy", proxy.reveal(), ("http",))
-        except ConfigError:
-            raise section.error("proxy", "something else", "http://[user:password@]host:port") from None
-    return proxy
-
-
-def check_ca_file(section: Section) -> str:
-    """The path of a file with certificates that OpenSSL can read."""
-    path = section.file("ca_file")
-    if path:
-        try:
-            ssl.create_default_context(cafile=path)
-        except (ssl.SSLError, OSError) as problem:
-            raise section.error("ca_file", path, "a file of PEM certificates (%s)" % problem) from problem
-    return path
-
-
-def check_url(section: Section, key: str, url: str, schemes: "tuple[str, ...]") -> str:
-    """`url` without its trailing slash, if it is one that requests can be sent to."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        good = parts.scheme in schemes and bool(parts.hostname) and not parts.query and not parts.fragment
-        good = good and (parts.port is None or parts.port > 0) and url.isascii() and " " not in url
-        good = good and (key != "base_url" or "@" not in parts.netloc)
-    except ValueError:
-        good = False
-    if not good:
-        bare = re.sub(r"//.*@|[?#].*", "…", url)  # what may hold a password is not repeated
-        raise section.error(key, bare, " or ".join(name + "://host[:port][/path]" for name in schemes))
-    return url.rstrip("/")
-
-
-def check_field_name(section: Section, key: str, name: str) -> str:
-    """A configured header's name, if it is a token and does not touch the framing of messages."""
-    if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or name.lower() in FRAMING_FIELDS:
-        raise section.error(key, name, "a header name (RFC 9110, 5.1) that does not frame messages")
-    return name
-
-
-def key_digest(key: bytes) -> bytes:
-    """What is kept of a client key: its SHA-256."""
-    import hashlib  # 2 ms that a start without client keys does without
-
-    return hashlib.sha256(key).digest()
-
-
-def same_digest(one: bytes, other: bytes) -> bool:
-    """Whether two digests are equal, in a time that does not tell how much of them is."""
-    import hmac  # as hashlib
-
-    return hmac.compare_digest(one, other)
-
-
-def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
-    """The `client_keys` list; names are made where missing; names and keys must differ."""
-    found: "list[ClientKey]" = []
-    for number, section in enumerate(top.sections("client_keys")):
-        client = parse_client_key(section, number + 1)
-        for other in found:
-            if client.name == other.name:
-                raise section.error("name", client.name, "a name that no other client key has")
-            if client.digest == other.digest:
-                raise section.error("key", "the key of " + other.name, "a key of its own")
-        found.append(client)
-    return tuple(found)
-
-
-def parse_client_key(section: Section, number: int) -> ClientKey:
-    """One of `client_keys`; the key is kept as its SHA-256 only, and may be given as `sha256:HEX`."""
-    key = section.secret("key").reveal()
-    hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
-    if not key or (key.startswith("sha256:") and not hashed):
-        raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
-    client = ClientKey(
-        name=section.text("name") or "key-%d" % number,
-        digest=bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode()),
-        models=section.strings("models"),
-        limits=parse_quota_limits(section.section("limits")),
-    )
-    section.close()
-    return client
-
-
-def parse_server_limits(section: Section) -> ServerLimits:
-    """The `limits` of the server: bytes, counts and seconds; a rate of 0 or a time of 0 is none."""
-    default = ServerLimits()
-    limits = ServerLimits(
-        body_bytes=section.whole("body_bytes", default.body_bytes, 1, 2**40),
-        bodies_bytes=section.whole("bodies_bytes", default.bodies_bytes, 1, 2**50),
-        json_depth=section.whole("json_depth", default.json_depth, 3, 500),  # Python's own bound is near 900
-        start_line_bytes=section.whole("start_line_bytes", default.start_line_bytes, 64, 2**20),
-        header_bytes=section.whole("header_bytes", default.header_bytes, 1024, 2**24),
-        header_count=section.whole("header_count", default.header_count, 10, 10000),
-        connections=section.whole("connections", default.connections, 1, 1_000_000),
-        connections_per_client=section.whole("connections_per_client", 0, 0, 1_000_000),
-        header_timeout=section.number("header_timeout", default.header_timeout, 0.001, 3600),
-        body_timeout=section.number("body_timeout", default.body_timeout, 0.001, 86400),
-        body_rate=section.whole("body_rate", default.body_rate, 0, 2**30),
-        idle_timeout=section.number("idle_timeout", default.idle_timeout, 0.001, 86400),
-        write_timeout=section.number("write_timeout", default.write_timeout, 0.001, 86400),
-        upstream_head_bytes=section.whole("upstream_head_bytes", default.upstream_head_bytes, 1024, 2**24),
-    )
-    section.close()
-    return limits
 
 
 def read_file(path: str) -> "Any":
@@ -1097,101 +432,753 @@ def read_file(path: str) -> "Any":
 
             return tomllib.loads(text)
         return json.loads(text, object_pairs_hook=unique_keys)
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise ConfigError("%s: cannot be read: %s" % (path, problem)) from problem
 
 
-def unique_keys(pairs: "list[tuple[str, Any]]") -> "dict[str, Any]":
-    """A JSON object, refused when a key stands in it twice: only one of the two could count."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError("the key %r stands twice in one object" % next(n for n in names if names.count(n) > 1))
+class Section:
+    """One mapping of the configuration: reads its keys, knows where it stands, refuses the keys that nobody knows.
+
+    `env` is what `$NAME` refers to. `overrides` give, for a path, the flag or variable that counts in place of the
+    file, and what it says; `preset` what counts where nothing is said. Each reader takes a key, what is said of it and
+    what else `setting` was given, and raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        data: "Any",
+        source: str,
+        path: str,
+        env: "Mapping[str, str]",
+        overrides: "Mapping[str, tuple[str, Any]]",
+    ) -> None:
+        self.source, self.path, self.env, self.overrides = source, path, env, overrides
+        # A string is not shown: `"config": "sk-..."` is a mistake that people make.
+        if not isinstance(data, dict):
+            found = "a string" if isinstance(data, str) else shown(data)
+            raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", found))
+        self.data: "dict[str, Any]" = data
+        self.preset: "dict[str, Any]" = {}
+
+    def where(self, key: str) -> str:
+        """The path of `key` as messages name it: `controllers[1].config.api_key`."""
+        # A key with a line end in it would make two lines of the message.
+        key = key if key.isprintable() else ascii(key)[1:-1]
+        return self.path + "." + key if self.path else key
+
+    def error(self, key: str, found: "Any", allowed: str) -> ConfigError:
+        """What is wrong with the value of `key`."""
+        # What a variable in some unit file set is not in the configuration: a message that named that would send its
+        # reader looking in vain.
+        where = self.where(key)
+        place = self.overrides[where][0] if where in self.overrides else "%s: %s" % (self.source, where)
+        return ConfigError("%s: found %s, allowed: %s" % (place, shown(found), allowed))
+
+    def only(self, *known: str) -> None:
+        """Refuses other keys. Called before any is read, as a wrong name is why its right one is missing."""
+        for key in self.data:
+            if key not in known:
+                hint = nearest(key, known) or "allowed here: " + ", ".join(sorted(known))
+                raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), hint))
+
+    def take(self, key: str, default: "Any" = None) -> "Any":
+        """The raw value; null counts as absent, and so does an empty text where there is a preset."""
+        # Empty texts are what templates leave of a variable that was not set: no address and no dialect is meant by it.
+        said = self.overrides.get(self.where(key), ("", self.data.get(key)))[1]
+        if said is None or (said == "" and key in self.preset):
+            return self.preset.get(key, default)
+        return said
+
+    def values(self, kind: "type[Record]") -> "dict[str, Any]":
+        """What is said here of the keys of `kind`; of the others a record knows the defaults."""
+        found = {}
+        for name, one in kind.settings.items():
+            value = self.take(name)
+            # Records are read in any case: a variable may speak of a key in one that the file has not.
+            if value is not None or one.read is Section.record:
+                found[name] = one.read(self, name, value, *one.more)
+        return found
+
+    # -- readers: a key, what is said of it, and what else its `setting` was given
+
+    def section(self, key: str, value: "Any") -> "Section":
+        """A nested mapping; an empty one where there is none."""
+        return Section({} if value is None else value, self.source, self.where(key), self.env, self.overrides)
+
+    def sections(self, key: str) -> "list[Section]":
+        """A list of mappings."""
+        value = self.take(key)
+        if not isinstance(value, (list, type(None))):
+            raise self.error(key, type(value).__name__, "a list of objects")
+        return [self.section("%s[%d]" % (key, number), item) for number, item in enumerate(value or ())]
+
+    def record(self, key: str, value: "Any", kind: "type[Record]") -> "Record":
+        """An object with the keys of `kind`."""
+        inner = self.section(key, value)
+        inner.only(*kind.settings)
+        return kind(**inner.values(kind))
+
+    def number(self, key: str, value: "Any", low: float, high: float) -> float:
+        """A number from `low` to `high`; a whole one where these are."""
+        # By type(), as a bool is an int to isinstance; NaN is between no bounds.
+        whole = isinstance(low, int)
+        if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
+            allowed = "a whole number from %d to %d" if whole else "a number from %g to %g"
+            raise self.error(key, value, allowed % (low, high))
+        return value if whole else float(value)
+
+    def fit(self, key: str, value: "Any", shape: "Any") -> "Any":
+        """`value` if it has this shape; lists and objects as tuples, as records are hashed.
+
+        Shapes: bool; str; WORD, a string that is not empty; a tuple, one of its members; [shape]; {str: shape}.
+        """
+        # The path of a member leads to it: one wrong model in a list of thirty is named, not the list.
+        if isinstance(shape, list):
+            if not isinstance(value, list):
+                raise self.error(key, value, "a list of non-empty strings")
+            return tuple(self.fit("%s[%d]" % (key, at), one, shape[0]) for at, one in enumerate(value))
+        if isinstance(shape, dict):
+            pairs, inner = self.section(key, value).data.items(), shape[str]
+            return tuple((self.fit(key, name, str), self.fit(key + "." + name, one, inner)) for name, one in pairs)
+        if isinstance(shape, tuple):
+            return self.one_of(key, value, shape, " | ".join(shape))
+        if not isinstance(value, bool if shape is bool else str) or (shape is WORD and not value):
+            raise self.error(key, value, {bool: "true or false", str: "a string"}.get(shape, WORD))
+        if not str(value).isprintable():  # it would break a line of the log, or a header
+            raise self.error(key, "a character that cannot be printed", "printable characters")
+        return value
+
+    def one_of(self, key: str, value: "Any", names: "Collection[str]", allowed: str) -> "Any":
+        """One of `names`, which a message may sum up as `allowed`."""
+        if value not in names:
+            hint = nearest(str(value), names)
+            raise self.error(key, value, "%s (%s)" % (allowed, hint) if hint else allowed)
+        return value
+
+    def word(self, key: str, value: "Any", pattern: str, allowed: str) -> "Any":
+        """A string that matches `pattern`; `allowed` says it in words."""
+        if not re.fullmatch(pattern, self.fit(key, value, str)):
+            raise self.error(key, value, allowed)
+        return value
+
+    def secret(self, key: str, value: "Any") -> Secret:
+        """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
+        if not isinstance(value, str):
+            raise self.error(key, type(value).__name__, "a string, $NAME or file:PATH")
+        # What begins with $ and is no name is a literal: passwords of proxies may well begin so.
+        named = re.fullmatch(r"\$(\{)?(\w+)(?(1)\})", value)
+        if named:
+            name = named.group(2)
+            if not self.env.get(name):
+                told = (  # what a start in a clone says first, as it finds the sample in config/
+                    "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key, "
+                    "or name a file of your own with --config_file"
+                )
+                raise self.error(key, value, told % (name, name))
+            value = self.env[name]
+        elif value.startswith("file:"):
+            try:
+                with open(beside(self.source, value[5:]), encoding="utf-8") as file:
+                    value = file.read()
+            except (OSError, ValueError) as problem:  # no such file, no text, or no name of a file
+                raise self.error(key, value[5:], "a readable file (%s)" % problem) from problem
+        value = value.strip()  # editors and `echo` end a file with a line end, which no header can hold
+        if not (value.isascii() and value.isprintable()):
+            raise self.error(key, "a character outside printable ASCII", "printable ASCII (it goes into a header)")
+        return Secret(value)
+
+    def file(self, key: str, value: "Any") -> str:
+        """The path of a file that exists, looked up beside the configuration, then in the working directory."""
+        name = self.fit(key, value, str)
+        path = beside(self.source, name) if name else ""
+        if path and not os.path.isfile(path):
+            raise self.error(key, name, "an existing file, beside the configuration or in the working directory")
+        return path
+
+
+class Setting:
+    """A key of the configuration: its default, what reads it, and what else that wants.
+
+    Two bounds make a number. Else what stands here is a shape for `Section.fit`, or nothing, and the default's type is
+    the shape; a record reads itself. `by` names another reader, a method of Section or a function that is called like
+    one.
+    """
+
+    __slots__ = ("default", "more", "read")
+
+    def __init__(self, default: "Any", *more: "Any", by: "Callable[..., Any] | None" = None) -> None:
+        self.default, self.more = default, more if more or by else (type(default),)
+        reads = Section.record if hasattr(default, "settings") else Section.number if len(more) == 2 else Section.fit
+        self.read: "Callable[..., Any]" = by or reads
+
+
+setting: "Any" = Setting  # by this name it may stand where a field of any type has its default
+
+
+@dataclass_transform(frozen_default=True)
+class Record:
+    """Named values that never change, declared as those of a frozen dataclass are; `settings` reads them.
+
+    It is none because `dataclasses` writes and compiles methods for each class: 0.8 ms each, a twelfth of the start.
+    A reload compares records to find what is unchanged, so they are values all the way down: tuples, no lists.
+    """
+
+    fields: "ClassVar[tuple[str, ...]]"
+    settings: "ClassVar[dict[str, Setting]]"  # of the fields that have a default
+
+    def __init_subclass__(cls) -> None:
+        cls.fields = tuple(cls.__annotations__)
+        cls.settings = {}
+        # Annotations are in the order of the class; a field without a default has only one.
+        for name in cls.fields:
+            if name in vars(cls):
+                one = vars(cls)[name]
+                one = cls.settings[name] = one if isinstance(one, Setting) else Setting(one)
+                setattr(cls, name, one.default)  # which instances fall back to
+
+    def __init__(self, *values: "Any", **named: "Any") -> None:
+        # mypy checks the calls that it sees; the keys of a configuration come by `**`.
+        given = dict(zip(self.fields, values, strict=False), **named)
+        wrong = (given.keys() | self.settings.keys()) ^ set(self.fields)
+        if wrong:
+            raise TypeError("missing or unknown: %s" % ", ".join(sorted(wrong)))
+        vars(self).update(given)
+
+    def _values(self) -> "list[Any]":
+        return [getattr(self, name) for name in self.fields]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("%s.%s cannot be changed" % (type(self).__name__, name))
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._values() == self._values()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values()))
+
+    def __repr__(self) -> str:
+        pairs = zip(self.fields, self._values(), strict=True)
+        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in pairs))
+
+    def replace(self, **changes: "Any") -> "Self":
+        """A copy in which `changes` apply."""
+        return type(self)(**{**vars(self), **changes})
+
+
+# -- readers of keys that are like no other: called as the methods above are
+
+
+def read_port(section: Section, key: str, value: "Any") -> int:
+    """The port, which the Go original's files write as a string, and flags and variables too."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value):
+        value = int(value)
+    if type(value) is not int or not 0 <= value <= 65535:
+        raise section.error(key, value, "a number from 0 to 65535 (0: any free port)")
+    return value
+
+
+def read_rescue(section: Section, key: str, value: "Any") -> "float | None":
+    """Seconds, or "auto" for what the times of the last answers say: None here, as it is no number."""
+    return None if value == "auto" else section.number(key, value, 0.0, 3600.0)
+
+
+def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any":
+    """Models that are asked in place of others; none in place of itself."""
+    # Circles (a for b, b for a) do no harm: only the list of the model that was asked for is gone through.
+    found = section.fit(key, value, shape)
+    for name, models in found:
+        if name in ((models,) if isinstance(models, str) else models):
+            raise section.error(key + "." + name, name, "another model")
     return found
 
 
-def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> str:
-    """The configuration file to read, first hit wins; "" when there is none. A file that is named must exist."""
-    for setter, path in named_places("--config_file", config_file, env):
-        if not os.path.isfile(path):
-            raise ConfigError("%s: %s: no such file" % (setter, path))
-        return path
-    named = named_places("--config_path", config_path, env)
-    for setter, folder in named:
-        if not os.path.isdir(folder):
-            raise ConfigError("%s: %s: no such folder" % (setter, folder))
-    for place in (*(folder for _, folder in named), *CONFIG_FOLDERS):
-        for name in CONFIG_NAMES:
-            path = os.path.join(place, name)
-            if os.path.isfile(path):
-                return path
-    return ""
+def read_hosts(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
+    """Names of hosts, in which case says nothing (RFC 9110, 4.2.3); they are compared at each request."""
+    return tuple(name.lower() for name in section.fit(key, value, [WORD]))
 
 
-def named_places(flag: str, value: str, env: "Mapping[str, str]") -> "list[tuple[str, str]]":
-    """What `flag` and its two variables name, each with who says so; the one that counts comes first."""
+def read_url(section: Section, key: str, value: "Any", schemes: "tuple[str, ...]") -> str:
+    """A URL that requests can be sent to, without its trailing slash."""
+    # Stricter than urllib, which takes line ends and blanks out of a URL before it looks at it. User and password have
+    # no place in base_url: they would have to go into the header that holds the key.
+    url: str = section.fit(key, value, str)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets, or a port that is none
+        good = False
+    if not good or re.search(r"[^!-~]|[?#]", url) or (key == "base_url" and "@" in url):
+        bare = re.sub(r"//.*@|[?#].*", "…", url)  # what may hold a password is not repeated
+        raise section.error(key, bare, " or ".join(name + "://host[:port][/path]" for name in schemes))
+    return url.rstrip("/")
+
+
+def read_proxy(section: Section, key: str, value: "Any") -> Secret:
+    """The proxy's URL; a secret, because it may carry a password.
+
+    Only http: the connection to the proxy is plain, what goes through it is TLS by itself. No message repeats it.
+    """
+    proxy = section.secret(key, value)
+    try:
+        if proxy:
+            read_url(section, key, proxy.reveal(), ("http",))
+    except ConfigError:
+        raise section.error(key, "something else", "http://[user:password@]host:port") from None
+    return proxy
+
+
+def read_ca_file(section: Section, key: str, value: "Any") -> str:
+    """The path of a file with certificates that OpenSSL can read."""
+    # Now and not at the first connection: a typing error shall stop the start, not a request in the night.
+    path = section.file(key, value)
+    try:
+        if path:
+            ssl.create_default_context(cafile=path)
+    except (ssl.SSLError, OSError) as problem:
+        raise section.error(key, path, "a file of PEM certificates (%s)" % problem) from problem
+    return path
+
+
+def read_headers(section: Section, key: str, value: "Any") -> "tuple[tuple[str, Secret], ...]":
+    """Further fields for each request; values may well be keys."""
+    # Names are checked as a file could otherwise add a second Content-Length, or end the head.
+    inner = section.section(key, value)
+    pairs = inner.data.items()
+    return tuple((inner.word(name, name, FIELD_NAME, FIELD_NAME_IS), inner.secret(name, one)) for name, one in pairs)
+
+
+def read_extra(section: Section, key: str, value: "Any") -> "tuple[tuple[str, Any], ...]":
+    """What every chat is sent beside its own words."""
+    # TOML has dates and both have NaN, of which JSON knows nothing; better told now than at each request.
+    extra = section.section(key, value).data
+    try:
+        json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise section.error(key, extra, "JSON values (%s)" % problem) from None
+    return tuple(extra.items())
+
+
+# -- the records: the reference of all keys, which README.md explains and a test compares with it
+
+
+class Timeouts(Record):
+    """Seconds; 0 is none. `first_byte` None: 120 for streams, 600 for whole answers, as SDKs wait 600."""
+
+    # connect has no "none": a network that swallows packets would hold a request for the kernel's two minutes.
+    connect: float = setting(10.0, 0.001, 3600.0)
+    # total has no end: a long answer is no fault as long as it flows.
+    first_byte: "float | None" = setting(None, 0.0, 86400.0)
+    idle: float = setting(300.0, 0.0, 86400.0)
+    total: float = setting(0.0, 0.0, 86400.0)
+
+
+class QuotaLimits(Record):
+    """Requests and tokens in any sliding 60 s, requests at once, seconds' worth at once; 0 is none."""
+
+    rpm: int = setting(0, 0, 10_000_000)
+    tpm: int = setting(0, 0, 10**12)
+    concurrency: int = setting(0, 0, 1_000_000)
+    # Azure judges slices of 1 or 10 s of the minute; more than a minute's worth at once is over the limit anywhere.
+    burst_s: float = setting(60.0, 0.1, 60.0)
+
+
+class AccountConfig(Record):
+    """The `config` of a controller: where it is, what opens it, what its dialect of the API wants. Delays are echo's.
+
+    `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
+    place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
+    name; then `extra_body` is added, in place of what the client said. Of a 429's codes `rate_codes` mean a limit on
+    the rate here, though elsewhere an empty purse. `api_version` is Azure's; `thinking` is Anthropic's, and so is
+    `max_tokens`, the limit where the client sets none.
+    """
+
+    api_key: Secret = setting(NO_SECRET, by=Section.secret)
+    base_url: str = setting("", ("http", "https"), by=read_url)
+    organization: str = ""
+    project: str = ""
+    proxy: Secret = setting(NO_SECRET, by=read_proxy)
+    ca_file: str = setting("", by=read_ca_file)
+    headers: "tuple[tuple[str, Secret], ...]" = setting((), by=read_headers)
+    auth_header: str = setting("Authorization", FIELD_NAME, FIELD_NAME_IS, by=Section.word)
+    auth_scheme: str = setting(
+        "Bearer", r"[!-~]*", "one word of printable ASCII, or nothing for the bare key", by=Section.word
+    )
+    chat_path: str = setting(
+        "/chat/completions", r"/[!-\"$->@-~]+", "/path, without blanks, query and fragment", by=Section.word
+    )
+    api_version: str = setting("", r"[0-9A-Za-z-]*", "a date such as " + AZURE_API_VERSION, by=Section.word)
+    # Anthropic requires a limit, OpenAI does not: 4096 is the most that its oldest models take.
+    max_tokens: int = setting(4096, 1, 10**7)
+    thinking: str = setting(THINKING[0], THINKING)
+    drop_params: "tuple[str, ...]" = setting((), [WORD])
+    rename_params: "tuple[tuple[str, str], ...]" = setting((), {str: WORD})
+    extra_body: "tuple[tuple[str, Any], ...]" = setting((), by=read_extra)
+    rate_codes: "tuple[str, ...]" = setting((), [WORD])
+    delay: float = setting(0.0, 0.0, 600.0)
+    first_delay: float = setting(0.0, 0.0, 3600.0)
+
+
+class ControllerConfig(Record):
+    """One upstream account. `models` empty: all; names with `*` and `?`."""
+
+    type: str
+    name: str
+    account: AccountConfig
+    weight: int = setting(1, 1, 10000)
+    models: "tuple[str, ...]" = setting((), [WORD])
+    model_map: "tuple[tuple[str, str], ...]" = setting((), {str: WORD})
+    limits: QuotaLimits = QuotaLimits()
+    quota_group: str = ""
+    timeouts: Timeouts = Timeouts()
+
+
+class PoolConfig(Record):
+    """How the pool chooses and waits; `rescue_after` None is "auto", 0 never.
+
+    `affinity` sends a conversation where its last request went, as long as there is room. `aliases` are other names of
+    models. `fallbacks` are the models to try, in this order, when nothing serves the one asked for; `context_fallbacks`
+    when the request is too long for it. Who may use a model may use what stands in for it: `client_keys[].models` is
+    about what is asked for, and these are the operator's words.
+    """
+
+    # max_wait: what people take for a slow answer and not for a broken one. max_queue: beyond it waiting has no end in
+    # sight for the last, who is better told at once.
+    type: str = setting("balanced", POOL_TYPES)
+    max_wait: float = setting(30.0, 0.0, 3600.0)
+    max_queue: int = setting(1000, 0, 1_000_000)
+    rescue_after: "float | None" = setting(None, by=read_rescue)
+    affinity: bool = True
+    aliases: "tuple[tuple[str, str], ...]" = setting((), {str: WORD}, by=read_detours)
+    fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = setting((), {str: [WORD]}, by=read_detours)
+    context_fallbacks: "tuple[tuple[str, tuple[str, ...]], ...]" = setting((), {str: [WORD]}, by=read_detours)
+
+
+class ClientKey(Record):
+    """Who may come in: the SHA-256 of a key, and what it may ask for; no `models` means all."""
+
+    name: str
+    digest: bytes
+    models: "tuple[str, ...]" = setting((), [WORD])
+    limits: QuotaLimits = QuotaLimits()
+
+
+class ServerLimits(Record):
+    """Bounds on what clients may do: bytes, counts, seconds; a rate of 0 is none."""
+
+    # 32 MB hold a dozen images. All bodies together are bounded, too, as requests that stand in line keep theirs.
+    body_bytes: int = setting(33_554_432, 1, 2**40)
+    bodies_bytes: int = setting(1 << 30, 1, 2**50)
+    json_depth: int = setting(JSON_DEPTH, 3, 500)  # Python's own bound is near 900
+    start_line_bytes: int = setting(START_LINE_BYTES, 64, 2**20)
+    header_bytes: int = setting(65536, 1024, 2**24)
+    header_count: int = setting(FIELD_COUNT, 10, 10000)
+    # An idle connection costs 7 kB, a stream two descriptors.
+    connections: int = setting(10000, 1, 1_000_000)
+    connections_per_client: int = setting(0, 0, 1_000_000)
+    # Who sends slowly (slowloris) holds a place and nothing else; 1024 bytes/s is below any modem.
+    header_timeout: float = setting(20.0, 0.001, 3600.0)
+    body_timeout: float = setting(120.0, 0.001, 86400.0)
+    body_rate: int = setting(1024, 0, 2**30)
+    chunk_line_bytes: int = setting(CHUNK_LINE_BYTES, 32, 2**20)
+    # Longer than proxies keep a connection (nginx 60 s), so that it is they who close and no request crosses a FIN.
+    idle_timeout: float = setting(75.0, 0.001, 86400.0)
+    write_timeout: float = setting(120.0, 0.001, 86400.0)
+    upstream_head_bytes: int = setting(UPSTREAM_HEAD_BYTES, 1024, 2**24)
+
+
+class TlsFiles(Record):
+    """The listener's certificate and its key; without them it does not speak TLS."""
+
+    cert: str = setting("", by=Section.file)
+    key: str = setting("", by=Section.file)
+
+
+class CorsConfig(Record):
+    """The pages that may use the server."""
+
+    allow_origins: "tuple[str, ...]" = setting((), [WORD])
+
+
+class LogConfig(Record):
+    """What the log looks like, and how much it says."""
+
+    format: str = setting("text", ("text", "json"))
+    level: str = setting("info", LOG_LEVELS)
+
+
+class Config(Record):
+    """Everything that the server runs by; `source` says where it came from."""
+
+    controllers: "tuple[ControllerConfig, ...]"
+    client_keys: "tuple[ClientKey, ...]"
+    source: str
+    # Loopback, as who starts this with a key in the environment has not yet said who may spend it.
+    host: str = "127.0.0.1"
+    port: int = setting(8080, by=read_port)
+    pool: PoolConfig = PoolConfig()
+    endpoints: "tuple[str, ...]" = setting(ENDPOINTS[:1], [ENDPOINTS])
+    allowed_hosts: "tuple[str, ...]" = setting((), by=read_hosts)
+    cors: CorsConfig = CorsConfig()
+    tls: TlsFiles = TlsFiles()
+    limits: ServerLimits = ServerLimits()
+    log: LogConfig = LogConfig()
+    drain_delay: float = setting(0.0, 0.0, 3600.0)
+    drain_timeout: float = setting(30.0, 0.0, 3600.0)
+
+
+# -- from a mapping to records
+
+
+def key_digest(key: bytes) -> bytes:
+    """What is kept of a client key: its SHA-256."""
+    # No slow hash: keys are random and long, not chosen by people, and this is paid for each request.
+    import hashlib  # 2 ms that a start without client keys does without
+
+    return hashlib.sha256(key).digest()
+
+
+def same_digest(one: bytes, other: bytes) -> bool:
+    """Whether two digests are equal, in a time that does not tell how much of them is."""
+    # Digests need that less than keys do, as nobody can choose one that begins as wanted; it costs nothing.
+    import hmac  # as hashlib
+
+    return hmac.compare_digest(one, other)
+
+
+def parse_digest(section: Section) -> bytes:
+    """The SHA-256 of a client key; all that is kept of it, and all that a file need tell: `sha256:HEX`."""
+    key = section.secret("key", section.take("key", "")).reveal()
+    hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
+    if not key or (key.startswith("sha256:") and not hashed):
+        raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
+    return bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode())
+
+
+def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
+    """The `client_keys` list; names are made where missing; names and keys must differ.
+
+    Names stand in the access log and in reloads, so that a key itself need never be shown.
+    """
+    found: "list[ClientKey]" = []
+    for number, section in enumerate(top.sections("client_keys")):
+        section.only("name", "key", *ClientKey.settings)
+        name = section.fit("name", section.take("name", ""), str) or "key-%d" % (number + 1)
+        client = ClientKey(name, parse_digest(section), **section.values(ClientKey))
+        for other in found:
+            if client.name == other.name:
+                raise section.error("name", client.name, "a name that no other client key has")
+            if client.digest == other.digest:  # of two names for one key only the first would ever count
+                raise section.error("key", "the key of " + other.name, "a key of its own")
+        found.append(client)
+    return tuple(found)
+
+
+_SHARED = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
+_OPENAI = [*_SHARED, "organization", "project", "rename_params", "rate_codes"]
+# What the `config` of a type may say, where it is not as for openai. Anthropic's API has no word for some of that.
+ACCOUNT_KEYS = {
+    "azure": [*_OPENAI, "api_version"],
+    "anthropic": [*_SHARED, "max_tokens", "thinking"],
+    "echo": ["delay", "first_delay"],
+}
+
+
+def check_params(section: Section, account: AccountConfig) -> None:
+    """Refuses what would take parameters from routing, or make two of one."""
+    renames = dict(account.rename_params)
+    news = list(renames.values())
+    # `stream`, say, renamed by one account would make its answers come whole where the relay waits for events.
+    touched = {"drop_params": account.drop_params, "rename_params": [*renames, *news]}
+    for key, names in {**touched, "extra_body": dict(account.extra_body)}.items():
+        for name in names:
+            if name in FIXED_PARAMS:
+                raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
+    for new in news:
+        if news.count(new) > 1:  # a JSON object with a key twice, of which each reader takes another one
+            raise section.error("rename_params", new, "each new name once")
+
+
+def parse_account(section: Section, kind: str) -> AccountConfig:
+    """The `config` of a controller of this type, in place or in its own file.
+
+    What counts: what the user says, then the vendor's row or the dialect, then the defaults of the record.
+    """
+    preset = {"base_url": OPENAI_URL, **(PRESETS.get(kind) or DIALECTS.get(kind, {}))}
+    own = bool(section.take("base_url")) and kind != "azure"
+    # Words of an address (a region) are keys only where that address is used.
+    words = [] if own else re.findall(r"\{(\w+)\}", preset["base_url"])
+    section.only(*ACCOUNT_KEYS.get(kind, _OPENAI), *words)
+    if kind == "echo":
+        return AccountConfig(**section.values(AccountConfig))
+    for key in words:
+        told = "the %s that is part of the address: letters, digits, - and _" % key
+        word = section.word(key, section.take(key, ""), r"[0-9A-Za-z_-]+", told)
+        preset["base_url"] = preset["base_url"].replace("{%s}" % key, word)
+    # Who names a header for the key means its usual scheme: Azure's key is bare in api-key, a token of Entra goes as
+    # Bearer into Authorization.
+    if section.take("auth_header"):
+        preset.pop("auth_scheme", None)
+    section.preset = preset
+    account = AccountConfig(**section.values(AccountConfig))
+    check_params(section, account)
+    # A forgotten key is told now and not by a 401 later. Only a base_url of the user's own, or a local one, may do
+    # without: servers of one's own rarely want any, vendors always do.
+    url, local = account.base_url, account.base_url.startswith("http://localhost")
+    if not account.api_key and (url.startswith("https://api.openai.com") or not (own or local)):
+        raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
+    if kind == "azure" and (url == OPENAI_URL or "/deployments" in url):
+        # The portal shows URLs with the deployment in them; here `model_map` says which model is which deployment.
+        found = section.data.get("base_url") or "nothing"
+        raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
+    return account
+
+
+def parse_controller(section: Section, number: int) -> ControllerConfig:
+    """One of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
+    section.only("type", "name", "config", "config_file", *ControllerConfig.settings)
+    # The vendors are too many for a message, so that only the nearest is named.
+    kind = section.one_of("type", section.take("type", "openai"), (*CONTROLLER_TYPES, *PRESETS), KNOWN_TYPES)
+    name = section.fit("name", section.take("name", ""), str) or "%s-%d" % (kind, number)
+    # A file of its own lets an account and its key be mounted as a secret, beside a configuration that is none.
+    account, file = section.section("config", section.take("config")), section.take("config_file")
+    if file and account.data:
+        raise section.error("config_file", file, "config or config_file, not both")
+    if file:
+        file = section.file("config_file", file)
+        account = Section(read_file(file), file, "", section.env, {})  # whose mistakes name that file
+    return ControllerConfig(kind, name, parse_account(account, kind), **section.values(ControllerConfig))
+
+
+def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
+    """The `controllers` list; names are made where missing, and must differ."""
+    found: "list[ControllerConfig]" = []
+    for number, section in enumerate(top.sections("controllers")):
+        one = parse_controller(section, number + 1)
+        for other in found:
+            if one.name == other.name:
+                raise section.error("name", one.name, "a name that no other controller has")
+            if one.quota_group and one.quota_group == other.quota_group and one.limits != other.limits:
+                raise ConfigError(  # as the group counts as one bucket
+                    "%s: %s: differ from those of %r, which is in the same quota_group %r; allowed: equal limits"
+                    % (section.source, section.where("limits"), other.name, other.quota_group)
+                )
+        found.append(one)
+    if not found:  # a server that can answer nothing but 404 is a mistake
+        raise top.error("controllers", top.take("controllers"), "a list of at least one controller")
+    return tuple(found)
+
+
+def parse_config(
+    data: "Any", source: str, env: "Mapping[str, str]", overrides: "Mapping[str, tuple[str, Any]] | None" = None
+) -> Config:
+    """The configuration that `data` (JSON or TOML, as read from `source`) describes. Raises ConfigError.
+
+    `overrides`: see `Section`.
+    """
+    # Everything is read and checked before anything is done with it: a reload takes all of it or nothing.
+    top = Section(data, source, "", env, overrides or {})
+    top.only("controllers", "client_keys", *Config.settings)
+    config = Config(parse_controllers(top), parse_client_keys(top), source, **top.values(Config))
+    if bool(config.tls.cert) != bool(config.tls.key):
+        raise ConfigError("%s: tls: found one of cert and key, allowed: both or none" % source)
+    return config
+
+
+# -- where a configuration comes from
+
+
+def named_places(flag: str, value: str, env: "Mapping[str, str]", exists: "Callable[[str], bool]") -> "Iterator[str]":
+    """What `flag` and its two variables name; the one that counts comes first. Raises ConfigError for what is missing.
+
+    A name that leads nowhere is never skipped: the next place may hold another configuration, with other keys.
+    """
     name = flag[2:].upper()
-    found = [(flag, value), (ENV + name, env.get(ENV + name, "")), (name, env.get(name, ""))]
-    return [(setter, place) for setter, place in found if place]
+    for setter, place in ((flag, value), (ENV + name, env.get(ENV + name)), (name, env.get(name))):
+        if place and not exists(place):
+            raise ConfigError("%s: %s: no such %s" % (setter, place, "file" if "FILE" in name else "folder"))
+        if place:
+            yield place
 
 
-def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, str, Any]]":
-    """What CHATGPT_APISERVER_<KEY> sets of the scalars at the top (`PORT=9000`) and of the pool (`POOL_TYPE=random`):
-    path, name of the variable, value."""
-    pool = ("pool." + key for key, default in PoolConfig.defaults.items() if not isinstance(default, tuple))
-    for path in (*SCALARS, *pool):
-        variable = ENV + path.replace(".", "_").upper()
-        value = env.get(variable, "")
-        if value and not value.startswith("tcp://"):  # as Kubernetes sets for a service of our name
-            yield path, variable, value if path == "host" else as_scalar(value)
+def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> str:
+    """The configuration file to read, first hit wins; "" when there is none. Raises ConfigError."""
+    for path in named_places("--config_file", config_file, env, os.path.isfile):
+        return path
+    # A named folder without a file leads on to the others: images set CONFIG_PATH once and mount what they have.
+    folders = [*named_places("--config_path", config_path, env, os.path.isdir), *CONFIG_FOLDERS]
+    candidates = (os.path.join(folder, name) for folder in folders for name in CONFIG_NAMES)
+    return next(filter(os.path.isfile, candidates), "")
 
 
 def as_scalar(text: str) -> "Any":
     """The number or truth value that `text` is, else `text`."""
-    if re.fullmatch(r"-?[0-9]{1,18}", text):
-        return int(text)
-    if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,9}", text):
-        return float(text)
-    return {"true": True, "false": False}.get(text.lower(), text)
+    # JSON knows both; in lower case, as Python, Helm and people write True.
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
 
 
-ACCOUNT_VARIABLES = {
-    "api_key": "OPENAI_API_KEY",
-    "base_url": "OPENAI_BASE_URL",
-    "organization": "OPENAI_ORG_ID",
-    "project": "OPENAI_PROJECT_ID",
-}
+def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, Any]]]":
+    """What CHATGPT_APISERVER_<KEY> sets of the scalars at the top (`PORT=9000`) and of the pool (`POOL_TYPE=random`):
+    path, name of the variable and value."""
+    # As a container's variables are the only thing about it that many platforms let one change.
+    pool = ("pool." + key for key, one in PoolConfig.settings.items() if one.default != ())
+    for path in (*SCALARS, *pool):
+        variable = ENV + path.replace(".", "_").upper()
+        value = env.get(variable, "")
+        if value and not value.startswith("tcp://"):  # as Kubernetes sets for a service of our name
+            yield path, (variable, value if path == "host" else as_scalar(value))
 
 
-def environment_controller(env: "Mapping[str, str]") -> "dict[str, Any]":
-    """The one controller of a user who has only set OPENAI_API_KEY."""
-    account = {key: env.get(variable, "") for key, variable in ACCOUNT_VARIABLES.items()}
-    account["proxy"] = environment_proxy(account["base_url"] or OPENAI_URL, env)
-    return {"type": "openai", "name": "openai", "config": account}
+OPENAI_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 
 
 def environment_proxy(url: str, env: "Mapping[str, str]") -> str:
-    """The proxy that https_proxy, http_proxy and no_proxy name for `url`, by urllib's rules; "" for none."""
+    """The proxy that https_proxy, http_proxy and no_proxy name for `url`, by urllib's rules; "" for none.
+
+    Only a start without a file goes by it: a file says itself what it wants, and does the same everywhere.
+    """
     import urllib.request as rules  # 15 ms that files do without
 
+    # `getproxies_environment` knows the process's own environment only; as there, lower case wins.
+    proxies = {
+        name.lower()[:-6]: env[name]
+        for name in sorted(env, key=str.islower)
+        if name.lower().endswith("_proxy") and env[name]
+    }
     parts = urllib.parse.urlsplit(url)
-    proxies = lower_proxies(env)
     if rules.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
         return ""
     found = proxies.get(parts.scheme) or proxies.get("all") or ""
     return "http://" + found if found and "://" not in found else found
 
 
-def lower_proxies(env: "Mapping[str, str]") -> "dict[str, str]":
-    """`*_proxy` of an environment that is not the process's own; lower case wins, as in urllib."""
-    names = sorted(env, key=str.islower)
-    return {name.lower()[:-6]: env[name] for name in names if name.lower().endswith("_proxy") and env[name]}
+def environment_account(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, str]]]":
+    """The `config` of the one controller of a user who has only set OPENAI_API_KEY, as `environment_overrides`.
+
+    The variables are those of OpenAI's own SDKs.
+    """
+    at = "controllers[0].config."
+    for key, name in zip(("api_key", "base_url", "organization", "project"), OPENAI_VARIABLES, strict=True):
+        yield at + key, (name, env.get(name, ""))
+    proxy = environment_proxy(env.get("OPENAI_BASE_URL") or OPENAI_URL, env)
+    yield at + "proxy", ("https_proxy, http_proxy or all_proxy", proxy)
 
 
 NOTHING_TO_RUN = """chatgpt_apiserver: nothing to run with. Three ways to start:
   a file:  python3 chatgpt_apiserver.py --config_file chatgpt-apiserver.json   (README.md shows one)
   a key:   OPENAI_API_KEY=sk-... python3 chatgpt_apiserver.py
   no key:  python3 chatgpt_apiserver.py --demo"""
+
+
+def demo_controllers() -> "list[dict[str, Any]]":
+    """What --demo runs on: two echo controllers in turn, so that balancing can be seen."""
+    # Under names that clients ask for by default, and at a pace at which a stream is seen to be one.
+    models = ["echo", "gpt-*"]
+    return [
+        {"type": "echo", "name": name, "models": models, "config": {"delay": 0.03}} for name in ("echo-a", "echo-b")
+    ]
 
 
 def load_config(
@@ -1201,47 +1188,34 @@ def load_config(
     env: "Mapping[str, str]",
     demo: bool = False,
 ) -> Config:
-    """The configuration of this start: flags over environment over file over defaults. Raises ConfigError."""
+    """The configuration of this start: flags over environment over file over defaults. Raises ConfigError.
+
+    A reload calls this again with the same arguments, so that flags keep their say over a file that changed.
+    """
+    # --demo wins over all files: who tries it first in a folder that has one wants to see it run, not their keys spent.
     path = "" if demo else find_file(config_file, config_path, env)
-    setters: "dict[str, str]" = {}
+    overrides: "dict[str, tuple[str, Any]]" = {}
     if path:
         data, source = read_file(path), path
     elif demo:
         data, source = {"controllers": demo_controllers()}, "--demo"
     elif env.get("OPENAI_API_KEY"):
-        data, source = {"controllers": [environment_controller(env)]}, "OPENAI_API_KEY"
-        setters = {"controllers[0].config." + key: variable for key, variable in ACCOUNT_VARIABLES.items()}
-        setters["controllers[0].config.proxy"] = "https_proxy, http_proxy or all_proxy"
+        data, source = {"controllers": [{"name": "openai"}]}, "OPENAI_API_KEY"
+        overrides.update(environment_account(env))
     else:
         raise ConfigError(NOTHING_TO_RUN)
-    if not isinstance(data, dict):
-        raise ConfigError("%s: top level: found %s, allowed: an object" % (source, shown(data)))
-    layers = [*environment_overrides(env), *((key, "--" + key, flags[key]) for key in flags if flags[key] is not None)]
-    for place, setter, value in layers:
-        data = overlay(data, place, value)
-        setters[place] = setter
-    return parse_config(data, source, env, setters)
+    # What is nearest to this one start counts most: a flag over a variable over a file that many starts share.
+    overrides.update(environment_overrides(env))
+    overrides.update({key: ("--" + key, value) for key, value in flags.items() if value is not None})
+    return parse_config(data, source, env, overrides)
 
 
-def overlay(data: "dict[str, Any]", path: str, value: "Any") -> "dict[str, Any]":
-    """`data` with `value` at `path`, unless what should hold it is no object, which is told later."""
-    outer, _, key = path.rpartition(".")
-    if not outer:
-        return {**data, key: value}
-    inner = data.get(outer) or {}
-    return {**data, outer: {**inner, key: value}} if isinstance(inner, dict) else data
-
-
-def demo_controllers() -> "list[dict[str, Any]]":
-    """What --demo runs on: two echo controllers in turn, so that balancing can be seen."""
-    models = ["echo", "gpt-*"]
-    return [
-        {"type": "echo", "name": name, "models": models, "config": {"delay": 0.03}} for name in ("echo-a", "echo-b")
-    ]
+# -- what is told of a configuration
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a listener on `host`."""
+    # A name is none, whatever it resolves to now: the doors of section 14 depend on this.
     if host in ("localhost", "127.0.0.1", "::1"):
         return True
     import ipaddress  # 2 ms that loopback need not pay at the start
@@ -1252,8 +1226,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def address(config: Config, host: str, port: int) -> str:
+    """The URL of a listener."""
+    return "http%s://%s:%d" % ("s" if config.tls.cert else "", "[%s]" % host if ":" in host else host, port)
+
+
 def describe(config: Config) -> "list[str]":
-    """The configuration in lines for --check and the start-up log; secrets as `sk-…last4`."""
+    """The configuration in lines for --check and the start-up log, the address last; secrets as `sk-…last4`."""
+    # Which file, which key, which way: what a support question needs to know, and all that may be shown of it.
     lines = ["configuration: %s" % config.source, "policy: %s" % config.pool.type]
     for one in config.controllers:
         account = one.account
@@ -1264,53 +1244,15 @@ def describe(config: Config) -> "list[str]":
     lines += ["model %s: %s" % pair for pair in config.pool.aliases]
     lines += ["model %s: else %s" % (name, ", ".join(models)) for name, models in config.pool.fallbacks]
     lines += ["client key %s: models %s" % (key.name, ", ".join(key.models) or "all") for key in config.client_keys]
-    scheme = "https" if config.tls_cert else "http"
-    host = "[%s]" % config.host if ":" in config.host else config.host
-    return [*lines, "address: %s://%s:%d" % (scheme, host, config.port)]
+    return [*lines, "address: " + address(config, config.host, config.port)]
 
 
-SPELLED = {  # where the file says it otherwise than `Config`
-    "account": "config",
-    "digest": "key",
-    "tls_cert": "tls.cert",
-    "tls_key": "tls.key",
-    "allow_origins": "cors.allow_origins",
-    "log_format": "log.format",
-    "log_level": "log.level",
-}
-RESTART = ("host", "port")
-
-
-def diff_config(old: Config, new: Config) -> "list[str]":
-    """What is different in `new`, in lines without secrets; [] when nothing is."""
-    lines = diff_named("controller", old.controllers, new.controllers)
-    lines += diff_named("client key", old.client_keys, new.client_keys)
-    for path, before, after in differences(old, new):
-        if path not in ("source", "controllers", "client_keys"):
-            restart = " (needs a restart)" if path in RESTART else ""
-            lines.append("%s: %s -> %s%s" % (path, shown(before), shown(after), restart))
-    return lines
-
-
-def diff_named(
-    kind: str, old: "Sequence[ControllerConfig | ClientKey]", new: "Sequence[ControllerConfig | ClientKey]"
-) -> "list[str]":
-    """What is different in a list whose members have names; of a change the keys only, as values may be secrets."""
-    before, after = {one.name: one for one in old}, {one.name: one for one in new}
-    lines = ["%s %s: removed" % (kind, name) for name in before if name not in after]
-    for name, one in after.items():
-        if name not in before:
-            lines.append("%s %s: added" % (kind, name))
-        elif one != before[name]:
-            keys = ", ".join(path for path, _, _ in differences(before[name], one))
-            lines.append("%s %s: changed: %s" % (kind, name, keys))
-    if [name for name in before if name in after] != [name for name in after if name in before]:
-        lines.append("%ss: another order" % kind)
-    return lines
+SPELLED = {"account": "config", "digest": "key"}  # where the file says it otherwise than the record
+RESTART = ("host", "port")  # the listener is open, and whoever may bind port 443 may have left that right behind
 
 
 def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[str, Any, Any]]":
-    """The paths at which two records of one type differ, with both values."""
+    """The paths at which two records of one type differ, as a file spells them, with both values."""
     for name in old.fields:
         path, before, after = prefix + SPELLED.get(name, name), getattr(old, name), getattr(new, name)
         if isinstance(before, Record):
@@ -1319,11 +1261,37 @@ def differences(old: Record, new: Record, prefix: str = "") -> "Iterator[tuple[s
             yield path, before, after
 
 
+def diff_named(
+    kind: str, old: "Sequence[ControllerConfig | ClientKey]", new: "Sequence[ControllerConfig | ClientKey]"
+) -> "Iterator[str]":
+    """What is different in a list whose members have names; of a change the keys only, as values may be secrets."""
+    # By name, as state is kept by it: a controller that is renamed is a new one, whose ledger begins empty.
+    before, after = {one.name: one for one in old}, {one.name: one for one in new}
+    yield from ("%s %s: removed" % (kind, name) for name in before if name not in after)
+    for name, one in after.items():
+        keys = ", ".join(path for path, _, _ in differences(before.get(name, one), one))
+        if keys or name not in before:
+            yield "%s %s: %s" % (kind, name, "changed: " + keys if keys else "added")
+    if [*filter(after.__contains__, before)] != [*filter(before.__contains__, after)]:
+        yield "%ss: another order" % kind  # which priority goes by
+
+
+def diff_config(old: Config, new: Config) -> "Iterator[str]":
+    """What is different in `new`, in lines without secrets; none when nothing is."""
+    for path, before, after in differences(old, new):
+        if path in ("controllers", "client_keys"):
+            yield from diff_named(path[:-1].replace("_", " "), before, after)
+        elif path != "source":
+            restart = " (needs a restart)" if path in RESTART else ""
+            yield "%s: %s -> %s%s" % (path, shown(before), shown(after), restart)
+
+
 # ==== 3. Observability ====
 # One line per request, written in batches, and the logger for everything rarer. What clients control is escaped; a
 # secret that finds its way into a message is struck out by the last filter before the stream.
 
 
+# OpenAI's 401 says "Incorrect API key provided: sk-proj-abc***wxyz": both ends of a key that a client has never seen.
 # A word, a run of what masks are made of (also as JSON may escape it), and what follows. Every quantifier is possessive
 # and a match starts at the start of a word only, so that no body makes it look twice at a byte.
 _MASKED = (  # compiled, and kept by `re`, when the first error comes
@@ -1340,11 +1308,12 @@ class Redactor(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.secrets: "tuple[str, ...]" = ()
-        self.keys: "tuple[bytes, ...]" = ()
+        self.secrets: "tuple[str, ...]" = ()  # for logs, and the same
+        self.keys: "tuple[bytes, ...]" = ()  # for bodies; the longest first, as one may begin like another
 
     def watch(self, secrets: "Iterable[str]") -> None:
         """From now on strikes out these; short ones would strike out ordinary words."""
+        # Fewer than six letters are no secret that holds, and striking them out would make logs unreadable.
         known = {value for value in secrets if len(value) >= 6} - DUMMY_KEYS
         known |= {json.dumps(value)[1:-1] for value in known}  # as an error body spells one that has quotes
         self.secrets = tuple(sorted(known, key=len, reverse=True))
@@ -1352,6 +1321,7 @@ class Redactor(logging.Filter):
 
     def clean(self, text: str) -> str:
         """`text` without secrets."""
+        # The last letters stay: which of ten keys is meant is what the reader of a log wants to know.
         for secret in self.secrets:
             if secret in text:
                 text = text.replace(secret, repr(Secret(secret)))
@@ -1365,7 +1335,8 @@ class Redactor(logging.Filter):
         return re.sub(_MASKED, self._unmasked, body) if self.keys else body
 
     def scrub_field(self, value: bytes) -> bytes:
-        """A reply's field value without secrets; there are many, so that most are only glanced at."""
+        """A reply's field value without secrets."""
+        # There are many, most of them new at each reply (dates, ids, what is left of a quota): a glance must do.
         if len(value) < 6 or value.isdigit():
             return value
         for key in self.keys:
@@ -1375,6 +1346,7 @@ class Redactor(logging.Filter):
 
     def _unmasked(self, match: "re.Match[bytes]") -> bytes:
         """What stays of a masked word: all of it unless it shows both ends of a key, or a dozen letters of one."""
+        # Documentation and models write `sk-...` too: a mask is only struck out where its ends are a key's of ours.
         word, tail = match.groups()
         ending = [key for key in self.keys if key.endswith(tail)] if len(tail) >= 3 else []
         for key in self.keys if len(word) >= 12 else ending:
@@ -1385,6 +1357,7 @@ class Redactor(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Replaces the record's text; never drops it."""
+        # Tracebacks are rendered here, as a formatter would do it after this filter has looked.
         record.msg, record.args = self.clean(record.getMessage()), ()
         if record.exc_info and record.exc_info[0]:
             record.exc_text = self.clean("".join(traceback.format_exception(*record.exc_info))).rstrip()
@@ -1392,24 +1365,11 @@ class Redactor(logging.Filter):
 
 
 class AccessRecord:
-    """What the access log says of one request; times in seconds of the loop's clock."""
+    """What the access log says of one request; times in seconds of the loop's clock.
 
-    __slots__ = (
-        "bytes",
-        "client",
-        "controller",
-        "first_at",
-        "key",
-        "method",
-        "model",
-        "outcomes",
-        "path",
-        "request_id",
-        "since",
-        "status",
-        "until",
-        "waited_s",
-    )
+    Filled by whoever knows: the server (client, status, bytes), the doors (key), the relay (model, controller,
+    outcomes). `first_at` is when the first byte of the answer left, 0 while none has.
+    """
 
     def __init__(self, client: str, method: str, path: str, since: float) -> None:
         self.client, self.method, self.path, self.since = client, method, path, since
@@ -1419,17 +1379,22 @@ class AccessRecord:
         self.outcomes: "list[tuple[str, str, float]]" = []  # controller, outcome, seconds; one per attempt
 
 
+# Anything but visible ASCII without the backslash, as that begins what stands for the rest.
 _UNSAFE = re.compile(r"[^!-\[\]-~]")
 
 
 @functools.lru_cache(maxsize=1024)
 def plain(text: str) -> str:
-    """`text` as one word of a log line: what could forge a field or a line is escaped."""
+    """`text` as one word of a log line: what could forge a field or a line is escaped.
+
+    Paths and models are a client's own words; kept, as clients repeat them.
+    """
     return text if not _UNSAFE.search(text) else _UNSAFE.sub(lambda m: "\\x%02x" % ord(m.group()), text)
 
 
 def text_line(record: AccessRecord, stamp: str) -> str:
     """The access line for people: time, client, request, model, status, controller, attempts, milliseconds, bytes."""
+    # name=value, so that awk, grep and Loki's logfmt read it; what is rare comes last and only when there is some.
     first = (record.first_at or record.until) - record.since
     line = "%s %s %s %s %d model=%s controller=%s attempts=%d first_ms=%.1f ms=%.1f bytes=%d" % (
         stamp,
@@ -1454,7 +1419,7 @@ def text_line(record: AccessRecord, stamp: str) -> str:
 
 
 def json_line(record: AccessRecord, stamp: str) -> str:
-    """The access line for machines: the same fields as one JSON object."""
+    """The access line for machines: the same fields as one JSON object; unknown is null, so that columns stay."""
     found = {
         "time": stamp,
         "client": record.client,
@@ -1476,61 +1441,152 @@ def json_line(record: AccessRecord, stamp: str) -> str:
     return json.dumps(found, separators=(",", ":")) + "\n"
 
 
+class Console:
+    """Where log lines go: stderr, which may be a pipe that nobody reads (`2>&1 | less`), or journald, stalled.
+
+    A write that blocks would stop every answer. So a pipe or socket gets only what it has room for, the rest is kept,
+    and what is too much is dropped and counted. O_NONBLOCK would not do: it is a property of the open file, which
+    belongs to the shell and to its other children, too. Files and terminals are written to as ever.
+    """
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.poll: "select.poll | None" = None  # for what may block
+        self.kept, self.dropped = bytearray(), 0  # bytes that wait for room; lines that came when those were too many
+        self.watched = False  # the loop calls `send` once there is room
+
+    def open(self) -> None:
+        """Looks at what stderr is now."""
+        try:
+            self.fd = sys.stderr.fileno()
+        except (AttributeError, OSError, ValueError):  # none, or what stands in its place is no file
+            return
+        try:
+            mode = os.fstat(self.fd).st_mode
+        except OSError:  # closed (2>&-): a client's socket would be the next to get this number, and then the log
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fd)
+            return
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+            self.poll = select.poll()
+            self.poll.register(self.fd, select.POLLOUT)
+
+    def write(self, text: str) -> None:
+        """Takes whole lines. A log that cannot be written must not stop the answers."""
+        if self.poll is None:
+            try:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            except (AttributeError, OSError):  # there is none, the disk is full, the terminal is gone
+                pass
+            return
+        # While lines are missing no later one is taken: the note of it stands where they would have stood.
+        if self.dropped:
+            self.dropped += text.count("\n")
+        else:
+            self.kept += text.encode("utf-8", "backslashreplace")
+        self.send()
+        # Cut at a line's end, and from the newest: what led into the trouble tells more than what came of it.
+        if len(self.kept) > LOG_KEPT_BYTES:
+            end = self.kept.rfind(b"\n", 0, LOG_KEPT_BYTES) + 1
+            self.dropped = self.kept.count(b"\n", end)
+            del self.kept[end:]
+
+    def send(self, patience_ms: int = 0) -> None:
+        """Writes what there is room for; each piece may wait for it as long as told."""
+        waits = False
+        try:
+            while (self.kept or self.dropped) and not waits:
+                waits = not self.poll or not self.poll.poll(patience_ms)
+                if not waits:
+                    self._send_piece()
+        except BlockingIOError:  # another process has set O_NONBLOCK
+            waits = True
+        except OSError:  # nobody reads any more; of a named pipe somebody may again
+            self.dropped += self.kept.count(b"\n")
+            self.kept.clear()
+        self._watch(waits)
+
+    def _send_piece(self) -> None:
+        """One write that does not block: where poll finds room in a pipe there is some for PIPE_BUF bytes (POSIX)."""
+        # In whole lines where they are short enough: pieces up to PIPE_BUF are atomic, other writers cannot cut them.
+        if self.kept:
+            end = self.kept.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
+            del self.kept[: os.write(self.fd, self.kept[:end])]
+        else:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            os.write(self.fd, b"%b WARNING %d lines dropped: nobody read them\n" % (stamp.encode(), self.dropped))
+            self.dropped = 0
+
+    def _watch(self, waits: bool) -> None:
+        """Makes the loop call `send` when there is room, as long as something waits for it."""
+        if waits == self.watched:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # before or after it the next line tries again
+            return
+        if waits:
+            loop.add_writer(self.fd, self.send)
+        else:
+            loop.remove_writer(self.fd)
+        self.watched = waits
+
+
 class AccessLog:
     """Writes access lines, those of some milliseconds together: a line by itself costs twice, its write ten times."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, write: "Callable[[str], Any]", as_json: bool = False) -> None:
-        self.loop, self.write = loop, write
-        self.render = json_line if as_json else text_line
+    def __init__(self, loop: asyncio.AbstractEventLoop, write: "Callable[[str], Any]") -> None:
+        self.loop, self.write, self.render = loop, write, text_line
         self.records: "list[AccessRecord]" = []
 
     def add(self, record: AccessRecord) -> None:
         """Takes one finished request."""
+        # The line is rendered later, after the answer has left: nobody waits for it.
         record.until = self.loop.time()
         if not self.records:
             self.loop.call_later(FLUSH_S, self.flush)
         self.records.append(record)
 
     def flush(self) -> None:
-        """Writes what has gathered; a log that cannot be written must not stop the answers."""
+        """Writes what has gathered."""
+        # One stamp for all, to the second: they ended within FLUSH_S of each other.
         records, self.records = self.records, []
-        if not records:
-            return
-        stamp, render = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.render
-        try:
+        if records:
+            stamp, render = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.render
             self.write("".join([render(record, stamp) for record in records]))
-        except OSError as problem:
-            if problem.errno not in (errno.EPIPE, errno.ENOSPC, errno.EAGAIN):
-                raise
 
 
 redactor = Redactor()
-
-
-def set_up_logging(config: Config) -> None:
-    """Sends log records to stderr, cleaned of every secret that `config` holds."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
-    redactor.watch(secrets_of(config))
-    handler.addFilter(redactor)
-    for logger in (log, logging.getLogger("asyncio")):  # which reports what no code of ours has caught
-        logger.handlers[:] = [handler]
-        logger.propagate = False
-    log.setLevel(config.log_level.upper())
+console = Console()
 
 
 def secrets_of(config: Config) -> "Iterator[str]":
-    """Every secret of a configuration, and the forms in which it travels."""
+    """Every secret of a configuration, and the forms in which it travels. Of client keys only digests are known."""
     for controller in config.controllers:
         account = controller.account
         yield account.api_key.reveal()
         yield from (value.reveal() for _, value in account.headers)
+        # A proxy's password travels as it is spelled in the URL, decoded, and in base64 with the user's name.
         parts = urllib.parse.urlsplit(account.proxy.reveal())
         if parts.password:
-            yield urllib.parse.unquote(parts.password)
-            yield parts.password
-            yield parts.netloc.rpartition("@")[0]
-            yield base64.b64encode(urllib.parse.unquote(parts.netloc.rpartition("@")[0]).encode()).decode()
+            pair = parts.netloc.rpartition("@")[0]
+            yield from (parts.password, urllib.parse.unquote(parts.password), pair)
+            yield base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
+
+
+def set_up_logging(config: Config) -> None:
+    """Sends log records to stderr, cleaned of every secret that `config` holds."""
+    # The log has a text format of its own even where access lines are JSON: it is for people, and has no fields.
+    console.open()
+    handler = logging.StreamHandler(console)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    redactor.watch(secrets_of(config))
+    handler.addFilter(redactor)
+    # asyncio's own reports what no code of ours has caught, and so may show what an exception's message holds.
+    for logger in (log, logging.getLogger("asyncio")):
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+    log.setLevel(config.log.level.upper())
 
 
 # ==== 4. HTTP/1.1 on the wire ====
@@ -1835,10 +1891,10 @@ class ChunkedDecoder:
     ValueError for what the grammar or a bound forbids, OverflowError beyond `limit`.
     """
 
-    __slots__ = ("done", "left", "limit", "pending", "rest", "total", "trailing")
+    __slots__ = ("done", "left", "limit", "line_bytes", "pending", "rest", "total", "trailing")
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, line_bytes: int = CHUNK_LINE_BYTES) -> None:
+        self.limit, self.line_bytes = limit, line_bytes
         self.left = 0  # bytes still to come of the open chunk; -1: its CRLF
         self.total = self.trailing = 0
         self.pending = b""  # the beginning of a line that is not whole yet
@@ -1900,7 +1956,7 @@ class ChunkedDecoder:
         """Reads the chunk-size or trailer line at `at`; its end, or -1 when it is not whole."""
         # By the LF, so that a line that ends with a bare one is found and refused rather than joined to the next:
         # a parser before us that takes it for a line's end would see another body (RFC 9112, 11.2).
-        end = data.find(b"\n", at, at + (TRAILER_BYTES if self.trailing else CHUNK_LINE_BYTES))
+        end = data.find(b"\n", at, at + (TRAILER_BYTES if self.trailing else self.line_bytes))
         if end < 0:
             self._check_unfinished(data, at)
             return -1
@@ -1921,7 +1977,7 @@ class ChunkedDecoder:
     def _check_unfinished(self, data: bytes, at: int) -> None:
         """Refuses a line that is too long or can no longer become a good one."""
         rest = data[at:]
-        if len(rest) >= (TRAILER_BYTES if self.trailing else CHUNK_LINE_BYTES):
+        if len(rest) >= (TRAILER_BYTES if self.trailing else self.line_bytes):
             raise ValueError("a chunk-size or trailer line is too long")
         if not self.trailing and not re.match(rb"[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[^\r\n\x00]*)?)?\r?\Z", rest):
             raise ValueError("a chunk-size line is malformed")
@@ -1942,7 +1998,9 @@ class ChunkedDecoder:
 Decoder = LengthDecoder | ChunkedDecoder | EofDecoder
 
 
-def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | ChunkedDecoder | None":
+def request_body_decoder(
+    head: RequestHead, limit: int, line_bytes: int = CHUNK_LINE_BYTES
+) -> "LengthDecoder | ChunkedDecoder | None":
     """What decodes the request's body, None where there is none. Raises BadMessage (RFC 9112, 6.1 and 6.3)."""
     coding = head.index.get(b"transfer-encoding")
     length = head.index.get(b"content-length")
@@ -1954,7 +2012,7 @@ def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | Chun
         if codings != [b"chunked"]:  # 400 where the end of the body cannot be known, 501 where a coding is not spoken
             status = 501 if codings[-1] == b"chunked" and codings.count(b"chunked") == 1 else 400
             raise BadMessage(status, "Only the transfer coding chunked is understood, alone and once.")
-        return ChunkedDecoder(limit)
+        return ChunkedDecoder(limit, line_bytes)
     if length is None:
         return None  # a request without either has no body (RFC 9112, 6.3), unlike a reply
     try:
@@ -1966,7 +2024,9 @@ def request_body_decoder(head: RequestHead, limit: int) -> "LengthDecoder | Chun
     return LengthDecoder(size) if size else None
 
 
-def reply_body_decoder(head: ResponseHead, method: str) -> "LengthDecoder | ChunkedDecoder | EofDecoder":
+def reply_body_decoder(
+    head: ResponseHead, method: str, line_bytes: int = CHUNK_LINE_BYTES
+) -> "LengthDecoder | ChunkedDecoder | EofDecoder":
     """What decodes a reply's body (RFC 9112, 6.3). Raises BadReply where the framing is ambiguous."""
     coding = head.index.get(b"transfer-encoding")
     length = head.index.get(b"content-length")
@@ -1978,7 +2038,8 @@ def reply_body_decoder(head: ResponseHead, method: str) -> "LengthDecoder | Chun
     if coding is not None:
         if coding.strip(b" \t").lower() != b"chunked" or head.minor == 0:
             raise BadReply("the upstream's transfer coding is not plain chunked")
-        return ChunkedDecoder(1 << 62)  # an answer may be as long as it likes: what is held of it is bounded elsewhere
+        # An answer may be as long as it likes: what is held of it is bounded elsewhere.
+        return ChunkedDecoder(1 << 62, line_bytes)
     if length is None:
         return EofDecoder()
     try:
@@ -2793,7 +2854,8 @@ class ConnectionPool:
     """Idle connections per origin, the most recently used first, so that the surplus grows old and closes."""
 
     def __init__(self, outbox: Outbox, dial: Dial = dial) -> None:
-        self.outbox, self.dial, self.head_bytes = outbox, dial, UPSTREAM_HEAD_BYTES
+        self.outbox, self.dial = outbox, dial
+        self.head_bytes, self.line_bytes = UPSTREAM_HEAD_BYTES, CHUNK_LINE_BYTES
         self.idle: "dict[Origin, list[UpstreamConnection]]" = {}
         self.active: "set[UpstreamConnection]" = set()
         self.closed = False
@@ -2953,7 +3015,7 @@ class NetworkExchange:
                 raise as_closed(again) from again
         if self.head.status == 407:  # said before the request reached its upstream, and of no use to a client
             raise ConnectFailed("a proxy on the way to %s wants another password" % self.origin.authority)
-        self.decoder = reply_body_decoder(self.head, self.method)
+        self.decoder = reply_body_decoder(self.head, self.method, self.pool.line_bytes)
         connection.early = False
         connection.waits_for = "nothing came from the upstream in time"
         connection.deadline.set(self._idle_until(connection))
@@ -3470,7 +3532,7 @@ def _add_reasoning(effort: str, budget: int, thinking: str, out: "dict[str, Any]
 def to_messages(
     data: "dict[str, Any]",
     drop: "frozenset[str]",
-    max_tokens: int = AccountConfig.defaults["max_tokens"],
+    max_tokens: int = AccountConfig.max_tokens,
     thinking: str = THINKING[0],
 ) -> "dict[str, Any]":
     """The Messages request that asks what the chat request `data` asks. Raises Untranslatable.
@@ -3783,7 +3845,7 @@ def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
 # What a request to one account looks like. Pure translation: a parsed request in, the bytes for the upstream out. First
 # what a request is and what can be read from its body, then a class for each kind of account: one that speaks OpenAI's
 # API (Azure's is a dialect of it), one whose answers are translated, one that makes them up. A vendor that speaks
-# OpenAI's API is a row in PRESETS; a kind of its own is one class here, a line in CONTROLLERS and a file of tests.
+# OpenAI's API is a row in VENDORS; a kind of its own is one class here, a line in CONTROLLERS and a file of tests.
 
 CHAT_PATH = "/chat/completions"  # without /v1, which belongs to the base URL, where it has one
 # The fastest way into JSON, which tells where a value ends, too.
@@ -6870,7 +6932,7 @@ class ClientConnection:
     async def _read_body(self, head: RequestHead) -> bytes:
         """The request's body, bounded in size, time and slowness. Raises BadMessage."""
         limits, index = self.server.config.limits, head.index
-        decoder = request_body_decoder(head, limits.body_bytes)
+        decoder = request_body_decoder(head, limits.body_bytes, limits.chunk_line_bytes)
         if (b"connection" in index or not head.minor) and not head.keeps_alive:
             self.close_after = True
         if self.reserve:
@@ -7180,26 +7242,27 @@ class Server:
         self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
         self.pool = UpstreamPool([], SmoothWeighted(), config.pool, loop)
         self.gates: "dict[str, KeyGate]" = {}
-        self.access = AccessLog(loop, write_stderr)
+        self.access = AccessLog(loop, console.write)
         self.reconfigure(config)
         self.relay = Relay(self.pool, self.links, loop)
 
     def reconfigure(self, config: Config) -> None:
         """Works by `config` from now on. What is unchanged keeps its state; answers under way are not touched."""
-        if self.listener is not None and bool(self.tls) != bool(config.tls_cert):
+        if self.listener is not None and bool(self.tls) != bool(config.tls.cert):
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
             load_certificate(self.tls, config)  # first: it may raise
-        self.config, self.links.head_bytes = config, config.limits.upstream_head_bytes
+        self.config, limits = config, config.limits
+        self.links.head_bytes, self.links.line_bytes = limits.upstream_head_bytes, limits.chunk_line_bytes
         rebuild_pool(self.pool, config)
         gates = {key.name: KeyGate(key) for key in config.client_keys if key.limits != QuotaLimits()}
         self.gates = {
             name: self.gates[name] if name in self.gates and self.gates[name].key.limits == gate.key.limits else gate
             for name, gate in gates.items()
         }
-        self.access.render = json_line if config.log_format == "json" else text_line
+        self.access.render = json_line if config.log.format == "json" else text_line
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
-        self.guards_origin = not config.client_keys or bool(config.allow_origins)
+        self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
         self.last_host = None
         REPLY_FIELDS.known.clear()  # as there may be new secrets
         self.models.clear()
@@ -7213,7 +7276,7 @@ class Server:
 
     async def start(self) -> "list[tuple[str, int]]":
         """Listens; the addresses. Raises OSError, ConfigError."""
-        self.tls = server_tls(self.config) if self.config.tls_cert else None
+        self.tls = server_tls(self.config) if self.config.tls.cert else None
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
@@ -7226,23 +7289,24 @@ class Server:
         tune(transport)
         name = transport.get_extra_info("peername")
         peer = str(name[0]) if isinstance(name, tuple) else "local"
-        limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(peer, 0)
-        bound = min(limits.connections, self.most)
-        most = limits.connections_per_client or peer_bound(peer)
+        subscriber, own = subscriber_of(peer)
+        limits, count, here = self.config.limits, len(self.connections), self.per_peer.get(subscriber, 0)
+        bound, most = min(limits.connections, self.most), limits.connections_per_client or own
         if self.stopping or count >= bound + RESERVE_CONNECTIONS or (most and here >= most):
             transport.write(b"" if self.tls else FULL)
             transport.close()
             return
-        self.per_peer[peer] = here + 1
+        self.per_peer[subscriber] = here + 1
         self.connections.add(ClientConnection(self, protocol, transport, peer, count >= bound))
 
     def forget(self, client: ClientConnection) -> None:
         """A client's connection has ended."""
         if client in self.connections:
             self.connections.discard(client)
-            left = self.per_peer[client.peer] = self.per_peer[client.peer] - 1
+            subscriber, _ = subscriber_of(client.peer)
+            left = self.per_peer[subscriber] = self.per_peer[subscriber] - 1
             if not left:
-                del self.per_peer[client.peer]
+                del self.per_peer[subscriber]
 
     async def stop(self) -> None:
         """Drains: the status says so, the listener closes, answers finish within their time, the rest is closed."""
@@ -7277,7 +7341,7 @@ class Server:
         origin = head.index.get(b"origin")
         if not origin:
             return b""
-        known = self.config.allow_origins
+        known = self.config.cors.allow_origins
         if "*" in known or origin.decode("latin-1") in known:
             return origin
         if self.guards_origin:
@@ -7561,15 +7625,24 @@ FULL = full_answer()
 
 
 @functools.lru_cache(maxsize=1024)
-def peer_bound(peer: str) -> int:
-    """How many connections an address may have where nothing is configured; 0 for as many as it likes."""
+def subscriber_of(peer: str) -> "tuple[str, int]":
+    """As what the connections of an address are counted, and how many it may have where nothing is configured.
+
+    A public IPv6 address counts as its /64, the least that one subscriber is given (RFC 6177): each of them could come
+    from 2**64 addresses. Private ones count each by itself, as there a /64 is a network of many clients. 0 is no bound.
+    """
     import ipaddress  # 2 ms that loopback need not pay at the start
 
     try:
         address = ipaddress.ip_address(peer.partition("%")[0])
     except ValueError:
-        return 0
-    return 0 if address.is_private or address.is_loopback else PEER_CONNECTIONS
+        return peer, 0
+    address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:192.0.2.1, on a socket for both families
+    if address.is_private or address.is_loopback:
+        return peer, 0
+    if address.version == 6:
+        return str(ipaddress.ip_network((int(address) >> 64 << 64, 64))), PEER_CONNECTIONS
+    return str(address), PEER_CONNECTIONS
 
 
 def longest_wait(index: Index, most: float) -> float:
@@ -7696,20 +7769,14 @@ def server_tls(config: Config) -> ssl.SSLContext:
 def load_certificate(context: ssl.SSLContext, config: Config) -> None:
     """Makes new connections use this certificate. Raises ConfigError."""
     try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
+        context.load_cert_chain(config.tls.cert, config.tls.key)
     except (ssl.SSLError, OSError) as problem:
         raise ConfigError("%s: tls: certificate and key cannot be used: %s" % (config.source, problem)) from problem
 
 
-def write_stderr(text: str) -> None:
-    """Writes access lines, unbuffered."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
 # ==== 15. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
-# cannot be listened on.
+# cannot be listened on. A start is measured: what few starts need is imported where it is needed.
 
 
 USAGE = """usage: chatgpt_apiserver.py [flags]
@@ -7726,6 +7793,7 @@ Several rate-limited OpenAI-style accounts behind one endpoint.
   --help, -h          print this, exit
 
 Long flags may also be written with dashes: --config-file, --config-path."""
+# Underscores as the Go original has them, dashes as everybody types them.
 FLAGS = ("config_file=", "config-file=", "config_path=", "config-path=", "host=", "port=")
 SWITCHES = ("check", "demo", "version", "help")
 
@@ -7746,8 +7814,7 @@ def parse_args(argv: "list[str]") -> "dict[str, str]":
 
 def raise_open_files() -> float:
     """Raises the limit on open files as far as allowed, as a stream takes two; what it is then."""
-    if sys.platform == "win32":
-        return math.inf
+    # Shells and systemd give 1024 for fear of select(), which is not used here.
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -7761,6 +7828,7 @@ def raise_open_files() -> float:
 
 def fit_connections(server: Server, files: float) -> None:
     """Bounds the connections by the open files, two each: without one for the upstream a client is of no use."""
+    # Let in, it would wait for a descriptor that the next client takes: refused, it may try another server.
     server.most = max(1.0, (files - SPARE_FILES) // 2)
     if server.most < server.config.limits.connections:
         log.warning("open files are limited to %d: at most %d clients at once", files, server.most)
@@ -7768,27 +7836,32 @@ def fit_connections(server: Server, files: float) -> None:
 
 def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
     """What `load` finds now, once it is known to be usable as a whole; None, and the log says why, when it is not."""
+    # Certificates are renewed at any time, by others: whether key and certificate fit is part of being usable.
     try:
         new = load()
-        if new.tls_cert:
+        if new.tls.cert:
             server_tls(new)
     except ConfigError as problem:
         log.error("reload: the old configuration stays: %s", problem)
         return None
     redactor.watch([*secrets_of(current), *secrets_of(new)])  # what is under way may still show the old ones
-    log.setLevel(new.log_level.upper())
-    for line in diff_config(current, new) or ["nothing changed"]:
+    log.setLevel(new.log.level.upper())
+    for line in [*diff_config(current, new)] or ["nothing changed"]:
         log.info("reload: %s", line)
     return new
 
 
 async def serve(config: Config, load: "Callable[[], Config]") -> None:
-    """Runs the server until a signal asks it to stop; SIGHUP makes it `load` again. Raises OSError, ConfigError."""
+    """Runs the server until a signal asks it to stop; SIGHUP makes it `load` again.
+
+    Raises OSError for an address that cannot be listened on, ConfigError for a certificate that does not fit its key.
+    """
     loop = asyncio.get_running_loop()
     server = Server(config, loop)
     stop = asyncio.Event()
 
     def ask() -> None:
+        # Who asks twice does not want to wait for answers, nor for what else the first may have begun.
         if stop.is_set():
             log.warning("second signal: closing now")
             os._exit(1)
@@ -7799,12 +7872,13 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
         if new is not None:
             server.reconfigure(new)
 
+    # Before the listener, so that a supervisor may signal as soon as it can connect.
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask)
     loop.add_signal_handler(signal.SIGHUP, reload)
     for host, port in await server.start():
-        shown_host = "[%s]" % host if ":" in host else host
-        log.info("listening on %s://%s:%d", "https" if config.tls_cert else "http", shown_host, port)
+        log.info("listening on %s", address(config, host, port))
+    # The listener is open; what follows delays nobody's first connection, only its first answer.
     fit_connections(server, raise_open_files())
     shrink_tls_buffers()
     gc.enable()
@@ -7818,17 +7892,23 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
 
 
 def run(config: Config, load: "Callable[[], Config]") -> int:
-    """Serves; the exit status."""
+    """Serves; the exit status, once what is left of the log has found its reader or none."""
     try:
         asyncio.run(serve(config, load))
     except OSError as error:
         print("cannot listen on %s:%d: %s" % (config.host, config.port, error), file=sys.stderr)
         return 1
+    finally:
+        console.send(LOG_LAST_MS)
     return 0
 
 
 def main(argv: "list[str] | None" = None) -> int:
-    """Runs the command line; the exit status."""
+    """Runs the command line; the exit status.
+
+    What goes wrong before the log is set up is told on stderr as one message, never as a traceback: it is the user's to
+    mend. All checks of --check are those of a start.
+    """
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         if "help" in args or "version" in args:
@@ -7839,13 +7919,14 @@ def main(argv: "list[str] | None" = None) -> int:
         load = functools.partial(load_config, *named, flags, os.environ, "demo" in args)
         config = load()
         if "check" in args:
-            if config.tls_cert:
+            if config.tls.cert:
                 server_tls(config)
             print("\n".join(["good: " + config.source, *describe(config)]))
             return 0
         set_up_logging(config)
-        for line in describe(config)[:-1]:
+        for line in describe(config)[:-1]:  # the address is told once it is open
             log.info("%s", line)
+        # Not an error: in a container every address is public, and something in front may ask for keys.
         if not is_loopback(config.host) and not config.client_keys:
             log.warning("ANYONE WHO CAN REACH %s:%d CAN SPEND THESE KEYS: no client_keys", config.host, config.port)
         return run(config, load)

@@ -198,9 +198,39 @@ async def test_connections_of_one_address() -> None:
             assert (await client.read()).status == 200
             client.close()
         third.close()
-    for peer in ("127.0.0.1", "::1", "10.1.2.3", "192.168.1.1", "fe80::1%eth0", "fd00::1", "local"):
-        assert app.peer_bound(peer) == 0
-    assert app.peer_bound("8.8.8.8") == app.peer_bound("2a00::1") == app.PEER_CONNECTIONS
+
+
+@pytest.mark.parametrize(
+    ("peer", "subscriber", "bound"),
+    [
+        *((peer, peer, 0) for peer in ("127.0.0.1", "::1", "10.1.2.3", "192.168.1.1", "fe80::1%eth0", "fd00::1", "local")),
+        ("::ffff:10.1.2.3", "::ffff:10.1.2.3", 0),
+        ("8.8.8.8", "8.8.8.8", app.PEER_CONNECTIONS),
+        ("::ffff:8.8.8.8", "8.8.8.8", app.PEER_CONNECTIONS),
+        ("2a00:1:2:3::1", "2a00:1:2:3::/64", app.PEER_CONNECTIONS),
+        ("2a00:1:2:3:ffff:ffff:ffff:ffff", "2a00:1:2:3::/64", app.PEER_CONNECTIONS),
+        ("2a00:1:2:4::1", "2a00:1:2:4::/64", app.PEER_CONNECTIONS),
+    ],
+)
+def test_who_shares_a_bound(peer: str, subscriber: str, bound: int) -> None:
+    """Public IPv6 addresses count by their /64, as one subscriber has all of it; mapped ones count as IPv4."""
+    assert app.subscriber_of(peer) == (subscriber, bound)
+
+
+async def test_connections_of_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses of one subscriber share `connections_per_client`, and give their places back."""
+    monkeypatch.setattr(app, "subscriber_of", lambda _: ("127.0.0.0/8", 0))
+    async with Running(limits={"connections_per_client": 1}) as server:
+        for address in ("127.0.0.1", "127.0.0.2"):
+            first = Client(*await asyncio.open_connection("127.0.0.1", server.port, local_addr=(address, 0)))
+            await turns()
+            assert server.server.per_peer == {"127.0.0.0/8": 1}
+            second = await server.open()
+            assert (await second.read()).status == 503
+            first.close()
+            second.close()
+            while server.server.per_peer:
+                await asyncio.sleep(0)
 
 
 def get(line: str = "", target: str = "/status") -> bytes:
@@ -214,6 +244,9 @@ def chunked(*sizes: int) -> bytes:
     return head + b"".join(app.chunk(b" " * size) for size in sizes)
 
 
+EXTENDED = b"1;%b\r\n \r\n" + app.LAST_CHUNK
+
+
 @pytest.mark.parametrize(
     ("key", "value", "good", "bad", "status"),
     [
@@ -221,6 +254,7 @@ def chunked(*sizes: int) -> bytes:
         ("header_bytes", 2000, get("X: " + "a" * 1900), get("X: " + "a" * 2000), 431),
         ("header_count", 10, get("\r\n".join(["X: 1"] * 8)), get("\r\n".join(["X: 1"] * 9)), 431),
         ("body_bytes", 500, request(b" " * 500), request(b" " * 501)[:-501], 413),
+        ("chunk_line_bytes", 64, chunked() + EXTENDED % (b"x" * 60), chunked() + EXTENDED % (b"x" * 61), 400),
         ("body_bytes", 500, chunked(250, 250) + app.LAST_CHUNK, chunked(250, 251), 413),
         ("body_bytes", 500, chunked(500) + app.LAST_CHUNK, chunked()[:-2] + b"\r\n1f5\r\n", 413),
     ],
@@ -319,6 +353,15 @@ async def check_the_size_of_an_upstreams_head(size: int, cuts: int) -> None:
 
     async with Upstream(script) as one, Running(controller("a", one.url), limits={"upstream_head_bytes": 1024}) as server:
         assert (await server.post("m")).status == (200 if size <= 1000 else 502)
+
+
+async def test_the_size_of_an_upstreams_chunk_line() -> None:
+    """A reply's chunk-size line may have as many bytes as chunk_line_bytes says, which a reload may change."""
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;%b\r\n{}\r\n0\r\n\r\n" % (b"x" * 300)
+    async with Upstream(answers(raw)) as one, Running(controller("a", one.url)) as server:
+        assert (await server.post("m")).status == 502
+        server.server.reconfigure(server.config.replace(limits=app.ServerLimits(chunk_line_bytes=400)))
+        assert (await server.post("m")).body == b"{}"
 
 
 @pytest.mark.parametrize("stream", [False, True])

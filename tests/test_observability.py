@@ -1,12 +1,20 @@
 """Logs: one line per request whatever clients send, and no secrets."""
 
+import asyncio
 import json
 import logging
+import os
+import re
+import socket
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import chatgpt_apiserver as app
+
+from .wirefeed import turns
 
 KEY = "sk-proj-" + "Abcd1234" * 6 + "wxyz"
 
@@ -138,3 +146,111 @@ def test_scrub_is_linear(piece: str) -> None:
 
     short, long = (min(seconds(size) for _ in range(3)) for size in (40_000, 160_000))
     assert long < 10 * short + 0.01
+
+
+def console_on(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> app.Console:
+    """The console of a process whose stderr is this open file."""
+    monkeypatch.setattr(sys, "stderr", os.fdopen(descriptor, "w", encoding="utf-8"))
+    console = app.Console()
+    console.open()
+    return console
+
+
+def lines(first: int, count: int) -> str:
+    """As many log lines, numbered."""
+    return "".join("line %d %s\n" % (number, "x" * 100) for number in range(first, first + count))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+@pytest.mark.parametrize("batch", [1, 100, 10_000])
+async def test_a_log_that_nobody_reads(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing never blocks and keeps little; a reader that comes gets the first lines whole, how many are missing, the next."""
+    one, two = (end.detach() for end in socket.socketpair()) if kind == "socket" else os.pipe()
+    console = console_on(two, monkeypatch)
+    for first in range(0, 20_000, batch):
+        console.write(lines(first, batch))
+        assert len(console.kept) <= app.LOG_KEPT_BYTES
+    found = ""
+    while "dropped" not in found:
+        found += os.read(one, 65536).decode()
+        await turns(3)
+    *whole, note = found.splitlines()
+    assert [line.split()[1] for line in whole] == [str(number) for number in range(len(whole))]
+    told = re.fullmatch(r"\S+ WARNING (\d+) lines dropped: nobody read them", note)
+    assert told is not None and len(whole) + int(told[1]) == 20_000 and len(whole) > 2000
+    console.write("next\n")
+    assert os.read(one, 65536) == b"next\n" and not console.watched
+    os.close(one)
+    for _ in range(3):
+        console.write(lines(0, batch))
+        await turns(3)
+    assert (len(console.kept), console.dropped, console.watched) == (0, 3 * batch, False)
+    sys.stderr.close()
+
+
+async def test_a_slow_reader_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept goes out as the reader takes it, without another line; at the end it is waited for a little."""
+    one, two = os.pipe()
+    console = console_on(two, monkeypatch)
+    console.write(lines(0, 2000))
+    assert console.kept and console.watched
+    found = b""
+    while console.kept:
+        found += os.read(one, 4096)
+        await turns(3)
+    while len(found) < len(lines(0, 2000)):
+        found += os.read(one, 4096)
+    assert found.decode() == lines(0, 2000) and not console.watched
+    console.write(lines(0, 2000))
+    reader = asyncio.get_running_loop().run_in_executor(None, Path("/dev/fd/%d" % one).read_text)
+    console.send(10_000)
+    sys.stderr.close()
+    assert await reader == lines(0, 2000)
+    os.close(one)
+
+
+def test_a_log_before_the_loop_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start whose first lines fill the pipe goes on."""
+    one, two = os.pipe()
+    console = console_on(two, monkeypatch)
+    console.write(lines(0, 2000))
+    kept = len(console.kept)
+    os.read(one, 65536)
+    console.write("more\n")
+    assert kept and len(console.kept) < kept
+    sys.stderr.close()
+    os.close(one)
+
+
+def test_a_log_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A regular file gets every line at once."""
+    console = console_on(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), monkeypatch)
+    console.write(lines(0, 10_000))
+    assert console.poll is None and (tmp_path / "log").read_text() == lines(0, 10_000)
+    sys.stderr.close()
+
+
+def test_no_log_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start with stderr closed serves in silence, and no client's socket gets its number, and with it the log."""
+    monkeypatch.setattr(sys, "stderr", None)
+    console = app.Console()
+    console.open()
+    console.write("a\n")
+    closed = os.dup(1)
+    stderr = os.fdopen(closed, "w")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    os.close(closed)
+    console.open()
+    console.write("a\n")
+    with socket.socket() as other:
+        assert other.fileno() != closed
+    stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that cannot be written is no reason to fail."""
+    console = console_on(os.open("/dev/full", os.O_WRONLY), monkeypatch)
+    console.write("a\n")
+    with pytest.raises(OSError, match="No space"):
+        sys.stderr.close()

@@ -178,6 +178,39 @@ async def test_sighup_replaces_the_certificate(tmp_path: Path) -> None:
             client.close()
 
 
+def start_demo(folder: Path) -> "subprocess.Popen[bytes]":
+    """The program on echo controllers, its log a pipe."""
+    return subprocess.Popen([sys.executable, str(PROGRAM), "--demo", "--port", "0"], cwd=folder, stderr=subprocess.PIPE)
+
+
+async def test_a_log_that_nobody_reads(tmp_path: Path) -> None:
+    """The program serves on when its log is a pipe that is full, tells what was dropped, and ends as it should."""
+    missing = request(b"", target="/" + "x" * 4000, method="GET")
+    for gone in (False, True):
+        with start_demo(tmp_path) as server:
+            assert server.stderr is not None
+            while b"listening" not in (line := server.stderr.readline()):
+                assert line
+            client = Client(*await asyncio.open_connection("127.0.0.1", int(line.rpartition(b":")[2])))
+
+            async def flood(client: Client = client) -> None:
+                for _ in range(150):
+                    await client.send(missing)
+                    assert (await client.read()).status == 404
+
+            await flood()
+            await flood()
+            if gone:
+                server.stderr.close()
+            else:
+                while b"dropped: nobody read them" not in server.stderr.readline():
+                    pass
+            await flood()
+            client.close()
+            server.terminate()
+            assert server.wait(15) == 0
+
+
 async def test_few_open_files(tmp_path: Path) -> None:
     """Where the system allows few open files, fewer clients are let in, and those are served."""
     program = Program(tmp_path)
