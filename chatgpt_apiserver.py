@@ -3564,6 +3564,7 @@ def to_messages(
     return out
 
 
+# Why an answer ended. A refusal is a filter's work there as at Azure; clients know what to do about that word.
 _FINISH_REASONS = {
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
@@ -3590,6 +3591,7 @@ def messages_usage(usage: "Any") -> "dict[str, Any]":
         found.get(name) or 0
         for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
     )
+    # Gateways leave out what they do not know of, so that every number may be missing.
     prompt = fresh + written + read
     thought = (found.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {
@@ -3749,6 +3751,7 @@ class MessageStream:
         # Calls are numbered from 0, as clients join their pieces by it; the upstream's index counts texts, too.
         number = len(self.calls)
         self.calls[index] = [number, block.get("input") or {}]
+        # Signed thinking goes with the call that it led to: a client that keeps the call then has both or neither.
         delta: "dict[str, Any]" = {"tool_calls": [{"index": number, **_tool_call(block, "")}]}
         signed = self._signed()
         if signed:
@@ -3875,6 +3878,7 @@ def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
         data, end = decode_json(text)
         if end != len(text):
             raise ValueError("something follows its end, at character %d" % end)
+    # The decoder gives up near 1,000 levels (RecursionError) and at numbers of 4,300 digits (ValueError).
     except (ValueError, RecursionError) as problem:
         raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
     if not isinstance(data, dict):
@@ -3926,6 +3930,8 @@ def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], b
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ProxyError(400, "You must provide messages: a non-empty array of objects.", param="messages")
+    # What is neither true nor false could be one to the upstream and the other to us, who would wait for events in
+    # vain.
     if not isinstance(data.get("stream", False), (bool, type(None))):
         raise ProxyError(400, "stream must be true or false.", param="stream")
     return data, body
@@ -3975,6 +3981,7 @@ def edit_members(body: bytes, edit: "Callable[[str], tuple[str, str | None]]", m
             value = text[value_at:end] if value is None else value
             members.append(text[start:at] + key + text[end_name:value_at] + value + text[end:stop])
         at = stop + 1
+    # What is added comes last, where readers that take the last of two find it.
     members += [json.dumps(name) + ":" + json.dumps(value) for name, value in more.items()]
     return (text[:first] + ",".join(members) + text[at - 1 :]).encode("utf-8", "surrogatepass")
 
@@ -4117,6 +4124,7 @@ class OpenAIController:
         if absolute:
             self.base = "http://" + self.origin.authority + self.base
         self.paths = {CHAT_PATH: account.chat_path}
+        # Mappings are tuples of pairs in the configuration, so that it can be compared and hashed as a whole.
         self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
         self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
         self.extra = dict(account.extra_body)
@@ -4237,6 +4245,8 @@ def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead
 
 def as_completion(body: bytes) -> bytes:
     """The chat.completion that a whole answer is. Raises BadReply."""
+    # `created` is our own clock's: the Messages API tells no time. What is no message moves on like any other bad
+    # reply.
     try:
         return compact_json(from_message(json.loads(body), int(time.time())))
     except (ValueError, RecursionError) as problem:
@@ -4264,6 +4274,7 @@ class MessagesExchange:
         """See `Exchange`. Errors are read to their end, as only their words tell their status."""
         await self.inner.start()
         found = self.inner.head
+        # What Content-Encoding says counts, not what it should say: proxies in between are known to compress.
         status, kind = found.status, b"application/json"
         coded = found.index.get(b"content-encoding", b"identity").lower() != b"identity"
         if status >= 300:  # of a compressed one the status has to do
@@ -4321,6 +4332,7 @@ class MessagesExchange:
 
     async def _read_all(self, most: int) -> bytes:
         """The upstream's whole body, or as much of it as decides that it is too large."""
+        # Cut off above `most`: then it is no JSON, and told as such.
         body = b""
         while len(body) <= most:
             piece = await self.inner.read()
@@ -4355,6 +4367,7 @@ class AnthropicController(OpenAIController):
         super().__init__(config)
         self.max_tokens, self.thinking = config.account.max_tokens, config.account.thinking
         self.paths["/models"] = "/models?limit=1000"  # without it the list ends after 20
+        # The client's version, if it is one of that API's clients, is not for this translation; the configuration's is.
         if b"anthropic-version" not in self.hidden:
             self.hidden |= {b"anthropic-version"}
             self.fixed += b"anthropic-version: %b\r\n" % MESSAGES_VERSION
@@ -4387,6 +4400,7 @@ def echo_pieces(request: ApiRequest) -> "Iterator[bytes]":
     prompt = max(1, request.prompt_tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
     kind, said = ("chat.completion.chunk", "delta") if request.stream else ("chat.completion", "message")
+    # Made when it is asked for, so that an answer as long as the prompt is never in memory as a whole.
     same = {"id": "chatcmpl-echo-" + request.request_id, "object": kind, "created": int(time.time())}
 
     def told(what: "dict[str, Any]", reason: "str | None", **more: "Any") -> bytes:
