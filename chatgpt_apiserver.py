@@ -6469,7 +6469,7 @@ class Relay:
         head = reply.head
         if head.status >= 300:
             reply.exchange.finish()
-            verdict = judge_reply(head.status, head.index, reply.held, time.time(), reply.rate_codes)
+            verdict = judge_reply(head.status, head.index, reply.held, time.time(), rate_codes=reply.rate_codes)
             if stateful and head.status == 404:  # about an object of the account, perhaps
                 verdict.outcome = Outcome.CLIENT
             raise Refused(reply, verdict)

@@ -42,5 +42,5 @@ async def test_a_throttle_that_sounds_like_an_empty_purse(
 def test_every_other_vendor_means_what_it_says() -> None:
     """The exception is a row's: with no word of it the code parks the account."""
     assert app.judge_reply(429, {}, SPENT, 0.0).outcome is app.Outcome.QUOTA
-    assert app.judge_reply(429, {}, SPENT, 0.0, ("insufficient_quota",)).outcome is app.Outcome.RATE
-    assert app.judge_reply(402, {}, SPENT, 0.0, ("insufficient_quota",)).outcome is app.Outcome.QUOTA
+    assert app.judge_reply(429, {}, SPENT, 0.0, rate_codes=("insufficient_quota",)).outcome is app.Outcome.RATE
+    assert app.judge_reply(402, {}, SPENT, 0.0, rate_codes=("insufficient_quota",)).outcome is app.Outcome.QUOTA
