@@ -3385,7 +3385,7 @@ def _checked(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "A
             if name and name in form:
                 out[name] = _checked(value, form[name], path + name, drop)
             elif not where or value not in ("", [], {}, False):
-                raise Untranslatable(path + name, _NO_EQUIVALENT)
+                raise Untranslatable(path + name[:100], _NO_EQUIVALENT)
         for name in must:
             if name not in out:  # none of these forms takes None, so this raises, in the form's own words
                 _made(None, dict if isinstance(form[name], dict) else form[name], path + name)

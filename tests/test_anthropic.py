@@ -212,6 +212,13 @@ def test_what_cannot_be_said_is_named(asked: dict[str, Any], field: str) -> None
     assert caught.value.field == field and str(caught.value).startswith(field + " ") and caught.value.why
 
 
+def test_a_long_name_is_cut() -> None:
+    """A field's name may be as long as a body; what is told of it is not."""
+    with pytest.raises(app.Untranslatable) as caught:
+        app.to_messages(asked_for(**{"x" * 100_000: 1}), frozenset())
+    assert len(str(caught.value)) < 200 and caught.value.field == "x" * 100
+
+
 def test_a_thinking_budget_needs_room() -> None:
     """A limit below the smallest budget is an error where thinking has one."""
     with pytest.raises(app.Untranslatable, match="reasoning_effort"):
