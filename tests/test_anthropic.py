@@ -4,7 +4,9 @@
 `streams`: NAME.sse came, NAME.out is given (with usage where the name ends in .usage).
 """
 
+import copy
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,55 @@ def test_a_long_name_is_cut() -> None:
     with pytest.raises(app.Untranslatable) as caught:
         app.to_messages(asked_for(**{"x" * 100_000: 1}), frozenset())
     assert len(str(caught.value)) < 200 and caught.value.field == "x" * 100
+
+
+ODD = (None, 0, True, "", "x", [], {}, [None], [{}], {"type": ["x"]}, {"type": "function"}, {"": 1}, 1.5, "none")
+
+
+def spots(value: Any) -> "Iterator[tuple[Any, Any]]":
+    """Every place inside a JSON value: what holds it, and the key or number there."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from spots(value[key])
+
+
+def spoiled(value: Any, chance: random.Random) -> Any:
+    """A copy with odd values in one to three places."""
+    value = copy.deepcopy(value)
+    for _ in range(chance.randint(1, 3)):
+        holder, key = chance.choice(list(spots(value)) or [({}, "")])
+        if isinstance(holder, dict) and chance.random() < 0.3:
+            holder[chance.choice(("", "x", "type", "role", "name"))] = holder.pop(key)
+        else:
+            holder[key] = copy.deepcopy(chance.choice(ODD))
+    return value
+
+
+def test_spoiled_requests_are_told() -> None:
+    """Whatever stands in whatever place of a request: a translation or an error that names the field, nothing else."""
+    chance = random.Random(8)
+    for case in [one.values[0] for one in cases("requests")] * 60:
+        try:
+            json.dumps(app.to_messages(spoiled(case["asked"], chance), frozenset(), **case.get("options", {})))
+        except app.Untranslatable as told:
+            assert told.why and told.status == 400
+
+
+def test_spoiled_answers_are_told() -> None:
+    """An answer of any shape is one or is none; a stream of any events ends in at most one error."""
+    chance = random.Random(9)
+    for case in [one.values[0] for one in cases("replies")] * 100:
+        try:
+            app.from_message(spoiled(case["came"], chance), CREATED)
+        except ValueError as told:
+            assert "no message" in str(told)
+    for path in [one for one in STREAMS if one.stem != "broken"] * 20:
+        translation = stream(path)
+        for line in path.read_bytes().splitlines():
+            if line.startswith(b"data: {"):
+                event = spoiled(json.loads(line[6:]), chance) if chance.random() < 0.3 else json.loads(line[6:])
+                translation.feed(b"", json.dumps(event).encode())
+        assert not (translation.done and translation.failed)
 
 
 def test_a_thinking_budget_needs_room() -> None:
