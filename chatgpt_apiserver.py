@@ -3400,16 +3400,16 @@ def _with(found: "dict[str, Any]", **more: "Any") -> "dict[str, Any]":
     return {**found, **{name: value for name, value in more.items() if value}}
 
 
+_SOURCES = {"image_url": ("image", "url"), "file": ("document", "file_data")}
+
+
 def _block(part: "dict[str, Any]") -> "dict[str, Any]":
     """The content block of one part; a refusal of earlier is what the assistant said."""
-    kind = part["type"]
-    found, cache = part[kind], part.get("cache_control")
-    if kind == "image_url":
-        return _with({"type": "image", "source": found["url"]}, cache_control=cache)
-    if kind == "file":
-        document = {"type": "document", "source": found["file_data"]}
-        return _with(document, title=found.get("filename"), cache_control=cache)
-    return _with({"type": "text", "text": found}, cache_control=cache)
+    found, cache = part[part["type"]], part.get("cache_control")
+    if isinstance(found, str):
+        return _with({"type": "text", "text": found}, cache_control=cache)
+    name, source = _SOURCES[part["type"]]
+    return _with({"type": name, "source": found[source]}, title=found.get("filename"), cache_control=cache)
 
 
 def _blocks(content: "str | list[dict[str, Any]] | None") -> "list[dict[str, Any]]":
