@@ -4495,12 +4495,17 @@ CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
 
 
 # ==== 10. Outcomes ====
-# What came of an attempt: one pure function reads an upstream's answer for its meaning, another knows when the next
-# controller may be asked, a third reads what replies tell of quotas. Providers differ, so bodies are read tolerantly.
+# What came of an attempt. Three pure questions: what does a reply, a broken connection or an error event mean
+# (`judge_*`)? May the next controller be asked (`may_retry`)? What does a reply tell of the account's quota
+# (`allowance`, `used_tokens`)? Nothing here waits, counts or keeps anything.
+#
+# Vendors agree on statuses and on little else. Error bodies come as an object, a list of one, a string, HTML or
+# nothing; the code may be text, a number or null; what is out of money and what is merely too fast share status 429.
+# So bodies are read tolerantly, and whatever makes no sense falls back to what the status alone says.
 
 
 class Outcome(enum.Enum):
-    """What came of an attempt."""
+    """What came of an attempt; DESIGN's table has a row for each. The value stands in the access log."""
 
     OK = "ok"
     CLIENT = "client"  # the request itself is at fault: returned as it is
@@ -4521,6 +4526,8 @@ class Outcome(enum.Enum):
 
 FAILURES = frozenset((Outcome.FAULT, Outcome.CONNECT, Outcome.SILENT, Outcome.CUT))  # what the breaker counts
 ANSWERED = frozenset((Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RATE))  # the account works
+# 429 (or 402) for want of money, not of patience: waiting a minute is no use, asking elsewhere is. Rivals that take
+# these for rate limits hammer a dead key all day.
 QUOTA_CODES = frozenset(
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached".split()
@@ -4540,6 +4547,7 @@ USEFULNESS = (
 )
 # Of an account, not of the request: asking again soon is no use (the official SDKs obey x-should-retry).
 LASTING = frozenset((Outcome.LARGE, Outcome.QUOTA, Outcome.AUTH, Outcome.FORBIDDEN, Outcome.MISSING))
+# The status that an error in a 200's stream would have had, by its code or type (OpenAI's and Anthropic's words).
 ERROR_STATUSES = {
     **dict.fromkeys(QUOTA_CODES, 429),
     **dict.fromkeys(MISSING_CODES, 404),
@@ -4555,24 +4563,78 @@ ERROR_STATUSES = {
 class Verdict:
     """What an attempt came to, and what its controller learns of it.
 
-    `after_s`: the time that a 429 or 503 named. `by_tokens`: a 429 about tokens, `limit` and `requested` of them.
-    `bucket`: the name that the quota goes by. `status`: 0 where there was no reply.
+    `status`: 0 where there was no reply. `after_s`: the time that a 429 or 503 named. `by_tokens`: a 429 about tokens,
+    of which so many were `requested`. `bucket`: the name that a 429 gave the limit ("for limit gpt-4.1-long-context").
     """
 
-    __slots__ = ("after_s", "bucket", "by_tokens", "limit", "message", "outcome", "requested", "status")
+    after_s: "float | None" = None
+    by_tokens, bucket, requested = False, "", 0
 
     def __init__(self, outcome: Outcome, status: int = 0, message: str = "") -> None:
         self.outcome, self.status, self.message = outcome, status, message
-        self.after_s: "float | None" = None
-        self.by_tokens, self.bucket = False, ""
-        self.limit = self.requested = 0
 
 
 GOOD = Verdict(Outcome.OK, 200)
 
+# -- when to come again
+
+# Go's durations, as OpenAI writes them (17ms, 7.66s, 6m0s), or plain seconds, as Azure and Retry-After do. The counts
+# bound what a regular expression and float() are given.
+_DURATION = re.compile(r"(?:\d{1,12}(?:\.\d{1,9})?(?:h|ms|us|µs|ns|m|s))+|\d{1,12}(?:\.\d{1,9})?", re.ASCII)
+_PART = re.compile(r"([\d.]+)([a-zµ]*)")
+_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
+# OpenAI: "try again in 1m2s"; Azure: "retry after 45 seconds"; Google has it in the details of the error.
+_HINT = re.compile(
+    r'(?:try again in|retry after|retry in)\s+((?:\d+(?:\.\d+)?\s?(?:h|ms|m|s)[a-z]*\s?)+)|"retryDelay":\s*"([\d.]+s)"',
+    re.IGNORECASE,
+)
+
+
+def parse_duration(text: str) -> "float | None":
+    """Seconds of a Go duration (`17ms`, `6m0s`, `1h2m3s`) or a plain number of seconds; None for anything else."""
+    if not _DURATION.fullmatch(text):
+        return None
+    return min(sum(float(number) * _UNITS_S[unit] for number, unit in _PART.findall(text)), 1e9)
+
+
+def seconds_until(date: str, wall_s: float) -> "float | None":
+    """From now to an HTTP date or an RFC 3339 time; None for what is neither."""
+    import datetime as dt  # 3 ms that only dates pay
+    import email.utils
+
+    try:
+        then = dt.datetime.fromisoformat(date) if date[:4].isdigit() else email.utils.parsedate_to_datetime(date)
+        if then.tzinfo is None:
+            then = then.replace(tzinfo=dt.UTC)
+        return max(0.0, then.timestamp() - wall_s)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def retry_after(index: Index, message: str, body: bytes, wall_s: float) -> "float | None":
+    """How long an error asks us to stay away, in seconds: by header, else by its prose (RFC 9110, 10.2.3).
+
+    Azure's and OpenAI's milliseconds come first: Retry-After rounds 20 ms up to a second, or down to none at all.
+    `x-ratelimit-reset-*` does not count: that is when the bucket is full, which no request has to wait for.
+    """
+    value = ""
+    for name, unit_s in ((b"retry-after-ms", 1e-3), (b"retry-after", 1.0)):
+        value = index.get(name, b"").decode("latin-1")
+        seconds = parse_duration(value)
+        if seconds is not None:
+            return seconds * unit_s
+    seconds = seconds_until(value, wall_s) if value else None
+    hint = _HINT.search(message) or _HINT.search(body[:4096].decode("latin-1"))
+    if seconds is not None or hint is None:
+        return seconds
+    return parse_duration(re.sub(r"\s|econd[s]?|inute[s]?|our[s]?", "", hint.group(1) or hint.group(2)).lower())
+
+
+# -- what a reply means
+
 
 def error_words(body: bytes) -> "tuple[str, str]":
-    """Code (or type) and message of an error body, in any of the shapes that providers send."""
+    """Code (or type) and message of an error body, in any of the shapes that providers send; "" for what it lacks."""
     try:
         found = json.loads(redactor.scrub(body[:HOLD_BYTES]))  # what is read here is logged and shown
     except (ValueError, RecursionError):
@@ -4590,45 +4652,34 @@ def error_words(body: bytes) -> "tuple[str, str]":
     return named, str(error.get("message") or error.get("detail") or "")
 
 
-def judge_reply(
-    status: int, index: Index, body: bytes, wall_s: float, rate_codes: "Collection[str]" = ()
-) -> Verdict:
-    """What a reply means. `body` is only looked at for errors; `wall_s`: the time of day, for dates; `rate_codes`: see
-    `AccountConfig`."""
-    if status < 300:
-        return GOOD
-    code, message = error_words(body)
-    verdict = Verdict(outcome_of(status, code, message, rate_codes), status, message)
-    if verdict.outcome in (Outcome.RATE, Outcome.FAULT):
-        verdict.after_s = retry_after(index, message, body, wall_s)
-    if verdict.outcome is Outcome.RATE:
-        read_rate_message(verdict, code)
-    return verdict
-
-
-def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str]" = ()) -> Outcome:
-    """The class of an error reply (PROVIDERS, neutral outcome classes)."""
-    if status == 402 or (status == 429 and code in QUOTA_CODES and code not in rate_codes):
-        return Outcome.QUOTA
-    if status in (429, 498):
-        return Outcome.RATE
-    if status == 401 or (status == 400 and code == "API_KEY_INVALID"):
-        return Outcome.AUTH
-    if status in (403, 404):
-        if code in MISSING_CODES or "model" in message:
-            return Outcome.MISSING
-        return Outcome.FORBIDDEN if status == 403 else Outcome.CLIENT
-    return Outcome.CLIENT if 400 <= status < 500 and status not in (408, 409, 424) else Outcome.FAULT
-
-
 def is_too_long(body: bytes) -> bool:
     """Whether an error says that the prompt is longer than the model can take."""
     code, message = error_words(body)
     return code in TOO_LONG_CODES or "maximum context length" in message
 
 
+def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str]" = ()) -> Outcome:
+    """The class of an error reply (PROVIDERS, neutral outcome classes)."""
+    if status == 402 or (status == 429 and code in QUOTA_CODES and code not in rate_codes):
+        return Outcome.QUOTA
+    if status in (429, 498):  # 498: Groq's flex tier has no capacity left
+        return Outcome.RATE
+    if status == 401 or (status == 400 and code == "API_KEY_INVALID"):  # Google's word for a 401
+        return Outcome.AUTH
+    if status in (403, 404):
+        # A project may be barred from one model (403), a key from all: only the words tell.
+        if code in MISSING_CODES or "model" in message:
+            return Outcome.MISSING
+        return Outcome.FORBIDDEN if status == 403 else Outcome.CLIENT
+    # A timeout, a conflict of the provider's own making, a failed dependency: the same request may do well elsewhere.
+    return Outcome.CLIENT if 400 <= status < 500 and status not in (408, 409, 424) else Outcome.FAULT
+
+
 def read_rate_message(verdict: Verdict, code: str) -> None:
-    """Reads OpenAI's prose: "... (for limit gpt-4.1) ... on tokens per min (TPM): Limit 10000, Requested 12000"."""
+    """Reads OpenAI's prose: "... (for limit gpt-4.1) ... on tokens per min (TPM): Limit 10000, Requested 12000".
+
+    A request of more than the whole limit would be refused for ever: it is LARGE, and nobody's time to wait.
+    """
     message = verdict.message
     verdict.by_tokens = code == "tokens" or "tokens per" in message or "(TPM)" in message
     found = re.search(r"\(for limit ([^)\s]{1,128})\)", message)
@@ -4636,70 +4687,44 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
         verdict.bucket = found.group(1)
     found = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", message)
     if found:
-        verdict.limit, verdict.requested = (int(number.replace(",", "") or 0) for number in found.groups())
-        if verdict.requested > verdict.limit > 0:
+        limit, verdict.requested = (int(number.replace(",", "") or 0) for number in found.groups())
+        if verdict.requested > limit > 0:
             verdict.outcome = Outcome.LARGE
 
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(h|ms|us|µs|ns|m|s)")
-_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
-_PLAIN_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(ms|s|m|h|)\Z")
-_HINT = re.compile(
-    r'(?:try again in|retry after|retry in)\s+((?:\d+(?:\.\d+)?\s?(?:h|ms|m|s)[a-z]*\s?)+)|"retryDelay":\s*"([\d.]+s)"',
-    re.IGNORECASE,
-)
+def judge_reply(
+    status: int, index: Index, body: bytes, wall_s: float, stateful: bool = False, rate_codes: "Collection[str]" = ()
+) -> Verdict:
+    """What a reply means. `body` is only looked at for errors; `wall_s`: the time of day, for dates.
+
+    `stateful`: a 404 or 409 is about an object of the account, so it is the client's and says nothing of the account.
+    `rate_codes`: see `AccountConfig`.
+    """
+    if status < 300:
+        return GOOD
+    code, message = error_words(body)
+    verdict = Verdict(outcome_of(status, code, message, rate_codes), status, message)
+    if stateful and status in (404, 409):
+        verdict.outcome = Outcome.CLIENT
+    if verdict.outcome in (Outcome.RATE, Outcome.FAULT):
+        verdict.after_s = retry_after(index, message, body, wall_s)
+    if verdict.outcome is Outcome.RATE:
+        read_rate_message(verdict, code)
+    return verdict
 
 
-def parse_duration(text: str) -> "float | None":
-    """Seconds of a Go duration (`17ms`, `6m0s`, `1h2m3s`) or a plain number of seconds; None for anything else."""
-    return known_duration(text) if len(text) <= 40 else None  # what is remembered must be short
+def judge_first_event(event: bytes, rate_codes: "Collection[str]" = ()) -> Verdict:
+    """What an error event means, in a 200's place or later: as if it had come with the status that belongs to it.
 
-
-@functools.lru_cache(maxsize=4096)  # a reply has two; most repeat
-def known_duration(text: str) -> "float | None":
-    """`parse_duration` of a short text."""
-    plainly = _PLAIN_DURATION.match(text)
-    if plainly is not None:
-        return float(plainly.group(1)) * _UNITS_S[plainly.group(2)]
-    parts = _DURATION.findall(text[:64])
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        return None
-    return min(sum(float(number) * _UNITS_S[unit] for number, unit in parts), 1e9)
-
-
-def retry_after(index: Index, message: str, body: bytes, wall_s: float) -> "float | None":
-    """How long an error asks us to stay away, in seconds: by header, else by its prose (RFC 9110, 10.2.3)."""
-    exact = parse_duration(index.get(b"retry-after-ms", b"").decode("latin-1"))
-    if exact is not None:
-        return exact / 1e3
-    value = index.get(b"retry-after", b"").decode("latin-1")
-    seconds = parse_duration(value)
-    if seconds is None and value:
-        seconds = seconds_until(value, wall_s)
-    if seconds is not None:
-        return seconds
-    hint = _HINT.search(message) or _HINT.search(body[:4096].decode("latin-1"))
-    if hint is None:
-        return None
-    words = re.sub(r"\s|econd[s]?|inute[s]?|our[s]?", "", hint.group(1) or hint.group(2)).lower()
-    return parse_duration(words)
-
-
-def seconds_until(date: str, wall_s: float) -> "float | None":
-    """From now to an HTTP date or an RFC 3339 time; None for what is neither."""
-    import datetime as dt  # 3 ms that only dates pay
-    import email.utils
-
-    try:
-        if date[:4].isdigit():
-            then = dt.datetime.fromisoformat(date)
-        else:
-            then = email.utils.parsedate_to_datetime(date)
-        if then.tzinfo is None:
-            then = then.replace(tzinfo=dt.UTC)
-        return max(0.0, then.timestamp() - wall_s)
-    except (ValueError, TypeError, OverflowError):
-        return None
+    Who judges by status alone sees nothing but successes here, while every client is refused.
+    """
+    # Some gateways put the status into `code`, deep inside (OpenRouter); else code and types name it, the code first.
+    data = event_fields(event)[1]
+    found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
+    names = [error_words(data)[0], *(kind.decode() for kind in re.findall(rb'"type":\s*"(\w{1,64})"', event))]
+    named = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
+    status = int(found.group(1)) if found else [*named, 502][0]
+    return judge_reply(status, {}, data, 0.0, rate_codes=rate_codes)
 
 
 def judge_error(error: UpstreamError) -> Verdict:
@@ -4710,20 +4735,6 @@ def judge_error(error: UpstreamError) -> Verdict:
     return Verdict(Outcome.SILENT if silent else Outcome.FAULT, 0, str(error))
 
 
-def judge_first_event(event: bytes, rate_codes: "Collection[str]" = ()) -> Verdict:
-    """What an error in a 200's place means: as if it had come with the status that belongs to it."""
-    code, message = error_words(event_fields(event)[1])
-    found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
-    names = [code, *(kind.decode() for kind in re.findall(rb'"type":\s*"(\w{1,64})"', event))]
-    named = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
-    status = int(found.group(1)) if found else [*named, 502][0]
-    verdict = Verdict(outcome_of(status, code, message, rate_codes), status, message)
-    if verdict.outcome is Outcome.RATE:
-        read_rate_message(verdict, code)
-        verdict.after_s = retry_after({}, message, event, 0.0)
-    return verdict
-
-
 def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     """Whether the next controller may get this request. The only place that knows.
 
@@ -4731,14 +4742,20 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     answer that is still silent may be generating, and be billed: asking another would pay twice.
     """
     outcome = verdict.outcome
+    # Whose object it is nobody remembers, so each account is asked until one has it.
     if request.seeks and verdict.status == 404:
         return True
+    # A client's mistake is one everywhere: replaying it over all keys is how a pool gets all its keys banned.
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
         refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
         return refused or verdict.status == 503
+    # A stream's first byte comes soon, so its silence is a hang; a whole answer's may be work.
     return request.stream or outcome is not Outcome.SILENT
+
+
+# -- what a reply tells of the quota
 
 
 class Allowance:
@@ -4750,7 +4767,8 @@ class Allowance:
         self.limit, self.remaining, self.reset_s = limit, remaining, reset_s
 
 
-# Limit, remaining and reset, by vendor; `requests` and `tokens` in turn. The first that a reply has counts.
+# Limit, remaining and reset: OpenAI's names, which most vendors share; Anthropic's; Cerebras' of the day; Mistral's.
+# The first that a reply has counts.
 REQUEST_NAMES = (
     (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests"),
     tuple(b"anthropic-ratelimit-requests-" + end for end in (b"limit", b"remaining", b"reset")),
@@ -4764,80 +4782,97 @@ TOKEN_NAMES = (
 )
 
 
+@functools.lru_cache(maxsize=4096)  # what is left moves in a small range while there is little traffic
+def as_allowance(limit: bytes, remaining: bytes, reset: bytes) -> "Allowance | None":
+    """The allowance that these three fields tell of; None where they are not sane (Azure sends -1 and 0)."""
+    if not (remaining.isdigit() and limit.isdigit() and len(limit) < 16 and len(remaining) < 16 and int(limit)):
+        return None
+    return Allowance(int(limit), min(int(remaining), int(limit)), parse_duration(reset.decode("latin-1")))
+
+
 def allowance(
     index: Index, names: "tuple[tuple[bytes, ...], ...]", clock: "Callable[[], float]"
 ) -> "Allowance | None":
-    """What a reply's fields say of one limit; None where they say nothing, or nothing sane (Azure sends -1 and 0)."""
+    """What a reply's fields say of one limit; None where they say nothing, or nothing sane."""
     for limit_name, remaining_name, reset_name in names:
         remaining = index.get(remaining_name)
         if remaining is not None:
             limit, reset = index.get(limit_name, b""), index.get(reset_name, b"")
             if len(limit) + len(remaining) + len(reset) > 100:  # what is remembered must be short
                 return None
-            if reset[10:11] == b"T":  # a time (RFC 3339), not a duration
-                reset_s = seconds_until(reset.decode("latin-1"), clock())
-                found = as_allowance(limit, remaining, b"")
-                return found and Allowance(found.limit, found.remaining, reset_s)
-            return as_allowance(limit, remaining, reset)
+            found = as_allowance(limit, remaining, reset)
+            if found is not None and reset[10:11] == b"T":  # a time (RFC 3339), not a duration
+                return Allowance(found.limit, found.remaining, seconds_until(reset.decode("latin-1"), clock()))
+            return found
     return None
 
 
-@functools.lru_cache(maxsize=4096)  # what is left moves in a small range while there is little traffic
-def as_allowance(limit: bytes, remaining: bytes, reset: bytes) -> "Allowance | None":
-    """The allowance that these three fields tell of; None where they are not sane."""
-    if not (remaining.isdigit() and limit.isdigit() and len(limit) < 16 and len(remaining) < 16 and int(limit)):
-        return None
-    return Allowance(int(limit), min(int(remaining), int(limit)), parse_duration(reset.decode("latin-1")))
-
-
-_COUNT = re.compile(rb"\s*:\s*(\d{1,12})")
+_TOKENS = re.compile(rb'"(total|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
 
 
 def used_tokens(tail: bytes, cache_free: bool = False) -> "tuple[int, int]":
     """All tokens and those of the answer, by the last `usage` in the end of an answer; zeros where there is none.
 
-    `cache_free`: without those that the prompt cache gave.
+    A regular expression and not a JSON parser: the end of an answer is no JSON, and an answer may have megabytes.
+    `cache_free`: without the tokens that the prompt cache gave.
     """
     at = tail.rfind(b'"usage"')
-    if at < 0:
-        return 0, 0
-    answer = count_after(tail, b'"completion_tokens"', at) or count_after(tail, b'"output_tokens"', at)
-    total = count_after(tail, b'"total_tokens"', at) or count_after(tail, b'"input_tokens"', at) + answer
-    return total - (count_after(tail, b'"cached_tokens"', at) if cache_free else 0), answer
-
-
-def count_after(text: bytes, name: bytes, start: int) -> int:
-    """The number that stands after `name`, 0 where there is none."""
-    at = text.find(name, start)
-    found = _COUNT.match(text, at + len(name)) if at >= 0 else None
-    return int(found.group(1)) if found else 0
+    found = {name: int(count) for name, count in _TOKENS.findall(tail, at)} if at >= 0 else {}
+    answer = found.get(b"completion", found.get(b"output", 0))
+    total = found.get(b"total", found.get(b"input", 0) + answer)
+    return total - (found.get(b"cached", 0) if cache_free else 0), answer
 
 
 # ==== 11. Quotas and health ====
-# What is known of an account: what it may still send, whether it works. Pure arithmetic: `now` is the loop's clock and
-# always passed in; nothing here waits, logs or knows HTTP.
+# What is known of an account: what it may still send, and whether it works. Pure arithmetic: `now` is the loop's clock
+# and always passed in; nothing here waits, logs or knows HTTP. This is what most balancers get wrong, so here is the
+# whole of it:
+#
+# A *quota* is what an account, or several that share one (`quota_group`), may spend. Providers count per model, so a
+# quota has a *ledger* for each, and only requests at once and money belong to the quota as a whole. A ledger knows
+# three kinds of limit, and a request goes when all of them allow it:
+#   - *buckets*, one of requests and one of tokens: what replies tell. Providers keep leaky buckets that refill all the
+#     time, and a reply says what was left when its own request was admitted. That is old news: others were sent since.
+#     So a bucket is a model that is charged at each sending and refills by the clock; a reply is compared with what
+#     the model had expected of *it*, and moves the model by the difference. Whatever is under way is counted once, in
+#     whatever order replies come. (Taking `remaining` as it is counts nothing of what is on its way; subtracting what
+#     is on its way from it counts those twice that the upstream knew already.)
+#   - *windows*: what the configuration says. At most so much in any sliding minute, counted exactly.
+#   - what the last 429s *closed*, until the time that they named.
+# A request is charged when it gets its *lease*, before it is sent: between the decision and the write there may be a
+# TLS handshake, and ten requests that decide at once must not all see the same last place. What is never sent is given
+# back whole; what was sent stays charged, since providers count cancelled and failed calls.
+#
+# Whether a controller works is told by its outcomes (the *breaker*: it answers, and badly) and by its silence
+# (*suspicion*: it does not answer at all, which no status will ever tell). A *seat* is one controller for one model.
 
+# Of quotas.
 WINDOW_S = 60.0  # rpm and tpm are per this
 EDGE_S = 0.005  # a bucket is taken to refill this much later than computed: a request 1 ms too early is a 429
 SLACK_S = 0.25  # a request may reach the upstream this much later than another; then it is counted later too
 CLOSED_MAX_S = 600.0  # no 429 closes for longer without a probe
-CLOSED_FIRST_S, CLOSED_LAST_S = 1.0, 30.0  # for a 429 that names no time, doubling
+CLOSED_S = (1.0, 30.0)  # for a 429 that names no time: the first one's, and what doubling ends at
 CLOSED_MIN_S = 0.01  # a 429 that says "now" is not believed to the letter
 SLOW_PERIOD_S = 600.0  # a limit that takes longer than this to refill counts hours or days
+# Of health.
 BREAKER_OUTCOMES, BREAKER_FAILURES, BREAKER_WITHIN_S = 20, 5, 30.0
-BREAKER_FIRST_S, BREAKER_LAST_S = 2.0, 60.0  # how long it stays open, doubling
-PARK_FIRST_S, PARK_LAST_S = 300.0, 3600.0  # for exhausted quotas and refused keys, doubling
+PARK_S = (300.0, 3600.0)  # for an exhausted quota: somebody has to pay first
+# How long a controller is out, by reason, doubling until it works again: an overload is over in seconds, a refused key
+# needs a person, a hang may be over at any moment and a probe of it costs one rescue.
+OUT_S = {"breaker": (2.0, 60.0), "parked": PARK_S, "suspect": (1.0, 60.0)}
 DENIED_COUNT, FORBIDDEN_COUNT = 2, 3  # in a row, before a key is parked: a single 401 may be the provider's hiccup
 LACKS_S = 600.0  # how long it is remembered that an account lacks a model
 SUSPECT_COUNT = 3  # unanswered requests that make a suspicion
 SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0  # silence that makes one at least; and where nothing is known of the usual
-SUSPECT_FIRST_S, SUSPECT_LAST_S = 1.0, 60.0  # between probes of a suspect, doubling
 PACE_MIN_S, PACE_MOST = 0.02, 4.0  # slow start ends at this pace, and allows no larger bursts
 SAMPLES = 100  # times to the first answer that are remembered, per controller, model and kind
-RESCUE_SAMPLES, RESCUE_MIN_S = 20, 10.0
-RESCUES_A_MINUTE, RESCUE_SHARE = 10, 0.05
-SWEEP_S = 0.25  # how often the silent are looked at, while anything is unanswered
+RESCUE_SAMPLES, RESCUE_MIN_S = 20, 10.0  # fewer prove nothing; and nobody is asked twice for less silence
 NEVER = math.inf
+
+
+def longer(last_s: float, bounds: "tuple[float, float]") -> float:
+    """The next of times that double, from the first of `bounds` to the second."""
+    return min(max(2 * last_s, bounds[0]), bounds[1])
 
 
 class Bucket:
@@ -4846,14 +4881,16 @@ class Bucket:
     It is a model that charges and refills move, and that replies correct: `shift` is all that they have corrected so
     far. A lease keeps what the model said right after its own charge, less the shift of that time, so that a reply is
     compared with what was expected of it, and each error is corrected once.
+
+    As long as no reply has told a `limit` it refuses nothing (`rate` 0) and only counts, below zero. `most`: no larger
+    `size` is believed, since 429s came early. `newest`: the serial of the latest request that a reply told of;
+    `known_at`: when the first one did.
     """
 
-    __slots__ = ("at", "level", "limit", "most", "newest", "rate", "shift", "size", "slow", "told")
-
-    def __init__(self, now: float) -> None:
-        self.told: "Allowance | None" = None
-        self.level = self.limit = self.size = self.rate = self.shift = 0.0
-        self.at, self.newest, self.slow, self.most = now, -1, 0, NEVER
+    def __init__(self, now: float = 0.0) -> None:
+        self.level = self.limit = self.rate = self.shift = 0.0
+        self.size = self.most = NEVER
+        self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
 
     def level_at(self, now: float) -> float:
         """What may be taken at `now`."""
@@ -4862,72 +4899,98 @@ class Bucket:
 
     def charge(self, amount: float, now: float) -> float:
         """Takes `amount`, never below zero; what a reply will be compared with."""
+        # `level_at`, written out, as this runs for every request. Never below zero: the upstream takes nothing for what
+        # it refuses.
         level = self.level + (now - self.at) * self.rate
         level = (level if level < self.size else self.size) - amount
-        self.level, self.at = level if level > 0.0 else 0.0, now
+        self.level, self.at = level if level > 0.0 or not self.rate else 0.0, now
         return level - self.shift
 
     def opens_at(self, amount: float, now: float) -> float:
         """When `amount` can be taken; more than the whole bucket goes when it is full."""
-        lacking = min(amount, self.size) - self.level_at(now - EDGE_S) - 1e-6
-        if lacking <= 0:
+        if not self.rate:
             return 0.0
-        return now + lacking / self.rate if self.rate > 0 else NEVER
+        # A millionth less than needed is what adding floats leaves of enough.
+        lacking = min(amount, self.size) - self.level_at(now - EDGE_S) - 1e-6
+        return now + lacking / self.rate if lacking > 0 else 0.0
 
-    def rebase(self, told: Allowance, serial: int, expected: "float | None", refilled_s: float, since: float) -> None:
+    def rebase(self, told: Allowance, serial: int, expected: float, sent_at: float, now: float) -> None:
         """Takes a reply's word, unless one to a request sent later was heard before.
 
-        `expected`: from the request's own `charge`. None, for one sent before anything was known: then the level is
-        what the reply says, plus the refill since its request was sent, minus what was charged since.
+        `expected`: from the request's own `charge`.
         """
+        # Replies come in any order, and the latest request's tells of all before it.
         if serial < self.newest:
             return
         self.newest = serial
-        limit, left, reset_s = told.limit, told.remaining, told.reset_s
-        if reset_s:
-            if told is not self.told or self.slow == 1:
-                self.told = told
-                self._learn_rate(limit, left, reset_s)
-            exact = self.size - reset_s * self.rate  # it says what `remaining` rounds down
+        self.charge(0.0, now)
+        left = told.remaining
+        if not self.limit:
+            self.known_at = now
+        if told.reset_s:
+            self._learn_rate(told.limit, left, told.reset_s)
+            # The time until it is full tells the fraction that `remaining` rounds down, and never more than that.
+            exact = self.size - told.reset_s * self.rate
             if exact > left:
                 left = exact if exact < left + 0.999 else left + 0.999
-        elif limit != self.limit:
-            self.limit, self.size = limit, min(limit, self.most)
-            self.rate = limit / WINDOW_S
-        if expected is None:
-            level = left + refilled_s * self.rate - since
-        else:
-            error = left - (expected + self.shift)
-            self.shift += error
-            level = self.level + error
+        elif told.limit != self.limit:
+            self.limit, self.rate = told.limit, told.limit / WINDOW_S
+            self.size = min(told.limit, self.most)
+        # What was sent before the first reply was charged to a model that had no rate yet, and did not refill.
+        if sent_at < self.known_at:
+            expected -= (self.known_at - sent_at) * self.rate
+        # `expected` was less the shift of its time: with today's it is what the model of today would have said then, so
+        # what replies in between have corrected already is no error any more.
+        error = left - expected - self.shift
+        self.shift += error
+        level = self.level + error
         self.level = 0.0 if level < 0.0 else level if level < self.size else self.size
 
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
-        """Size and speed. A bucket may hold less than a minute's worth: what is in it and when it will be full tell."""
+        """Size and speed. A bucket may hold less than a minute's worth: what is in it and when it will be full tell.
+
+        The rate is the limit's per minute, unless two replies running say that it takes ten minutes and more to refill:
+        then the limit counts hours or days. One alone proves nothing, as resets are rounded and delayed.
+        """
         spent = limit - left
-        if spent > 0 and reset_s * limit > SLOW_PERIOD_S * spent:
-            self.slow += 1
-        else:
-            self.slow = 0
-        rate = self.rate = spent / reset_s if self.slow > 1 else limit / WINDOW_S
-        size = left + reset_s * rate
+        self.slow = self.slow + 1 if spent > 0 and reset_s * limit > SLOW_PERIOD_S * spent else 0
+        self.rate = spent / reset_s if self.slow > 1 else limit / WINDOW_S
+        size = left + reset_s * self.rate
         if size > limit or size > self.most:
             size = min(limit, self.most)
         if limit != self.limit or size > self.size:
             self.size = size if size > 1.0 else 1.0
         self.limit = limit
 
+    # -- slow start: what an account that tells nothing is taken to allow after a 429. Without it the whole line would
+    # -- go at the reopening, and all but a few of it be refused again (self-hosted servers, Vertex, some gateways).
+
+    def guess(self, after_s: float, now: float) -> None:
+        """At the reopening one goes, then one each time as long again, until a reply tells the limit."""
+        self.charge(0.0, now - EDGE_S)
+        slower_s = 2 / self.rate if self.rate else 0.0
+        self.rate, self.size = 1 / min(max(after_s, slower_s, PACE_MIN_S), CLOSED_S[1]), 1.0
+        self.level, self.shift = 1.0, self.shift + 1.0 - self.level
+
+    def answered(self) -> None:
+        """A good answer: one more may go, and each after it twice as soon, until nothing is guessed any more."""
+        self.level, self.shift, self.rate, self.size = self.level + 1.0, self.shift + 1.0, 2 * self.rate, PACE_MOST
+        if self.rate >= 2 / PACE_MIN_S:
+            self.rate, self.size = 0.0, NEVER
+
 
 class Window:
     """A configured limit: at most `limit` in any `span_s` seconds. Entries are [when it was sent, amount, counted].
 
-    One that is leased but not sent yet counts without an entry in line: it can only leave once it was sent.
+    It slides: a counter that starts anew each minute lets twice the limit pass around the minute's end. One that is
+    leased but not sent yet counts without an entry in line: it can only leave once it was sent.
+
+    `rate`: of a burst's window, how much may go per second in the long run. A burst of 1.67 requests a second would
+    otherwise come to one a second, so as many as fit may go in the time that these are worth: one each 0.6 s.
     """
 
-    __slots__ = ("entries", "limit", "span_s", "total")
-
-    def __init__(self, limit: float, span_s: float) -> None:
-        self.limit, self.span_s, self.total = limit, span_s + SLACK_S, 0.0
+    def __init__(self, limit: float, span_s: float, rate: float = 0.0) -> None:
+        self.limit, self.span_s, self.rate, self.total = limit, span_s, rate, 0.0
         self.entries: "deque[list[float]]" = deque()
 
     def add(self, amount: float) -> "list[float]":
@@ -4936,7 +4999,7 @@ class Window:
         return [NEVER, amount, 1.0]
 
     def sent(self, entry: "list[float]", now: float) -> None:
-        """It was sent: from now on its time runs. A second time moves it."""
+        """It was sent: from now on its time runs. A second time, on another connection, moves it."""
         if entry[0] == NEVER:
             self.entries.append(entry)
         entry[0] = now
@@ -4949,202 +5012,178 @@ class Window:
 
     def opens_at(self, amount: float, now: float) -> float:
         """When `amount` fits; more than the whole window goes when it is empty."""
+        # Entries leave when somebody asks, so no timer runs for them; each enters and leaves once.
         entries = self.entries
         while entries and entries[0][0] + self.span_s <= now:
             gone = entries.popleft()
             self.total -= gone[1]
             gone[2] = 0.0
-        excess = self.total + min(amount, self.limit) - self.limit
-        if excess <= 1e-9:
+        most = amount if amount < self.limit else self.limit
+        if self.total + most <= self.limit + 1e-9:
             return 0.0
-        for at, taken, _ in entries:
+        at = self._leaves_at(self.limit - most, self.span_s, now)
+        # As many as fit into the burst, in the time that these are worth.
+        if self.rate:
+            worth = self.limit // most * most
+            at = min(at, self._leaves_at(worth - most, worth / self.rate, now))
+        return at if at > now else 0.0
+
+    def _leaves_at(self, left: float, span_s: float, now: float) -> float:
+        """When no more than `left` will be younger than `span_s`."""
+        excess = self.total - left
+        for at, taken, _ in self.entries:
             excess -= taken
             if excess <= 1e-9:
-                return at + self.span_s
-        return now + self.span_s  # at the earliest: what is in the way has yet to be sent
-
-
-NO_WINDOWS: "tuple[tuple[Window, ...], ...]" = ((), ())  # of requests and of tokens
+                return at + span_s
+        return now + span_s  # at the earliest: what is in the way has yet to be sent
 
 
 class Ledger:
-    """What may still be sent to one quota for one model: by replies, by configuration, by its last 429."""
+    """What may still be sent to one quota for one model: by replies, by configuration, by its last 429s.
+
+    `requests` and `tokens` are the buckets; `windows` those of the configuration, each with whether it counts tokens.
+    `closed`: until when, for requests of at least so many tokens. `open`: its leases, in the order of their charges.
+
+    `easy` spares most decisions the arithmetic: a request of no more tokens than that surely goes, as nothing was
+    charged or learned since it was computed. `limited`: some limit is known; before, nothing is counted.
+    """
 
     __slots__ = (
-        "burst_s",
-        "closed_for",
-        "closed_until",
-        "easy",
-        "given_back",
-        "large",
-        "large_until",
-        "limited",
-        "name",
-        "pace",
-        "pace_at",
-        "pace_s",
-        "requests",
-        "sent_tokens",
-        "serial",
-        "tokens",
-        "used_at",
-        "windows",
-    )
+        "buckets burst_s closed closed_for easy limited limits name open requests serial tokens used_at windows"
+    ).split()
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name = name
-        self.requests: "Bucket | None" = None
-        self.tokens: "Bucket | None" = None
-        self.sent_tokens, self.serial = 0.0, 0
-        # Of what was never sent: its serial, its need, and the last serial before it was given back.
-        self.given_back: "deque[tuple[int, float, int]]" = deque(maxlen=256)
-        self.closed_until = self.closed_for = 0.0
-        self.large_until = 0.0
-        self.large: "list[tuple[float, float]]" = []  # of token 429s: closed for this need and above, until then
-        self.burst_s = limits.burst_s
-        self.pace = self.pace_s = self.pace_at = self.used_at = 0.0
-        self.limited = bool(limits.rpm or limits.tpm)
+        self.name, self.limits, self.burst_s = name, limits, limits.burst_s
+        self.requests, self.tokens = self.buckets = Bucket(), Bucket()
+        self.closed: "list[tuple[float, float]]" = []
+        self.closed_for = self.used_at = 0.0
+        self.serial = 0
+        self.open: "dict[Lease, None]" = {}
+        rates = (limits.rpm, limits.tpm)
+        self.windows = [(by_tokens, Window(rate, WINDOW_S + SLACK_S)) for by_tokens, rate in enumerate(rates) if rate]
+        self._add_bursts()
+        self.limited = bool(self.windows)
         self.easy = -1.0 if self.limited else NEVER
-        self.windows = NO_WINDOWS
-        if self.limited:
-            self.windows = tuple(configured_windows(limit, limits.burst_s) for limit in (limits.rpm, limits.tpm))
+
+    def _add_bursts(self) -> None:
+        """A window for what may go at once beside each one that counts a minute, unless that is a minute's worth."""
+        minutes = [(by_tokens, window.limit / WINDOW_S) for by_tokens, window in self.windows]
+        for by_tokens, rate in minutes if self.burst_s < WINDOW_S else ():
+            burst = max(1.0, rate * self.burst_s)
+            self.windows.append((by_tokens, Window(burst, burst / rate, rate)))
 
     def opens_at(self, need: float, now: float) -> float:
         """When a request of `need` tokens may be sent; 0 for now."""
         if need <= self.easy:
             return 0.0
-        requests, tokens, windows = self.requests, self.tokens, self.windows
-        at = self.closed_until if self.closed_until > now else 0.0
-        if self.pace_s:
-            at = max(at, self._paced_at(now))
-        if self.large_until > now:
-            at = max([at, *(until for least, until in self.large if need >= least and until > now)])
-        if requests is not None:
-            at = max(at, requests.opens_at(1.0, now))
-        if tokens is not None:
-            at = max(at, tokens.opens_at(need, now))
-        for window in windows[0]:
-            at = max(at, window.opens_at(1.0, now))
-        for window in windows[1]:
-            at = max(at, window.opens_at(need, now))
-        if not at:
-            self.easy = self._spare(now)
-        return at
+        at = max(self.requests.opens_at(1.0, now), self.tokens.opens_at(need, now))
+        for least, until in self.closed:
+            if need >= least and until > at:
+                at = until
+        for by_tokens, window in self.windows:
+            at = max(at, window.opens_at(need if by_tokens else 1.0, now))
+        if at > now:
+            return at
+        self.easy = self._spare(now)
+        return 0.0
+
+    def begin(self, now: float) -> None:
+        """Something is known of a limit: from now on all is counted, and first what is under way, in its order."""
+        self.limited = True
+        for lease in self.open:
+            lease.charge(now)
 
     def _spare(self, now: float) -> float:
         """The largest need that surely fits until something is charged or learned; -1 where that has to be asked."""
-        requests, tokens, windows = self.requests, self.tokens, self.windows
-        if self.pace_s or self.large_until > now or (requests is not None and requests.level < 2.0):
+        requests, tokens = self.requests, self.tokens
+        # Half of a bucket and two requests are far from every edge, where the exact times have to be asked.
+        if any(until > now for _, until in self.closed) or (requests.rate and requests.level < 2.0):
             return -1.0
-        if any(window.total + 1.0 > window.limit for window in windows[0]):
-            return -1.0
-        spare = NEVER if tokens is None else tokens.level / 2
-        return min([spare, *(window.limit - window.total for window in windows[1])])
-
-    def _paced_at(self, now: float) -> float:
-        """When the next one may follow after a 429 of an account that says nothing of its limits."""
-        lacking = 1.0 - self.pace - max(0.0, now - self.pace_at) / self.pace_s
-        return max(now, self.pace_at) + lacking * self.pace_s if lacking > 1e-6 else 0.0
-
-    def _pace(self, after_s: float, until: float) -> None:
-        """Slow start: at the reopening one goes, then one each time as long again; each good answer halves that."""
-        self.pace_s = min(max(after_s, 2 * self.pace_s, PACE_MIN_S), CLOSED_LAST_S)
-        self.pace, self.pace_at = 1.0, until
-
-    def charge_pace(self, now: float) -> None:
-        """One of those that slow start allows is taken."""
-        gained = max(0.0, now - self.pace_at) / self.pace_s
-        self.pace, self.pace_at = min(self.pace + gained, PACE_MOST) - 1.0, max(now, self.pace_at)
+        spare = tokens.level / 2 if tokens.rate else NEVER
+        for by_tokens, window in self.windows:
+            room = window.limit - window.total
+            if by_tokens:
+                spare = min(spare, room)
+            elif room < 1.0:
+                return -1.0
+        return spare
 
     def answered(self) -> None:
         """An answer came: the next 429 without a time starts small again, and slow start goes faster."""
         self.closed_for = 0.0
-        if self.pace_s:
-            self.pace, self.pace_s = self.pace + 1.0, self.pace_s / 2 if self.pace_s > PACE_MIN_S else 0.0
+        if self.requests.rate and not self.requests.limit:
+            self.requests.answered()
 
     def rate(self, need: float) -> float:
         """Requests per second that it can take for long; infinite while nothing is known."""
-        rates = [self.requests.rate] if self.requests is not None else []
-        rates += [self.tokens.rate / max(1.0, need)] if self.tokens is not None else []
-        rates += [window.limit / window.span_s for window in self.windows[0][:1]]
-        rates += [window.limit / window.span_s / max(1.0, need) for window in self.windows[1][:1]]
-        return min(rates, default=NEVER)
+        known = [(by_tokens, bucket.rate) for by_tokens, bucket in enumerate(self.buckets) if bucket.limit]
+        known += [(by_tokens, window.limit / window.span_s) for by_tokens, window in self.windows if not window.rate]
+        return min((rate / max(1.0, need) if by_tokens else rate for by_tokens, rate in known), default=NEVER)
 
     def largest(self) -> float:
         """The most tokens that one request may have here; 0 while nothing is known."""
-        known = [self.tokens.limit] if self.tokens is not None else []
-        return min([*known, *(window.limit for window in self.windows[1])], default=0.0)
+        known = [self.tokens.limit] if self.tokens.limit else []
+        known += [window.limit for by_tokens, window in self.windows if by_tokens and not window.rate]
+        return min(known, default=0.0)
 
     def close(self, verdict: Verdict, need: float, now: float) -> None:
-        """Takes a 429: closed until the time it named, else until what is lacking is back, else 1 s, doubling."""
-        after_s, bucket = verdict.after_s, self.tokens if verdict.by_tokens else self.requests
-        if after_s is None and bucket is not None and bucket.rate > 0:
-            amount = min(need, bucket.size) if verdict.by_tokens else 1.0
-            after_s = max(0.0, amount - bucket.level_at(now)) / bucket.rate or None
-        if after_s is None:
-            self.closed_for = min(max(2 * self.closed_for, CLOSED_FIRST_S), CLOSED_LAST_S)
-            after_s = self.closed_for
-        until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
-        self.limited, self.easy = True, -1.0
-        if self.requests is None and self.windows is NO_WINDOWS:
-            self._pace(after_s, until)
-        if verdict.by_tokens:
-            self.large = [one for one in self.large if one[1] > now and (one[0] < need or one[1] > until)]
-            self.large.append((need, until))
-            self.large_until = max(self.large_until, until)
-        else:
-            self.closed_until = max(self.closed_until, until)
+        """Takes a 429: closed until the time it named, else until what is lacking is back, else 1 s, doubling.
 
-    def given_back_around(self, serial: int) -> "tuple[list[float], list[float]]":
-        """What each took that was given back since `serial` was charged: of those charged before it, and after it."""
-        unsent = self.given_back
-        while unsent and unsent[0][2] < serial:  # no later reply can need it
-            unsent.popleft()
-        before = [need for at, need, last in unsent if at < serial <= last]
-        return before, [need for at, need, _ in unsent if at > serial]
+        One about tokens closes for requests at least as large as the one it refused: smaller ones may fit.
+        """
+        # A named time is obeyed to the letter. Who forgets it where there are several keys, or sleeps half a second in
+        # spite of it, burns all its retries while the window is shut.
+        after_s, bucket = verdict.after_s, self.buckets[verdict.by_tokens]
+        if after_s is None and bucket.limit:
+            after_s = max(0.0, bucket.opens_at(need if verdict.by_tokens else 1.0, now) - now) or None
+        if after_s is None:
+            after_s = self.closed_for = longer(self.closed_for, CLOSED_S)
+        until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
+        if not self.limited:
+            self.begin(now)
+        if not (self.windows or self.requests.limit):
+            self.requests.guess(after_s, now)
+        # What another 429 said of larger requests, or until later, still holds; what this one covers is forgotten.
+        least = need if verdict.by_tokens else 0.0
+        self.closed = [one for one in self.closed if one[1] > now and (one[0] < least or one[1] > until)]
+        self.closed.append((least, until))
+        self.easy = -1.0
 
     def halve_burst(self) -> None:
-        """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s)."""
+        """A 429 came while there should have been room: slices shorter than believed are judged (Azure: 1 or 10 s).
+
+        A counter of minutes meets such 429s for ever; capping what runs at once instead would waste the quota.
+        """
         self.burst_s = max(self.burst_s / 2, 1.0)
-        limits = [windows[0].limit if windows else 0.0 for windows in self.windows]
-        if any(limits):
-            kept = self.windows
-            self.windows = tuple(configured_windows(limit, self.burst_s) for limit in limits)
-            self.windows = tuple(old[:1] + new[1:] for old, new in zip(kept, self.windows, strict=True))
-        self.easy = -1.0
-        for bucket in (self.requests, self.tokens):
-            if bucket is not None:
+        self.windows = [one for one in self.windows if not one[1].rate]
+        self._add_bursts()
+        for bucket in self.buckets:
+            if bucket.limit:
                 bucket.size = bucket.most = max(1.0, bucket.size / 2)
-
-
-def configured_windows(limit: float, burst_s: float) -> "tuple[Window, ...]":
-    """The windows of `rpm` or `tpm`: the minute's, and the burst's where that is shorter."""
-    if not limit:
-        return ()
-    minute = Window(limit, WINDOW_S)
-    return (minute,) if burst_s >= WINDOW_S else (minute, Window(max(1.0, limit * burst_s / WINDOW_S), burst_s))
-
-
-_DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
+        self.easy = -1.0
 
 
 class Quota:
-    """What a controller, or a group of them, may send: the ledgers by model, requests at once, and parking."""
+    """What a controller, or a group of them, may send: the ledgers by model, requests at once, and parking.
 
-    __slots__ = ("aliases", "in_flight", "ledgers", "limits", "most", "name", "park_s", "parked_until", "probe")
+    `aliases`: from a model, as the account calls it, to what a 429 called its limit. While it is parked, and after that
+    until an answer comes, `park_s` is set; `probe` is the one request that finds out.
+    """
+
+    __slots__ = "aliases in_flight ledgers limits most name park_s parked_until probe".split()
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
         self.name, self.limits = name, limits
         self.most: float = limits.concurrency or NEVER
         self.in_flight = 0
         self.ledgers: "dict[str, Ledger]" = {}
-        self.aliases: "dict[str, str]" = {}  # model to the name that a 429 gave its limit
+        self.aliases: "dict[str, str]" = {}
         self.parked_until = self.park_s = 0.0
         self.probe: "Lease | None" = None
 
     def ledger(self, model: str) -> Ledger:
         """The ledger that counts for `model`; the least recently used goes when there are too many."""
-        name = self.aliases.get(model) or _DATED.sub("", model)
+        name = self.aliases.get(model, model)
         found = self.ledgers.get(name)
         if found is None:
             if len(self.ledgers) >= MEMORY_MODELS:  # clients choose the names: what is in use must stay
@@ -5153,14 +5192,14 @@ class Quota:
         return found
 
     def rename(self, model: str, bucket: str) -> None:
-        """A 429 said which limit `model` counts against."""
+        """A 429 said which limit `model` counts against: models that share one share the ledger from now on."""
         if len(self.aliases) >= MEMORY_MODELS:
             self.aliases.clear()
         self.aliases[model] = bucket
 
     def park(self, now: float) -> None:
         """Nothing left to spend: closed for minutes, growing."""
-        self.park_s = min(max(2 * self.park_s, PARK_FIRST_S), PARK_LAST_S)
+        self.park_s = longer(self.park_s, PARK_S)
         self.parked_until = now + self.park_s
 
     def pays(self, now: float) -> None:
@@ -5169,174 +5208,32 @@ class Quota:
             self.park_s, self.probe = 0.0, None
 
 
-class Upstream:
-    """A controller with its live state. `position` is its place in the configuration.
+# -- who may get a request
 
-    It is out until `out_until` for the reason `out_why`; while `recovering`, one request at a time (`probe`) finds out
-    whether it works again.
-    """
+_DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
 
-    __slots__ = (
-        "answered_at",
-        "breaker_s",
-        "config",
-        "controller",
-        "credit",
-        "denied",
-        "failures",
-        "first_byte_s",
-        "forbidden",
-        "in_flight",
-        "last_error",
-        "name",
-        "out_until",
-        "out_why",
-        "park_s",
-        "patterns",
-        "position",
-        "probe",
-        "quota",
-        "recent",
-        "recovering",
-        "requests",
-        "seats",
-        "suspect_s",
-        "unanswered",
-        "weight",
-    )
 
-    def __init__(
-        self, config: ControllerConfig, controller: Controller, position: int, quota: "Quota | None" = None
-    ) -> None:
-        self.config, self.controller, self.position = config, controller, position
-        self.name, self.weight = config.name, config.weight
-        self.quota = quota or Quota(config.quota_group or config.name, config.limits)
-        self.credit = self.in_flight = self.requests = self.failures = self.denied = self.forbidden = 0
-        self.first_byte_s = [0.0, 0.0]  # of whole answers and of streams: a mean that forgets; 0 is unknown
-        self.recent: "deque[tuple[float, bool]]" = deque(maxlen=BREAKER_OUTCOMES)
-        self.out_until = self.answered_at = self.breaker_s = self.park_s = self.suspect_s = 0.0
-        self.out_why = self.last_error = ""
-        self.recovering = False
-        self.probe: "Lease | None" = None
-        self.unanswered: "dict[Lease, None]" = {}  # in the order of sending
-        self.seats: "dict[str, Seat]" = {}
-        names = config.models + tuple(name for name, _ in config.model_map)
-        self.patterns = model_patterns(names) if config.models else None
-
-    def __repr__(self) -> str:
-        return "<Upstream %s %s in_flight=%d requests=%d>" % (
-            self.name,
-            self.out_why or "open",
-            self.in_flight,
-            self.requests,
-        )
-
-    def serves(self, model: str) -> bool:
-        """Whether requests for `model` may go here; a controller without `models` takes all."""
-        return self.patterns is None or self.patterns.fullmatch(model) is not None
-
-    def seat(self, model: str) -> "Seat":
-        """What is known of this controller and `model`."""
-        found = self.seats.get(model)
-        if found is None:
-            if len(self.seats) >= MEMORY_MODELS:
-                del self.seats[min(self.seats, key=lambda one: self.seats[one].ledger.used_at)]
-            found = self.seats[model] = Seat(self, model)
-        return found
-
-    def heard(self, stream: bool, seconds: float) -> None:
-        """Takes the time to the first byte of one good answer."""
-        mean = self.first_byte_s[stream]
-        self.first_byte_s[stream] = mean + (seconds - mean) / 8 if mean else seconds
-
-    # -- in and out
-
-    def take_out(self, why: str, until: float) -> None:
-        """Out until then; afterwards one request probes."""
-        self.out_until, self.out_why, self.recovering, self.probe = until, why, True, None
-
-    def recover(self) -> None:
-        """It works: every door opens."""
-        self.out_until = self.breaker_s = self.park_s = self.suspect_s = 0.0
-        self.out_why, self.recovering, self.probe = "", False, None
-        self.recent.clear()
-
-    def failed(self, now: float, verdict: Verdict, probed: bool) -> None:
-        """Counts a failure; opens the breaker when it is one too many, or when a probe failed.
-
-        What was under way when it went out already says nothing new.
-        """
-        self.recent.append((now, True))
-        fresh = [bad for at, bad in self.recent if now - at <= BREAKER_WITHIN_S]
-        bad = sum(fresh)
-        many = bad >= BREAKER_FAILURES and 2 * bad >= len(fresh)
-        if (probed and self.out_why == "breaker") or (many and not (self.recovering and self.out_until > now)):
-            self.breaker_s = min(max(2 * self.breaker_s, BREAKER_FIRST_S), BREAKER_LAST_S)
-            self.take_out("breaker", now + self.breaker_s)
-        if verdict.after_s:
-            self.out_until = max(self.out_until, now + min(verdict.after_s, CLOSED_MAX_S))
-            self.out_why = self.out_why or "busy"
-
-    def refused(self, now: float, outcome: Outcome, probed: bool) -> None:
-        """A 401 or 403; the key is parked after some in a row, and again when a probe met one."""
-        if outcome is Outcome.AUTH:
-            self.denied += 1
-        else:
-            self.forbidden += 1
-        many = self.denied >= DENIED_COUNT or self.forbidden >= FORBIDDEN_COUNT
-        parked = self.out_why == "parked" and self.out_until > now
-        if (probed and self.out_why == "parked") or (many and not parked):
-            self.park_s = min(max(2 * self.park_s, PARK_FIRST_S), PARK_LAST_S)
-            self.take_out("parked", now + self.park_s)
-
-    def works(self, now: float) -> None:
-        """It gave an answer that is no failure."""
-        self.denied = self.forbidden = 0
-        if self.out_why and (self.recovering or self.out_until <= now):
-            self.recover()
-
-    def is_busy(self, now: float) -> bool:
-        """Whether it said when it will have time again."""
-        return self.out_why == "busy" and self.out_until > now
-
-    # -- suspicion
-
-    def suspect(self) -> None:
-        """It has gone silent: no new requests until what is stuck in it is gone."""
-        self.take_out("suspect", NEVER)
-
-    def unstick(self, now: float) -> None:
-        """Nothing is stuck in a suspect any more: one real request may probe it, after a while that doubles."""
-        if self.out_why == "suspect" and self.out_until == NEVER and not self.unanswered:
-            self.suspect_s = min(max(2 * self.suspect_s, SUSPECT_FIRST_S), SUSPECT_LAST_S)
-            self.out_until = now + self.suspect_s
-
-    def is_silent(self, now: float) -> bool:
-        """Whether its silence is far beyond the usual (DESIGN: suspicion)."""
-        if not self.unanswered:
-            return False
-        oldest = next(iter(self.unanswered))
-        many = len(self.unanswered) >= SUSPECT_COUNT or oldest is self.probe
-        if self.out_why == "suspect":  # who was stuck before says nothing of the probe
-            many = self.probe is not None and self.probe in self.unanswered
-            oldest = self.probe if self.probe is not None else oldest
-        if not many or self.answered_at >= oldest.sent_at:
-            return False
-        return now - oldest.sent_at > oldest.seat.usual_s(oldest.stream)
+def quantile(values: "Iterable[float]", share: float) -> float:
+    """The value that `share` of `values` do not exceed."""
+    found = sorted(values)
+    return found[min(len(found) - 1, int(share * len(found)))]
 
 
 class Seat:
-    """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer."""
+    """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer.
 
-    __slots__ = ("lacks_until", "ledger", "mapped", "model", "times", "upstream")
+    `mapped`: what `model_map` makes of the model. `limited_as`: the name that its quota goes by, which is the account's
+    own name for it without its date (gpt-4.1-2025-04-14 counts as gpt-4.1), but a deployment's as it is.
+    """
 
-    def __init__(self, upstream: Upstream, model: str) -> None:
+    __slots__ = "lacks_until ledger limited_as mapped model times upstream".split()
+
+    def __init__(self, upstream: "Upstream", model: str) -> None:
         self.upstream, self.model = upstream, model
         self.mapped = dict(upstream.config.model_map).get(model)
         name = self.mapped or model
-        if upstream.config.type == "azure":  # each deployment has a quota of its own, whatever its name ends in
-            upstream.quota.rename(name, name)
-        self.ledger = upstream.quota.ledger(name)
+        self.limited_as = name if upstream.config.type == "azure" else _DATED.sub("", name)
+        self.ledger = upstream.quota.ledger(self.limited_as)
         self.lacks_until = 0.0
         self.times: "tuple[deque[float], deque[float]]" = (deque(maxlen=SAMPLES), deque(maxlen=SAMPLES))
 
@@ -5345,6 +5242,7 @@ class Seat:
 
     def ready(self, need: float, now: float) -> bool:
         """Whether a request of `need` tokens may go here now: it works, has the model, and has room."""
+        # The questions of `well_at` and `room_at` without the times: twenty seats are asked for each request.
         upstream = self.upstream
         if upstream.out_until > now or upstream.probe is not None or self.lacks_until > now:
             return False
@@ -5368,24 +5266,25 @@ class Seat:
             return until
         return NEVER if self.upstream.probe is not None else 0.0
 
+    def opens_at(self, need: float, now: float) -> float:
+        """When a request may go here, as far as is known: 0 for now."""
+        return max(self.room_at(need, now), self.well_at(now))
+
     def usual_s(self, stream: bool) -> float:
         """Silence beyond this is suspicious."""
+        # By model and kind, as a whole answer takes as long as its stream, and a thinking model minutes. The p95, as a
+        # mean is ruled by the many short ones, and a maximum by one hang.
         times = self.times[stream]
         return max(SUSPECT_MIN_S, 3 * quantile(times, 0.95)) if times else SUSPECT_UNKNOWN_S
 
 
 def rescue_s(seat: Seat, seats: "list[Seat]", stream: bool) -> float:
     """Silence beyond this asks for a rescue; NEVER while too little is known, of this controller or of all of them."""
+    # The p99, and never soon: a rescue is paid for twice, where a suspicion costs nothing.
     times: "Collection[float]" = seat.times[stream]
     if len(times) < RESCUE_SAMPLES:
         times = [seconds for one in seats for seconds in one.times[stream]]
     return max(RESCUE_MIN_S, 3 * quantile(times, 0.99)) if len(times) >= RESCUE_SAMPLES else NEVER
-
-
-def quantile(values: "Iterable[float]", share: float) -> float:
-    """The value that `share` of `values` do not exceed."""
-    found = sorted(values)
-    return found[min(len(found) - 1, int(share * len(found)))]
 
 
 def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
@@ -5394,79 +5293,188 @@ def model_patterns(names: "Iterable[str]") -> "re.Pattern[str]":
     return re.compile("|".join(parts), re.DOTALL)
 
 
-NO_ENTRIES: "list[tuple[Window, list[float]]]" = []
-NO_NEEDS: "list[float]" = []
+class Upstream:
+    """A controller with its live state.
+
+    It is out until `out_until` for the reason `out_why`: "breaker", "parked" (its key was refused), "suspect", or
+    "busy" (it named a time itself). After the first three it is `recovering`: one request at a time (`probe`) finds out
+    whether it works again. `out_s`: how long it was out last, by reason, until an answer ends well.
+    """
+
+    __slots__ = (
+        "answered_at config controller credit denied failures first_byte_s forbidden in_flight last_error name out_s"
+        " out_until out_why patterns probe quota recent recovering requests seats unanswered weight"
+    ).split()
+
+    def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
+        self.config, self.controller, self.quota = config, controller, quota
+        self.name, self.weight = config.name, config.weight
+        self.credit = self.in_flight = self.requests = self.failures = self.denied = self.forbidden = 0
+        self.first_byte_s = [0.0, 0.0]  # of whole answers and of streams: a mean that forgets; 0 is unknown
+        self.recent: "deque[tuple[float, bool]]" = deque(maxlen=BREAKER_OUTCOMES)
+        self.out_until = self.answered_at = 0.0
+        self.out_why = self.last_error = ""
+        self.out_s: "dict[str, float]" = {}
+        self.recovering = False
+        self.probe: "Lease | None" = None
+        self.unanswered: "dict[Lease, None]" = {}  # in the order of sending
+        self.seats: "dict[str, Seat]" = {}
+        names = config.models + tuple(name for name, _ in config.model_map)
+        self.patterns = model_patterns(names) if config.models else None
+
+    def __repr__(self) -> str:
+        told = (self.name, self.out_why or "open", self.in_flight, self.requests)
+        return "<Upstream %s %s in_flight=%d requests=%d>" % told
+
+    def serves(self, model: str) -> bool:
+        """Whether requests for `model` may go here; a controller without `models` takes all."""
+        return self.patterns is None or self.patterns.fullmatch(model) is not None
+
+    def seat(self, model: str) -> Seat:
+        """What is known of this controller and `model`."""
+        found = self.seats.get(model)
+        if found is None:
+            if len(self.seats) >= MEMORY_MODELS:
+                del self.seats[min(self.seats, key=lambda one: self.seats[one].ledger.used_at)]
+            found = self.seats[model] = Seat(self, model)
+        return found
+
+    def heard(self, stream: bool, seconds: float) -> None:
+        """Takes the time to the first byte of one good answer."""
+        mean = self.first_byte_s[stream]
+        self.first_byte_s[stream] = mean + (seconds - mean) / 8 if mean else seconds
+
+    # -- in and out
+
+    def take_out(self, why: str, until: float) -> None:
+        """Out until then; afterwards one request probes."""
+        self.out_until, self.out_why, self.recovering, self.probe = until, why, True, None
+
+    def back_off(self, why: str, now: float) -> None:
+        """Out for twice as long as the last time, unless an answer ended well meanwhile."""
+        self.out_s[why] = longer(self.out_s.get(why, 0.0), OUT_S[why])
+        self.take_out(why, now + self.out_s[why])
+
+    def recover(self) -> None:
+        """It works: every door opens."""
+        self.out_until, self.out_why, self.recovering, self.probe = 0.0, "", False, None
+        self.recent.clear()
+
+    def works(self, now: float) -> None:
+        """It gave an answer that is no failure."""
+        self.denied = self.forbidden = 0
+        if self.out_why and (self.recovering or self.out_until <= now):
+            self.recover()
+
+    def failed(self, now: float, verdict: Verdict, probed: bool) -> None:
+        """Counts a failure; opens the breaker when it is one too many, or when a probe failed.
+
+        A share and a number: one in a hundred never opens it however busy it is, nor do two failures at night. What was
+        under way when it went out says nothing new, so a burst that fails together counts as one time.
+        """
+        # Old outcomes say nothing of now: a controller with one request a minute needs no breaker.
+        self.recent.append((now, True))
+        fresh = [bad for at, bad in self.recent if now - at <= BREAKER_WITHIN_S]
+        bad = sum(fresh)
+        many = bad >= BREAKER_FAILURES and 2 * bad >= len(fresh)
+        if (probed and self.out_why == "breaker") or (many and not (self.recovering and self.out_until > now)):
+            self.back_off("breaker", now)
+        # It is busy and says until when, which needs no probe and no verdict on its health.
+        if verdict.after_s:
+            self.out_until = max(self.out_until, now + min(verdict.after_s, CLOSED_MAX_S))
+            self.out_why = self.out_why or "busy"
+
+    def refused(self, now: float, outcome: Outcome, probed: bool) -> None:
+        """A 401 or 403; the key is parked after some in a row, and again when a probe met one."""
+        # Two kinds, counted apart: a 401 is about the key, a 403 may be about a region or one request.
+        self.denied += outcome is Outcome.AUTH
+        self.forbidden += outcome is not Outcome.AUTH
+        many = self.denied >= DENIED_COUNT or self.forbidden >= FORBIDDEN_COUNT
+        parked = self.out_why == "parked" and self.out_until > now
+        if (probed and self.out_why == "parked") or (many and not parked):
+            self.back_off("parked", now)
+
+    def is_busy(self, now: float) -> bool:
+        """Whether it said when it will have time again."""
+        return self.out_why == "busy" and self.out_until > now
+
+    # -- suspicion
+
+    def is_silent(self, now: float) -> bool:
+        """Whether its silence is far beyond the usual: at least three requests that were sent since it last answered
+        anything, or a probe, and the oldest of them silent for too long.
+
+        A request that was sent before that answer is slow and not stuck: it does not hide that all others are, and as
+        long as it was silent then, others of its model and kind may be.
+        """
+        since = self.answered_at
+        asked = [one for one in self.unanswered if one.sent_at > since]
+        if self.out_why == "suspect":  # who was stuck before says nothing of the probe
+            asked = [one for one in asked if one is self.probe]
+        if not asked or (len(asked) < SUSPECT_COUNT and asked[0] is not self.probe):
+            return False
+        seat, stream = asked[0].seat, asked[0].stream
+        # For those that were sent since, this is negative and does not count.
+        slow = [since - one.sent_at for one in self.unanswered if one.seat is seat and one.stream == stream]
+        return now - asked[0].sent_at > max(seat.usual_s(stream), *slow)
+
+    def suspect(self) -> None:
+        """It has gone silent: no new requests until what is stuck in it is gone."""
+        self.take_out("suspect", NEVER)
+
+    def unstick(self, now: float) -> None:
+        """Nothing is stuck in a suspect any more: one real request may probe it, after a while that doubles."""
+        if self.out_why == "suspect" and self.out_until == NEVER and not self.unanswered:
+            self.back_off("suspect", now)
 
 
 class Lease:
     """The right to send one request to one controller: charged when granted, given back at most once by `release`.
 
-    `stuck`: called when the request needs a rescue. `entries`: what it added to configured windows.
+    `since`: when it was granted. `expected`: what the buckets said right after its charge; `entries`: what it added to
+    windows; `told`: what its reply said of requests and of tokens. `stuck`: called when it needs a rescue, which is
+    `urgent` from then on.
     """
 
-    __slots__ = (
-        "entries",
-        "expected_requests",
-        "expected_tokens",
-        "ledger",
-        "mark_tokens",
-        "need",
-        "open",
-        "seat",
-        "sent_at",
-        "serial",
-        "since",
-        "stream",
-        "stuck",
-        "told_requests",
-        "told_tokens",
-        "upstream",
-    )
+    __slots__ = "entries expected ledger need seat sent_at serial since stream stuck told upstream urgent".split()
 
     def __init__(self, seat: Seat, need: float, stream: bool, now: float) -> None:
         upstream, ledger = seat.upstream, seat.ledger
         self.seat, self.upstream, self.need, self.stream, self.since = seat, upstream, need, stream, now
         self.ledger = ledger  # a 429 may give the seat another one meanwhile
-        self.sent_at, self.open = 0.0, True
+        self.sent_at, self.urgent = 0.0, False
         self.stuck: "Callable[[], bool] | None" = None
-        self.entries: "list[tuple[Window, list[float]]]" = NO_ENTRIES
-        self.told_requests: "Allowance | None" = None
-        self.told_tokens: "Allowance | None" = None
-        self.expected_requests: "float | None" = None
-        self.expected_tokens: "float | None" = None
+        self.entries: "Sequence[tuple[int, Window, list[float]]]" = ()
+        self.expected = (0.0, 0.0)
+        self.told: "tuple[Allowance | None, Allowance | None]" = (None, None)
         upstream.in_flight += 1
         upstream.requests += 1
         upstream.quota.in_flight += 1
+        # Whoever comes first after an outage is the probe; the others are not let in until it is over.
         if upstream.recovering:
             upstream.probe = self
         if upstream.quota.park_s:
             upstream.quota.probe = self
-        ledger.serial += 1
+        ledger.serial = self.serial = ledger.serial + 1
         ledger.used_at = now
-        ledger.sent_tokens += need
-        self.serial, self.mark_tokens = ledger.serial, ledger.sent_tokens
+        ledger.open[self] = None
         if ledger.limited:
-            self._charge(ledger, now)
+            self.charge(now)
 
     def __repr__(self) -> str:
         return "<Lease %s for %s>" % (self.upstream.name, self.seat.model)
 
-    def _charge(self, ledger: Ledger, now: float) -> None:
+    def charge(self, now: float) -> None:
+        """Takes what it needs."""
+        ledger, need = self.ledger, self.need
         ledger.easy = -1.0
-        if ledger.pace_s:
-            ledger.charge_pace(now)
-        if ledger.requests is not None:
-            self.expected_requests = ledger.requests.charge(1.0, now)
-        if ledger.tokens is not None:
-            self.expected_tokens = ledger.tokens.charge(self.need, now)
-        if ledger.windows[0] or ledger.windows[1]:
-            self.entries = [(window, window.add(1.0)) for window in ledger.windows[0]]
-            self.entries += [(window, window.add(self.need)) for window in ledger.windows[1]]
+        self.expected = ledger.requests.charge(1.0, now), ledger.tokens.charge(need, now)
+        self.entries = [(kind, window, window.add(need if kind else 1.0)) for kind, window in ledger.windows]
 
     def sent(self, now: float) -> None:
         """The request was written: from now on it counts, whatever comes of it."""
         self.sent_at = now
-        for window, entry in self.entries:
+        for _, window, entry in self.entries:
             window.sent(entry, now)
         self.upstream.unanswered[self] = None
 
@@ -5478,8 +5486,7 @@ class Lease:
     def answered(self, now: float, good: bool) -> None:
         """A reply began to make sense; `good`: it is the answer, and its time counts as usual."""
         upstream = self.upstream
-        upstream.unanswered.pop(self, None)
-        upstream.answered_at = now
+        self.heard(now)
         if good:
             took_s = now - self.since
             self.seat.times[self.stream].append(took_s)
@@ -5491,47 +5498,44 @@ class Lease:
 
     def learn(self, requests: "Allowance | None", tokens: "Allowance | None", now: float) -> None:
         """Takes what a reply says of its quota."""
-        ledger, self.told_requests, self.told_tokens = self.ledger, requests, tokens
-        ledger.limited, ledger.easy, refilled_s = True, -1.0, now - self.sent_at
-        before, after = ledger.given_back_around(self.serial) if ledger.given_back else (NO_NEEDS, NO_NEEDS)
+        ledger, self.told = self.ledger, (requests, tokens)
+        if not ledger.limited:
+            ledger.begin(now)
+        ledger.easy = -1.0
         if requests is not None:
-            if ledger.requests is None:
-                ledger.requests, ledger.pace_s = Bucket(now), 0.0
-            ledger.requests.charge(0.0, now)
-            expected, since = self.expected_requests, ledger.serial - self.serial - len(after)
-            expected = None if expected is None else expected + len(before)
-            ledger.requests.rebase(requests, self.serial, expected, refilled_s, since)
+            ledger.requests.rebase(requests, self.serial, self.expected[0], self.sent_at, now)
         if tokens is not None:
-            if ledger.tokens is None:
-                ledger.tokens = Bucket(now)
-            ledger.tokens.charge(0.0, now)
-            expected, spent = self.expected_tokens, ledger.sent_tokens - self.mark_tokens - sum(after)
-            expected = None if expected is None else expected + sum(before)
-            ledger.tokens.rebase(tokens, self.serial, expected, refilled_s, spent)
+            ledger.tokens.rebase(tokens, self.serial, self.expected[1], self.sent_at, now)
 
     def was_early(self, verdict: Verdict) -> bool:
         """Whether a 429 came while there should have been room: its own reply said so, or our exact count does."""
-        told = self.told_tokens if verdict.by_tokens else self.told_requests
+        # The reply's own figures count more than ours: somebody else may use the account too.
+        told = self.told[verdict.by_tokens]
         if told is not None:
             return told.remaining >= (self.need if verdict.by_tokens else 1)
-        return bool(self.entries) and self.upstream.config.limits != QuotaLimits()
+        return bool(self.entries)
 
     def correct(self, used: float, now: float) -> None:
         """Takes the true cost of an answer, where the upstream does not tell what is left."""
-        ledger, surplus = self.ledger, self.need - used
-        if ledger.tokens is not None:
-            ledger.tokens.charge(-surplus, now)
-        for window, entry in self.entries:
-            if window in ledger.windows[1]:
+        # Where it does, its word counts: OpenAI and Azure charge the maximum at admission and give nothing back.
+        if self.ledger.tokens.limit:
+            self.ledger.tokens.charge(used - self.need, now)
+        for by_tokens, window, entry in self.entries:
+            if by_tokens:
                 window.change(entry, used)
 
     def release(self, verdict: Verdict, now: float) -> None:
-        """The attempt is over. What was never sent is given back whole."""
-        self.open = False
+        """The attempt is over, well or with whatever the verdict says, also after its answer began.
+
+        What was never sent is given back whole.
+        """
+        # The slot is held until here, the end of the answer: providers count a stream as one request until its last
+        # byte, and who frees it at the first one exceeds `concurrency`.
         upstream = self.upstream
         upstream.in_flight -= 1
         upstream.quota.in_flight -= 1
         upstream.unanswered.pop(self, None)
+        del self.ledger.open[self]
         if not self.sent_at:
             self._give_back(now)
         probed = upstream.probe is self
@@ -5541,19 +5545,24 @@ class Lease:
             upstream.quota.probe = None
         if verdict is GOOD:
             upstream.recent.append((now, False))
+            # The beginning of an answer opens the doors, as it may last for minutes; only a good end forgets the past.
+            if upstream.out_s and not upstream.out_why:
+                upstream.out_s.clear()
         else:
             self._learn_health(verdict, now, probed)
         if upstream.out_until == NEVER:
             upstream.unstick(now)
 
     def _give_back(self, now: float) -> None:
-        ledger = self.ledger
-        ledger.given_back.append((self.serial, self.need, ledger.serial))
-        if ledger.requests is not None:
-            ledger.requests.charge(-1.0, now)
-        if ledger.tokens is not None and self.expected_tokens is not None:
-            ledger.tokens.charge(-self.need, now)
-        for window, entry in self.entries:
+        """Undoes the charge. Replies to what was charged after it will know nothing of it: there, more is expected."""
+        ledger, amounts = self.ledger, (1.0, self.need)
+        for bucket, amount in zip(ledger.buckets, amounts, strict=True):
+            bucket.charge(-amount, now)
+        for other in reversed(ledger.open):
+            if other.serial < self.serial:
+                break
+            other.expected = other.expected[0] + 1.0, other.expected[1] + self.need
+        for _, window, entry in self.entries:
             window.change(entry, 0.0)
 
     def _learn_health(self, verdict: Verdict, now: float, probed: bool) -> None:
@@ -5573,21 +5582,44 @@ class Lease:
 
 
 # ==== 12. Balancing ====
-# Who gets a request, and who waits for whom. The pool knows no connection and no head, only outcomes; its clock, its
-# chance and its timers are passed in.
+# Who gets a request, and who waits for whom. The pool knows no connection and no head, only leases and verdicts; its
+# clock, its chance and its timers are passed in.
+#
+# A request asks for a *lease*. The pool takes the seats that are ready (section 11) and that this round has not tried,
+# and the *policy* chooses one; long conversations prefer the one whose prompt cache knows them. When none is ready, the
+# request stands in the *line* of its model: first come, first served, and nobody behind a waiter for another model. The
+# line is not polled. Every lease that ends, every answer and every known reopening runs `pump`, which hands out as many
+# leases as there are places, to those who are first; so a place wakes one waiter and not all of them, and a request
+# that comes meanwhile does not overtake the line. Whoever cannot be served in time is told at once when to come again,
+# as waiting in vain costs a client its patience and others their place.
+
+
+NOBODY: "set[Upstream]" = set()
+SWEEP_S = 0.25  # how often the silent are looked at, while anything is unanswered
+RESCUES_A_MINUTE, RESCUE_SHARE = 10, 0.05  # how many are always allowed, and of all calls: they may be billed twice
+RESCUES_SAVED = 500.0  # what quiet hours may save up of that share
+
+
+# -- conversations
+
+
+# Providers keep the computed beginning of prompts for some minutes, and bill what they find there at a tenth to a half.
+# Balancing alone sends the turns of a conversation everywhere, and hits fall from 95 % to nothing.
 
 
 def thread_of(data: "dict[str, Any]") -> bytes:
     """What a conversation goes by: its prompt_cache_key, else its texts through the first of the user; b"" for none.
 
-    So turns of one conversation are equal, and a common system prompt alone makes none.
+    So turns of one conversation are equal, and a common system prompt alone makes none: it would bring all requests of
+    an application to one account. Of long texts both ends count, as hashing 100 kB takes longer than choosing.
     """
     import hashlib  # 2 ms that only long prompts need
 
     key, messages = data.get("prompt_cache_key"), data.get("messages")
-    if isinstance(key, str) and key:
-        return hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=16).digest()
     seen = hashlib.blake2b(digest_size=16)
+    if isinstance(key, str) and key:
+        seen.update(key.encode("utf-8", "replace"))
+        return seen.digest()
     for message in messages if isinstance(messages, list) else ():
         if not isinstance(message, dict):
             return b""
@@ -5603,90 +5635,90 @@ def thread_of(data: "dict[str, Any]") -> bytes:
     return b""
 
 
-def attraction(thread: bytes, upstream: Upstream) -> float:
-    """How much a conversation prefers a controller: weighted rendezvous, so each gets its weight's share of them all,
-    and when one comes or goes only its own move."""
+def preferred(thread: bytes, seats: "list[Seat]", by: "Callable[[Seat], str]") -> "list[Seat]":
+    """Those of `seats` that a conversation prefers, of all that have their name in common.
+
+    Weighted rendezvous: each name gets its weight's share of all conversations, and when one comes or goes only its own
+    move. A name that has more in flight than its share allows is passed over (consistent hashing with bounded loads).
+    """
     import hashlib  # as above
 
-    mixed = hashlib.blake2b(thread + upstream.name.encode(), digest_size=6).digest()
-    return upstream.weight / -math.log((int.from_bytes(mixed, "big") + 0.5) / 2**48)
+    # Not `hash % count`, where one controller less moves nearly all conversations; not a ring of points either, whose
+    # shares are uneven with few controllers.
+    named: "dict[str, list[Seat]]" = {}
+    for seat in seats:
+        named.setdefault(by(seat), []).append(seat)
+    share = AFFINE_LOAD * (sum(s.upstream.in_flight for s in seats) + 1) / sum(s.upstream.weight for s in seats)
+    best, most = seats, -1.0
+    for name, own in named.items() if len(named) > 1 else ():
+        weight = sum(seat.upstream.weight for seat in own)
+        mixed = hashlib.blake2b(thread + name.encode(), digest_size=6).digest()
+        attraction = weight / -math.log((int.from_bytes(mixed, "big") + 0.5) / 2**48)
+        if attraction > most and sum(seat.upstream.in_flight for seat in own) < math.ceil(share * weight):
+            best, most = own, attraction
+    return best
 
 
-class Policy(Protocol):
-    """How a pool chooses among the controllers that could take a request."""
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """One of `seats`, which are at least one and in the order of the configuration."""
+# -- policies: which one of the seats that could take a request. They are at least one and in the order of the
+# configuration; `stream`: whether the request is one. Another policy is a function here, a line in POLICIES, and its
+# name in the configuration's POOL_TYPES. What one has to remember stands in the Upstream.
 
 
-class SmoothWeighted:
+def smooth_weighted(seats: "list[Seat]", stream: bool) -> Seat:
     """Smooth weighted round robin, the sequence of the Go original and of nginx: 5, 1, 1 gives a a b a c a a.
 
     Who cannot take part in a choice neither gains nor loses by it, so the shares of the others stay their weights'.
     """
+    # Credits are added to those that can be chosen only. A weighted index into the list of those that are up, as other
+    # proxies have it, shifts the shares of all when one is down.
+    total, best, most = 0, seats[0], -NEVER
+    for seat in seats:
+        upstream = seat.upstream
+        total += upstream.weight
+        upstream.credit += upstream.weight
+        if upstream.credit > most:
+            best, most = seat, upstream.credit
+    best.upstream.credit -= total
+    return best
 
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        total, best, most = 0, seats[0], -NEVER
-        for seat in seats:
-            upstream = seat.upstream
-            total += upstream.weight
-            upstream.credit += upstream.weight
-            if upstream.credit > most:
-                best, most = seat, upstream.credit
-        best.upstream.credit -= total
-        return best
 
-
-class WeightedRandom:
+def weighted_random(seats: "list[Seat]", stream: bool, chance: "Callable[[], float]" = random.random) -> Seat:
     """Each choice by chance, in proportion to the weights."""
-
-    def __init__(self, chance: "Callable[[], float]" = random.random) -> None:
-        self.chance = chance
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        left = self.chance() * sum(seat.upstream.weight for seat in seats)
-        for seat in seats:
-            left -= seat.upstream.weight
-            if left < 0:
-                return seat
-        return seats[-1]
+    left = chance() * sum(seat.upstream.weight for seat in seats)
+    for seat in seats:
+        left -= seat.upstream.weight
+        if left < 0:
+            return seat
+    return seats[-1]
 
 
-class LeastBusy:
+def least_busy(seats: "list[Seat]", stream: bool) -> Seat:
     """The one with the fewest requests in flight for its weight; the earlier of equals."""
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        return min(seats, key=lambda seat: seat.upstream.in_flight / seat.upstream.weight)
+    return min(seats, key=lambda seat: seat.upstream.in_flight / seat.upstream.weight)
 
 
-class Priority:
+def first_listed(seats: "list[Seat]", stream: bool) -> Seat:
     """The first in the order of the configuration."""
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        return seats[0]
+    return seats[0]
 
 
-class Fastest:
+def fastest(seats: "list[Seat]", stream: bool) -> Seat:
     """The one whose first byte came soonest of late; answers and streams are different kinds. Unknown ones first."""
-
-    def choose(self, seats: "list[Seat]", stream: bool) -> Seat:
-        """See `Policy`."""
-        return min(seats, key=lambda seat: seat.upstream.first_byte_s[stream])
+    return min(seats, key=lambda seat: seat.upstream.first_byte_s[stream])
 
 
+POLICIES: "dict[str, Callable[[list[Seat], bool], Seat]]" = {
+    "balanced": smooth_weighted,
+    "random": weighted_random,
+    "least_busy": least_busy,
+    "priority": first_listed,
+    "fastest": fastest,
+}
 # Whose choice may give way to a conversation's preference: to the others it is their point where a request goes.
 AFFINE_POLICIES = ("balanced", "random", "least_busy")
-POLICIES: "dict[str, Callable[[], Policy]]" = {
-    "balanced": SmoothWeighted,
-    "random": WeightedRandom,
-    "least_busy": LeastBusy,
-    "priority": Priority,
-    "fastest": Fastest,
-}
+
+
+# -- the pool and its lines
 
 
 class NoRoom(Exception):
@@ -5700,8 +5732,6 @@ class NoRoom(Exception):
 class Waiter:
     """A request in the line: the controllers that may take it, and the future that hands it a lease."""
 
-    __slots__ = ("future", "request", "seats")
-
     def __init__(self, request: ApiRequest, seats: "list[Seat]", future: "asyncio.Future[Lease]") -> None:
         self.request, self.seats, self.future = request, seats, future
 
@@ -5712,6 +5742,7 @@ def turn_at(openings: "list[tuple[float, float]]", ahead: int, now: float) -> fl
     `openings`: when each controller has room, and its requests per second from then on. Each gives one place at its
     opening and then its rate, so the places until T are a piecewise linear sum that has to exceed `ahead`.
     """
+    # From opening to opening: whether the places that the time between gives are enough, else one more and go on.
     speed = places = 0.0
     at = now
     for opens, rate in sorted((max(opens, now), min(rate, 1e6)) for opens, rate in openings if opens != NEVER):
@@ -5727,45 +5758,40 @@ def turn_at(openings: "list[tuple[float, float]]", ahead: int, now: float) -> fl
 class UpstreamPool:
     """The controllers, the policy that chooses among them, and the line of those who wait for room.
 
-    `timers` is the loop, or what stands for it in a test: `time`, `call_at`, `create_future`.
+    `timers` is the loop, or what stands for it in a test: `time`, `call_at`, `create_future`. All is done within one
+    turn of the loop, so nothing needs a lock; only `wait` waits.
     """
 
-    def __init__(
-        self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig, timers: asyncio.AbstractEventLoop
-    ) -> None:
-        self.upstreams, self.policy, self.config, self.timers = upstreams, policy, config, timers
-        self._take_names(config)
+    def __init__(self, upstreams: "list[Upstream]", config: PoolConfig, timers: asyncio.AbstractEventLoop) -> None:
+        self.timers = timers
         self.serving: "dict[str, list[Seat]]" = {}
-        self.lines: "dict[str, deque[Waiter]]" = {}
-        self.waiting = 0
-        self.waiting_by_key: "dict[str, int]" = {}
-        self.alarm: "asyncio.TimerHandle | None" = None
+        self.lines: "dict[str, deque[Waiter]]" = {}  # none is empty
+        self.alarm: "asyncio.TimerHandle | None" = None  # for the soonest reopening that somebody waits for
         self.sweeper: "asyncio.TimerHandle | None" = None
         self.answer_tokens: "dict[str, float]" = {}  # the running mean per model
-        self.minute_end = 0.0
-        self.calls, self.rescues = [0, 0], [0, 0]  # of this minute and the last one
+        self.rescues, self.saved, self.calls = Window(RESCUES_A_MINUTE, WINDOW_S), 0.0, 0  # calls since the last rescue
+        self.replace(upstreams, config)
 
-    def replace(self, upstreams: "list[Upstream]", policy: Policy, config: PoolConfig) -> None:
+    def replace(self, upstreams: "list[Upstream]", config: PoolConfig) -> None:
         """Goes on with these controllers; whoever waits now waits for them."""
-        self.upstreams, self.policy, self.config = upstreams, policy, config
-        self._take_names(config)
-        self.serving.clear()
-        for line in list(self.lines.values()):
-            for waiter in list(line):
-                try:
-                    waiter.seats = self.seats(waiter.request.model)
-                except ProxyError as problem:
-                    if not waiter.future.done():
-                        waiter.future.set_exception(problem)
-        if self.waiting:
-            self.pump()
-
-    def _take_names(self, config: PoolConfig) -> None:
-        """Other names of models, and models that stand in for others."""
+        self.upstreams, self.config, self.policy = upstreams, config, POLICIES[config.type]
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
         self.context_fallbacks = dict(config.context_fallbacks)
         self.detours = bool(self.aliases or self.fallbacks)
         self.affine_above = AFFINE_TOKENS if config.affinity and config.type in AFFINE_POLICIES else NEVER
+        self.serving.clear()
+        for waiter in [waiter for line in self.lines.values() for waiter in line if not waiter.future.done()]:
+            try:
+                waiter.seats = self.seats(waiter.request.model)
+            except ProxyError as problem:
+                waiter.future.set_exception(problem)
+        if self.lines:
+            self.pump()
+
+    @property
+    def waiting(self) -> int:
+        """How many stand in line."""
+        return sum(map(len, self.lines.values()))
 
     # -- choosing
 
@@ -5776,11 +5802,15 @@ class UpstreamPool:
             # Requests about objects name no model: they may go anywhere.
             found = [upstream.seat(model) for upstream in self.upstreams if not model or upstream.serves(model)]
             if len(model) <= MODEL_NAME_CHARS:
+                # Clients choose the names: neither their number nor their length may fill the memory.
                 if len(self.serving) >= MEMORY_MODELS:
                     self.serving.pop(next(iter(self.serving)))
                 self.serving[model] = found
         if not found:
-            raise ProxyError(404, self._missing(model), "model_not_found", param="model")
+            names = sorted({name for upstream in self.upstreams for name in upstream.config.models})
+            told = model if len(model) <= 64 else model[:63] + "…", ", ".join(names)[:1000]
+            message = "The model %r is served by no controller here. Served: %s." % told
+            raise ProxyError(404, message, "model_not_found", param="model")
         return found
 
     def estimate(self, request: ApiRequest) -> None:
@@ -5795,8 +5825,10 @@ class UpstreamPool:
 
         `resort`: when all are out by health alone, one of them will do.
         """
-        if self.waiting and self.lines.get(request.model):
-            seats, resort = self._unwanted(seats, self.lines[request.model]), False
+        # Who would be served by a place that somebody in line waits for has to stand in line, too.
+        line = self.lines.get(request.model)
+        if line:
+            seats, resort = self._unwanted(seats, line), False
         lease = self._grant(request, seats, tried, now)
         return lease if lease is not None or not resort else self._last_resort(request, seats, tried, now)
 
@@ -5808,24 +5840,23 @@ class UpstreamPool:
         if not ready:
             return None
         if request.prompt_tokens > self.affine_above and len(ready) > 1:
-            return self._count(Lease(self._choose_affine(request, ready), need, request.stream, now), now)
-        return self._count(Lease(self.policy.choose(ready, request.stream), need, request.stream, now), now)
+            ready = self._affine(request, ready)
+        return self._give(self.policy(ready, request.stream), request, now)
 
-    def _choose_affine(self, request: ApiRequest, ready: "list[Seat]") -> Seat:
+    def _affine(self, request: ApiRequest, ready: "list[Seat]") -> "list[Seat]":
         """The one that a long conversation prefers, whose prompt cache may know its beginning.
 
-        It is left at once when it has no room or is ill, then it is not among `ready`; and when it has more in flight
-        than its share allows (consistent hashing with bounded loads).
+        It is left at once when it has no room or is ill: then it is not among `ready`. Caches belong to organisations,
+        so the quota group comes first; within it the same choice again, for groups that are none.
         """
+        # Computed once for all attempts, and only for long prompts: providers cache none below 1,024 tokens.
         thread = request.thread
         if thread is None:
             thread = request.thread = thread_of(request.data)
         if not thread:
-            return self.policy.choose(ready, request.stream)
-        total = sum(seat.upstream.in_flight for seat in ready) + 1
-        share = AFFINE_LOAD * total / sum(seat.upstream.weight for seat in ready)
-        idle = [seat for seat in ready if seat.upstream.in_flight < math.ceil(share * seat.upstream.weight)]
-        return max(idle, key=lambda seat: attraction(thread, seat.upstream))
+            return ready
+        group = preferred(thread, ready, lambda seat: seat.upstream.quota.name)
+        return preferred(thread, group, lambda seat: seat.upstream.name)
 
     def _unwanted(self, seats: "list[Seat]", line: "deque[Waiter]") -> "list[Seat]":
         """Those of `seats` that nobody in `line` waits for: who tried one in vain waits for the others only."""
@@ -5843,38 +5874,41 @@ class UpstreamPool:
         Only a 429's time, a configured limit and an exhausted quota refuse; where one of those ends in time, waiting is
         better.
         """
-        left = [seat for seat in seats if seat.upstream not in tried]
-        out = [seat for seat in left if not seat.room_at(request.need, now)]
-        full = [seat.room_at(request.need, now) for seat in left if not seat.well_at(now)]
-        full += [seat.well_at(now) for seat in out if seat.upstream.is_busy(now)]
-        if not out or (request.wait_s and any(at == NEVER or now < at <= now + request.wait_s for at in full)):
+        # `soon`: when those who work have room, and those who are merely busy have time. Waiting for them is an answer,
+        # asking one that is ill most likely none.
+        left = [(one, one.room_at(request.need, now), one.well_at(now)) for one in seats if one.upstream not in tried]
+        out = [(seat, well) for seat, room, well in left if not room]
+        soon = [room for _, room, well in left if not well]
+        soon += [well for seat, well in out if seat.upstream.is_busy(now)]
+        if not out or (request.wait_s and any(at == NEVER or now < at <= now + request.wait_s for at in soon)):
             return None
-        seat = min(out, key=lambda one: one.well_at(now))
-        return self._count(Lease(seat, request.need, request.stream, now), now)
+        return self._give(min(out, key=lambda one: one[1])[0], request, now)
 
-    def _count(self, lease: Lease, now: float) -> Lease:
-        if now >= self.minute_end:
-            self._turn_minute(now)
-        self.calls[0] += 1
+    def _give(self, seat: Seat, request: ApiRequest, now: float) -> Lease:
+        """A lease: a call earns a share of a rescue, and somebody has to look whether it is answered."""
+        self.calls += 1
         if self.sweeper is None:
             self.sweeper = self.timers.call_at(now + SWEEP_S, self._sweep)
-        return lease
+        return Lease(seat, request.need, request.stream, now)
 
     # -- what attempts came to
 
     def settle(self, lease: Lease, verdict: Verdict) -> None:
-        """The attempt is over: the controller learns, and whoever waits may have room now."""
-        if not lease.open:
+        """The attempt is over: the controller learns, and whoever waits may have room now. A second time does nothing.
+
+        Also for an error in a stream whose answer had begun: it counts as its verdict says, like one before.
+        """
+        # A rescue that is dropped and a client that leaves may both come here.
+        if lease not in lease.ledger.open:
             return
-        now = self.timers.time()
-        was_out = lease.upstream.out_why
+        now, upstream = self.timers.time(), lease.upstream
+        was_out = upstream.out_why
         lease.release(verdict, now)
         if verdict is not GOOD:
             self._learn(lease, verdict, now)
-        if lease.upstream.out_why != was_out:
-            why = lease.upstream.out_why
-            log.info("%s: %s", lease.upstream.name, "out: " + why if why else "back")
-        if self.waiting:
+        if upstream.out_why != was_out:
+            log.info("%s: %s", upstream.name, "out: " + upstream.out_why if upstream.out_why else "back")
+        if self.lines:
             self.pump()
 
     def _learn(self, lease: Lease, verdict: Verdict, now: float) -> None:
@@ -5883,20 +5917,24 @@ class UpstreamPool:
         if verdict.outcome is Outcome.RATE:
             self._close(lease, verdict, now)
         elif verdict.outcome is Outcome.QUOTA:
-            if quota.parked_until <= now:
+            if quota.parked_until <= now:  # else it was under way already
                 quota.park(now)
                 log.warning("%s: quota exhausted, parked for %.0f s", quota.name, quota.park_s)
         elif verdict.outcome is Outcome.MISSING:
             lease.seat.lacks_until = now + LACKS_S
 
     def _close(self, lease: Lease, verdict: Verdict, now: float) -> None:
-        """A 429: the model's ledger closes, under the name that the error gave it."""
+        """A 429: the model's ledger closes, under the name that the error gave it.
+
+        All seats of the quota that mean this model get the ledger of that name, whatever clients call it.
+        """
         seat, quota = lease.seat, lease.upstream.quota
         if verdict.bucket and verdict.bucket != seat.ledger.name:
-            quota.rename(seat.model, verdict.bucket)
+            quota.rename(seat.limited_as, verdict.bucket)
             for upstream in self.upstreams:
-                if upstream.quota is quota and seat.model in upstream.seats:
-                    upstream.seats[seat.model].ledger = quota.ledger(seat.model)
+                for one in upstream.seats.values() if upstream.quota is quota else ():
+                    if one.limited_as == seat.limited_as:
+                        one.ledger = quota.ledger(one.limited_as)
         if lease.was_early(verdict):
             seat.ledger.halve_burst()
         seat.ledger.close(verdict, lease.need, now)
@@ -5904,7 +5942,7 @@ class UpstreamPool:
     def answered(self, lease: Lease, good: bool, now: float) -> None:
         """A reply began to make sense: its controller is alive, and whoever waits for that may go on."""
         lease.answered(now, good)
-        if self.waiting:
+        if self.lines:
             self.pump()
 
     def used(self, lease: Lease, model: str, total: int, answer: int, told: bool) -> None:
@@ -5924,16 +5962,17 @@ class UpstreamPool:
 
         None when waiting is no use: no controller that failed or was not tried comes back by time. Raises NoRoom.
         """
+        # Of those that were tried only who is full or busy is waited for: who failed would fail again. With none of
+        # these, and nobody in line, all that is left was tried, and its answer is the answer.
         now = self.timers.time()
         busy = [seat for seat in seats if seat.room_at(request.need, now) > now or seat.upstream.is_busy(now)]
         seats = [seat for seat in seats if seat.upstream not in tried or seat in busy]
-        line = self.lines.get(request.model)
+        line = self.lines.get(request.model, ())
         if not seats or not (busy or line):
             return None
-        self._check_line(request, seats, len(line or ()), now)
+        self._check_line(request, seats, len(line), now)
         waiter = Waiter(request, seats, self.timers.create_future())
         self.lines.setdefault(request.model, deque()).append(waiter)
-        self._count_waiter(request.key, 1)
         handle = self.timers.call_at(now + request.wait_s, self._give_up, waiter)
         self.pump()
         try:
@@ -5950,117 +5989,103 @@ class UpstreamPool:
     def pump(self) -> None:
         """Hands leases to those who are first in their lines, one for each free place, and sets the next alarm."""
         now, soonest = self.timers.time(), NEVER
-        for line in list(self.lines.values()):
+        for model, line in list(self.lines.items()):
             blocked: "list[Seat]" = []  # those that somebody further ahead waits for
             for waiter in list(line):
-                if waiter.future.done():
-                    line.remove(waiter)
-                    continue
                 seats = [seat for seat in waiter.seats if seat not in blocked] if blocked else waiter.seats
-                lease = self._grant(waiter.request, seats, NOBODY, now) if seats else None
-                if lease is not None:
-                    line.remove(waiter)
+                if not waiter.future.done():
+                    lease = self._grant(waiter.request, seats, NOBODY, now) if seats else None
+                    if lease is None:
+                        # What it waits for is closed to those behind it, also a seat that has room for a smaller one:
+                        # else small requests would pass a large one for ever.
+                        soonest = min([soonest, *(seat.opens_at(waiter.request.need, now) for seat in seats)])
+                        blocked += seats
+                        if len(waiter.seats) >= len(self.serving.get(model, ())):
+                            break  # whoever comes behind waits for nobody else
+                        continue
                     waiter.future.set_result(lease)
-                    continue
-                for seat in seats:
-                    soonest = min(soonest, self._opens_at(seat, waiter.request.need, now))
-                blocked += seats
-                if len(waiter.seats) >= len(self.serving.get(waiter.request.model, ())):
-                    break  # whoever comes behind waits for nobody else
+                line.remove(waiter)
+            if not line:
+                del self.lines[model]
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm = None
+        # Where nobody knows when, the end of another request will come by here. At least a millisecond, as a timer may
+        # fire a moment before its time.
         if soonest != NEVER:
             self.alarm = self.timers.call_at(max(soonest, now + 0.001), self.pump)
 
-    def _opens_at(self, seat: Seat, need: float, now: float) -> float:
-        return max(seat.room_at(need, now), seat.well_at(now))
-
     def _check_line(self, request: ApiRequest, seats: "list[Seat]", ahead: int, now: float) -> None:
-        """Refuses whom waiting would not help, at once. Raises NoRoom."""
-        openings = [(self._opens_at(seat, request.need, now), seat.ledger.rate(request.need)) for seat in seats]
-        unknown = any(opens == NEVER for opens, _ in openings)
-        after_s = NEVER if unknown else turn_at(openings, ahead, now) - now
-        if self.waiting >= self.config.max_queue:
+        """Refuses whom waiting would not help, at once. Raises NoRoom.
+
+        Half of the line is the most that one client key may hold, or one client's burst would be everybody's refusal.
+        """
+        # A queue without an end date hangs its clients for hours behind one long reset, and a 429 without a Retry-After
+        # makes them guess: so the end is computed, and told.
+        openings = [(seat.opens_at(request.need, now), seat.ledger.rate(request.need)) for seat in seats]
+        known = all(opens != NEVER for opens, _ in openings)  # else another request's end may come at any time
+        after_s = turn_at(openings, ahead, now) - now if known else NEVER
+        waiting, most = self.waiting, self.config.max_queue
+        if waiting >= most:
             raise NoRoom("the line is full", after_s)
-        if request.key and self.waiting_by_key.get(request.key, 0) * 2 >= self.config.max_queue:
-            raise NoRoom("this key holds half of the line", after_s)
-        if not request.wait_s or (not unknown and after_s > request.wait_s):
+        if request.key and 2 * waiting >= most:
+            own = sum(waiter.request.key == request.key for line in self.lines.values() for waiter in line)
+            if 2 * own >= most:
+                raise NoRoom("this key holds half of the line", after_s)
+        if not request.wait_s or (known and after_s > request.wait_s):
             raise NoRoom("no controller has room in time", after_s)
 
     def _give_up(self, waiter: Waiter) -> None:
         if not waiter.future.done():
-            now = self.timers.time()
-            opens = min(self._opens_at(seat, waiter.request.need, now) for seat in waiter.seats)
-            waiter.future.set_exception(NoRoom("no controller had room in time", opens - now))
-
-    def _count_waiter(self, key: str, change: int) -> None:
-        self.waiting += change
-        if key:
-            left = self.waiting_by_key.get(key, 0) + change
-            self.waiting_by_key[key] = left
-            if not left:
-                del self.waiting_by_key[key]
+            after_s = self.reopens_after(waiter.seats, waiter.request.need)
+            waiter.future.set_exception(NoRoom("no controller had room in time", after_s))
 
     def _leave(self, waiter: Waiter) -> None:
-        """Takes a waiter out of the books; those behind it may be first now."""
-        self._count_waiter(waiter.request.key, -1)
-        line = self.lines.get(waiter.request.model)
-        if line is None:
-            return
-        if waiter.future.cancelled() or waiter.future.exception() is not None:
-            was_first = bool(line) and line[0] is waiter
-            if waiter in line:  # else `pump` came by in the same turn and has taken it out already
-                line.remove(waiter)
-            if was_first and line:
-                self.pump()
-        if not line:
-            self.lines.pop(waiter.request.model, None)
+        """Takes a waiter that got nothing out of its line; those behind it may be first now."""
+        line = self.lines.get(waiter.request.model, ())
+        if waiter in line:
+            self.lines[waiter.request.model].remove(waiter)
+            self.pump()
 
     # -- the silent
-
-    def _turn_minute(self, now: float) -> None:
-        """Begins a new minute of the rescue budget when the old one is over."""
-        if now >= self.minute_end:
-            following = now < self.minute_end + 60
-            self.calls = [0, self.calls[0] if following else 0]
-            self.rescues = [0, self.rescues[0] if following else 0]
-            self.minute_end = now - now % 60 + 60
 
     def _sweep(self) -> None:
         """Looks for controllers that fell silent and for requests stuck in them; runs while anything is under way."""
         now, self.sweeper = self.timers.time(), None
-        for upstream in self.upstreams:
-            if not upstream.in_flight:  # what is still connecting will be silent later
-                continue
+        for upstream in [one for one in self.upstreams if one.in_flight]:  # who is connecting may be silent later
             self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
             if upstream.is_silent(now):
-                probed = upstream.probe
+                # A probe knows already that something is wrong: it need not wait for as long as the others.
+                if upstream.probe is not None:
+                    upstream.probe.urgent = True
                 upstream.suspect()
                 log.warning("%s: silent, gets no new requests until it answers", upstream.name)
-                if probed is not None:
-                    self._rescue(probed, now)
-            for lease in [one for one in upstream.unanswered if self._is_stuck(one, now)]:
-                self._rescue(lease, now)
+            for lease in list(upstream.unanswered):
+                if lease.stuck is not None and (lease.urgent or self._is_stuck(lease, now)):
+                    self._rescue(lease, lease.stuck, now)
 
     def _is_stuck(self, lease: Lease, now: float) -> bool:
         """Whether a request has been silent for so long that another controller should be asked too."""
         silent_s, after_s = now - lease.sent_at, self.config.rescue_after
-        ours = lease.stream or lease.upstream.out_why == "suspect"
-        if lease.stuck is None or not ours:
+        if not (lease.stream or lease.upstream.out_why == "suspect"):  # a whole answer may just be long
             return False
         if after_s is not None:
-            return silent_s > (after_s or NEVER)
+            return 0 < after_s < silent_s
         known = self.serving.get(lease.seat.model, [])
         return silent_s > RESCUE_MIN_S and silent_s > rescue_s(lease.seat, known, lease.stream)
 
-    def _rescue(self, lease: Lease, now: float) -> None:
-        """Asks the request's owner for a second attempt, within the budget."""
-        self._turn_minute(now)
-        allowed = self.rescues[0] < RESCUES_A_MINUTE or sum(self.rescues) < RESCUE_SHARE * sum(self.calls)
-        if lease.stuck is not None and self.config.rescue_after != 0 and allowed and lease.stuck():
-            self.rescues[0] += 1
-            lease.stuck = None
+    def _rescue(self, lease: Lease, ask_another: "Callable[[], bool]", now: float) -> None:
+        """Asks the request's owner for a second attempt, within the budget.
+
+        It is urgent from now on: should the rescuer fail, the next one is asked at once, until something is heard.
+        """
+        lease.urgent = True
+        # Once for all calls since the last time, as counting is all that a call should pay.
+        self.saved, self.calls = min(self.saved + RESCUE_SHARE * self.calls, RESCUES_SAVED), 0
+        allowed = self.saved >= 1.0 or not self.rescues.opens_at(1.0, now)
+        if allowed and self.config.rescue_after != 0 and ask_another():
+            self.saved = max(0.0, self.saved - 1.0)
+            self.rescues.sent(self.rescues.add(1.0), now)
 
     # -- what is known
 
@@ -6078,7 +6103,7 @@ class UpstreamPool:
     def reopens_after(self, seats: "list[Seat]", need: float) -> float:
         """Seconds until somebody has room, as far as is known; NEVER where nothing is."""
         now = self.timers.time()
-        return max(0.0, min(self._opens_at(seat, need, now) for seat in seats) - now)
+        return max(0.0, min(seat.opens_at(need, now) for seat in seats) - now)
 
     def close(self) -> None:
         """Stops the timers."""
@@ -6087,19 +6112,9 @@ class UpstreamPool:
                 handle.cancel()
         self.alarm = self.sweeper = None
 
-    def _missing(self, model: str) -> str:
-        names = sorted({name for upstream in self.upstreams for name in upstream.config.models})
-        shown_model = model if len(model) <= 64 else model[:63] + "…"
-        return "The model %r is served by no controller here. Served: %s." % (shown_model, ", ".join(names)[:1000])
-
-
-NOBODY: "set[Upstream]" = set()
-
 
 class KeyGate:
     """What one client key may still send: its own rpm, tpm and concurrency."""
-
-    __slots__ = ("key", "quota")
 
     def __init__(self, key: ClientKey) -> None:
         self.key, self.quota = key, Quota(key.name, key.limits)
@@ -6108,15 +6123,15 @@ class KeyGate:
         """Counts a request and lets it pass (0), or says in how many seconds it may come again."""
         if self.quota.in_flight >= self.quota.most:
             return KEY_BUSY_S
+        # One ledger for all models: what a client may spend is about money, not about a model's capacity.
         ledger = self.quota.ledger("")
         opens = ledger.opens_at(need, now)
         if opens > now:
             return opens - now
         self.quota.in_flight += 1
         ledger.easy = -1.0
-        for windows, amount in zip(ledger.windows, (1.0, need), strict=True):
-            for window in windows:
-                window.sent(window.add(amount), now)
+        for by_tokens, window in ledger.windows:
+            window.sent(window.add(need if by_tokens else 1.0), now)
         return 0.0
 
     def leave(self) -> None:
@@ -6124,13 +6139,21 @@ class KeyGate:
         self.quota.in_flight -= 1
 
 
-def describe_pool(pool: UpstreamPool, now: float) -> "dict[str, Any]":
-    """The pool's state for /status?verbose=1: no secret, seconds from now."""
-    return {
-        "policy": pool.config.type,
-        "waiting": pool.waiting,
-        "controllers": [describe_upstream(upstream, now) for upstream in pool.upstreams],
-    }
+# -- what /status?verbose=1 shows: no secret, times as seconds from now
+
+
+def describe_ledger(ledger: Ledger, now: float) -> "dict[str, Any]":
+    """What is known of one model's quota."""
+    closed_until = max((until for _, until in ledger.closed), default=0.0)
+    found: "dict[str, Any]" = {"closed_for_s": round(max(0.0, closed_until - now), 3)}
+    for name, bucket in (("requests", ledger.requests), ("tokens", ledger.tokens)):
+        if bucket.limit:
+            left = round(bucket.level_at(now), 1)
+            found[name] = {"limit": bucket.limit, "left": left, "per_s": round(bucket.rate, 3)}
+    for by_tokens, window in ledger.windows:
+        if not window.rate:
+            found["tpm" if by_tokens else "rpm"] = {"limit": window.limit, "taken": round(window.total, 1)}
+    return found
 
 
 def describe_upstream(upstream: Upstream, now: float) -> "dict[str, Any]":
@@ -6159,17 +6182,13 @@ def describe_upstream(upstream: Upstream, now: float) -> "dict[str, Any]":
     }
 
 
-def describe_ledger(ledger: Ledger, now: float) -> "dict[str, Any]":
-    """What is known of one model's quota."""
-    found: "dict[str, Any]" = {"closed_for_s": round(max(0.0, ledger.closed_until - now, ledger.large_until - now), 3)}
-    for name, bucket in (("requests", ledger.requests), ("tokens", ledger.tokens)):
-        if bucket is not None:
-            left = round(bucket.level_at(now), 1)
-            found[name] = {"limit": bucket.limit, "left": left, "per_s": round(bucket.rate, 3)}
-    for name, windows in zip(("rpm", "tpm"), ledger.windows, strict=True):
-        if windows:
-            found[name] = {"limit": windows[0].limit, "taken": round(windows[0].total, 1)}
-    return found
+def describe_pool(pool: UpstreamPool, now: float) -> "dict[str, Any]":
+    """The pool's state."""
+    return {
+        "policy": pool.config.type,
+        "waiting": pool.waiting,
+        "controllers": [describe_upstream(upstream, now) for upstream in pool.upstreams],
+    }
 
 
 # ==== 13. Relay ====
@@ -6469,9 +6488,7 @@ class Relay:
         head = reply.head
         if head.status >= 300:
             reply.exchange.finish()
-            verdict = judge_reply(head.status, head.index, reply.held, time.time(), rate_codes=reply.rate_codes)
-            if stateful and head.status == 404:  # about an object of the account, perhaps
-                verdict.outcome = Outcome.CLIENT
+            verdict = judge_reply(head.status, head.index, reply.held, time.time(), stateful, reply.rate_codes)
             raise Refused(reply, verdict)
         event = b"data: " + reply.held.translate(SPACED)
         if not reply.stream and judge_event(event) is EventKind.ERROR:
@@ -6536,7 +6553,7 @@ class Relay:
 
     def _rescue(self, trip: Trip, lease: Lease, exchange: Exchange) -> bool:
         """Asks another controller with room, too; whether there was one. The first real answer wins."""
-        if trip.rescue is not None:
+        if trip.rescue is not None or (trip.best is not None and not may_retry(trip.best.verdict, trip.request)):
             return False
         now = self.loop.time()
         other = self.pool.lease(trip.request, trip.seats, trip.tried | {lease.upstream}, now, resort=False)
@@ -6591,8 +6608,7 @@ class Relay:
         if reply.whole and not reply.stream:
             exchange.finish()
             # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
-            counts = lease.ledger.tokens is not None or lease.ledger.windows is not NO_WINDOWS
-            if counts and not (reply.told and (request.max_tokens or lease.serial & 7)):
+            if lease.ledger.limited and not (reply.told and (request.max_tokens or lease.serial & 7)):
                 self._account(reply.held[-USAGE_BYTES:], reply, lease, trip)
             if not sink.whole(reply.head.status, fields, reply.held):
                 await sink.drain()
@@ -7254,7 +7270,7 @@ class Server:
         self.last_host: "bytes | None" = None
         self.serial, self.id_prefix = 0, "req_" + os.urandom(6).hex()
         self.models: "dict[str, tuple[float, list[dict[str, Any]]]]" = {}
-        self.pool = UpstreamPool([], SmoothWeighted(), config.pool, loop)
+        self.pool = UpstreamPool([], config.pool, loop)
         self.gates: "dict[str, KeyGate]" = {}
         self.access = AccessLog(loop, console.write)
         self.reconfigure(config)
@@ -7758,18 +7774,16 @@ def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
     known = {upstream.name: upstream for upstream in pool.upstreams}
     quotas = {upstream.quota.name: upstream.quota for upstream in pool.upstreams}
     upstreams: "list[Upstream]" = []
-    for position, one in enumerate(config.controllers):
+    for one in config.controllers:
         same = known.get(one.name)
         if same is None or same.config != one:
             name = one.quota_group or one.name
             quota = quotas.get(name)
             if quota is None or quota.limits != one.limits:
                 quota = quotas[name] = Quota(name, one.limits)
-            same = Upstream(one, CONTROLLERS[one.type](one), position, quota)
-        same.position = position
+            same = Upstream(one, CONTROLLERS[one.type](one), quota)
         upstreams.append(same)
-    policy = pool.policy if pool.upstreams and pool.config.type == config.pool.type else POLICIES[config.pool.type]()
-    pool.replace(upstreams, policy, config.pool)
+    pool.replace(upstreams, config.pool)
 
 
 def server_tls(config: Config) -> ssl.SSLContext:

@@ -137,7 +137,7 @@ def left_over(server: Running) -> "dict[str, int]":
         "in flight": sum(one.in_flight + one.quota.in_flight for one in pool.upstreams),
         "unanswered": sum(len(one.unanswered) for one in pool.upstreams),
         "probes": sum((one.probe is not None) + (one.quota.probe is not None) for one in pool.upstreams),
-        "waiting": pool.waiting + len(pool.lines) + len(pool.waiting_by_key),
+        "waiting": pool.waiting + len(pool.lines),
         "connections of clients": len(inner.connections),
         "active upstream connections": len(inner.links.active),
     }
@@ -171,8 +171,8 @@ async def soak(count: int, seed: int) -> bool:
         found = left_over(server)
         growth = memory_bytes() - marks[0]
         attempts = sum(one.requests for one in server.server.pool.upstreams)
-        rescues = sum(server.server.pool.rescues)
-    print(f"{count} requests in {took_s:.1f} s, {attempts} attempts, {rescues} rescues in the last two minutes")
+        rescues = int(server.server.pool.rescues.total)
+    print(f"{count} requests in {took_s:.1f} s, {attempts} attempts, {rescues} rescues in the last minute")
     print("outcomes: " + ", ".join(f"{name} {number}" for name, number in sorted(seen.items())))
     print("left over: " + ", ".join(f"{name} {number}" for name, number in found.items()))
     print(f"memory: {marks[0] / 1e6:.1f} MB after {WARM_UP:.0%}, {growth / 1e6:+.1f} MB at the end")

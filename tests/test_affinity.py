@@ -1,6 +1,7 @@
 """Long conversations stay where their prompt cache is, shares stay the weights', and short ones notice nothing."""
 
 import asyncio
+import functools
 import random
 from collections import Counter, OrderedDict
 from typing import Any
@@ -14,11 +15,13 @@ from .support import ANSWER, Running, Upstream, answers, controller, error_reply
 LONG = "x" * 5000
 
 
-def pool_of(*weights: int, **more: Any) -> app.UpstreamPool:
-    """A pool of controllers a, b, c ... that never open a connection."""
+def pool_of(*weights: int, groups: str = "", **more: Any) -> app.UpstreamPool:
+    """A pool of controllers a, b, c ... that never open a connection; `groups`: a letter of each one's quota group."""
     controllers = [{"type": "echo", "name": name, "weight": w} for name, w in zip("abcdef", weights, strict=False)]
+    for one, group in zip(controllers, groups, strict=False):
+        one["quota_group"] = group
     config = app.parse_config({"controllers": controllers, "pool": more}, "c.json", {})
-    pool = app.UpstreamPool([], app.SmoothWeighted(), config.pool, asyncio.get_running_loop())
+    pool = app.UpstreamPool([], config.pool, asyncio.get_running_loop())
     app.rebuild_pool(pool, config)
     return pool
 
@@ -84,8 +87,6 @@ async def test_all_else_keeps_the_exact_sequence(how: str) -> None:
 async def test_policies_with_a_point_of_their_own_stay(kind: str) -> None:
     """Where the order or the speed decides no conversation does."""
     pool = pool_of(1, 1, 1, type=kind)
-    app_policy = app.POLICIES[kind]()
-    pool.policy = app_policy
     assert pool.affine_above == app.NEVER
     if kind == "priority":
         assert {send(pool, chat(LONG, str(number))) for number in range(20)} == {"a"}
@@ -126,6 +127,23 @@ async def test_only_the_conversations_of_the_lost_move() -> None:
     pool.close()
 
 
+async def test_a_quota_group_is_one_account() -> None:
+    """Of two keys of one organisation the other takes over, whose cache is the same; all other shares stay the weights'."""
+    pool = pool_of(1, 1, 1, 1, groups="ggxy")
+    before = {number: send(pool, chat(LONG, str(number))) for number in range(2000)}
+    seen = Counter(before.values())
+    assert all(abs(seen[name] - 500) < 80 for name in "abcd")
+    assert {number: send(pool, chat(LONG, str(number))) for number in range(2000)} == before
+    pool.upstreams[0].take_out("breaker", asyncio.get_running_loop().time() + 60)
+    moved = Counter(send(pool, chat(LONG, str(number))) for number, place in before.items() if place == "a")
+    assert moved["b"] == pytest.approx(seen["a"] * 2 / 3, rel=0.15)  # the group has half of its weight, of four now three
+    leases = [lease(pool, chat(LONG, "q")) for _ in range(300)]
+    assert max(Counter(one.upstream.name for one in leases).values()) <= 126
+    for one in leases:
+        pool.settle(one, app.Verdict(app.Outcome.GONE))
+    pool.close()
+
+
 async def test_a_full_controller_is_left_at_once() -> None:
     """A 429 sends the conversation on within the same request."""
     async with Upstream(answers(error_reply(429, "x", "no", "retry-after: 60"))) as one:
@@ -157,7 +175,7 @@ class Cache:
 async def test_cached_tokens(affinity: bool, least: float, most: float) -> None:
     """Most of the prompts' tokens are found in the accounts' caches, which balancing alone loses."""
     pool, chance = pool_of(1, 1, 1, 1, 1, 1, affinity=affinity, type="random"), random.Random(7)
-    pool.policy = app.WeightedRandom(chance.random)
+    pool.policy = functools.partial(app.weighted_random, chance=chance.random)
     caches = {name: Cache(60) for name in "abcdef"}
     talks: "dict[str, list[str]]" = {f"talk {number}": [LONG, f"question {number}"] for number in range(200)}
     for _ in range(3000):

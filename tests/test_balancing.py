@@ -10,11 +10,11 @@ import chatgpt_apiserver as app
 
 
 def upstream(
-    name: str, weight: int = 1, position: int = 0, models: tuple[str, ...] = (), **more: object
+    name: str, weight: int = 1, models: tuple[str, ...] = (), **more: object
 ) -> app.Upstream:
     """An echo controller with its state."""
     config = app.ControllerConfig("echo", name, app.AccountConfig(), weight, models, **more)  # type: ignore[arg-type]
-    return app.Upstream(config, app.EchoController(config), position)
+    return app.Upstream(config, app.EchoController(config), app.Quota(name, config.limits))
 
 
 def seats(*weights: int) -> list[app.Seat]:
@@ -24,7 +24,7 @@ def seats(*weights: int) -> list[app.Seat]:
 
 def upstreams(*weights: int) -> list[app.Upstream]:
     """Controllers a, b, c ... with these weights."""
-    return [upstream("abcdefgh"[at], weight, at) for at, weight in enumerate(weights)]
+    return [upstream(name, weight) for name, weight in zip("abcdefgh", weights, strict=False)]
 
 
 def request(stream: bool = True, stateful: bool = False) -> app.ApiRequest:
@@ -34,9 +34,9 @@ def request(stream: bool = True, stateful: bool = False) -> app.ApiRequest:
     return made
 
 
-def pool_of(ups: "list[app.Upstream]", policy: "app.Policy | None" = None) -> app.UpstreamPool:
+def pool_of(ups: "list[app.Upstream]", kind: str = "balanced") -> app.UpstreamPool:
     """A pool whose clock stands still."""
-    return app.UpstreamPool(ups, policy or app.SmoothWeighted(), app.PoolConfig(), Clock())  # type: ignore[arg-type]
+    return app.UpstreamPool(ups, app.PoolConfig(type=kind), Clock())  # type: ignore[arg-type]
 
 
 class Clock:
@@ -61,8 +61,8 @@ class Clock:
 )
 def test_smooth_sequence(weights: tuple[int, ...], sequence: str) -> None:
     """The sequence is exactly that of smooth weighted round robin."""
-    policy, pool = app.SmoothWeighted(), seats(*weights)
-    assert "".join(policy.choose(pool, True).upstream.name for _ in sequence) == sequence
+    pool = seats(*weights)
+    assert "".join(app.smooth_weighted(pool, True).upstream.name for _ in sequence) == sequence
 
 
 def test_shares_with_any_subset_closed() -> None:
@@ -72,10 +72,9 @@ def test_shares_with_any_subset_closed() -> None:
     for size in range(1, 5):
         for open_ in itertools.combinations(range(4), size):
             pool = seats(*weights)
-            policy = app.SmoothWeighted()
             for chosen_from in (pool, [pool[at] for at in open_], pool):
                 total = sum(one.upstream.weight for one in chosen_from)
-                counts = Counter(policy.choose(chosen_from, True).upstream.name for _ in range(total * 10))
+                counts = Counter(app.smooth_weighted(chosen_from, True).upstream.name for _ in range(total * 10))
                 assert counts == {one.upstream.name: one.upstream.weight * 10 for one in chosen_from}
             credit = [one.upstream.credit for one in pool]
             assert sum(credit) == 0 and max(map(abs, credit)) <= whole
@@ -83,8 +82,8 @@ def test_shares_with_any_subset_closed() -> None:
 
 def test_random_shares() -> None:
     """Chance, seeded, follows the weights."""
-    policy, pool = app.WeightedRandom(random.Random(7).random), seats(5, 1, 2)
-    counts = Counter(policy.choose(pool, True).upstream.name for _ in range(8000))
+    chance, pool = random.Random(7).random, seats(5, 1, 2)
+    counts = Counter(app.weighted_random(pool, True, chance).upstream.name for _ in range(8000))
     assert counts["a"] == pytest.approx(5000, rel=0.05)
     assert counts["b"] == pytest.approx(1000, rel=0.1)
     assert counts["c"] == pytest.approx(2000, rel=0.1)
@@ -95,7 +94,7 @@ def test_random_shares() -> None:
 )
 def test_random_bounds(chance: float, name: str) -> None:
     """Each draw belongs to exactly one controller."""
-    assert app.WeightedRandom(lambda: chance).choose(seats(2, 1, 1), True).upstream.name == name
+    assert app.weighted_random(seats(2, 1, 1), True, lambda: chance).upstream.name == name
 
 
 def test_least_busy_and_priority() -> None:
@@ -103,23 +102,23 @@ def test_least_busy_and_priority() -> None:
     pool = seats(1, 3)
     names = ""
     for _ in range(8):
-        chosen = app.LeastBusy().choose(pool, True).upstream
+        chosen = app.least_busy(pool, True).upstream
         chosen.in_flight += 1
         names += chosen.name
     assert names == "abbbabbb"
-    assert app.Priority().choose(pool, True).upstream.name == "a"
+    assert app.first_listed(pool, True).upstream.name == "a"
 
 
 def test_fastest_knows_answers_from_streams() -> None:
     """The one whose first byte came soonest, for each kind; who was never asked comes first."""
     pool = seats(1, 1)
     pool[0].upstream.heard(True, 0.2)
-    assert app.Fastest().choose(pool, True) is pool[1]
+    assert app.fastest(pool, True) is pool[1]
     pool[1].upstream.heard(True, 0.1)
     pool[1].upstream.heard(False, 5.0)
     pool[0].upstream.heard(False, 1.0)
-    assert app.Fastest().choose(pool, True) is pool[1]
-    assert app.Fastest().choose(pool, False) is pool[0]
+    assert app.fastest(pool, True) is pool[1]
+    assert app.fastest(pool, False) is pool[0]
 
 
 @pytest.mark.parametrize("kind", app.POOL_TYPES)
@@ -128,7 +127,7 @@ def test_every_pool_type_can_be_built(kind: str) -> None:
     data = {"pool": {"type": kind}, "controllers": [{"type": "echo"}, {"type": "echo"}]}
     pool = pool_of([])
     app.rebuild_pool(pool, app.parse_config(data, "c.json", {}))
-    assert pool.policy.choose(pool.seats("m"), True) in pool.seats("m")
+    assert pool.policy(pool.seats("m"), True) in pool.seats("m")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +157,7 @@ def test_names_of_the_model_map_are_served() -> None:
 
 def test_seats() -> None:
     """Only those that serve the model, in the order of the file; else a 404 that names what is served."""
-    pool = pool_of([upstream("a", models=("x", "y*")), upstream("b", 1, 1, ("x",))], app.Priority())
+    pool = pool_of([upstream("a", models=("x", "y*")), upstream("b", 1, ("x",))], "priority")
     assert [one.upstream.name for one in pool.seats("x")] == ["a", "b"]
     assert [one.upstream.name for one in pool.seats("yz")] == ["a"]
     for _ in range(2):
@@ -173,7 +172,7 @@ def test_seats() -> None:
 
 def test_memory_of_models_is_bounded() -> None:
     """Clients cannot fill the memory with names."""
-    pool = pool_of(upstreams(1), app.Priority())
+    pool = pool_of(upstreams(1), "priority")
     for number in range(2 * app.MEMORY_MODELS):
         pool.seats("m%d" % number)
     assert len(pool.serving) <= app.MEMORY_MODELS

@@ -684,7 +684,18 @@ async def test_woken_while_the_one_before_is_still_silent() -> None:
         for task in tasks:
             assert (await task).status == 200
         gaps = [round(at - home.ups[0].times[0], 2) for at in home.ups[0].times]
-        assert gaps == pytest.approx([0, 1.25, 2.5], abs=0.05)
+        assert gaps == pytest.approx([0, 1.0, 2.0], abs=0.05)
+
+
+async def test_a_short_burst_spreads_the_limit_evenly() -> None:
+    """A hundred a minute in bursts of a second: one each 0.6 s, a hundred in the first minute, and not one more."""
+    async with house(both, each={"limits": {"rpm": 100, "burst_s": 1}}, pool={"max_wait": 90}) as home:
+        tasks = [home.later() for _ in range(130)]
+        for task in tasks:
+            assert (await task).status == 200
+        times = home.ups[0].times
+        assert worst(times, 59.9) == 100 and worst(times, 0.59) == 1
+        assert times[99] - times[0] == pytest.approx(59.4, abs=0.5)
 
 
 async def test_first_come_first_served_and_one_waiter_per_place() -> None:
@@ -755,13 +766,13 @@ async def test_waiters_that_leave_cost_nothing(how: str) -> None:
 
 def pool_here(*ups: app.Upstream, **config: Any) -> app.UpstreamPool:
     """A pool on the running loop."""
-    return app.UpstreamPool(list(ups), app.SmoothWeighted(), app.PoolConfig(**config), asyncio.get_running_loop())
+    return app.UpstreamPool(list(ups), app.PoolConfig(**config), asyncio.get_running_loop())
 
 
 def echo(name: str, **limits: Any) -> app.Upstream:
     """An echo controller with its state."""
     config = app.ControllerConfig("echo", name, app.AccountConfig(), limits=app.QuotaLimits(**limits))
-    return app.Upstream(config, app.EchoController(config), 0)
+    return app.Upstream(config, app.EchoController(config), app.Quota(name, config.limits))
 
 
 def asking(model: str = "m", wait_s: float = 30.0, key: str = "") -> app.ApiRequest:
@@ -1002,6 +1013,14 @@ async def test_stateful_requests_stay_where_they_may_have_run(status: int) -> No
         assert not home.state()["lacks"]
 
 
+async def test_a_conflict_over_an_object_is_not_the_controllers_fault() -> None:
+    """Any number of 409 to stateful requests: each is returned, none counts for the breaker or as an error."""
+    async with house(answers(error_reply(409)), both, pool={"type": "priority"}) as home:
+        for _ in range(8):
+            assert (await home.post(store=True)).status == 409
+        assert home.calls == [8, 0] and (home.state()["state"], home.state()["failures"]) == ("open", 0)
+
+
 @pytest.mark.parametrize("script", [close_at_once, hang])
 async def test_stateful_requests_are_not_replayed_after_sending(script: Script) -> None:
     """A reset or a silence after the write may hide a request that ran."""
@@ -1116,6 +1135,24 @@ async def test_a_silent_controller_gets_no_new_requests() -> None:
         assert home.state()["state"] == "open"
 
 
+async def test_a_hang_behind_a_slow_request_is_seen() -> None:
+    """A whole answer that takes its time does not hide that every stream since the last answer is stuck."""
+    scripts = then([hang, both, hang, hang, hang])
+    async with house(scripts, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        usual(home)
+        slow = await home.ask()
+        await until(lambda: home.calls[0] == 1)
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "a"
+        await pause(0.1)
+        tasks = [home.later(stream=True) for _ in range(3)]
+        await pause(1.5)
+        assert home.state()["state"] == "suspect"
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
+        for task in tasks:
+            assert (await task).headers["x-apiserver-controller"] == "b"
+        slow.close()
+
+
 async def test_whole_answers_that_are_arriving_are_not_silent() -> None:
     """A head has come and the body trickles: slow, but no suspect."""
 
@@ -1226,6 +1263,39 @@ async def test_an_error_never_wins(failure: bytes) -> None:
         assert found.headers["x-apiserver-attempts"] == "2" and home.idle()
 
 
+async def test_when_a_rescuer_fails_the_next_one_is_asked() -> None:
+    """A request that is still stuck is asked of a third at once; the rescuer that failed is not asked again."""
+    scripts = [hang, answers(error_reply(500)), then([limited("9")]), both]
+    async with house(*scripts, pool={"type": "priority", "rescue_after": 2}) as home:
+        started = now()
+        found = await home.post(stream=True)
+        assert found.headers["x-apiserver-controller"] == "d" and home.calls == [1, 1, 1, 1]
+        assert now() - started < 3
+
+
+async def test_a_probe_whose_rescuer_fails_is_rescued_again() -> None:
+    """Its second rescue does not wait for ten seconds either."""
+    async with house(hang, answers(error_reply(500)), both, pool={"type": "priority"}) as home:
+        usual(home)
+        home.pool.upstreams[0].suspect()
+        home.pool.upstreams[0].unstick(now())
+        await pause(1.1)
+        started = now()
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "c" and now() - started < 2
+
+
+async def test_a_clients_mistake_ends_the_rescues() -> None:
+    """What one rescuer calls the client's mistake is not sent to a third."""
+
+    async def slow(peer: Peer, message: Message) -> None:
+        await pause(6)
+        await both(peer, message)
+
+    async with house(slow, answers(error_reply(400)), both, pool={"type": "priority", "rescue_after": 2}) as home:
+        found = await home.post(stream=True)
+        assert found.headers["x-apiserver-controller"] == "a" and home.calls == [1, 1, 0]
+
+
 async def test_the_first_one_fails_while_the_rescuer_works() -> None:
     """Then the rescuer's answer is the answer, whenever it comes, and nobody else is asked."""
 
@@ -1285,13 +1355,29 @@ async def test_whole_answers_are_rescued_from_a_suspect() -> None:
 async def test_at_most_ten_rescues_a_minute_where_little_is_asked() -> None:
     """Of fifteen stuck streams ten are rescued in this minute, and the others may be in the next."""
     async with house(hang, both, pool={"type": "priority", "rescue_after": 2}, each={"timeouts": {"first_byte": 0}}) as home:
-        home.pool._turn_minute(now())
-        await pause(home.pool.minute_end - now() + 1)
         tasks = [home.later(stream=True) for _ in range(15)]
         await pause(30)
         assert sum(task.done() for task in tasks) == 10 and home.calls == [15, 10]
         await pause(35)
         assert sum(task.done() for task in tasks) == 15 and home.calls == [15, 15]
+
+
+async def test_at_most_five_percent_of_many_calls_are_rescues() -> None:
+    """A thousand calls allow fifty rescues at once, and the next twenty calls one more."""
+    one = echo("a")
+    pool = pool_here(one, rescue_after=1)
+    asked: "list[int]" = []
+    for number in range(1200):
+        made = pool.lease(asking(), pool.seats("m"), set(), now())
+        assert made is not None
+        if number < 1000:
+            pool.settle(made, app.GOOD)
+        elif number < 1100:
+            made.stream, made.stuck = True, lambda number=number: not asked.append(number)  # type: ignore[misc,func-returns-value]
+            made.sent(now())
+    await pause(2)
+    assert asked == list(range(1000, 1060))  # a twentieth of 1,200
+    pool.close()
 
 
 # -- what is shown
