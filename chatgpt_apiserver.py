@@ -4914,19 +4914,19 @@ class Bucket:
         lacking = min(amount, self.size) - self.level_at(now - EDGE_S) - 1e-6
         return now + lacking / self.rate if lacking > 0 else 0.0
 
-    def rebase(self, told: Allowance, serial: int, expected: float, sent_at: float, now: float) -> None:
-        """Takes a reply's word, unless one to a request sent later was heard before.
+    def rebase(self, told: Allowance, serial: int, expected: float, sent_at: float, now: float) -> float:
+        """Takes a reply's word, unless one to a request sent later was heard before; by how much the level fell.
 
         `expected`: from the request's own `charge`.
         """
         # Replies come in any order, and the latest request's tells of all before it.
         if serial < self.newest:
-            return
+            return 0.0
         self.newest = serial
         self.charge(0.0, now)
-        left = told.remaining
+        left, before = told.remaining, self.level
         if not self.limit:
-            self.known_at = now
+            self.known_at, before = now, NEVER
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
             # The time until it is full tells the fraction that `remaining` rounds down, and never more than that.
@@ -4944,7 +4944,8 @@ class Bucket:
         error = left - expected - self.shift
         self.shift += error
         level = self.level + error
-        self.level = 0.0 if level < 0.0 else level if level < self.size else self.size
+        self.level = level = 0.0 if level < 0.0 else level if level < self.size else self.size
+        return before - level if before > level else 0.0
 
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
         """Size and speed. A bucket may hold less than a minute's worth: what is in it and when it will be full tell.
@@ -5044,12 +5045,14 @@ class Ledger:
     `requests` and `tokens` are the buckets; `windows` those of the configuration, each with whether it counts tokens.
     `closed`: until when, for requests of at least so many tokens. `open`: its leases, in the order of their charges.
 
-    `easy` spares most decisions the arithmetic: a request of no more tokens than that surely goes, as nothing was
-    charged or learned since it was computed. `limited`: some limit is known; before, nothing is counted.
+    `easy` spares most decisions the arithmetic: a request of no more tokens than that surely goes. What is charged or
+    learned since it was computed is taken from it, and from `few`, the requests that surely go; refills are not added.
+    Forgotten at each charge, as at first, it cost 2 us more of a request. `limited`: some limit is known; before,
+    nothing is counted.
     """
 
     __slots__ = (
-        "buckets burst_s closed closed_for easy limited limits name open requests serial tokens used_at windows"
+        "buckets burst_s closed closed_for easy few limited limits name open requests serial tokens used_at windows"
     ).split()
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
@@ -5064,6 +5067,7 @@ class Ledger:
         self._add_bursts()
         self.limited = bool(self.windows)
         self.easy = -1.0 if self.limited else NEVER
+        self.few = NEVER
 
     def _add_bursts(self) -> None:
         """A window for what may go at once beside each one that counts a minute, unless that is a minute's worth."""
@@ -5087,26 +5091,32 @@ class Ledger:
         self.easy = self._spare(now)
         return 0.0
 
+    def take(self, requests: float, tokens: float) -> None:
+        """Keeps `easy` true while so much less may be sent."""
+        self.easy -= tokens
+        self.few -= requests
+        if not self.few >= 1.0:  # also when it is no number: what was endless has got a limit
+            self.easy = -1.0
+
     def begin(self, now: float) -> None:
         """Something is known of a limit: from now on all is counted, and first what is under way, in its order."""
-        self.limited = True
+        self.limited, self.easy = True, -1.0
         for lease in self.open:
             lease.charge(now)
 
     def _spare(self, now: float) -> float:
-        """The largest need that surely fits until something is charged or learned; -1 where that has to be asked."""
-        requests, tokens = self.requests, self.tokens
-        # Half of a bucket and two requests are far from every edge, where the exact times have to be asked.
-        if any(until > now for _, until in self.closed) or (requests.rate and requests.level < 2.0):
+        """The largest need that surely fits, -1 where that has to be asked each time; sets `few`."""
+        # Half of a bucket is far from every edge, where the exact times have to be asked.
+        if any(until > now for _, until in self.closed):
             return -1.0
+        requests, tokens = self.buckets
+        few = requests.level / 2 if requests.rate else NEVER
         spare = tokens.level / 2 if tokens.rate else NEVER
         for by_tokens, window in self.windows:
             room = window.limit - window.total
-            if by_tokens:
-                spare = min(spare, room)
-            elif room < 1.0:
-                return -1.0
-        return spare
+            few, spare = (few, min(spare, room)) if by_tokens else (min(few, room), spare)
+        self.few = few
+        return spare if few >= 1.0 else -1.0
 
     def answered(self) -> None:
         """An answer came: the next 429 without a time starts small again, and slow start goes faster."""
@@ -5467,7 +5477,7 @@ class Lease:
     def charge(self, now: float) -> None:
         """Takes what it needs."""
         ledger, need = self.ledger, self.need
-        ledger.easy = -1.0
+        ledger.take(1.0, need)
         self.expected = ledger.requests.charge(1.0, now), ledger.tokens.charge(need, now)
         self.entries = [(kind, window, window.add(need if kind else 1.0)) for kind, window in ledger.windows]
 
@@ -5501,11 +5511,10 @@ class Lease:
         ledger, self.told = self.ledger, (requests, tokens)
         if not ledger.limited:
             ledger.begin(now)
-        ledger.easy = -1.0
-        if requests is not None:
-            ledger.requests.rebase(requests, self.serial, self.expected[0], self.sent_at, now)
-        if tokens is not None:
-            ledger.tokens.rebase(tokens, self.serial, self.expected[1], self.sent_at, now)
+        fell = ledger.requests.rebase(requests, self.serial, self.expected[0], self.sent_at, now) if requests else 0.0
+        fewer = ledger.tokens.rebase(tokens, self.serial, self.expected[1], self.sent_at, now) if tokens else 0.0
+        if fell or fewer:
+            ledger.take(fell, fewer)
 
     def was_early(self, verdict: Verdict) -> bool:
         """Whether a 429 came while there should have been room: its own reply said so, or our exact count does."""
@@ -5518,6 +5527,8 @@ class Lease:
     def correct(self, used: float, now: float) -> None:
         """Takes the true cost of an answer, where the upstream does not tell what is left."""
         # Where it does, its word counts: OpenAI and Azure charge the maximum at admission and give nothing back.
+        if used > self.need:
+            self.ledger.take(0.0, used - self.need)
         if self.ledger.tokens.limit:
             self.ledger.tokens.charge(used - self.need, now)
         for by_tokens, window, entry in self.entries:
@@ -6129,7 +6140,7 @@ class KeyGate:
         if opens > now:
             return opens - now
         self.quota.in_flight += 1
-        ledger.easy = -1.0
+        ledger.take(1.0, need)
         for by_tokens, window in ledger.windows:
             window.sent(window.add(need if by_tokens else 1.0), now)
         return 0.0

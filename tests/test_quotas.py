@@ -1164,3 +1164,32 @@ def test_what_is_remembered_of_headers_is_short() -> None:
     assert app.as_allowance.cache_info().currsize == size
     with pytest.raises(app.BadMessage):
         app.parse_request_head(b"GET / HTTP/1.1\r\nHost: " + b"a" * 301 + b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_shortcut_of_a_decision_never_says_yes_where_the_arithmetic_says_no(seed: int) -> None:
+    """Whatever is charged, learned, corrected, given back or refused in between: what `easy` lets pass does fit."""
+    dice = random.Random(seed)
+    limits = {name: dice.choice((0, most)) for name, most in (("rpm", 40), ("tpm", 9000), ("burst_s", 10))}
+    one = seat(**{name: value for name, value in limits.items() if value})
+    ledger, now, under_way, yes = one.ledger, T0, [], 0
+    for _ in range(600):
+        now += dice.choice((0.0, 0.001, 0.05, 0.9, 7.0))
+        need = dice.choice((1.0, 50.0, 400.0, 3000.0))
+        if one.ready(need, now):
+            easy, ledger.easy = ledger.easy, -1.0
+            assert ledger.opens_at(need, now) <= now, "easy said %r of %r" % (easy, need)
+            ledger.easy, yes = easy, yes + 1
+            under_way.append(lease(one, now, need, sent=dice.random() < 0.9))
+        if under_way and dice.random() < 0.7:
+            ended = under_way.pop(dice.randrange(len(under_way)))
+            if dice.random() < 0.4:
+                requests = told(50, dice.randrange(50), dice.choice((None, 3.0, 90.0)))
+                ended.learn(dice.choice((requests, None)), told(9000, dice.randrange(9000), None), now)
+            elif dice.random() < 0.3:
+                ended.correct(dice.choice((0.0, 5000.0)), now)
+            refused = dice.random() < 0.02
+            ended.release(verdict("rate", 429) if refused else app.GOOD, now)
+            if refused:
+                ledger.close(verdict("rate", 429, after_s=dice.choice((None, 2.0))), ended.need, now)
+    assert yes > 20
