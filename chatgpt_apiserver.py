@@ -308,15 +308,16 @@ DIALECTS: "dict[str, dict[str, Any]]" = {
 }
 # Vendors that speak OpenAI's API: what the `config` of an openai controller must say of them. Words in braces stand for
 # further keys of it. `old=new` renames a parameter, `old=` drops it: an API that knows only the older name of the limit
-# ignores the newer one or refuses it; Mistral refused stream_options, and sends usage without it.
+# ignores the newer one or refuses it; Mistral refused stream_options, and sends usage without it. `429:code`: the code
+# means a rate limit there, though elsewhere that the money is spent (DashScope: openclaw PR 148275).
 VENDORS = """
 bedrock         https://bedrock-runtime.{region}.amazonaws.com/openai/v1
 bedrock-mantle  https://bedrock-mantle.{region}.api.aws/v1
 cerebras        https://api.cerebras.ai/v1
 cloudflare      https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1
 cohere          https://api.cohere.ai/compatibility/v1
-dashscope       https://dashscope.aliyuncs.com/compatible-mode/v1
-dashscope-intl  https://dashscope-intl.aliyuncs.com/compatible-mode/v1
+dashscope       https://dashscope.aliyuncs.com/compatible-mode/v1  429:insufficient_quota
+dashscope-intl  https://dashscope-intl.aliyuncs.com/compatible-mode/v1  429:insufficient_quota
 deepseek        https://api.deepseek.com/v1           max_completion_tokens=max_tokens
 fireworks       https://api.fireworks.ai/inference/v1
 gemini          https://generativelanguage.googleapis.com/v1beta/openai
@@ -343,9 +344,10 @@ zhipu           https://open.bigmodel.cn/api/paas/v4  max_completion_tokens=max_
 
 def parse_vendor(url: str, *changes: str) -> "dict[str, Any]":
     """A row of VENDORS as the `config` that it stands for."""
-    pairs = [change.split("=") for change in changes]
-    drops = [old for old, new in pairs if not new]
-    return {"base_url": url, "rename_params": {old: new for old, new in pairs if new}, "drop_params": drops}
+    codes = [change[4:] for change in changes if change[:4] == "429:"]
+    pairs = [change.split("=") for change in changes if "=" in change]
+    drops, renames = [old for old, new in pairs if not new], {old: new for old, new in pairs if new}
+    return {"base_url": url, "rename_params": renames, "drop_params": drops, "rate_codes": codes}
 
 
 PRESETS = {name: parse_vendor(*row) for name, *row in map(str.split, VENDORS.strip().splitlines())}
@@ -795,8 +797,9 @@ class AccountConfig(Record):
 
     `auth_header: auth_scheme api_key` opens it; an empty scheme sends the bare key. `chat_path` follows base_url in
     place of /chat/completions. Of a request's outermost keys `drop_params` are left out and `rename_params` get another
-    name; then `extra_body` is added, in place of what the client said. `api_version` is Azure's; `thinking` is
-    Anthropic's, and so is `max_tokens`, the limit where the client sets none.
+    name; then `extra_body` is added, in place of what the client said. Of a 429's codes `rate_codes` mean a limit on
+    the rate here, though elsewhere an empty purse. `api_version` is Azure's; `thinking` is Anthropic's, and so is
+    `max_tokens`, the limit where the client sets none.
     """
 
     api_key: Secret = setting(NO_SECRET, by=Section.secret)
@@ -820,6 +823,7 @@ class AccountConfig(Record):
     drop_params: "tuple[str, ...]" = setting((), [WORD])
     rename_params: "tuple[tuple[str, str], ...]" = setting((), {str: WORD})
     extra_body: "tuple[tuple[str, Any], ...]" = setting((), by=read_extra)
+    rate_codes: "tuple[str, ...]" = setting((), [WORD])
     delay: float = setting(0.0, 0.0, 600.0)
     first_delay: float = setting(0.0, 0.0, 3600.0)
 
@@ -981,7 +985,7 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
 
 
 _SHARED = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
-_OPENAI = [*_SHARED, "organization", "project", "rename_params"]
+_OPENAI = [*_SHARED, "organization", "project", "rename_params", "rate_codes"]
 # What the `config` of a type may say, where it is not as for openai. Anthropic's API has no word for some of that.
 ACCOUNT_KEYS = {
     "azure": [*_OPENAI, "api_version"],
@@ -3307,49 +3311,37 @@ class NetworkExchange:
 # How another API says what OpenAI's says: Anthropic's Messages API. Pure functions: no I/O, no clock. What it has no
 # word for raises Untranslatable; nothing is dropped in silence. https://platform.claude.com/docs/en/api/messages, and
 # the types of anthropic-sdk-python.
+#
+# A chat request is first held against `_REQUEST`, a table of all that has a word there, and then put together anew from
+# what is known to be sound. A builder that checks as it goes passes over whatever it does not look at: that is how
+# translators come to lose fields. A field that the API gets is a line in the table, one where it is used, and a golden
+# file in tests/golden/anthropic.
 
-MESSAGES_VERSION = b"2023-06-01"
+MESSAGES_VERSION = b"2023-06-01"  # what came since goes by `anthropic-beta`
 MESSAGE_BYTES = 16_777_216  # a whole answer above this is not translated; the longest ones are a megabyte
 MESSAGES_THINKING_TOKENS = 16384  # the least limit where the client asks for reasoning, which counts towards it
 MESSAGES_BUDGET_MIN = 1024  # the smallest thinking budget that the API takes
 
+# A form says what may stand in one place of a request:
+#   None                anything
+#   a type              a value of this type
+#   {name: form}        an object with these fields and no others; under "" the names of those that must be there
+#   [form]              a list of such
+#   (field, {word: form})    an object whose `field` tells which of these it is
+#   (function, words)   what the function makes something of; where that fails or gives None the words say what must be
+#   a function          what its result allows: it is given what was found, and returns a form
+Form = Any
+
 _NO_EQUIVALENT = "has no equivalent in Anthropic's Messages API."
-# Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
-_AS_THEY_ARE = ("model", "stream", "top_k", "thinking", "cache_control")
-# The last line's are hints: an answer without them is the same answer. stream_options speaks to our own translation.
-_TRANSLATED = frozenset(_AS_THEY_ARE) | frozenset(
-    "messages max_tokens max_completion_tokens temperature top_p stop user safety_identifier tools tool_choice"
-    " parallel_tool_calls response_format reasoning_effort"
-    " stream_options prompt_cache_key prompt_cache_options prompt_cache_retention".split()
+_TYPES: "dict[type, str]" = {str: "must be a string.", dict: "must be an object.", list: "must be a list."}
+# By type and not by isinstance, for which true is a number.
+_COUNT: Form = (lambda found: found if type(found) is int and found > 0 else None, "must be a whole number above 0.")
+_HEAT: Form = (
+    lambda found: found if type(found) in (int, float) and 0 <= found <= 2 else None,
+    "must be a number from 0 to 2.",
 )
-# Values that ask for nothing but the default.
-_HARMLESS: "dict[str, tuple[Any, ...]]" = {
-    "n": (1,),
-    "store": (False,),
-    "metadata": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "verbosity": ("medium",),
-    "functions": ([],),
-}
-_NOTHING: "tuple[Any, ...]" = (None, "", [], {}, False)
-# Of an answer that comes back these are passed over: the API believes only thinking that it signed.
-_OLD_THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details")
-_MESSAGE_FIELDS: "dict[str, tuple[str, ...]]" = {
-    "system": ("role", "content"),
-    "developer": ("role", "content"),
-    "user": ("role", "content"),
-    "assistant": ("role", "content", "refusal", "tool_calls", "annotations", *_OLD_THOUGHTS),
-    "tool": ("role", "content", "tool_call_id"),
-}
-_IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
-_TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
-# reasoning_effort: the word for output_config.effort, and the budget of models that know no effort.
+# reasoning_effort: the word for output_config.effort, and the budget of models that know no effort. OpenAI has a step
+# more at the lower end; budgets double from the least that is taken.
 _EFFORTS = {
     "none": ("", 0),
     "minimal": ("low", 1024),
@@ -3359,7 +3351,351 @@ _EFFORTS = {
     "xhigh": ("xhigh", 16384),
     "max": ("max", 32768),
 }
+# The choice of some tools only (allowed_tools) has no word: the other tools would have to go, and with them the prompt
+# cache, which begins with the tools.
+_TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
+_THOUGHTS = ("thinking", "redacted_thinking")  # the latter is encrypted, and good for nothing but being sent back
+# There is no JSON mode without a schema: an instruction has to do.
 _JSON_ONLY = "Answer with one valid JSON object and nothing else: no other text and no code fence."
+
+
+def _only(*values: "Any") -> Form:
+    """The form of what may ask for one of these and nothing else: what is the default, or makes no difference."""
+    return (lambda found: found if found in values else None), _NO_EQUIVALENT
+
+
+def _stops(found: "Any") -> "list[str] | None":
+    """Stop sequences; the API refuses those of white space, and leaving one out would let the answer run on."""
+    stops = [found] if isinstance(found, str) else found
+    return stops if isinstance(stops, list) and all(one.strip() for one in stops) else None
+
+
+def _arguments(found: "Any") -> "dict[str, Any] | None":
+    """What a tool was called with; where it takes nothing, some clients send an empty text."""
+    given = json.loads(found or "{}")
+    return given if isinstance(given, dict) else None
+
+
+def _inline(url: str, kinds: str) -> "dict[str, str]":
+    """The source that a data URL of one of these media types becomes. Raises IndexError for anything else.
+
+    Not a byte of the data is looked at: it may be megabytes, and the API says what it thinks of them.
+    """
+    head = re.findall("^data:(%s)(?:;[^;,]*)*;base64," % kinds, url[:128], re.IGNORECASE)[0]
+    kind = head.lower().replace("jpg", "jpeg")
+    return {"type": "base64", "media_type": kind, "data": url.partition(",")[2]}
+
+
+def _image(url: str) -> "dict[str, str]":
+    """The source of a picture: the API fetches it by itself where it is an address."""
+    # Plain http too: whether it is fetched is the upstream's word, and its error names the place.
+    remote = url.startswith(("https://", "http://"))
+    return {"type": "url", "url": url} if remote else _inline(url, "image/(?:jpeg|jpg|png|gif|webp)")
+
+
+def _pdf(url: str) -> "dict[str, str]":
+    """The source of a document; of all kinds of files only this one comes as data in both APIs."""
+    return _inline(url, "application/pdf")
+
+
+def _thought(block: "dict[str, Any]") -> "dict[str, Any]":
+    """A thinking block as it came; `index` is what streams add, and the API takes no field that it does not know."""
+    names = ("type", "thinking", "signature") if block["type"] == "thinking" else ("type", "data")
+    return {name: block[name] for name in names}
+
+
+# cache_control is Anthropic's own, a mark where the prompt cache shall end; OpenRouter's clients send it in these
+# places.
+_PARTS: "dict[str, dict[str, Form]]" = {
+    kind: {"": (kind,), kind: form, "cache_control": None}
+    for kind, form in {
+        "text": str,
+        "refusal": str,
+        "image_url": {
+            "": ("url",),
+            "url": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
+            "detail": _only("auto", "high"),  # "low" asks for a price that there is none for
+        },
+        "file": {
+            "": ("file_data",),
+            "file_data": (_pdf, "must be a data URL in base64 of type application/pdf."),
+            "filename": None,
+        },
+    }.items()
+}
+
+
+def _content(*kinds: str) -> Form:
+    """The form of a message's content: a text, or parts of these kinds."""
+    parts = [("type", {kind: _PARTS[kind] for kind in kinds})]
+    return lambda found: str if isinstance(found, str) else parts
+
+
+# What Anthropic takes in each place. An assistant's pictures and a name for a speaker are nowhere among it.
+_SYSTEM: "dict[str, Form]" = {"content": _content("text")}
+_MESSAGES: "dict[str, dict[str, Form]]" = {
+    "system": _SYSTEM,
+    "developer": _SYSTEM,
+    "user": {"content": _content("text", "image_url", "file")},
+    "assistant": {
+        "content": _content("text", "refusal"),
+        "refusal": str,
+        "thinking_blocks": [(_thought, "must be a thinking block of an earlier answer, unchanged.")],
+        "tool_calls": [
+            {
+                "": ("id", "function"),
+                "id": str,
+                "type": None,
+                "function": {
+                    "": ("name",),
+                    "name": str,
+                    "arguments": (_arguments, "must be the text of a JSON object."),
+                },
+                "index": None,  # of a stream, and Gemini's signature: both mean nothing here and are no loss
+                "extra_content": None,
+            }
+        ],
+        # Thinking without its signature is passed over: the API would not believe it.
+        **dict.fromkeys(("annotations", "reasoning_content", "reasoning", "reasoning_details")),
+    },
+    "tool": {"": ("tool_call_id",), "tool_call_id": str, "content": _content("text", "image_url", "file")},
+}
+_NAMED: Form = {"": ("function",), "function": {"": ("name",), "name": str}}
+_CHOICE_WORDS: Form = (_TOOL_CHOICES.get, "must be none, auto, required or a function for Anthropic's Messages API.")
+_REQUEST: "dict[str, Form]" = {
+    # Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
+    **dict.fromkeys(("model", "stream", "top_k", "thinking", "cache_control")),
+    "messages": [("role", _MESSAGES)],
+    "max_tokens": _COUNT,
+    "max_completion_tokens": _COUNT,
+    "temperature": _HEAT,
+    "top_p": None,
+    "stop": (_stops, "must be texts that are more than white space for Anthropic's Messages API."),
+    "user": None,
+    "safety_identifier": None,
+    "tools": [
+        {
+            "": ("function",),
+            "type": None,
+            "function": {"": ("name",), "name": str, "description": None, "parameters": dict, "strict": None},
+            "cache_control": None,
+        }
+    ],
+    "tool_choice": lambda found: ("type", {"function": _NAMED}) if isinstance(found, dict) else _CHOICE_WORDS,
+    "parallel_tool_calls": None,
+    "response_format": (
+        "type",
+        {
+            "text": {},
+            "json_object": {},
+            "json_schema": {
+                "": ("json_schema",),
+                "json_schema": {"": ("schema",), "schema": dict, **dict.fromkeys(("name", "description", "strict"))},
+            },
+        },
+    ),
+    "reasoning_effort": (_EFFORTS.get, "must be one of %s." % ", ".join(_EFFORTS)),
+    # What follows is left out: hints, without which the answer is the same one, stream_options, which speaks to our own
+    # translation of streams, and values that ask for nothing but the default: libraries send all of them, set or not.
+    **dict.fromkeys(("stream_options", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")),
+    "n": _only(1),
+    **dict.fromkeys(("store", "logprobs"), _only(False)),
+    **dict.fromkeys(("metadata", "logit_bias"), _only({})),
+    **dict.fromkeys(("top_logprobs", "frequency_penalty", "presence_penalty"), _only(0)),
+    "modalities": _only(["text"]),
+    "service_tier": _only("auto", "default"),
+    "verbosity": _only("medium"),
+    "functions": _only([]),
+}
+
+
+def _made(found: "Any", form: Form, where: str) -> "Any":
+    """What a type, or a pair of function and words, makes of `found`. Raises Untranslatable."""
+    if isinstance(form, type):
+        if not isinstance(found, form):
+            raise Untranslatable(where, _TYPES[form])
+        return found
+    make, words = form
+    try:
+        made = make(found)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        made = None  # of a shape that the function was not written for
+    if made is None:
+        raise Untranslatable(where, words)
+    return made
+
+
+def _checked(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "Any":
+    """What `found` says, if `form` has a word for all of it; else Untranslatable, with the path that is at fault.
+
+    Left out are fields and parts named in `drop`, null, and, below the top, unknown fields that are empty: the messages
+    of an answer come back with all that some vendor or library had put there. At the top an unknown field may mean
+    something by being empty, as web_search_options does.
+    """
+    if form is None:
+        return found
+    if isinstance(form, list):
+        return [
+            _checked(item, form[0], "%s[%d]" % (where, place), drop)
+            for place, item in enumerate(_made(found, list, where))
+            if not (isinstance(item, dict) and str(item.get("type")) in drop)
+        ]
+    if isinstance(form, tuple) and isinstance(form[0], str):
+        field, known = form
+        kind = str(_made(found, dict, where).get(field))
+        if kind not in known:
+            raise Untranslatable(where + "." + field, "must be %s for Anthropic's Messages API." % " or ".join(known))
+        form = {field: None, **known[kind]}
+    if isinstance(form, dict):
+        path, must, out = where and where + ".", form.get("", ()), {}
+        for name, value in _made(found, dict, where).items():
+            if value is None or (name in drop and name not in must):
+                continue
+            if name and name in form:
+                out[name] = _checked(value, form[name], path + name, drop)
+            elif not where or value not in ("", [], {}, False):
+                raise Untranslatable(path + name[:100], _NO_EQUIVALENT)
+        for name in must:
+            if name not in out:  # none of these forms takes None, so this raises, in the form's own words
+                _made(None, dict if isinstance(form[name], dict) else form[name], path + name)
+        return out
+    if callable(form) and not isinstance(form, type):
+        return _checked(found, form(found), where, drop)
+    return _made(found, form, where)
+
+
+def _with(found: "dict[str, Any]", **more: "Any") -> "dict[str, Any]":
+    """`found` and what of `more` says something: no API takes null for a field that is not asked for."""
+    return {**found, **{name: value for name, value in more.items() if value}}
+
+
+_SOURCES = {"image_url": ("image", "url"), "file": ("document", "file_data")}
+
+
+def _block(part: "dict[str, Any]") -> "dict[str, Any]":
+    """The content block of one part; a refusal of earlier is what the assistant said."""
+    found, cache = part[part["type"]], part.get("cache_control")
+    if isinstance(found, str):
+        return _with({"type": "text", "text": found}, cache_control=cache)
+    name, source = _SOURCES[part["type"]]
+    return _with({"type": name, "source": found[source]}, title=found.get("filename"), cache_control=cache)
+
+
+def _blocks(content: "str | list[dict[str, Any]] | None") -> "list[dict[str, Any]]":
+    """The blocks of a message's content. Empty texts are left out, for which the API has a 400 (hermes-agent PR 11929):
+    an answer of nothing but calls often comes back with one."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+    return [block for block in map(_block, parts) if block.get("text", "x").strip()]
+
+
+def _message_blocks(message: "dict[str, Any]") -> "list[dict[str, Any]]":
+    """The content blocks that one message becomes; in an answer thinking comes first and calls come last."""
+    content = message.get("content")
+    if message["role"] == "tool":  # that a tool failed is told by its words: OpenAI has no field for is_error
+        shown = content if isinstance(content, str) else _blocks(content)
+        return [_with({"type": "tool_result", "tool_use_id": message["tool_call_id"]}, content=shown)]
+    blocks = [*message.get("thinking_blocks", ()), *_blocks(content), *_blocks(message.get("refusal"))]
+    for call in message.get("tool_calls", ()):
+        name, given = call["function"]["name"], call["function"].get("arguments", {})
+        blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": given})
+    return blocks
+
+
+def _add_turns(messages: "Iterable[dict[str, Any]]", out: "dict[str, Any]") -> None:
+    """Adds `messages`, and `system` where there is any: all system messages go to the top, as in the vendor's own
+    compatible endpoint. A message of which nothing is left is none (nanobot PR 193)."""
+    system: "list[dict[str, Any]]" = []
+    turns: "list[dict[str, Any]]" = []
+    for message in messages:
+        role, blocks = message["role"], _message_blocks(message)
+        if role in ("system", "developer"):  # no model there tells the two apart
+            system += blocks
+        elif blocks:
+            role = "user" if role == "tool" else role
+            if turns and turns[-1]["role"] == role:  # so all results of parallel calls share the one turn they must
+                turns[-1]["content"] += blocks
+            else:
+                turns.append({"role": role, "content": blocks})
+    if not turns:
+        raise Untranslatable("messages", "must hold a user message with content.")
+    last = turns[-1]["content"][-1]
+    if turns[-1]["role"] == "assistant" and last["type"] == "text":
+        last["text"] = last["text"].rstrip()  # white space at the end of what it shall go on with is refused
+    out.update(_with({"messages": turns}, system=system))
+
+
+def _add_sampling(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
+    """Adds temperature, top_p, stop sequences and the user's name. Newer models refuse even defaults of the first two
+    together, and other values at all: 1, the default of both APIs, is not sent."""
+    if asked.get("temperature", 1) < 1:  # its scale ends there; Anthropic's own compatible endpoint lowers all above
+        out["temperature"] = asked["temperature"]
+    if asked.get("top_p", 1) != 1:
+        out["top_p"] = asked["top_p"]
+    if asked.get("stop"):
+        out["stop_sequences"] = asked["stop"]
+    # One opaque name for both of OpenAI's; the newer one counts.
+    user = asked.get("safety_identifier") or asked.get("user")
+    if user:
+        out["metadata"] = {"user_id": user}
+
+
+def _tool(function: "dict[str, Any]", cache: "Any") -> "dict[str, Any]":
+    """The definition of one function. `strict: false` is the default and not sent: older models know no strict."""
+    # The API demands an object's schema with properties, even of a function that takes nothing.
+    schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
+    more = {name: function.get(name) for name in ("description", "strict")}
+    return _with({"name": function["name"], "input_schema": schema}, **more, cache_control=cache)
+
+
+def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
+    """Adds tools and tool_choice, of which "auto" is the default."""
+    tools, found = asked.get("tools"), asked.get("tool_choice", "auto")
+    choice: "dict[str, Any]" = {"type": found}
+    if isinstance(found, dict):
+        choice = {"type": "tool", "name": found["function"]["name"]}
+    if not tools:
+        if choice["type"] not in ("auto", "none"):
+            raise Untranslatable("tool_choice", "needs tools.")
+        # Where the history uses tools, gateways to the API (Bedrock) want them defined; as at OpenAI, the answer calls
+        # none.
+        blocks = [block for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
+        tools = [{"function": {"name": name}} for name in dict.fromkeys(block["name"] for block in blocks)]
+        choice = {"type": "none"}
+        if not tools:
+            return
+    # Only with tools, and not with "none": elsewhere the API refuses the field.
+    if asked.get("parallel_tool_calls") is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    out["tools"] = [_tool(tool["function"], tool.get("cache_control")) for tool in tools]
+    if choice != {"type": "auto"}:
+        out["tool_choice"] = choice
+
+
+def _add_reasoning(effort: str, budget: int, thinking: str, out: "dict[str, Any]") -> None:
+    """Adds what reasoning_effort asks for; a `thinking` of the client's own stands.
+
+    The generations differ: effort alone, effort with thinking switched on, a budget of tokens, where the others are a
+    400. Which one a model is cannot be told from a name, so that the configuration says it.
+    """
+    begin: "dict[str, Any]" = {}
+    if not effort:
+        begin = {"type": "disabled"}
+    elif thinking == "budget":
+        room, first = out["max_tokens"], [turn["content"][0]["type"] for turn in out["messages"][-2:]]
+        budget = max(MESSAGES_BUDGET_MIN, min(budget, room // 2))  # the other half is for the answer
+        if budget >= room:
+            raise Untranslatable("reasoning_effort", "needs a max_tokens above %d." % MESSAGES_BUDGET_MIN)
+        # A turn that waits for tool results must begin with the thinking that led to the calls, signed. A client that
+        # does not send its `thinking_blocks` back goes on without: better than a 400 in the middle of a loop.
+        if first[-1] != "tool_result" or first[0] in _THOUGHTS:
+            begin = {"type": "enabled", "budget_tokens": budget}
+    else:
+        out["output_config"] = {"effort": effort}
+        if thinking == "adaptive":  # takes a loop's turns without their thinking
+            begin = {"type": "adaptive"}
+    # A tool that must be called excludes thinking, a 400 there, while OpenAI's models do both.
+    if begin and not (effort and out.get("tool_choice", {}).get("type") in ("any", "tool")):
+        out.setdefault("thinking", begin)
 
 
 def to_messages(
@@ -3374,343 +3710,40 @@ def to_messages(
     `thinking` says what reasoning_effort becomes: "effort" (output_config.effort), "adaptive" (and thinking switched
     on, for models where it is off by default), "budget" (for models that know no effort).
     """
-    asked = {name: value for name, value in data.items() if value is not None and name not in drop}
-    for name, value in asked.items():
-        if name not in _TRANSLATED and value not in _HARMLESS.get(name, ()):
-            raise Untranslatable(name, _NO_EQUIVALENT)
-    out = {name: asked[name] for name in _AS_THEY_ARE if name in asked}
-    out["max_tokens"] = _answer_room(asked, max_tokens)
-    _add_turns(asked.get("messages"), drop, out)
+    asked = _checked(data, _REQUEST, "", drop)
+    out = {name: asked[name] for name in ("model", "stream", "top_k", "thinking", "cache_control") if name in asked}
+    effort, budget = asked.get("reasoning_effort", ("", 0))
+    # A limit is demanded, where OpenAI's models have none: the default is the account's. Thinking counts towards it, so
+    # that 4096 would be thought away before the first word of an answer.
+    least = MESSAGES_THINKING_TOKENS if effort or "thinking" in asked else 0
+    out["max_tokens"] = asked.get("max_completion_tokens") or asked.get("max_tokens") or max(max_tokens, least)
+    _add_turns(asked.get("messages", ()), out)
     _add_sampling(asked, out)
-    _add_tools(asked, out, drop)
-    _add_reasoning(asked, out, thinking)
-    _add_format(asked, out)
+    _add_tools(asked, out)
+    if "reasoning_effort" in asked:
+        _add_reasoning(effort, budget, thinking, out)
+    wanted = asked.get("response_format", {"type": "text"})
+    if wanted["type"] == "json_object":
+        out["system"] = [*out.get("system", ()), {"type": "text", "text": _JSON_ONLY}]
+    elif wanted["type"] == "json_schema":
+        # Every schema is strict there; what it is for has no field but the schema's own.
+        form = wanted["json_schema"]
+        schema = {**_with({}, description=form.get("description")), **form["schema"]}
+        out.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
     return out
 
 
-def _only(found: "Any", known: "Iterable[str]", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    """`found`, an object with no fields but `known` ones, empty ones and those in `drop`."""
-    if not isinstance(found, dict):
-        raise Untranslatable(where, "must be an object.")
-    for name, value in found.items():
-        if name not in known and name not in drop and value not in _NOTHING:
-            raise Untranslatable(where + "." + name, _NO_EQUIVALENT)
-    return found
-
-
-def _word(found: "dict[str, Any]", name: str, where: str) -> str:
-    """The text that `found` must have under `name`."""
-    value = found.get(name)
-    if not isinstance(value, str) or not value:
-        raise Untranslatable(where + "." + name, "must be a non-empty string.")
-    return value
-
-
-def _items(found: "Any", where: str) -> "list[Any]":
-    """`found`, which must be a list; null counts as empty."""
-    if found is not None and not isinstance(found, list):
-        raise Untranslatable(where, "must be a list.")
-    return found or []
-
-
-def _answer_room(asked: "dict[str, Any]", default: int) -> int:
-    """The client's limit on the answer, or the default one."""
-    for name in ("max_completion_tokens", "max_tokens"):
-        value = asked.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise Untranslatable(name, "must be a whole number above 0.")
-        return value
-    thinks = asked.get("reasoning_effort", "none") != "none" or "thinking" in asked
-    return max(default, MESSAGES_THINKING_TOKENS) if thinks else default
-
-
-def _add_turns(messages: "Any", drop: "frozenset[str]", out: "dict[str, Any]") -> None:
-    """Adds `messages`, and `system` where there is any: all system messages go to the top."""
-    system: "list[dict[str, Any]]" = []
-    turns: "list[dict[str, Any]]" = []
-    for place, message in enumerate(_items(messages, "messages")):
-        where = "messages[%d]" % place
-        role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(role, str) or role not in _MESSAGE_FIELDS:
-            raise Untranslatable(where + ".role", "must be one of %s." % ", ".join(_MESSAGE_FIELDS))
-        blocks = _message_blocks(_only(message, _MESSAGE_FIELDS[role], where, drop), where, drop)
-        if role in ("system", "developer"):
-            system += blocks
-        elif blocks:
-            role = "user" if role == "tool" else role
-            if turns and turns[-1]["role"] == role:  # so all results of parallel calls share the one turn they must
-                turns[-1]["content"] += blocks
-            else:
-                turns.append({"role": role, "content": blocks})
-    if not turns:
-        raise Untranslatable("messages", "must hold a user message with content.")
-    _trim_prefill(turns[-1])
-    out["messages"] = turns
-    if system:
-        out["system"] = system
-
-
-def _trim_prefill(turn: "dict[str, Any]") -> None:
-    """Takes the white space from the end of a final assistant turn, which the API refuses."""
-    last = turn["content"][-1]
-    if turn["role"] == "assistant" and last["type"] == "text":
-        last["text"] = last["text"].rstrip()
-
-
-def _message_blocks(message: "dict[str, Any]", where: str, drop: "frozenset[str]") -> "list[dict[str, Any]]":
-    """The content blocks that one message becomes."""
-    content = message.get("content")
-    if message["role"] == "tool":
-        result: "dict[str, Any]" = {"type": "tool_result", "tool_use_id": _word(message, "tool_call_id", where)}
-        shown = content if isinstance(content, str) else _blocks(content, where + ".content", drop)
-        return [dict(result, content=shown) if shown else result]
-    blocks = _blocks(content, where + ".content", drop)
-    if message["role"] in ("system", "developer"):
-        for block in blocks:
-            if block["type"] != "text":
-                raise Untranslatable(where + ".content", "must be text in a %s message." % message["role"])
-    blocks += _blocks(message.get("refusal"), where + ".refusal", drop)
-    calls = _items(message.get("tool_calls"), where + ".tool_calls")
-    return blocks + [_tool_use(call, "%s.tool_calls[%d]" % (where, at), drop) for at, call in enumerate(calls)]
-
-
-def _blocks(content: "Any", where: str, drop: "frozenset[str]") -> "list[dict[str, Any]]":
-    """The blocks of a message's content; those without text are left out, as the API refuses them."""
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    blocks = [_block(part, "%s[%d]" % (where, place), drop) for place, part in enumerate(_items(content, where))]
-    return [block for block in blocks if block]
-
-
-def _block(part: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    """The block that a part becomes; an empty one where nothing is left of it."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or (kind not in _PARTS and kind not in drop):
-        raise Untranslatable(where, "is a part of a type that " + _NO_EQUIVALENT)
-    if kind in drop:
-        return {}
-    _only(part, ("type", kind, "cache_control"), where, drop)
-    block = _PARTS[kind](part.get(kind), where + "." + kind, drop)
-    if block and part.get("cache_control"):
-        block["cache_control"] = part["cache_control"]
-    return block
-
-
-def _text_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    if not isinstance(found, str):
-        raise Untranslatable(where, "must be a string.")
-    return {"type": "text", "text": found} if found.strip() else {}
-
-
-def _image_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    known = ("url", "detail") if isinstance(found, dict) and found.get("detail") in ("auto", "high") else ("url",)
-    url = _word(_only(found, known, where, drop), "url", where)
-    if url.startswith(("https://", "http://")):
-        return {"type": "image", "source": {"type": "url", "url": url}}
-    return {"type": "image", "source": _inline(url, where + ".url", _IMAGE_TYPES)}
-
-
-def _document_block(found: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    data = _word(_only(found, ("file_data", "filename"), where, drop), "file_data", where)
-    block = {"type": "document", "source": _inline(data, where + ".file_data", ("application/pdf",))}
-    return dict(block, title=found["filename"]) if found.get("filename") else block
-
-
-_PARTS: "dict[str, Callable[[Any, str, frozenset[str]], dict[str, Any]]]" = {
-    "text": _text_block,
-    "refusal": _text_block,
-    "image_url": _image_block,
-    "file": _document_block,
-}
-
-
-def _inline(url: str, where: str, allowed: "tuple[str, ...]") -> "dict[str, str]":
-    """The source that a data URL becomes."""
-    head, _, data = url.partition(",")
-    if not head.startswith("data:") or not head.endswith(";base64"):
-        raise Untranslatable(where, "must be a data URL in base64" + (" or an https URL." if "png" in allowed else "."))
-    kind = head[5:-7].partition(";")[0].lower().replace("image/jpg", "image/jpeg")
-    if kind not in allowed:
-        raise Untranslatable(where, "must be of type %s." % " or ".join(allowed))
-    return {"type": "base64", "media_type": kind, "data": data}
-
-
-def _tool_use(call: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    """The block of an earlier tool call. `index` and Gemini's `extra_content` mean nothing here and are no loss."""
-    _only(call, ("id", "type", "function", "index", "extra_content"), where, drop)
-    function = _only(call.get("function"), ("name", "arguments"), where + ".function", drop)
-    try:
-        given = json.loads(function.get("arguments") or "{}")
-    except (ValueError, TypeError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise Untranslatable(where + ".function.arguments", "must be the text of a JSON object.")
-    name = _word(function, "name", where + ".function")
-    return {"type": "tool_use", "id": _word(call, "id", where), "name": name, "input": given}
-
-
-def _add_sampling(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
-    """Adds temperature, top_p, stop sequences and the user's name. Newer models refuse even defaults of the first two
-    together, and other values at all: 1, the default of both APIs, is not sent."""
-    heat = asked.get("temperature")
-    if heat is not None:
-        if isinstance(heat, bool) or not isinstance(heat, (int, float)) or not 0 <= heat <= 2:
-            raise Untranslatable("temperature", "must be a number from 0 to 2.")
-        if heat < 1:  # its scale ends at 1, to which Anthropic's own compatible endpoint lowers all above
-            out["temperature"] = heat
-    if asked.get("top_p", 1) != 1:
-        out["top_p"] = asked["top_p"]
-    stop = asked.get("stop")
-    stops = [stop] if isinstance(stop, str) else _items(stop, "stop")
-    if not all(isinstance(one, str) and one.strip() for one in stops):
-        raise Untranslatable("stop", "must be texts that are more than white space for Anthropic's Messages API.")
-    if stops:
-        out["stop_sequences"] = stops
-    user = asked.get("safety_identifier") or asked.get("user")
-    if user:
-        out["metadata"] = {"user_id": user}
-
-
-def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]", drop: "frozenset[str]") -> None:
-    """Adds tools and tool_choice."""
-    found = _items(asked.get("tools"), "tools")
-    tools = [_tool(tool, "tools[%d]" % place, drop) for place, tool in enumerate(found)]
-    choice = _tool_choice(asked.get("tool_choice", "auto"), drop)
-    if not tools:
-        if choice["type"] not in ("auto", "none"):
-            raise Untranslatable("tool_choice", "needs tools.")
-        blocks = [block for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
-        names = dict.fromkeys(block["name"] for block in blocks)
-        if not names:
-            return
-        # Where the history uses tools, gateways to the API want them defined; as at OpenAI, the answer calls none.
-        tools, choice = [{"name": name, "input_schema": _schema(None)} for name in names], {"type": "none"}
-    if asked.get("parallel_tool_calls") is False and choice["type"] != "none":
-        choice["disable_parallel_tool_use"] = True
-    out["tools"] = tools
-    if choice != {"type": "auto"}:
-        out["tool_choice"] = choice
-
-
-def _tool(tool: "Any", where: str, drop: "frozenset[str]") -> "dict[str, Any]":
-    """The tool that a function becomes."""
-    found = _only(tool, ("type", "function", "cache_control"), where, drop).get("function")
-    where += ".function"
-    function = _only(found, ("name", "description", "parameters", "strict"), where, drop)
-    out = {"name": _word(function, "name", where), "input_schema": _schema(function.get("parameters"))}
-    out.update({name: function[name] for name in ("description", "strict") if function.get(name)})
-    return dict(out, cache_control=tool["cache_control"]) if tool.get("cache_control") else out
-
-
-def _schema(parameters: "Any") -> "Any":
-    """The input_schema for a function's parameters; the API demands an object's, even of a function without any."""
-    if not parameters:
-        return {"type": "object", "properties": {}}
-    return dict({"type": "object"}, **parameters) if isinstance(parameters, dict) else parameters
-
-
-def _tool_choice(choice: "Any", drop: "frozenset[str]") -> "dict[str, Any]":
-    """The API's tool_choice; "auto" is its default."""
-    if isinstance(choice, str) and choice in _TOOL_CHOICES:
-        return {"type": _TOOL_CHOICES[choice]}
-    if not isinstance(choice, dict) or choice.get("type") != "function":
-        raise Untranslatable("tool_choice", "must be none, auto, required or a function for Anthropic's Messages API.")
-    function = _only(choice.get("function"), ("name",), "tool_choice.function", drop)
-    return {"type": "tool", "name": _word(function, "name", "tool_choice.function")}
-
-
-def _add_reasoning(asked: "dict[str, Any]", out: "dict[str, Any]", thinking: str) -> None:
-    """Adds what reasoning_effort asks for; a `thinking` of the client's own stands."""
-    effort = asked.get("reasoning_effort")
-    if effort is None:
-        return
-    if not isinstance(effort, str) or effort not in _EFFORTS:
-        raise Untranslatable("reasoning_effort", "must be one of %s." % ", ".join(_EFFORTS))
-    word, budget = _EFFORTS[effort]
-    if not word:
-        out.setdefault("thinking", {"type": "disabled"})
-    elif thinking == "budget":
-        # Half of the room is for the answer. A turn that waits for tool results must begin with the thinking that led
-        # to the calls, signed, and chat clients cannot send that back: it goes on without.
-        room = out["max_tokens"]
-        budget = max(MESSAGES_BUDGET_MIN, min(budget, room // 2))
-        if budget >= room:
-            raise Untranslatable("reasoning_effort", "needs a max_tokens above %d." % MESSAGES_BUDGET_MIN)
-        if out["messages"][-1]["content"][0]["type"] != "tool_result":
-            out.setdefault("thinking", {"type": "enabled", "budget_tokens": budget})
-    else:
-        out["output_config"] = {"effort": word}
-        if thinking == "adaptive":
-            out.setdefault("thinking", {"type": "adaptive"})
-
-
-def _add_format(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
-    """Adds the form that the answer must have."""
-    found = _only(
-        asked.get("response_format", {"type": "text"}), ("type", "json_schema"), "response_format", frozenset()
-    )
-    kind = found.get("type")
-    if kind == "json_object":
-        out["system"] = [*out.get("system", ()), {"type": "text", "text": _JSON_ONLY}]
-    elif kind == "json_schema":
-        where = "response_format.json_schema"
-        form = _only(found.get("json_schema"), ("name", "description", "schema", "strict"), where, frozenset())
-        if not isinstance(form.get("schema"), dict):
-            raise Untranslatable(where + ".schema", "must be an object.")
-        about = {"description": form["description"]} if form.get("description") else {}
-        schema = dict(about, **form["schema"])
-        out.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-    elif kind != "text":
-        raise Untranslatable("response_format.type", "must be text, json_object or json_schema.")
-
-
+# Why an answer ended. A refusal is a filter's work there as at Azure; clients know what to do about that word.
 _FINISH_REASONS = {
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "tool_use": "tool_calls",
     "refusal": "content_filter",
-}  # all others are "stop"
-
-
-def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
-    """The chat.completion that a whole Messages answer is. Raises ValueError where it is none."""
-    try:
-        return _completion(reply, created)
-    except (LookupError, TypeError, AttributeError):
-        raise ValueError("the upstream's answer is no message") from None
-
-
-def _completion(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
-    content = reply["content"]
-    message: "dict[str, Any]" = {"role": "assistant", "content": _joined(content, "text"), "refusal": _refusal(reply)}
-    thoughts = _joined(content, "thinking")
-    if thoughts:
-        message["reasoning_content"] = thoughts
-    used = [block for block in content if block["type"] == "tool_use"]
-    calls = [_tool_call(block, compact_json(block["input"]).decode()) for block in used]
-    if calls:
-        message["tool_calls"] = calls
-    reason = _FINISH_REASONS.get(reply["stop_reason"], "stop")
-    return {
-        "id": reply["id"],
-        "object": "chat.completion",
-        "created": created,
-        "model": reply["model"],
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
-        "usage": messages_usage(reply.get("usage")),
-    }
-
-
-def _joined(content: "list[dict[str, Any]]", kind: str) -> "str | None":
-    """The text of all blocks of this kind, or None."""
-    return "".join(str(block.get(kind) or "") for block in content if block.get("type") == kind) or None
+}  # all others are "stop": end_turn, stop_sequence, and pause_turn, of tools that run at Anthropic
 
 
 def _tool_call(block: "dict[str, Any]", arguments: str) -> "dict[str, Any]":
-    function = {"name": block["name"], "arguments": arguments}
-    return {"id": block["id"], "type": "function", "function": function}
+    return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
 
 
 def _refusal(found: "dict[str, Any]") -> "str | None":
@@ -3720,15 +3753,16 @@ def _refusal(found: "dict[str, Any]") -> "str | None":
 
 
 def messages_usage(usage: "Any") -> "dict[str, Any]":
-    """OpenAI's usage. Anthropic's input_tokens leave out what the prompt cache read or took in; null counts as 0."""
+    """OpenAI's usage. Anthropic's input_tokens leave out what the prompt cache read or took in, OpenAI's prompt_tokens
+    do not (Portkey PR 1754); null counts as 0. Thinking is inside the answer's tokens in both."""
     found = usage if isinstance(usage, dict) else {}
     fresh, written, read, answer = (
         found.get(name) or 0
         for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
     )
+    # Gateways leave out what they do not know of, so that every number may be missing.
     prompt = fresh + written + read
-    details = found.get("output_tokens_details")
-    thought = details.get("thinking_tokens") or 0 if isinstance(details, dict) else 0
+    thought = (found.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
@@ -3738,150 +3772,58 @@ def messages_usage(usage: "Any") -> "dict[str, Any]":
     }
 
 
-class MessageStream:
-    """A Messages stream becoming a chat stream, event by event.
+def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
+    """The chat.completion that a whole Messages answer is. Raises ValueError where it is none.
 
-    `done` after the last event, `failed` once an error went out instead; an upstream that ends with neither was cut.
-    Nothing comes out before the first content, so an overloaded upstream can still be left for another.
+    Thinking comes twice where tools are called: to be read, and signed, to be sent back with the results (in LiteLLM's
+    `thinking_blocks`; the openai package keeps fields of a message that it does not know).
     """
-
-    __slots__ = ("calls", "created", "done", "failed", "head", "include_usage", "opened", "reason", "refusal", "usage")
-
-    def __init__(self, created: int, include_usage: bool = False) -> None:
-        self.created, self.include_usage = created, include_usage
-        self.head = b""  # of every chunk, up to its choices
-        self.calls: "dict[int, list[Any]]" = {}  # of each tool block: its number, its input if that comes in no delta
-        self.usage: "dict[str, Any]" = {}
-        self.reason = ""
-        self.refusal: "str | None" = None
-        self.opened = self.done = self.failed = False
-
-    def feed(self, event_type: bytes, data: bytes) -> bytes:
-        """The chunks that one event of the upstream becomes; often none."""
-        if self.done or self.failed or not data.strip():
-            return b""
-        try:
-            event = json.loads(data)
-            step = _STREAM_STEPS.get(event.get("type") or event_type.decode("latin-1"))
-            return step(self, event) if step else b""
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            self.failed = True
-            return _error_event({"type": "api_error", "message": "The upstream sent an event that cannot be read."})
-
-    def _chunk(self, delta: "dict[str, Any]", reason: "str | None" = None) -> bytes:
-        if not self.head:
-            raise LookupError("content before message_start")
-        if not self.opened:
-            delta = dict({"role": "assistant"}, **delta)
-            self.opened = True
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
-
-    def _count(self, usage: "dict[str, Any] | None") -> None:
-        """Usage is cumulative and comes in parts: the last number of each field holds."""
-        self.usage.update({name: value for name, value in (usage or {}).items() if value is not None})
-
-    def message_start(self, event: "dict[str, Any]") -> bytes:
-        """Id and model of all chunks, and the prompt's tokens."""
-        message = event["message"]
-        self._count(message.get("usage"))
-        if not self.head:
-            same = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
-            self.head = b"data: " + compact_json(dict(same, model=message["model"]))[:-1] + b',"choices":'
-        return b""
-
-    def block_start(self, event: "dict[str, Any]") -> bytes:
-        """A tool's name; and what gateways that send a block whole put here."""
-        block = event["content_block"]
-        if block["type"] != "tool_use":
-            return self._text(block.get("text"), block.get("thinking"))
-        number = len(self.calls)
-        self.calls[event["index"]] = [number, block.get("input") or {}]
-        return self._chunk({"tool_calls": [dict({"index": number}, **_tool_call(block, ""))]})
-
-    def block_delta(self, event: "dict[str, Any]") -> bytes:
-        """A piece of text, of thinking or of a tool's arguments; signatures and citations have no place."""
-        delta = event["delta"]
-        piece, call = delta.get("partial_json"), self.calls.get(event["index"])
-        if not piece or not call:  # the first piece is always empty, and no others come of a tool without arguments
-            return self._text(delta.get("text"), delta.get("thinking"))
-        call[1] = None
-        return self._arguments(call[0], piece)
-
-    def block_stop(self, event: "dict[str, Any]") -> bytes:
-        """The arguments of a tool that had no pieces."""
-        number, whole = self.calls.get(event["index"]) or (0, None)
-        return b"" if whole is None else self._arguments(number, compact_json(whole).decode())
-
-    def message_delta(self, event: "dict[str, Any]") -> bytes:
-        """Why it stops, and the answer's tokens."""
-        self._count(event.get("usage"))
-        delta = event.get("delta") or {}
-        self.reason = delta.get("stop_reason") or self.reason
-        self.refusal = _refusal(delta) or self.refusal
-        return b""
-
-    def message_stop(self, event: "dict[str, Any]") -> bytes:
-        """The end: finish_reason, usage if it was asked for, [DONE]."""
-        delta = {"refusal": self.refusal} if self.refusal else {}
-        out = self._chunk(delta, _FINISH_REASONS.get(self.reason, "stop"))
-        if self.include_usage:
-            out += self.head + b'[],"usage":' + compact_json(messages_usage(self.usage)) + b"}\n\n"
-        self.done = True
-        return out + b"data: [DONE]\n\n"
-
-    def error(self, event: "dict[str, Any]") -> bytes:
-        """An error in the middle; nothing that comes after it counts."""
-        self.failed = True
-        return _error_event(event)
-
-    def _text(self, text: "str | None", thinking: "str | None") -> bytes:
-        return self._chunk({"content": text} if text else {"reasoning_content": thinking}) if text or thinking else b""
-
-    def _arguments(self, number: int, piece: str) -> bytes:
-        return self._chunk({"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
+    # Block types that are not named here are those of tools that run at Anthropic: their results are in the text.
+    try:
+        content = reply["content"]
+        told = {
+            kind: "".join(block.get(kind) or "" for block in content if block["type"] == kind)
+            for kind in ("text", "thinking")
+        }
+        used = [block for block in content if block["type"] == "tool_use"]
+        message = _with(
+            {"role": "assistant", "content": told["text"] or None, "refusal": _refusal(reply)},
+            reasoning_content=told["thinking"],
+            tool_calls=[_tool_call(block, compact_json(block["input"]).decode()) for block in used],
+            thinking_blocks=used and [block for block in content if block["type"] in _THOUGHTS],
+        )
+        reason = _FINISH_REASONS.get(reply["stop_reason"], "stop")
+        return {
+            "id": reply["id"],
+            "object": "chat.completion",
+            "created": created,
+            "model": reply["model"],
+            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+            "usage": messages_usage(reply.get("usage")),
+        }
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("the upstream's answer is no message") from None
 
 
-_STREAM_STEPS: "dict[str, Callable[[MessageStream, dict[str, Any]], bytes]]" = {
-    "message_start": MessageStream.message_start,
-    "content_block_start": MessageStream.block_start,
-    "content_block_delta": MessageStream.block_delta,
-    "content_block_stop": MessageStream.block_stop,
-    "message_delta": MessageStream.message_delta,
-    "message_stop": MessageStream.message_stop,
-    "error": MessageStream.error,
-}
-
-# Anthropic's error types for which OpenAI has words of its own: type and code. Others stay, as the code.
-_MESSAGES_ERRORS: "dict[str, tuple[str, str | None]]" = {
-    "invalid_request_error": ("invalid_request_error", None),
-    "authentication_error": ("invalid_request_error", "invalid_api_key"),
-    "billing_error": ("insufficient_quota", "insufficient_quota"),
-    "not_found_error": ("invalid_request_error", "model_not_found"),
-    "rate_limit_error": ("rate_limit_error", "rate_limit_exceeded"),
-}
-# Meanings that only the words of a message tell.
-_MESSAGES_ERROR_WORDS = (
-    ("credit balance is too low", ("insufficient_quota", "insufficient_quota")),
-    ("enforced_spend_limit_reached", ("insufficient_quota", "insufficient_quota")),
-    ("prompt is too long", ("invalid_request_error", "context_length_exceeded")),
-    ("exceed context limit", ("invalid_request_error", "context_length_exceeded")),
+# What of Anthropic's errors OpenAI has words of its own for: what its type is or its message has in it, type and code
+# there. Other types stay, as the code. Messages come first, as invalid_request_error is the type of most: an account
+# without money is a 400 there, and only these words tell it from a client's mistake.
+_MESSAGES_ERRORS: "tuple[tuple[str, str, str | None], ...]" = (
+    ("credit balance is too low", "insufficient_quota", "insufficient_quota"),
+    ("enforced_spend_limit_reached", "insufficient_quota", "insufficient_quota"),
+    ("prompt is too long", "invalid_request_error", "context_length_exceeded"),
+    ("exceed context limit", "invalid_request_error", "context_length_exceeded"),
+    ("invalid_request_error", "invalid_request_error", None),
+    ("authentication_error", "invalid_request_error", "invalid_api_key"),
+    ("billing_error", "insufficient_quota", "insufficient_quota"),
+    ("not_found_error", "invalid_request_error", "model_not_found"),
+    ("rate_limit_error", "rate_limit_error", "rate_limit_exceeded"),
 )
 
 
-def error_from_messages(status: int, body: bytes) -> "tuple[int, bytes]":
-    """Status and body that tell an error of the Messages API in OpenAI's way; any body at all is taken."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        found = None
-    told = _translate_error(found, status)
-    if told["error"]["code"] == "insufficient_quota":  # a 400 or 402 there
-        status = 429
-    return 503 if status == 529 else status, compact_json(told)
-
-
 def _translate_error(found: "Any", status: int) -> "dict[str, Any]":
+    """OpenAI's error object for an error of any shape: gateways in front of the API have their own, with a text for
+    `error`, none at all, or in a list."""
     if isinstance(found, list) and found:
         found = found[0]
     error = found.get("error", found) if isinstance(found, dict) else found
@@ -3890,24 +3832,334 @@ def _translate_error(found: "Any", status: int) -> "dict[str, Any]":
     if not isinstance(message, str):
         message = "The upstream answered with status %d." % status
     word = str(error.get("type") or error.get("code") or "")
+    for known, kind, code in _MESSAGES_ERRORS:
+        if known == word or known in message:
+            return error_object(message, kind, code)
     kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-    meaning = _MESSAGES_ERRORS.get(word, (kind, word or None))
-    for text, told in _MESSAGES_ERROR_WORDS:
-        if text in message:
-            meaning = told
-    return error_object(message, *meaning)
+    return error_object(message, kind, word or None)
 
 
-def _error_event(found: "dict[str, Any]") -> bytes:
-    return b"data: " + compact_json(_translate_error(found, 500)) + b"\n\n"
+def error_from_messages(status: int, body: bytes) -> "tuple[int, bytes]":
+    """Status and body that tell an error of the Messages API in OpenAI's way; any body at all is taken.
+
+    No money is a 429 at OpenAI, and overload a 503; 529 is in no registry.
+    """
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    told = _translate_error(found, status)
+    if told["error"]["code"] == "insufficient_quota":
+        status = 429
+    return 503 if status == 529 else status, compact_json(told)
+
+
+def _keep(known: "dict[str, Any]", news: "dict[str, Any] | None") -> None:
+    """Takes what is told anew; null tells nothing."""
+    known.update({name: value for name, value in (news or {}).items() if value is not None})
+
+
+class MessageStream:
+    """A Messages stream becoming a chat stream, event by event.
+
+    `done` after the last event, `failed` once an error went out instead; an upstream that ends with neither was cut.
+    Nothing comes out before the first content, so an overloaded upstream can still be left for another. An error that
+    comes later leaves as OpenAI's error event with its own word as the code (overloaded_error), by which the relay
+    judges it like a reply with the status of that word: elsewhere it was lost or became a 500 (envoy ai-gateway 2697).
+
+    Each event of the upstream is a method, `on_` and its type; types that have none, ping among them, say nothing here.
+    """
+
+    def __init__(self, created: int, include_usage: bool = False) -> None:
+        self.created, self.include_usage = created, include_usage
+        self.head = b""  # of every chunk, up to its choices
+        self.calls: "dict[int, list[Any]]" = {}  # of each tool block: its number, its input if that comes in no delta
+        self.thoughts: "dict[int, tuple[dict[str, Any], list[str]]]" = {}  # thinking since the last call, and its text
+        # What came of usage and of the reason to stop: both come in parts, and the last value of each field holds.
+        self.usage: "dict[str, Any]" = {}
+        self.ending: "dict[str, Any]" = {}
+        self.role = {"role": "assistant"}  # of the first chunk
+        self.done = self.failed = False
+
+    def feed(self, event_type: bytes, data: bytes) -> bytes:
+        """The chunks that one event of the upstream becomes; often none. Never raises: what cannot be read is an error
+        event. `event_type` counts where the data has no type, as some gateways send it."""
+        if self.done or self.failed or not data.strip():  # what follows the end is nobody's answer
+            return b""
+        try:
+            event = json.loads(data)
+            step = getattr(self, "on_" + (event.get("type") or event_type.decode("latin-1")), None)
+            return step(event) if step else b""
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            return self.fail({"type": "api_error", "message": "The upstream sent an event that cannot be read."})
+
+    def fail(self, found: "dict[str, Any]") -> bytes:
+        """The event that tells an error; nothing that comes after it counts."""
+        # Without a status of its own an error of no known type counts as the upstream's fault.
+        self.failed = True
+        return b"data: " + compact_json(_translate_error(found, 500)) + b"\n\n"
+
+    on_error = fail
+
+    def on_message_start(self, event: "dict[str, Any]") -> bytes:
+        """Id and model of all chunks, and the prompt's tokens."""
+        message = event["message"]
+        _keep(self.usage, message.get("usage"))
+        if not self.head:  # a second one comes where another model takes over; another id would be another answer
+            same = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
+            self.head = b"data: " + compact_json(dict(same, model=message["model"]))[:-1] + b',"choices":'
+        return b""
+
+    def on_content_block_start(self, event: "dict[str, Any]") -> bytes:
+        """A tool's name; and what gateways that send a block whole put here."""
+        block, index = event["content_block"], event["index"]
+        if block["type"] != "tool_use":
+            if block["type"] in _THOUGHTS:
+                self.thoughts[index] = dict(block, index=index), [block.get("thinking") or ""]
+            return self._text(block)
+        # Calls are numbered from 0, as clients join their pieces by it; the upstream's index counts texts, too.
+        number = len(self.calls)
+        self.calls[index] = [number, block.get("input") or {}]
+        # Signed thinking goes with the call that it led to: a client that keeps the call then has both or neither.
+        delta: "dict[str, Any]" = {"tool_calls": [{"index": number, **_tool_call(block, "")}]}
+        signed = self._signed()
+        if signed:
+            delta["thinking_blocks"] = signed
+        return self._chunk(delta)
+
+    def on_content_block_delta(self, event: "dict[str, Any]") -> bytes:
+        """A piece of text, of thinking, of its signature or of a tool's arguments; citations have no place."""
+        delta, index = event["delta"], event["index"]
+        piece, call, thought = delta.get("partial_json"), self.calls.get(index), self.thoughts.get(index)
+        # The first piece is always empty, and no others come of a tool without arguments: `on_content_block_stop` says
+        # what those are. Taken for unknown it once ended streams (llmgateway PR 2468).
+        if piece and call:
+            call[1] = None
+            return self._arguments(call[0], piece)
+        if thought:  # the signature comes last, in a piece of its own
+            thought[0]["signature"] = delta.get("signature") or thought[0].get("signature")
+            thought[1].append(delta.get("thinking") or "")
+        return self._text(delta)
+
+    def on_content_block_stop(self, event: "dict[str, Any]") -> bytes:
+        """The arguments of a tool that had no pieces."""
+        number, whole = self.calls.get(event["index"]) or (0, None)
+        return b"" if whole is None else self._arguments(number, compact_json(whole).decode())
+
+    def on_message_delta(self, event: "dict[str, Any]") -> bytes:
+        """Why it stops, and the answer's tokens; from some gateways the cache's, too (rust-genai PR 258)."""
+        _keep(self.usage, event.get("usage"))
+        _keep(self.ending, event.get("delta"))
+        return b""
+
+    def on_message_stop(self, event: "dict[str, Any]") -> bytes:
+        """The end: finish_reason, usage if it was asked for, [DONE]."""
+        reason = _FINISH_REASONS.get(self.ending.get("stop_reason", ""), "stop")
+        out = self._chunk(_with({}, refusal=_refusal(self.ending)), reason)
+        if self.include_usage:
+            out += self.head + b'[],"usage":' + compact_json(messages_usage(self.usage)) + b"}\n\n"
+        self.done = True
+        return out + b"data: [DONE]\n\n"
+
+    def _chunk(self, delta: "dict[str, Any]", reason: "str | None" = None) -> bytes:
+        """One chunk. The role stands in the first; with include_usage each has the field, null until the last."""
+        if not self.head:
+            raise LookupError("content before message_start")
+        choice = {"index": 0, "delta": {**self.role, **delta}, "logprobs": None, "finish_reason": reason}
+        self.role = {}
+        return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
+
+    def _text(self, found: "dict[str, Any]") -> bytes:
+        """The chunk for a text or a thought; DeepSeek's name for the latter is what most clients know."""
+        for name, ours in (("text", "content"), ("thinking", "reasoning_content")):
+            if found.get(name):
+                return self._chunk({ours: found[name]})
+        return b""
+
+    def _arguments(self, number: int, piece: str) -> bytes:
+        return self._chunk({"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
+
+    def _signed(self) -> "list[dict[str, Any]]":
+        """The thinking that led to a call, as in whole answers; the openai package joins lists by their `index`."""
+        found, self.thoughts = self.thoughts.values(), {}
+        for block, pieces in found:
+            if block["type"] == "thinking":
+                block["thinking"] = "".join(pieces)
+        return [block for block, _ in found if block.get("signature") or block.get("data")]
+
+
+def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
+    """What Anthropic's three token limits leave together, as x-ratelimit-*-tokens fields; {} where it says nothing.
+
+    Input and output have limits of their own there, and `tokens` tells their sum or what binds a workspace; our ledger
+    has one bucket, from which a request takes its prompt and its answer. So it gets the size of the whole, filled as
+    far as the emptiest of the three: the share tells which one binds. The emptiest one as it is would be wrong: a
+    prompt of 20,000 tokens is larger than an output limit of 8,000 ever gets, and would wait for a full bucket each
+    time. Tokens that the prompt cache gives are not counted by the input limit; as replies tell what is left, they need
+    no arithmetic here.
+    """
+    ends = (b"limit", b"remaining", b"reset")
+    told: "dict[bytes, tuple[float, int, bytes]]" = {}
+    for kind in (b"tokens", b"input-tokens", b"output-tokens"):
+        limit, left, reset = (index.get(b"anthropic-ratelimit-%b-%b" % (kind, end), b"") for end in ends)
+        if re.fullmatch(rb"[1-9][0-9]{0,14} [0-9]{1,15}", limit + b" " + left):  # insane values tell nothing
+            told[kind] = int(left) / int(limit), int(limit), reset
+    if not told:
+        return {}
+    size = told[b"tokens"][1] if b"tokens" in told else sum(limit for _, limit, _ in told.values())
+    # The binding one's time to be full is right for the whole, too: each limit refills in a minute, whatever its size.
+    share, _, reset = min(told.values())
+    values = b"%d" % size, b"%d" % round(size * share), reset
+    return {b"x-ratelimit-%b-tokens" % end: value for end, value in zip(ends, values, strict=True)}
 
 
 # ==== 9. Controllers ====
-# What a request to one account looks like. Pure translation: a parsed request in, the bytes for the upstream out. A new
-# kind of account is one class here and one line in CONTROLLERS.
+# What a request to one account looks like. Pure translation: a parsed request in, the bytes for the upstream out. First
+# what a request is and what can be read from its body, then a class for each kind of account: one that speaks OpenAI's
+# API (Azure's is a dialect of it), one whose answers are translated, one that makes them up. A vendor that speaks
+# OpenAI's API is a row in VENDORS; a kind of its own is one class here, a line in CONTROLLERS and a file of tests.
+
+CHAT_PATH = "/chat/completions"  # without /v1, which belongs to the base URL, where it has one
+# The fastest way into JSON, which tells where a value ends, too.
+decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
 
 
-CHAT_PATH = "/chat/completions"
+def deeper(data: "Any", depth: int) -> bool:
+    """Whether JSON values stand in more than `depth` objects and lists; whoever handles them later may recurse."""
+    level = [data]  # level by level, as the one who counts should not recurse either
+    for _ in range(depth):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return False
+    return True
+
+
+def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
+    """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1), nested to `depth`. Raises ProxyError (400)."""
+    if len(body) > JSON_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > JSON_VALUES:
+        raise ProxyError(413, "The body has more than %d values." % JSON_VALUES, "request_too_large")
+    try:
+        # A byte order mark is what PowerShell writes. Other encodings are refused: two readers might guess differently.
+        text = body.decode("utf-8-sig" if body[:3] == b"\xef\xbb\xbf" else "utf-8").strip(" \t\r\n")
+        data, end = decode_json(text)
+        if end != len(text):
+            raise ValueError("something follows its end, at character %d" % end)
+    # The decoder gives up near 1,000 levels (RecursionError) and at numbers of 4,300 digits (ValueError).
+    except (ValueError, RecursionError) as problem:
+        raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
+    if not isinstance(data, dict):
+        raise ProxyError(400, "The body must be a JSON object.")
+    # Counting is cheaper for small bodies; a large one is mostly text, and 100 kB of it take 75 us to count in.
+    if (len(body) > COUNTED_BYTES or body.count(b"{") + body.count(b"[") > depth) and deeper(data, depth):
+        raise ProxyError(400, "The body is nested deeper than %d levels." % depth)
+    return data
+
+
+# Go writes the names of fields as they stand in the struct unless it has tags; the original server, in Go, took both.
+_CHAT_KEYS = frozenset(
+    "model messages stream temperature top_p n stop max_tokens max_completion_tokens presence_penalty frequency_penalty"
+    " logit_bias user tools tool_choice functions function_call response_format seed stream_options logprobs"
+    " top_logprobs parallel_tool_calls reasoning_effort metadata store".split()
+)
+_MESSAGE_KEYS = frozenset("role content name tool_calls tool_call_id refusal function_call".split())
+
+
+def lower_keys(data: "dict[str, Any]", known: "frozenset[str]") -> "dict[str, Any]":
+    """`data` with its keys lower-cased where that makes a known one; unknown keys stay as they are."""
+    return {key.lower() if key.lower() in known else key: value for key, value in data.items()}
+
+
+def respell(data: "dict[str, Any]") -> "dict[str, Any]":
+    """A chat request with the keys that Go clients without JSON tags capitalise in the API's spelling."""
+    found = lower_keys(data, _CHAT_KEYS)
+    messages = found.get("messages")
+    if isinstance(messages, list):
+        found["messages"] = [lower_keys(one, _MESSAGE_KEYS) if isinstance(one, dict) else one for one in messages]
+    return found
+
+
+def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], bytes]":
+    """The JSON object of a chat request, and the body to send: as it came, or respelled for Go clients.
+
+    Raises ProxyError (400) for what no upstream could answer.
+    """
+    data = parse_object(body, depth)
+    # Nearly all requests are spelled well, and are not looked through for keys that are not.
+    if "model" not in data or "messages" not in data or "Stream" in data:
+        spelled = respell(data)
+        if spelled != data:
+            data, body = spelled, compact_json(spelled)
+    model, messages = data.get("model"), data.get("messages")
+    # Only what routing and relaying stand on is checked. All else is the upstream's to judge: it knows what it takes,
+    # and a field that is new there shall not need a new version here.
+    if not isinstance(model, str) or not model:
+        raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise ProxyError(400, "You must provide messages: a non-empty array of objects.", param="messages")
+    # What is neither true nor false could be one to the upstream and the other to us, who would wait for events in
+    # vain.
+    if not isinstance(data.get("stream", False), (bool, type(None))):
+        raise ProxyError(400, "stream must be true or false.", param="stream")
+    return data, body
+
+
+def top_level_count(body: bytes, key: str) -> int:
+    """How often `key` stands in the outermost object, in any case.
+
+    Where it stands twice, two readers can believe two different ones (Go's takes any case and the last): a client key
+    that may use one model would get the other.
+    """
+    counts = [0]
+
+    def pairs(found: "list[tuple[str, Any]]") -> None:
+        counts.append(sum(name.lower() == key for name, _ in found))
+
+    json.loads(body, object_pairs_hook=pairs)
+    return counts[-1]  # the outermost object ends last
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def edit_members(body: bytes, edit: "Callable[[str], tuple[str, str | None]]", more: "Mapping[str, Any]") -> bytes:
+    """`body` with its outermost members as `edit` wants them, and `more` after them; what stays, stays byte for byte.
+
+    `edit` gives, for a member's name, the new one ("": the member is left out) and its new value (None: as it was).
+    Parsing and writing it anew would change what JSON does not tell apart and upstreams may: 1.0 and 1, escapes, keys
+    that stand twice. `body` is known to be an object that is not empty.
+    """
+    # The decoder finds where values end, strings and nesting included; a search for the key would find it in a prompt.
+    text = body.decode("utf-8", "surrogatepass")
+    first = at = text.index("{") + 1
+    members: "list[str]" = []
+    while text[at - 1] != "}":
+        start, at = at, _skip_space(text, at)
+        name, end_name = decode_json(text, at)
+        value_at = _skip_space(text, _skip_space(text, end_name) + 1)
+        _, end = decode_json(text, value_at)
+        stop = _skip_space(text, end)
+        new_name, value = edit(name)
+        if new_name:
+            key = text[at:end_name] if new_name == name else json.dumps(new_name)
+            value = text[value_at:end] if value is None else value
+            members.append(text[start:at] + key + text[end_name:value_at] + value + text[end:stop])
+        at = stop + 1
+    # What is added comes last, where readers that take the last of two find it.
+    members += [json.dumps(name) + ":" + json.dumps(value) for name, value in more.items()]
+    return (text[:first] + ",".join(members) + text[at - 1 :]).encode("utf-8", "surrogatepass")
+
+
+def replace_model(body: bytes, model: str) -> bytes:
+    """`body` with another value for each outermost "model", every other byte as it was."""
+    return edit_members(body, lambda name: (name, json.dumps(model) if name == "model" else None), {})
 
 
 class ApiRequest:
@@ -3921,30 +4173,6 @@ class ApiRequest:
     comes.
     """
 
-    __slots__ = (
-        "asked",
-        "body",
-        "data",
-        "key",
-        "lines",
-        "max_tokens",
-        "method",
-        "model",
-        "model_span",
-        "need",
-        "path",
-        "pinned",
-        "prompt_tokens",
-        "query",
-        "request_id",
-        "seeks",
-        "stateful",
-        "stream",
-        "thread",
-        "upload",
-        "wait_s",
-    )
-
     def __init__(self, method: str, path: str, query: str, lines: bytes, body: bytes) -> None:
         self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
         self.data: "dict[str, Any]" = {}
@@ -3955,178 +4183,28 @@ class ApiRequest:
         self.upload: "Upload | None" = None
         self.prompt_tokens = self.max_tokens = self.need = 0
         self.wait_s = 0.0
+        # No __slots__: in Python 3.11 they save nothing that can be measured in a request.
+
+    def body_for(self, model: str) -> bytes:
+        """The body with another model."""
+        if self.model_span is not None:
+            start, end = self.model_span  # the rest may be a file of hours of speech
+            return self.body[:start] + model.encode() + self.body[end:]
+        return replace_model(self.body, model) if self.data else self.body
 
     def substitute(self, model: str) -> None:
-        """Asks for `model` from now on."""
-        self.asked, self.model = self.asked or self.model, model
+        """Asks for `model` from now on: an alias stands for it, or its own model failed. What the client asked for
+        first stays known, as its answer tells both."""
+        self.asked, self.model, self.body = self.asked or self.model, model, self.body_for(model)
         if self.model_span is not None:
-            start, end = self.model_span
-            self.body = self.body[:start] + model.encode() + self.body[end:]
-            self.model_span = start, start + len(model.encode())
+            self.model_span = self.model_span[0], self.model_span[0] + len(model.encode())
         elif self.data:
-            self.data, self.body = {**self.data, "model": model}, replace_model(self.body, model)
-
-
-def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], bytes]":
-    """The JSON object of a chat request, and the body to send: as it came, or respelled for Go clients.
-
-    Raises ProxyError (400) for what no upstream could answer.
-    """
-    data = parse_object(body, depth)
-    if "model" not in data or "messages" not in data or "Stream" in data:
-        spelled = respell(data)
-        if spelled is not data:
-            data, body = spelled, compact_json(spelled)
-    model, messages = data.get("model"), data.get("messages")
-    if not isinstance(model, str) or not model:
-        raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise ProxyError(400, "You must provide messages: a non-empty array of objects.", param="messages")
-    if not isinstance(data.get("stream", False), (bool, type(None))):
-        raise ProxyError(400, "stream must be true or false.", param="stream")
-    return data, body
-
-
-decode_json = json.JSONDecoder().raw_decode  # 1.3 us less than json.loads
-NO_MORE: "Mapping[str, Any]" = {}
-
-
-def parse_object(body: bytes, depth: int = JSON_DEPTH) -> "dict[str, Any]":
-    """The JSON object that `body` is; UTF-8 only (RFC 8259, 8.1), nested to `depth`. Raises ProxyError (400)."""
-    if len(body) > JSON_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > JSON_VALUES:
-        raise ProxyError(413, "The body has more than %d values." % JSON_VALUES, "request_too_large")
-    try:
-        text = body.decode("utf-8-sig" if body[:3] == b"\xef\xbb\xbf" else "utf-8").strip(" \t\r\n")
-        data, end = decode_json(text)
-        if end != len(text):
-            raise ValueError("something follows its end, at character %d" % end)
-    except (ValueError, RecursionError) as problem:
-        raise ProxyError(400, "The body is not valid JSON in UTF-8: %s" % problem) from None
-    if not isinstance(data, dict):
-        raise ProxyError(400, "The body must be a JSON object.")
-    # Counting is cheaper for small bodies; a large one is mostly text, and 100 kB of it take 75 us to count in.
-    if (len(body) > COUNTED_BYTES or body.count(b"{") + body.count(b"[") > depth) and deeper(data, depth):
-        raise ProxyError(400, "The body is nested deeper than %d levels." % depth)
-    return data
-
-
-def deeper(data: "Any", depth: int) -> bool:
-    """Whether JSON values stand in more than `depth` objects and lists; whoever handles them later may recurse."""
-    level = [data]
-    for _ in range(depth):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if type(outer) is dict else outer)
-            if type(inner) is dict or type(inner) is list
-        ]
-        if not level:
-            return False
-    return True
-
-
-def top_level_count(body: bytes, key: str) -> int:
-    """How often `key` stands in the outermost object, in any case: two readers could believe two different ones."""
-    counts: "list[int]" = []
-
-    def pairs(found: "list[tuple[str, Any]]") -> "dict[str, Any]":
-        counts.append(sum(name.lower() == key for name, _ in found))
-        return {}
-
-    json.loads(body, object_pairs_hook=pairs)
-    return counts[-1] if counts else 0
-
-
-_CHAT_KEYS = frozenset(
-    "model messages stream temperature top_p n stop max_tokens max_completion_tokens presence_penalty frequency_penalty"
-    " logit_bias user tools tool_choice functions function_call response_format seed stream_options logprobs"
-    " top_logprobs parallel_tool_calls reasoning_effort metadata store".split()
-)
-_MESSAGE_KEYS = frozenset("role content name tool_calls tool_call_id refusal function_call".split())
-
-
-def respell(data: "dict[str, Any]") -> "dict[str, Any]":
-    """`data` with the keys that Go clients capitalise in the API's spelling; the same object if there are none."""
-    found = lower_keys(data, _CHAT_KEYS)
-    messages = found.get("messages")
-    if found is not data and isinstance(messages, list):
-        found["messages"] = [lower_keys(m, _MESSAGE_KEYS) if isinstance(m, dict) else m for m in messages]
-    return found
-
-
-def lower_keys(data: "dict[str, Any]", known: "frozenset[str]") -> "dict[str, Any]":
-    """`data` with its keys lower-cased where that makes a known one; unknown keys stay as they are."""
-    if not any(key not in known and key.lower() in known for key in data):
-        return data
-    return {key.lower() if key.lower() in known else key: value for key, value in data.items()}
-
-
-def replace_model(body: bytes, model: str) -> bytes:
-    """`body` with another value for each outermost "model", every other byte as it was."""
-    return edit_members(body, lambda name: (name, json.dumps(model) if name == "model" else None))
-
-
-def edit_members(
-    body: bytes, edit: "Callable[[str], tuple[str, str | None]]", more: "Mapping[str, Any]" = NO_MORE
-) -> bytes:
-    """`body` with its outermost members as `edit` wants them, and `more` after them; what stays, stays byte for byte.
-
-    `edit` gives, for a member's name, the new one ("": the member is left out) and its new value (None: as it was).
-    """
-    text = body.decode("utf-8", "surrogatepass")
-    first = at = text.index("{") + 1
-    members: "list[str]" = []
-    while text[at - 1] != "}":
-        start, at = at, _skip_space(text, at)
-        name, end_name = decode_json(text, at)
-        value_at = _skip_space(text, _skip_space(text, end_name) + 1)
-        _, end = decode_json(text, value_at)
-        stop = _skip_space(text, end)
-        new_name, value = edit(name)
-        if new_name:
-            key = text[start:end_name] if new_name == name else text[start:at] + json.dumps(new_name)
-            members.append(
-                key + text[end_name:value_at] + (text[value_at:end] if value is None else value) + text[end:stop]
-            )
-        at = stop + 1
-    members += [json.dumps(name) + ":" + json.dumps(value) for name, value in more.items()]
-    return (text[:first] + ",".join(members) + text[at - 1 :]).encode("utf-8", "surrogatepass")
-
-
-def _skip_space(text: str, at: int) -> int:
-    while text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def estimate_prompt(data: "dict[str, Any]") -> int:
-    """About how many tokens the prompt has: text characters / 4, and 1,000 for each part that is no text."""
-    chars = parts = 0
-    for message in data["messages"]:
-        content = message.get("content")
-        if isinstance(content, str):
-            chars += len(content)
-        elif isinstance(content, list):
-            for part in content:
-                text = part.get("text") if isinstance(part, dict) else None
-                if isinstance(text, str):
-                    chars += len(text)
-                else:
-                    parts += 1
-    return chars // 4 + parts * TOKENS_PER_PART
-
-
-def answer_limit(data: "dict[str, Any]") -> int:
-    """The most tokens that the client lets the answers have together; 0 when it sets no limit."""
-    most = data.get("max_completion_tokens") or data.get("max_tokens") or 0
-    choices = data.get("n") or 1
-    if not isinstance(most, int) or not isinstance(choices, int):
-        return 0
-    return max(0, most) * min(max(1, choices), 128)
+            self.data = {**self.data, "model": model}
 
 
 def count_text(value: "Any", depth: int = 0) -> int:
-    """Characters of text in a prompt or input of any shape; a token that comes as a number counts as four."""
+    """Characters of text in a prompt or input of any shape; a token that comes as a number counts as four, and what is
+    no text as TOKENS_PER_PART tokens: never the length of a data URL, which says nothing of an image's cost."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, int):
@@ -4134,61 +4212,39 @@ def count_text(value: "Any", depth: int = 0) -> int:
     if depth > INPUT_DEPTH:
         return 0
     if isinstance(value, list):
-        return sum(count_text(item, depth + 1) for item in value)
+        return sum([count_text(item, depth + 1) for item in value])
     if isinstance(value, dict):
-        if "text" in value or "content" in value:
+        if "text" in value or "content" in value:  # a part, a message, an item of the responses API
             return count_text(value.get("text") or value.get("content"), depth + 1)
         return 4 * TOKENS_PER_PART
     return 0
 
 
+def estimate_prompt(data: "dict[str, Any]") -> int:
+    """About how many tokens the prompt of a chat has. No tokenizer: it would be a dependency and a table for each
+    model, and replies correct what is wrong here."""
+    return sum([count_text(message.get("content")) for message in data["messages"]]) // 4
+
+
+def answer_limit(data: "dict[str, Any]") -> int:
+    """The most tokens that the client lets the answers have together; 0 when it sets no limit."""
+    # Nonsense counts as none here; the upstream says what is wrong with it. 128 is the most that `n` may be.
+    most = data.get("max_completion_tokens") or data.get("max_tokens")
+    if not isinstance(most, int) or most < 0:
+        return 0
+    choices = data.get("n") or 1
+    return most * min(max(1, choices), 128) if isinstance(choices, int) else 0
+
+
+# Of bounded length, as it becomes a key of what is remembered.
 _OBJECT_ID = re.compile(rb'"id"\s*:\s*"([\w\-]{4,128})"')
 
 
 def made_id(beginning: bytes) -> str:
-    """The id of the object that an answer describes: the first that stands in it."""
+    """The id of the object that an answer describes: the first that stands in it, "" where none does. Files, batches
+    and responses begin with theirs; parsing megabytes of an answer for it would cost more than it is worth."""
     found = _OBJECT_ID.search(beginning)
     return found.group(1).decode() if found else ""
-
-
-class Controller(Protocol):
-    """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write.
-
-    `chat_only`: it takes chat completions and nothing else.
-    """
-
-    chat_only: bool
-
-    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
-        """A fresh exchange for `request`, not started."""
-
-
-class ParamEdits:
-    """What an account wants changed in the outermost keys of a request: left out, renamed, and of a chat added."""
-
-    __slots__ = ("drop", "extra", "rename")
-
-    def __init__(self, account: AccountConfig) -> None:
-        self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
-        self.extra = dict(account.extra_body)
-
-    def __bool__(self) -> bool:
-        return bool(self.drop or self.rename or self.extra)
-
-    def apply(self, body: bytes, request: ApiRequest) -> bytes:
-        """The request's `body` as the account wants it; the same object where nothing of it is meant."""
-        extra, names = self.extra if request.path == CHAT_PATH else NO_MORE, request.data.keys()
-        if not (extra or self.drop & names or self.rename.keys() & names):
-            return body
-        # Of an old and a new name for one thing the one that is renamed counts: clients send the other for servers
-        # that know nothing better.
-        gone = self.drop | ({self.rename[name] for name in self.rename.keys() & names - self.drop} - self.rename.keys())
-
-        def edit(name: str) -> "tuple[str, None]":
-            new = "" if name in gone else self.rename.get(name, name)
-            return "" if new in extra else new, None
-
-        return edit_members(body, edit, extra)
 
 
 def framed_upload(body: bytes, rest: Upload) -> "tuple[bytes, bytes]":
@@ -4198,85 +4254,120 @@ def framed_upload(body: bytes, rest: Upload) -> "tuple[bytes, bytes]":
     return b"Content-Length: %d\r\n\r\n" % (len(body) + rest.left), body
 
 
-class OpenAIController:
-    """An account that speaks OpenAI's API, at any base URL (openai-openapi; PROVIDERS: vendors alike)."""
+class Controller(Protocol):
+    """An account: `exchange` makes the exchange that carries a request to it. `on_sent` is called at the write: until
+    then everything that the request took of a quota can be given back.
 
-    chat_only = False
+    `chat_only`: it takes chat completions and nothing else. `cache_free`: what its prompt cache gives takes nothing of
+    its token limit. `rate_codes`: see `AccountConfig`.
+    """
+
+    chat_only: bool
+    cache_free: bool
+    rate_codes: "tuple[str, ...]"
+
+    def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
+        """A fresh exchange for `request`, not started. Raises Untranslatable where the account has no words for it."""
+
+
+class OpenAIController:
+    """An account that speaks OpenAI's API, at any base URL (openai-openapi; PROVIDERS: vendors alike).
+
+    What differs from account to account is data: `base` is what precedes every path in a request line, `paths` are
+    those that it has elsewhere, `fixed` our own field lines, `hidden` the client's that must not stand beside them.
+    """
+
+    chat_only = cache_free = False
 
     def __init__(self, config: ControllerConfig) -> None:
-        account = config.account
-        self.origin, self.prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
-        self.chat_path = account.chat_path
-        self.model_map = dict(config.model_map)
-        self.edits = ParamEdits(account) or None
-        self.whole_timeouts = with_first_byte(config.timeouts, 600.0)
-        self.stream_timeouts = with_first_byte(config.timeouts, 120.0)
-        self.overrides = frozenset(name.lower().encode() for name, _ in account.headers)
-        self.fixed = self._fixed_fields(account)
-        self.hidden = self.overrides | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
-        self.starts: "dict[str, bytes]" = {}
+        account, wanted = config.account, config.timeouts.first_byte
+        self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
+        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")  # RFC 3986, 3.3; an escape stays one
+        # A proxy gets plain requests in the absolute form (RFC 9112, 3.2.2), with its password; TLS goes by a tunnel,
+        # and what is in it is none of the proxy's business.
+        absolute = self.origin.proxy and self.origin.scheme == "http"
+        if absolute:
+            self.base = "http://" + self.origin.authority + self.base
+        self.paths = {CHAT_PATH: account.chat_path}
+        # Mappings are tuples of pairs in the configuration, so that it can be compared and hashed as a whole.
+        self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
+        self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
+        self.extra = dict(account.extra_body)
+        self.edits = bool(self.drop or self.rename or self.extra)
+        # Of whole answers, for which SDKs wait 600 s, and of streams, whose first byte does not wait for the last.
+        self.timeouts = [config.timeouts.replace(first_byte=s if wanted is None else wanted) for s in (600.0, 120.0)]
+        # Of our fields and the configuration's the latter counts, and of the client's none with one of these names:
+        # which of two values an upstream believes is anybody's guess.
+        own = frozenset(name.lower().encode() for name, _ in account.headers)
+        # What a client says for itself never gets as far as here; another header for the key might.
+        self.hidden = own | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
+        self.fixed = self._fixed_fields(account, own)
+        if absolute:
+            self.fixed += proxy_authorization(self.origin.proxy)
+        self.start = functools.lru_cache(maxsize=64)(self._start)  # nearly all requests have one of a few
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
-        timeouts = self.stream_timeouts if request.stream else self.whole_timeouts
-        message = self.message(request)
+        timeouts, message = self.timeouts[request.stream], self.message(request)
         return NetworkExchange(pool, self.origin, message, timeouts, on_sent, request.method, request.upload)
 
     def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
         """Head and body of the request as the account gets them; nothing of it is copied from the client's own head
-        but values that were parsed."""
-        body = request.body
-        model = self.model_map.get(request.model)
-        if model is not None and request.model_span is not None:
-            start, end = request.model_span
-            body = body[:start] + model.encode() + body[end:]
-        elif model is not None and request.data:
-            body = replace_model(body, model)
-        if self.edits is not None and request.data:
-            body = self.edits.apply(body, request)
+        but values that were parsed. Raises Untranslatable."""
+        body, start = self.body(request), self.start(request.method, request.path, request.query, request.model)
         lines = without(request.lines, self.hidden) if self.hidden else request.lines
         if request.upload is not None:
             length, body = framed_upload(body, request.upload)
         else:
+            # A GET without a body has no length, anything else has one, be it 0 (RFC 9110, 8.6).
             length = b"Content-Length: %d\r\n\r\n" % len(body) if body or request.method != "GET" else b"\r\n"
-        return b"".join((self._start(request), lines, length)), body
+        return b"".join((start, lines, length)), body
 
-    def _start(self, request: ApiRequest) -> bytes:
-        """Request line and our own fields; those without a query are kept."""
-        if request.query:
-            return self._line(request.method, request.path + "?" + request.query) + self.fixed
-        key = request.method + request.path
-        found = self.starts.get(key)
-        if found is None:
-            found = self._line(request.method, request.path) + self.fixed
-            if len(self.starts) < 64:
-                self.starts[key] = found
-        return found
+    def target(self, path: str, query: str, model: str) -> str:
+        """What stands between method and version in the request line."""
+        return self.base + self.paths.get(path, path) + "?" * bool(query) + query
 
-    def _line(self, method: str, path: str) -> bytes:
-        path, mark, query = path.partition("?")
-        path = (self.chat_path if path == CHAT_PATH else path) + mark + query
-        target = urllib.parse.quote(self.prefix, safe="/%:@!$&'()*+,;=~") + path
-        if self.origin.proxy and self.origin.scheme == "http":
-            target = "http://" + self.origin.authority + target  # absolute-form, RFC 9112, 3.2.2
-        return b"%b %b HTTP/1.1\r\n" % (method.encode(), target.encode())
+    def _start(self, method: str, path: str, query: str, model: str) -> bytes:
+        return ("%s %s HTTP/1.1\r\n" % (method, self.target(path, query, model))).encode() + self.fixed
 
-    def _fixed_fields(self, account: AccountConfig) -> bytes:
-        fields = [("Host", self.origin.authority), ("Accept-Encoding", "identity")]
-        if account.api_key:
-            fields.append((account.auth_header, (account.auth_scheme + " " + account.api_key.reveal()).lstrip()))
-        if account.organization:
-            fields.append(("OpenAI-Organization", account.organization))
-        if account.project:
-            fields.append(("OpenAI-Project", account.project))
-        own = [field for field in fields if field[0].lower().encode() not in self.overrides]
-        lines = [(name.encode(), value.encode()) for name, value in own]
-        lines += [(name.encode(), value.reveal().encode()) for name, value in account.headers]
-        proxied = self.origin.proxy and self.origin.scheme == "http"
-        return render_fields(lines) + (proxy_authorization(self.origin.proxy) if proxied else b"")
+    def body(self, request: ApiRequest) -> bytes:
+        """The body with this account's name of the model and its parameters; the same object where both are as they
+        came."""
+        model, names = self.model_map.get(request.model), request.data.keys()
+        body = request.body if model is None else request.body_for(model)
+        if not (self.edits and names):
+            return body
+        # Other calls have other parameters, so that chats alone get what the account wants added.
+        extra = self.extra if request.path == CHAT_PATH else {}
+        if not (extra or self.drop & names or self.rename.keys() & names):
+            return body
+        # Of an old and a new name for one thing (max_tokens, max_completion_tokens) the one that is renamed counts:
+        # clients send the other for servers that know nothing better. Two members of one name would be anybody's guess.
+        gone = self.drop | ({self.rename[name] for name in self.rename.keys() & names - self.drop} - self.rename.keys())
+
+        def edit(name: str) -> "tuple[str, None]":
+            new = "" if name in gone else self.rename.get(name, name)
+            return "" if new in extra else new, None
+
+        return edit_members(body, edit, extra)
+
+    def _fixed_fields(self, account: AccountConfig, own: "frozenset[bytes]") -> bytes:
+        key = account.api_key.reveal()
+        fields = {
+            "Host": self.origin.authority,
+            "Accept-Encoding": "identity",  # events could not be told apart, errors not read, nothing translated
+            account.auth_header: key and (account.auth_scheme + " " + key).lstrip(),
+            "OpenAI-Organization": account.organization,
+            "OpenAI-Project": account.project,
+        }
+        # An empty value is no value: a server without keys would refuse an empty one.
+        lines = [(name, value) for name, value in fields.items() if value and name.lower().encode() not in own]
+        lines += [(name, value.reveal()) for name, value in account.headers]
+        return render_fields([(name.encode(), value.encode()) for name, value in lines])
 
 
 # What Azure's classic surface serves below a deployment (openai-python, lib/azure.py); all else stands beside them.
+# Files and batches, for one, belong to the resource.
 _AZURE_DEPLOYED = frozenset(
     "/completions /chat/completions /embeddings /audio/transcriptions /audio/translations /audio/speech"
     " /images/generations /images/edits".split()
@@ -4291,119 +4382,125 @@ class AzureController(OpenAIController):
 
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
-        self.api_version, self.deploys = config.account.api_version, not self.prefix.endswith("/openai/v1")
-        if self.deploys:
+        self.api_version, self.deploys = config.account.api_version, not self.base.endswith("/openai/v1")
+        if self.deploys:  # the portal shows the address with and without /openai
             self.api_version = self.api_version or AZURE_API_VERSION
-            self.prefix = self.prefix.removesuffix("/openai") + "/openai"
+            self.base = self.base.removesuffix("/openai") + "/openai"
 
-    def _start(self, request: ApiRequest) -> bytes:
-        path, parts = request.path, [part for part in request.query.split("&") if part[:12] != "api-version="]
+    def target(self, path: str, query: str, model: str) -> str:
+        """See `OpenAIController`. Raises Untranslatable."""
+        # The version is the account's: clients made for Azure send one of their own, and it need not be served here.
+        parts = [part for part in query.split("&") if part and part[:12] != "api-version="]
         if self.deploys and path in _AZURE_DEPLOYED:
-            deployment = self.model_map.get(request.model, request.model)
-            if not deployment.strip("."):  # would lead elsewhere
+            deployment = self.model_map.get(model, model)
+            if not deployment.strip("."):  # ".." would lead elsewhere; slashes are escaped below
                 raise Untranslatable("model", "is no deployment's name.")
             path = "/deployments/" + urllib.parse.quote(deployment, "") + path
         if self.api_version:
             parts.append("api-version=" + self.api_version)
-        query = "&".join(filter(None, parts))
-        return self._line(request.method, path + "?" * bool(query) + query) + self.fixed
+        return super().target(path, "&".join(parts), model)
 
 
-def push_some(outlet: Outlet, data: bytes) -> bool:
-    """As `Outlet.push`, but of what may be nothing, which would look like the end to a client that reads chunks."""
-    return outlet.push(data) if data else True
+def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
+    """The head of a translated answer: nothing of the framing or the type of the original. Its token limits go into the
+    index as OpenAI names them, for the ledger; the lines, which a client sees, stay what the upstream said."""
+    gone = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
+    index = {name: value for name, value in found.index.items() if name not in gone}
+    index.update(tightest_tokens(found.index))
+    index[b"content-type"] = kind
+    return ResponseHead(status, found.minor, index, without(found.lines, gone) + b"Content-Type: %b\r\n" % kind)
+
+
+def as_completion(body: bytes) -> bytes:
+    """The chat.completion that a whole answer is. Raises BadReply."""
+    # `created` is our own clock's: the Messages API tells no time. What is no message moves on like any other bad
+    # reply.
+    try:
+        return compact_json(from_message(json.loads(body), int(time.time())))
+    except (ValueError, RecursionError) as problem:
+        raise BadReply("the upstream's answer cannot be translated: %s" % problem) from None
 
 
 class MessagesExchange:
     """An exchange with Anthropic's Messages API that reads as one with OpenAI's. See `Exchange`.
 
-    Streams are translated event by event as they come, whole answers and errors once they are all there.
+    Streams are translated event by event as they come, whole answers and errors once they are all there. It is outlet
+    and exchange in one: the relay pipes it to the client, and it has the connection piped to itself, so that each event
+    is still written in the callback that brought it.
     """
-
-    __slots__ = ("ended", "head", "inner", "outlet", "ready", "splitter", "stream", "usage")
 
     def __init__(self, inner: Exchange, usage: bool) -> None:
         self.inner, self.usage = inner, usage
+        self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: "MessageStream | None" = None
-        self.outlet: "Outlet | None" = None
-        self.ready, self.ended = b"", False  # translated and not handed out; whether nothing follows it
+        self.outlet: Outlet
+        self.ready, self.complete = b"", False  # translated and not handed out; whether nothing follows it
         self.head: ResponseHead
-
-    @property
-    def complete(self) -> bool:
-        """See `Exchange`."""
-        return self.ended
 
     async def start(self) -> None:
         """See `Exchange`. Errors are read to their end, as only their words tell their status."""
         await self.inner.start()
         found = self.inner.head
-        if found.index.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise BadReply("the upstream compressed its answer unasked")
-        if found.status >= 300:
-            status, self.ready = error_from_messages(found.status, await self._read_all(HOLD_BYTES))
-            self.head, self.ended = messages_head(found, status, b"application/json"), True
+        # What Content-Encoding says counts, not what it should say: proxies in between are known to compress.
+        status, kind = found.status, b"application/json"
+        coded = found.index.get(b"content-encoding", b"identity").lower() != b"identity"
+        if status >= 300:  # of a compressed one the status has to do
+            status, self.ready = error_from_messages(status, b"" if coded else await self._read_all(HOLD_BYTES))
+            self.complete = True
+        elif coded:  # although only identity was asked for: inflating what an upstream likes to send has no bound
+            raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
         elif found.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
-            self.stream = MessageStream(int(time.time()), self.usage)
-            self.head = messages_head(found, found.status, b"text/event-stream; charset=utf-8")
-        else:
-            self.head = messages_head(found, found.status, b"application/json")
-            if self.inner.complete:
-                self._take_whole(self.inner.take())
+            # By the type that came, not by what was asked for: some gateways answer a stream whole.
+            self.stream, kind = MessageStream(int(time.time()), self.usage), b"text/event-stream; charset=utf-8"
+        self.head = messages_head(found, status, kind)
 
     def take(self) -> bytes:
-        """See `Exchange`."""
+        """See `Exchange`. Nothing is translated without a wait, as whole answers seldom come with their head."""
         data, self.ready = self.ready, b""
         return data
 
     async def read(self) -> bytes:
         """See `Exchange`."""
-        while not (self.ready or self.ended):
+        while not (self.ready or self.complete):
             if self.stream is None:
-                self._take_whole(await self._read_all(MESSAGE_BYTES))
-            else:
-                await self._read_events(self.stream)
+                self.ready, self.complete = as_completion(await self._read_all(MESSAGE_BYTES)), True
+                break
+            try:
+                data = await self.inner.read()
+            except UpstreamError:
+                if not self.stream.done:
+                    raise
+                data = b""  # what goes wrong after the last event does no harm
+            self.ready, self.complete = self._translate(self.stream, data), not data
         return self.take()
 
     async def pipe(self, outlet: Outlet) -> None:
-        """See `Exchange`."""
+        """See `Exchange`. Of a whole answer nothing is left to hand out, of a stream all that it still sends."""
         stream, self.outlet = self.stream, outlet
-        if self.ready or stream is None:
-            push_some(outlet, await self.read())
-        if stream is None or self.ended:
+        if stream is None or self.complete:
             return
         try:
             await self.inner.pipe(self)
         except UpstreamError:
             if not stream.done:
                 raise
-        push_some(outlet, self._last_events(stream))
+        self.push(b"")
 
     def push(self, data: bytes) -> bool:
-        """See `Outlet`: what the upstream sent while `pipe` runs."""
-        assert self.outlet is not None and self.stream is not None
-        return push_some(self.outlet, self._translate(self.stream, data))
+        """See `Outlet`: what the upstream sent while `pipe` runs; b"" is its end. Nothing is never pushed on: it would
+        look like the end to a client that reads chunks."""
+        assert self.stream is not None
+        out = self._translate(self.stream, data)
+        return self.outlet.push(out) if out else True
 
     def when_ready(self, call: "Callable[[], None]") -> None:
         """See `Outlet`."""
-        assert self.outlet is not None
         self.outlet.when_ready(call)
-
-    def interrupt(self, error: Exception) -> None:
-        """See `Exchange`."""
-        self.inner.interrupt(error)
-
-    def finish(self) -> None:
-        """See `Exchange`."""
-        self.inner.finish()
-
-    def abort(self) -> None:
-        """See `Exchange`."""
-        self.inner.abort()
 
     async def _read_all(self, most: int) -> bytes:
         """The upstream's whole body, or as much of it as decides that it is too large."""
+        # Cut off above `most`: then it is no JSON, and told as such.
         body = b""
         while len(body) <= most:
             piece = await self.inner.read()
@@ -4412,101 +4509,104 @@ class MessagesExchange:
             body += piece
         return body
 
-    def _take_whole(self, body: bytes) -> None:
-        try:
-            self.ready = compact_json(from_message(json.loads(body), int(time.time())))
-        except (ValueError, RecursionError) as problem:
-            raise BadReply("the upstream's answer cannot be translated: %s" % problem) from None
-        self.ended = True
-
-    async def _read_events(self, stream: MessageStream) -> None:
-        """Translates the next bytes of a stream; what goes wrong after its last event does no harm."""
-        try:
-            data = await self.inner.read()
-        except UpstreamError:
-            if not stream.done:
-                raise
-            data = b""
-        self.ready = self._translate(stream, data) if data else self._last_events(stream)
-        self.ended = not data
-
     def _translate(self, stream: MessageStream, data: bytes) -> bytes:
+        """What the next bytes become; b"" is the end, where the last event may lack its blank line. Raises
+        UpstreamClosed where something is missing."""
+        at_end = not data
+        # Some servers close after the last event without its blank line. Of all others half is not enough.
+        if at_end and b"message_stop" in self.splitter.pending:
+            data = b"\n\n"
         out = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
-        if len(self.splitter.pending) > EVENT_BYTES:
+        if len(self.splitter.pending) > EVENT_BYTES:  # it would be kept until its end, which may never come
             self.splitter.pending = b""
-            out += stream.error({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
-        return out
-
-    def _last_events(self, stream: MessageStream) -> bytes:
-        """What is left at the end of a stream, whose last event may lack its blank line. Raises UpstreamClosed."""
-        out = self._translate(stream, b"\n\n") if b"message_stop" in self.splitter.pending else b""
-        if not (stream.done or stream.failed):
+            out += stream.fail({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
+        if at_end and not (stream.done or stream.failed):
             raise UpstreamClosed("the upstream ended its stream before the last event")
         return out
 
 
-def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
-    """The head of a translated answer: nothing of the framing or the type of the original."""
-    index = {
-        name: value for name, value in found.index.items() if name not in (b"content-length", b"transfer-encoding")
-    }
-    index[b"content-type"] = kind
-    lines = without(found.lines, (b"content-type",)) + b"Content-Type: %b\r\n" % kind
-    return ResponseHead(status, found.minor, index, lines)
-
-
 class AnthropicController(OpenAIController):
-    """An account that speaks Anthropic's Messages API, to which chats are translated."""
+    """An account that speaks Anthropic's Messages API, to which chats are translated. Its own chat/completions is for
+    trying out only, by the vendor's word: it ignores many fields in silence, and tells nothing of the cache."""
 
-    chat_only = True
+    chat_only = cache_free = True
 
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
-        account = config.account
-        self.dropped, self.extra = frozenset(account.drop_params), dict(account.extra_body)
-        self.max_tokens, self.thinking, self.edits = account.max_tokens, account.thinking, None
-        self.hidden |= {b"anthropic-version"}
-        if b"anthropic-version" not in self.overrides:
+        self.max_tokens, self.thinking = config.account.max_tokens, config.account.thinking
+        self.paths["/models"] = "/models?limit=1000"  # without it the list ends after 20
+        # The client's version, if it is one of that API's clients, is not for this translation; the configuration's is.
+        if b"anthropic-version" not in self.hidden:
+            self.hidden |= {b"anthropic-version"}
             self.fixed += b"anthropic-version: %b\r\n" % MESSAGES_VERSION
-        self.starts["GET/models"] = self._line("GET", "/models?limit=1000") + self.fixed
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
+        # The account's own usage comes in every stream; a client that did not ask for it gets none, as at OpenAI.
         inner, options = super().exchange(request, pool, on_sent), request.data.get("stream_options")
         usage = isinstance(options, dict) and options.get("include_usage") is True
         return MessagesExchange(inner, usage) if request.path == CHAT_PATH else inner
 
-    def message(self, request: ApiRequest) -> "tuple[bytes, bytes]":
+    def body(self, request: ApiRequest) -> bytes:
         """See `OpenAIController`. Raises Untranslatable."""
-        body = request.body
-        if request.path == CHAT_PATH:
-            asked = dict(request.data, model=self.model_map.get(request.model, request.model))
-            body = compact_json({**to_messages(asked, self.dropped, self.max_tokens, self.thinking), **self.extra})
-        return super().message(ApiRequest(request.method, request.path, request.query, request.lines, body))
+        if request.path != CHAT_PATH:
+            return request.body
+        # What the configuration adds counts over the client's words and over the translation: it may know newer fields.
+        asked = {**request.data, "model": self.model_map.get(request.model, request.model)}
+        return compact_json({**to_messages(asked, self.drop, self.max_tokens, self.thinking), **self.extra})
 
 
-def with_first_byte(timeouts: Timeouts, default_s: float) -> Timeouts:
-    """`timeouts` with the time to the first byte that this kind of answer needs."""
-    return timeouts if timeouts.first_byte is not None else timeouts.replace(first_byte=default_s)
+def echo_pieces(request: ApiRequest) -> "Iterator[bytes]":
+    """What an echo controller answers: the last user message, cut after each run of white space, with usage."""
+    # Where no user speaks the last message is echoed, whoever's it is.
+    messages = request.data["messages"]
+    content = ([one for one in messages if one.get("role") == "user"] or messages)[-1].get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    # Cut as the spaces stand, so that the words put together are the text.
+    words = re.findall(r"\S*\s*", content)[:-1]
+    prompt = max(1, request.prompt_tokens)
+    usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
+    kind, said = ("chat.completion.chunk", "delta") if request.stream else ("chat.completion", "message")
+    # Made when it is asked for, so that an answer as long as the prompt is never in memory as a whole.
+    same = {"id": "chatcmpl-echo-" + request.request_id, "object": kind, "created": int(time.time())}
+
+    def told(what: "dict[str, Any]", reason: "str | None", **more: "Any") -> bytes:
+        choice = {"index": 0, said: what, "logprobs": None, "finish_reason": reason}
+        body = compact_json({**same, "model": request.model, "choices": [choice], **more})
+        return b"data: %b\n\n" % body if request.stream else body
+
+    if not request.stream:
+        yield told({"role": "assistant", "content": content, "refusal": None}, "stop", usage=usage)
+        return
+    options = request.data.get("stream_options")
+    metered = isinstance(options, dict) and options.get("include_usage")
+    more: "dict[str, Any]" = {"usage": None} if metered else {}
+    for delta in ({"role": "assistant", "content": ""}, *({"content": word} for word in words)):
+        yield told(delta, None, **more)
+    yield told({}, "stop", **more)
+    if metered:
+        yield told({}, None, choices=[], usage=usage)
+    yield b"data: [DONE]\n\n"
 
 
 class EchoExchange:
-    """An exchange that makes its reply up. See `Exchange`."""
+    """An exchange that makes its reply up. See `Exchange`. `first_delay` s before all, `delay` s between tokens."""
+
+    complete = False
 
     def __init__(
         self, request: ApiRequest, delay: float, first_delay: float, on_sent: "Callable[[float], None]"
     ) -> None:
-        self.request, self.delay, self.on_sent = request, delay, on_sent
-        self.wait_s = first_delay
-        self.complete = False
-        self.pieces = self._stream_pieces() if request.stream else self._whole_pieces()
+        self.pieces, self.on_sent, self.first_delay = echo_pieces(request), on_sent, first_delay
+        self.wait_s, self.delay = 0.0, delay if request.stream else 0.0
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
         self.head = ResponseHead(200, 1, {b"content-type": kind}, b"Content-Type: %b\r\n" % kind)
 
     async def start(self) -> None:
         """See `Exchange`."""
         self.on_sent(asyncio.get_running_loop().time())
-        await self._pause()
+        await asyncio.sleep(self.first_delay)
 
     def take(self) -> bytes:
         """See `Exchange`."""
@@ -4514,22 +4614,19 @@ class EchoExchange:
 
     async def read(self) -> bytes:
         """See `Exchange`."""
-        await self._pause()
-        if self.request.stream:
-            self.wait_s = self.delay
+        await asyncio.sleep(self.wait_s)
+        self.wait_s = self.delay
         return next(self.pieces, b"")
 
     async def pipe(self, outlet: Outlet) -> None:
-        """See `Exchange`."""
-        ready = asyncio.Event()
-        while True:
-            piece = await self.read()
-            if not piece:
-                return
+        """See `Exchange`. A client that does not read is waited for, as an upstream would be held."""
+        ready, piece = asyncio.Event(), await self.read()
+        while piece:
             if not outlet.push(piece):
+                ready.clear()
                 outlet.when_ready(ready.set)
                 await ready.wait()
-                ready.clear()
+            piece = await self.read()
 
     def interrupt(self, error: Exception) -> None:
         """Nothing is waited for but time."""
@@ -4537,77 +4634,25 @@ class EchoExchange:
     def finish(self) -> None:
         """Nothing is held."""
 
-    def abort(self) -> None:
-        """Nothing is held."""
-
-    async def _pause(self) -> None:
-        """Waits for the delay that is due."""
-        wait_s, self.wait_s = self.wait_s, 0.0
-        if wait_s:
-            await asyncio.sleep(wait_s)
-
-    def _words(self) -> "list[str]":
-        """The last user message, cut after each run of white space."""
-        asked = [message for message in self.request.data["messages"] if message.get("role") == "user"]
-        content = (asked or self.request.data["messages"])[-1].get("content") or ""
-        if not isinstance(content, str):
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        return re.findall(r"\S*\s*", content)[:-1]
-
-    def _answer(self, kind: str, **more: "Any") -> "dict[str, Any]":
-        return dict(
-            {
-                "id": "chatcmpl-echo-" + self.request.request_id,
-                "object": kind,
-                "created": int(time.time()),
-                "model": self.request.model,
-            },
-            **more,
-        )
-
-    def _usage(self, words: int) -> "dict[str, int]":
-        prompt = max(1, self.request.prompt_tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": words, "total_tokens": prompt + words}
-
-    def _whole_pieces(self) -> "Iterator[bytes]":
-        words = self._words()
-        message = {"role": "assistant", "content": "".join(words), "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
-        yield compact_json(self._answer("chat.completion", choices=[choice], usage=self._usage(len(words))))
-
-    def _stream_pieces(self) -> "Iterator[bytes]":
-        words = self._words()
-        deltas: "list[dict[str, str]]" = [{"role": "assistant", "content": ""}]
-        deltas += [{"content": word} for word in words] + [{}]
-        options = self.request.data.get("stream_options") or {}
-        usage = isinstance(options, dict) and options.get("include_usage")
-        more: "dict[str, Any]" = {"usage": None} if usage else {}
-        for number, delta in enumerate(deltas):
-            reason = "stop" if number == len(deltas) - 1 else None
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-            yield self._event(choices=[choice], **more)
-        if usage:
-            yield self._event(choices=[], usage=self._usage(len(words)))
-        yield b"data: [DONE]\n\n"
-
-    def _event(self, **more: "Any") -> bytes:
-        return b"data: " + compact_json(self._answer("chat.completion.chunk", **more)) + b"\n\n"
+    abort = finish
 
 
 class EchoController:
-    """An account without a network: answers with the last user message, whole or word by word, with usage."""
+    """An account without a network: answers with the last user message, whole or word by word, with usage. For --demo,
+    for trying out a configuration, and for clients' tests, which need no key."""
 
-    chat_only = True
+    chat_only, cache_free = True, False
+    rate_codes: "tuple[str, ...]" = ()
 
     def __init__(self, config: ControllerConfig) -> None:
-        self.name = config.name
-        self.delay, self.first_delay = config.account.delay, config.account.first_delay
+        self.delays = config.account.delay, config.account.first_delay
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
-        return EchoExchange(request, self.delay, self.first_delay, on_sent)
+        return EchoExchange(request, *self.delays, on_sent)
 
 
+# The vendors of PRESETS differ from OpenAI in what their rows say, and in nothing else.
 CONTROLLERS: "dict[str, Callable[[ControllerConfig], Controller]]" = {
     **dict.fromkeys(PRESETS, OpenAIController),
     "openai": OpenAIController,
@@ -4783,9 +4828,9 @@ def is_too_long(body: bytes) -> bool:
     return code in TOO_LONG_CODES or "maximum context length" in message
 
 
-def outcome_of(status: int, code: str, message: str) -> Outcome:
+def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str]" = ()) -> Outcome:
     """The class of an error reply (PROVIDERS, neutral outcome classes)."""
-    if status == 402 or (status == 429 and code in QUOTA_CODES):
+    if status == 402 or (status == 429 and code in QUOTA_CODES and code not in rate_codes):
         return Outcome.QUOTA
     if status in (429, 498):  # 498: Groq's flex tier has no capacity left
         return Outcome.RATE
@@ -4817,15 +4862,18 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
             verdict.outcome = Outcome.LARGE
 
 
-def judge_reply(status: int, index: Index, body: bytes, wall_s: float, stateful: bool = False) -> Verdict:
+def judge_reply(
+    status: int, index: Index, body: bytes, wall_s: float, stateful: bool = False, rate_codes: "Collection[str]" = ()
+) -> Verdict:
     """What a reply means. `body` is only looked at for errors; `wall_s`: the time of day, for dates.
 
     `stateful`: a 404 or 409 is about an object of the account, so it is the client's and says nothing of the account.
+    `rate_codes`: see `AccountConfig`.
     """
     if status < 300:
         return GOOD
     code, message = error_words(body)
-    verdict = Verdict(outcome_of(status, code, message), status, message)
+    verdict = Verdict(outcome_of(status, code, message, rate_codes), status, message)
     if stateful and status in (404, 409):
         verdict.outcome = Outcome.CLIENT
     if verdict.outcome in (Outcome.RATE, Outcome.FAULT):
@@ -4835,7 +4883,7 @@ def judge_reply(status: int, index: Index, body: bytes, wall_s: float, stateful:
     return verdict
 
 
-def judge_first_event(event: bytes) -> Verdict:
+def judge_first_event(event: bytes, rate_codes: "Collection[str]" = ()) -> Verdict:
     """What an error event means, in a 200's place or later: as if it had come with the status that belongs to it.
 
     Who judges by status alone sees nothing but successes here, while every client is refused.
@@ -4845,7 +4893,8 @@ def judge_first_event(event: bytes) -> Verdict:
     found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
     names = [error_words(data)[0], *(kind.decode() for kind in re.findall(rb'"type":\s*"(\w{1,64})"', event))]
     named = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
-    return judge_reply(int(found.group(1)) if found else [*named, 502][0], {}, data, 0.0)
+    status = int(found.group(1)) if found else [*named, 502][0]
+    return judge_reply(status, {}, data, 0.0, rate_codes=rate_codes)
 
 
 def judge_error(error: UpstreamError) -> Verdict:
@@ -4856,9 +4905,9 @@ def judge_error(error: UpstreamError) -> Verdict:
     return Verdict(Outcome.SILENT if silent else Outcome.FAULT, 0, str(error))
 
 
-def judge_late_event(event: bytes) -> Verdict:
+def judge_late_event(event: bytes, rate_codes: "Collection[str]" = ()) -> Verdict:
     """What an error in the middle of a stream means for its controller: nothing where the request is at fault."""
-    verdict = judge_first_event(event)
+    verdict = judge_first_event(event, rate_codes)
     return GOOD if verdict.outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING) else verdict
 
 
@@ -4937,18 +4986,20 @@ def allowance(
     return None
 
 
-_TOKENS = re.compile(rb'"(total|completion|input|output)_tokens"\s*:\s*(\d{1,12})')
+_TOKENS = re.compile(rb'"(total|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
 
 
-def used_tokens(tail: bytes) -> "tuple[int, int]":
+def used_tokens(tail: bytes, cache_free: bool = False) -> "tuple[int, int]":
     """All tokens and those of the answer, by the last `usage` in the end of an answer; zeros where there is none.
 
     A regular expression and not a JSON parser: the end of an answer is no JSON, and an answer may have megabytes.
+    `cache_free`: without the tokens that the prompt cache gave.
     """
     at = tail.rfind(b'"usage"')
     found = {name: int(count) for name, count in _TOKENS.findall(tail, at)} if at >= 0 else {}
     answer = found.get(b"completion", found.get(b"output", 0))
-    return found.get(b"total", found.get(b"input", 0) + answer), answer
+    total = found.get(b"total", found.get(b"input", 0) + answer)
+    return total - (found.get(b"cached", 0) if cache_free else 0), answer
 
 
 # ==== 11. Quotas and health ====
@@ -6370,13 +6421,14 @@ class Reply:
     """What an upstream sent, as far as it decides: its exchange, and what was read of the body.
 
     `at`: when what decides was read. `whole`: `held` is all of the body. `told`: the reply said how many tokens are
-    left. `source`: of a refusal, whose it was (the record's `controller` and `mapped`).
+    left. `source`: of a refusal, whose it was (the record's `controller` and `mapped`). `rate_codes`: see
+    `AccountConfig`.
     """
 
-    __slots__ = ("at", "exchange", "head", "held", "source", "stream", "told", "verdict", "whole")
+    __slots__ = ("at", "exchange", "head", "held", "rate_codes", "source", "stream", "told", "verdict", "whole")
 
-    def __init__(self, exchange: Exchange, now: float) -> None:
-        self.exchange, self.head, self.at = exchange, exchange.head, now
+    def __init__(self, exchange: Exchange, now: float, rate_codes: "tuple[str, ...]") -> None:
+        self.exchange, self.head, self.at, self.rate_codes = exchange, exchange.head, now, rate_codes
         self.held, self.whole, self.stream, self.told, self.verdict = b"", False, False, False, GOOD
         self.source = "", b""
 
@@ -6462,7 +6514,7 @@ def unpack_error(reply: Reply) -> None:
 
 def refused_in_200(reply: Reply, event: bytes) -> Refused:
     """A 200 whose body is the error of `event`, as if it had come with the status that belongs to it."""
-    verdict = judge_first_event(event)
+    verdict = judge_first_event(event, reply.rate_codes)
     # Nothing else of the head fits an error: neither the stream's type nor its framing.
     reply.head = ResponseHead(verdict.status, 1, reply.head.index, b"Content-Type: application/json\r\n")
     return Refused(reply, verdict)
@@ -6716,7 +6768,7 @@ class Relay:
         try:
             await exchange.start()
             now = self.loop.time()
-            reply = Reply(exchange, now)
+            reply = Reply(exchange, now, lease.upstream.controller.rate_codes)
             index = reply.head.index
             # Before anything is judged: a 429's own figures correct the ledger as well as a 200's.
             requests, tokens = allowance(index, REQUEST_NAMES, time.time), allowance(index, TOKEN_NAMES, time.time)
@@ -6744,7 +6796,8 @@ class Relay:
             reply.exchange.finish()
             if b"content-encoding" in head.index and reply.held:
                 unpack_error(reply)
-            raise Refused(reply, judge_reply(head.status, head.index, reply.held, time.time(), stateful))
+            verdict = judge_reply(head.status, head.index, reply.held, time.time(), stateful, reply.rate_codes)
+            raise Refused(reply, verdict)
         event = b"data: " + reply.held.translate(SPACED)
         if not reply.stream and judge_event(event) is EventKind.ERROR:  # in a 200, as OpenRouter may send
             reply.exchange.finish()
@@ -6856,6 +6909,7 @@ class Relay:
     async def _deliver(self, reply: Reply, lease: Lease, trip: Trip, sink: Sink) -> Verdict:
         """Sends an answer on as it comes; from here on nothing can be replayed. What came of it: OK or CUT."""
         exchange, record, request = reply.exchange, trip.record, trip.request
+        cache_free = lease.upstream.controller.cache_free
         # To the first byte, as it decided; how long the rest took is the line's `ms`.
         record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
         record.status, record.first_at, record.controller = reply.head.status, reply.at, lease.upstream.name
@@ -6868,7 +6922,7 @@ class Relay:
             exchange.finish()
             # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
             if lease.ledger.limited and not (reply.told and (request.max_tokens or lease.serial & 7)):
-                self.pool.used(lease, request.model, *used_tokens(reply.held[-USAGE_BYTES:]), reply.told)
+                self.pool.used(lease, request.model, *used_tokens(reply.held[-USAGE_BYTES:], cache_free), reply.told)
             if not sink.whole(reply.head.status, fields, reply.held):
                 await sink.drain()
             return GOOD
@@ -6881,12 +6935,12 @@ class Relay:
             sink.end()
             exchange.finish()
             if isinstance(outlet, Meter):
-                self.pool.used(lease, request.model, *used_tokens(outlet.tail), reply.told)
+                self.pool.used(lease, request.model, *used_tokens(outlet.tail, cache_free), reply.told)
             # Status and framing were fine, so that nothing but its last words tells of a failure (vLLM, OpenRouter,
             # Anthropic's overloaded_error): uncounted, an account that always breaks off would get its full share.
             if reply.stream and sink.failed:
                 record.outcomes[-1] = (lease.upstream.name, "error", self.loop.time() - lease.since)
-                return judge_late_event(sink.failed)
+                return judge_late_event(sink.failed, reply.rate_codes)
             return GOOD
         except UpstreamError as error:
             record.outcomes[-1] = (lease.upstream.name, "cut", self.loop.time() - lease.since)

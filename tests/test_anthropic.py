@@ -4,7 +4,9 @@
 `streams`: NAME.sse came, NAME.out is given (with usage where the name ends in .usage).
 """
 
+import copy
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,10 +84,11 @@ def test_requests_keep_the_apis_rules(case: dict[str, Any]) -> None:
 
 
 def check_turn(turn: dict[str, Any]) -> None:
-    """A turn has content; results come before all else in it, calls after all else; no text is blank."""
+    """A turn has content; results and thinking come before all else in it, calls after all else; no text is blank."""
     kinds = [block["type"] for block in turn["content"]]
-    assert kinds and set(kinds) <= {"text", "image", "document", "tool_use", "tool_result"}
-    assert kinds == sorted(kinds, key=lambda kind: (kind != "tool_result", kind == "tool_use"))
+    first = {"thinking", "redacted_thinking"} if turn["role"] == "assistant" else {"tool_result"}
+    assert kinds and set(kinds) <= {"text", "image", "document", "tool_use", *first}
+    assert kinds == sorted(kinds, key=lambda kind: (kind not in first, kind == "tool_use"))
     assert ("tool_use" not in kinds or turn["role"] == "assistant") and (
         "tool_result" not in kinds or turn["role"] == "user"
     )
@@ -156,11 +159,11 @@ def called(**call: Any) -> dict[str, Any]:
         (asked_for(tools=[{"type": "function", "function": {}}]), "tools[0].function.name"),
         (asked_for(tool_choice="required"), "tool_choice"),
         (asked_for(tools=[TOOL], tool_choice="sometimes"), "tool_choice"),
-        (asked_for(tools=[TOOL], tool_choice={"type": "allowed_tools", "allowed_tools": {}}), "tool_choice"),
+        (asked_for(tools=[TOOL], tool_choice={"type": "allowed_tools", "allowed_tools": {}}), "tool_choice.type"),
         (asked_for(tools=[TOOL], tool_choice={"type": "function"}), "tool_choice.function"),
         (asked_for(messages=[]), "messages"),
         (asked_for(messages="x"), "messages"),
-        (asked_for(messages=["x"]), "messages[0].role"),
+        (asked_for(messages=["x"]), "messages[0]"),
         (asked_for(messages=[{"role": "system", "content": "x"}]), "messages"),
         (asked_for(messages=[{"role": "function", "name": "f", "content": "x"}]), "messages[0].role"),
         (asked_for(messages=[{"role": "user", "content": "x", "name": "bob"}]), "messages[0].name"),
@@ -172,13 +175,13 @@ def called(**call: Any) -> dict[str, Any]:
                 "model": "m",
                 "messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "https://x"}}]}],
             },
-            "messages[0].content",
+            "messages[0].content[0].type",
         ),
         (content("x"), "messages[0].content[0]"),
         (content({"type": "text"}), "messages[0].content[0].text"),
         (content({"type": "text", "text": "a", "shiny": 1}), "messages[0].content[0].shiny"),
-        (content({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}), "messages[0].content[0]"),
-        (content({"type": ["text"]}), "messages[0].content[0]"),
+        (content({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}), "messages[0].content[0].type"),
+        (content({"type": ["text"]}), "messages[0].content[0].type"),
         (content({"type": "image_url", "image_url": "https://x"}), "messages[0].content[0].image_url"),
         (content({"type": "image_url", "image_url": {"url": "file:///x.png"}}), "messages[0].content[0].image_url.url"),
         (
@@ -194,6 +197,10 @@ def called(**call: Any) -> dict[str, Any]:
             content({"type": "file", "file": {"file_data": "data:text/csv;base64,AA=="}}),
             "messages[0].content[0].file.file_data",
         ),
+        (
+            asked_for(messages=[*USER, {"role": "assistant", "thinking_blocks": [{"type": "thinking", "thinking": "x"}]}]),
+            "messages[1].thinking_blocks[0]",
+        ),
         (called(type="custom", custom={"name": "f", "input": ""}), "messages[1].tool_calls[0].custom"),
         (called(function={"name": "f", "arguments": "{"}), "messages[1].tool_calls[0].function.arguments"),
         (called(function={"name": "f", "arguments": "[]"}), "messages[1].tool_calls[0].function.arguments"),
@@ -205,6 +212,62 @@ def test_what_cannot_be_said_is_named(asked: dict[str, Any], field: str) -> None
     with pytest.raises(app.Untranslatable) as caught:
         app.to_messages(asked, frozenset())
     assert caught.value.field == field and str(caught.value).startswith(field + " ") and caught.value.why
+
+
+def test_a_long_name_is_cut() -> None:
+    """A field's name may be as long as a body; what is told of it is not."""
+    with pytest.raises(app.Untranslatable) as caught:
+        app.to_messages(asked_for(**{"x" * 100_000: 1}), frozenset())
+    assert len(str(caught.value)) < 200 and caught.value.field == "x" * 100
+
+
+ODD = (None, 0, True, "", "x", [], {}, [None], [{}], {"type": ["x"]}, {"type": "function"}, {"": 1}, 1.5, "none")
+
+
+def spots(value: Any) -> "Iterator[tuple[Any, Any]]":
+    """Every place inside a JSON value: what holds it, and the key or number there."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from spots(value[key])
+
+
+def spoiled(value: Any, chance: random.Random) -> Any:
+    """A copy with odd values in one to three places."""
+    value = copy.deepcopy(value)
+    for _ in range(chance.randint(1, 3)):
+        holder, key = chance.choice(list(spots(value)) or [({}, "")])
+        if isinstance(holder, dict) and chance.random() < 0.3:
+            holder[chance.choice(("", "x", "type", "role", "name"))] = holder.pop(key)
+        else:
+            holder[key] = copy.deepcopy(chance.choice(ODD))
+    return value
+
+
+def test_spoiled_requests_are_told() -> None:
+    """Whatever stands in whatever place of a request: a translation or an error that names the field, nothing else."""
+    chance = random.Random(8)
+    for case in [one.values[0] for one in cases("requests")] * 60:
+        try:
+            json.dumps(app.to_messages(spoiled(case["asked"], chance), frozenset(), **case.get("options", {})))
+        except app.Untranslatable as told:
+            assert told.why and told.status == 400
+
+
+def test_spoiled_answers_are_told() -> None:
+    """An answer of any shape is one or is none; a stream of any events ends in at most one error."""
+    chance = random.Random(9)
+    for case in [one.values[0] for one in cases("replies")] * 100:
+        try:
+            app.from_message(spoiled(case["came"], chance), CREATED)
+        except ValueError as told:
+            assert "no message" in str(told)
+    for path in [one for one in STREAMS if one.stem != "broken"] * 20:
+        translation = stream(path)
+        for line in path.read_bytes().splitlines():
+            if line.startswith(b"data: {"):
+                event = spoiled(json.loads(line[6:]), chance) if chance.random() < 0.3 else json.loads(line[6:])
+                translation.feed(b"", json.dumps(event).encode())
+        assert not (translation.done and translation.failed)
 
 
 def test_a_thinking_budget_needs_room() -> None:
@@ -275,6 +338,59 @@ def test_a_stream_says_what_the_whole_answer_says() -> None:
         0: {"id": "toolu_1", "name": "get_weather", "arguments": '{"location": "Paris"}'},
         1: {"id": "toolu_2", "name": "now", "arguments": "{}"},
     }
+
+
+def test_signed_thinking_comes_back_as_it_was() -> None:
+    """What a stream gives of the thinking that led to its calls is, sent back, what the upstream had signed."""
+    path = GOLDEN / "streams" / "thinking-tools.sse"
+    given = [chunk["choices"][0]["delta"] for chunk in chunks(fed(stream(path), path.read_bytes()))]
+    blocks = [block for delta in given for block in delta.get("thinking_blocks", ())]
+    answer = {"role": "assistant", "content": "So.", "thinking_blocks": blocks}
+    sent = app.to_messages(asked_for(messages=[*USER, answer, *USER]), frozenset())["messages"][1]["content"]
+    assert sent == [
+        {"type": "thinking", "thinking": "A city.", "signature": "c2ln"},
+        {"type": "redacted_thinking", "data": "ZW5j"},
+        {"type": "thinking", "thinking": "And when?", "signature": "c2lnMg"},
+        {"type": "text", "text": "So."},
+    ]
+
+
+def limits(**told: "tuple[int | str, int | str]") -> dict[bytes, bytes]:
+    """Anthropic's fields for these limits: how much, and what is left of it."""
+    found = {}
+    for name, values in told.items():
+        for end, value in zip(("limit", "remaining"), values, strict=True):
+            found[f"anthropic-ratelimit-{name.replace('_', '-')}-{end}".encode()] = str(value).encode()
+        found[f"anthropic-ratelimit-{name.replace('_', '-')}-reset".encode()] = name.encode()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, None),
+        ({"requests": (50, 0)}, None),
+        ({"tokens": (96_000, 48_000)}, (96_000, 48_000, "tokens")),
+        ({"input_tokens": (80_000, 20_000)}, (80_000, 20_000, "input_tokens")),
+        (
+            {"tokens": (96_000, 90_000), "input_tokens": (80_000, 78_000), "output_tokens": (16_000, 12_000)},
+            (96_000, 72_000, "output_tokens"),
+        ),
+        ({"input_tokens": (80_000, 8_000), "output_tokens": (16_000, 12_000)}, (96_000, 9_600, "input_tokens")),
+        (
+            {"tokens": (50_000, 0), "input_tokens": (80_000, 78_000), "output_tokens": (16_000, 12_000)},
+            (50_000, 0, "tokens"),
+        ),
+        ({"tokens": (0, 0), "input_tokens": (-1, 5), "output_tokens": ("9" * 5000, 1)}, None),
+    ],
+)
+def test_the_tightest_of_the_token_limits(
+    told: "dict[str, tuple[int, int]]", expected: "tuple[int, int, str] | None"
+) -> None:
+    """The ledger's one bucket has the size of all tokens and is as empty as the emptiest of the limits."""
+    found = app.tightest_tokens(limits(**told))
+    names = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+    assert found == ({} if expected is None else dict(zip(names, (str(one).encode() for one in expected), strict=True)))
 
 
 @pytest.mark.parametrize(

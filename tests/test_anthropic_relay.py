@@ -304,6 +304,60 @@ async def test_limits_are_learned() -> None:
             assert ledger.tokens is not None and ledger.tokens.limit == 50
 
 
+async def test_the_limit_that_binds_is_learned() -> None:
+    """Input and output have limits of their own: the emptier one fills the bucket, and a client sees all of them."""
+    told = {"tokens": (96_000, 90_000), "input-tokens": (80_000, 80_000), "output-tokens": (16_000, 1_600)}
+    rate = [
+        f"anthropic-ratelimit-{kind}-{end}: {value}"
+        for kind, values in told.items()
+        for end, value in zip(("limit", "remaining", "reset"), (*values, "2999-01-01T00:00:00Z"), strict=True)
+    ]
+    async with Upstream(answers(json_reply(200, REPLY, *rate))) as one:
+        async with Running(anthropic("a", one)) as server:
+            found = await server.post()
+            assert found.headers["anthropic-ratelimit-output-tokens-remaining"] == "1600"
+            assert not [name for name in found.headers if name.startswith("x-ratelimit")]
+            (ledger,) = server.server.pool.upstreams[0].quota.ledgers.values()
+            shown = app.describe_ledger(ledger, server.server.loop.time())["tokens"]
+            assert shown["limit"] == 96_000 and 9_000 <= shown["left"] <= 10_000
+
+
+@pytest.mark.parametrize("field", ["cache_read_input_tokens", "cache_creation_input_tokens"])
+async def test_a_configured_limit_counts_no_cached_tokens(field: str) -> None:
+    """What the prompt cache gives takes nothing of the account's limit, what it takes in does: `tpm` is the same."""
+    usage = {"input_tokens": 5, field: 5000, "output_tokens": 2}
+    async with Upstream(answers(json_reply(200, {**REPLY, "usage": usage}))) as one:
+        limited = anthropic("a", one, limits={"tpm": 1000})
+        async with Running(limited, pool={"max_wait": 0}) as server:
+            found = [(await server.post(max_tokens=9)).status for _ in range(3)]
+            assert found == ([200] * 3 if field == "cache_read_input_tokens" else [200, 429, 429])
+            assert (await server.post(max_tokens=9)).status == found[-1]
+
+
+GZIPPED = ("Content-Encoding: gzip", "retry-after: 7")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_compressed_answer(stream: bool) -> None:
+    """What is compressed unasked cannot be translated: a sole account's client gets a clear 502, and its breaker
+    counts."""
+    async with Upstream(answers(json_reply(200, REPLY, *GZIPPED))) as one, Running(anthropic("a", one)) as server:
+        found = await server.post(stream=stream)
+        assert found.status == 502 and "compressed" in found.json()["error"]["message"]
+        assert "content-encoding" not in found.headers
+        assert server.server.pool.upstreams[0].failures == 1
+
+
+async def test_a_compressed_error_still_has_a_status() -> None:
+    """A 429 whose words cannot be read is a rate limit all the same, and its Retry-After counts."""
+    async with Upstream(answers(json_reply(429, {}, *GZIPPED))) as one:
+        async with Running(anthropic("a", one), pool={"max_wait": 0}) as server:
+            found = await server.post()
+            assert found.status == 429 and found.headers["retry-after"] == "7"
+            assert found.json()["error"]["type"] == "rate_limit_error" and "content-encoding" not in found.headers
+            assert server.server.pool.upstreams[0].failures == 0
+
+
 async def test_what_cannot_be_said_is_refused_before_anything_is_sent() -> None:
     """A sole account answers 400 with the field's name; nothing is held against it."""
     async with Upstream(answers(GOOD)) as one, Running(anthropic("a", one)) as server:

@@ -585,7 +585,7 @@ def test_account_dialect() -> None:
 def test_presets(name: str) -> None:
     """A vendor's name is enough: it gives address and dialect. A server of one's own needs no key, all others TLS."""
     preset = app.PRESETS[name]
-    assert set(preset) <= {"base_url", "drop_params", "rename_params"} and name not in app.CONTROLLER_TYPES
+    assert set(preset) <= set(app.AccountConfig.fields) and name not in app.CONTROLLER_TYPES
     parts = urllib.parse.urlsplit(preset["base_url"])
     local = parts.hostname == "localhost"
     assert parts.scheme == ("http" if local else "https")
@@ -596,6 +596,7 @@ def test_presets(name: str) -> None:
     assert found.account.base_url == re.sub(r"\{\w+\}", "eu-1", preset["base_url"])
     assert dict(found.account.rename_params) == preset.get("rename_params", {})
     assert list(found.account.drop_params) == preset.get("drop_params", [])
+    assert list(found.account.rate_codes) == preset.get("rate_codes", [])
     assert found.account.base_url in "".join(app.describe(config))
 
 
