@@ -2899,19 +2899,7 @@ class Upload(Protocol):
 class UpstreamConnection:
     """A connection to an origin; `used` counts its exchanges."""
 
-    __slots__ = (
-        "deadline",
-        "early",
-        "idle",
-        "loop",
-        "origin",
-        "pool",
-        "reader",
-        "used",
-        "waits_for",
-        "writer",
-        "written_at",
-    )
+    __slots__ = "deadline early idle loop origin pool reader used waits_for writer written_at".split()
 
     def __init__(self, origin: Origin, link: Link, pool: "ConnectionPool") -> None:
         self.origin, self.pool = origin, pool
@@ -3078,20 +3066,7 @@ class NetworkExchange:
     does, as an upstream is not silent while it still has to listen.
     """
 
-    __slots__ = (
-        "connection",
-        "decoder",
-        "head",
-        "message",
-        "method",
-        "on_sent",
-        "origin",
-        "pool",
-        "rest",
-        "timeouts",
-        "upload",
-        "within_s",
-    )
+    __slots__ = "connection decoder head message method on_sent origin pool rest timeouts upload within_s".split()
 
     def __init__(
         self,
@@ -3145,6 +3120,7 @@ class NetworkExchange:
                 raise as_closed(again) from again
         if self.head.status == 407:  # said before the request reached its upstream, and of no use to a client
             raise ConnectFailed("a proxy on the way to %s wants another password" % self.origin.authority)
+        self.message = b"", b""  # it arrived, so it will not be sent again
         self.decoder = reply_body_decoder(self.head, self.method, self.pool.line_bytes)
         connection.early = False
         connection.waits_for = "nothing came from the upstream in time"
@@ -6928,6 +6904,8 @@ class Relay:
             return GOOD
         try:
             outlet: "Meter | Sink" = Meter(sink, reply.held) if "stream_options" in request.data else sink
+            # Nobody will be asked again: a thousand open streams need not keep a thousand long prompts.
+            request.body, request.data = b"", {}
             length = None if reply.stream else reply.head.index.get(b"content-length")
             sink.open(reply.head.status, fields, content_length(length) if length else None, reply.held)
             if not reply.whole:
@@ -7327,40 +7305,10 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "broken",
-        "chunked",
-        "close_after",
-        "deadline",
-        "failed",
-        "gone",
-        "head",
-        "head_sent",
-        "held",
-        "key",
-        "last",
-        "last_head",
-        "loop",
-        "on_ready",
-        "origin",
-        "outbox",
-        "parsed_head",
-        "peer",
-        "pending",
-        "phase",
-        "probes",
-        "protocol",
-        "raw",
-        "reader",
-        "record",
-        "reserve",
-        "scrubs",
-        "server",
-        "skipped",
-        "task",
-        "telling",
-        "transport",
-        "upload",
-    )
+        "body broken chunked close_after deadline failed gone head head_sent held key last last_head loop on_ready"
+        " origin outbox parsed_head peer pending phase probes protocol raw reader record reserve scrubs server skipped"
+        " task telling transport upload"
+    ).split()
 
     def __init__(
         self, server: "Server", protocol: WireProtocol, transport: asyncio.WriteTransport, peer: str, reserve: bool
@@ -7378,7 +7326,7 @@ class ClientConnection:
         self.upload: "ClientUpload | None" = None
         self.broken: "ProxyError | None" = None
         self.key: "ClientKey | None" = None
-        self.last_head = self.last = self.pending = self.failed = self.origin = b""
+        self.body = self.last_head = self.last = self.pending = self.failed = self.origin = b""
         self.on_ready: "Callable[[], None] | None" = None
         self.record = AccessRecord(self.peer, "-", "-", 0.0)
         self.reader.on_end = self._ended
@@ -7452,12 +7400,12 @@ class ClientConnection:
         self.phase, self.head_sent, self.chunked, self.head, self.origin = Phase.IDLE, False, False, None, b""
         self.upload, self.skipped = None, False
         # Errors of the reading are answered where all are, so that they too have an id, CORS fields and an access line.
-        body, problem = b"", None
+        problem = None
         try:
             head = await self._read_head()
             if head is None:
                 return False
-            body = await self._read_body(head)
+            self.body = await self._read_body(head)
         except ProxyError as error:
             problem = error
             self.close_after = self.close_after or not self.skipped  # or what follows it could not be trusted
@@ -7466,7 +7414,7 @@ class ClientConnection:
             return False
         self.deadline.at = math.inf
         self.phase = Phase.ANSWER
-        await self._answer(body, problem)
+        await self._answer(problem)
         if self.held:
             self._release()
         if self.protocol.full:  # or a client that never reads could pile up the answers to what it pipelines
@@ -7652,7 +7600,7 @@ class ClientConnection:
 
     # -- answering
 
-    async def _answer(self, body: bytes, problem: "ProxyError | None") -> None:
+    async def _answer(self, problem: "ProxyError | None") -> None:
         """Doors, route, handler; one place turns every error into a response, that of the reading (`problem`) too."""
         server, head = self.server, self.head
         record = self.record = AccessRecord(
@@ -7665,7 +7613,7 @@ class ClientConnection:
             index = head.index
             if (server.guards_host and index.get(b"host") != server.last_host) or b"origin" in index:
                 self.origin = server.check_doors(head)
-            await server.handle(self, head, body)
+            await server.handle(self, head)
         except (ProxyError, UpstreamError) as error:
             if self.head_sent:  # nothing honest can be said behind half an answer
                 raise ClientGone from error
@@ -8154,7 +8102,7 @@ class Server:
 
     # -- routes
 
-    def handle(self, client: ClientConnection, head: RequestHead, body: bytes) -> "Awaitable[None]":
+    def handle(self, client: ClientConnection, head: RequestHead) -> "Awaitable[None]":
         """Finds the handler of a request; what it returns is to be awaited. Raises ProxyError (401, 404, 405, 415)."""
         if head.method == "OPTIONS":
             split_target(head.target)
@@ -8163,7 +8111,7 @@ class Server:
         client.key = None
         if self.config.client_keys or client.reserve or b"content-encoding" in head.index:
             self._admit(client, head, handler, path)
-        request = ApiRequest(head.method, path, query, head.lines, body)
+        request, client.body = ApiRequest(head.method, path, query, head.lines, client.body), b""
         request.request_id, request.upload = client.record.request_id, client.upload
         # The handler hands on what the relay returns: a coroutine around it would be one more frame at each wake.
         answer: "Awaitable[None]" = getattr(self, handler)(client, head, request)

@@ -11,6 +11,7 @@ import chatgpt_apiserver as app
 
 from .support import (
     MESSAGES,
+    SSE_HEAD,
     Client,
     Message,
     Peer,
@@ -567,3 +568,34 @@ async def test_large_inputs_that_are_meant_are_taken() -> None:
             assert (await client.read()).status == 200
             client.close()
         assert len(one.seen) == 2
+
+
+async def test_a_prompt_is_let_go_when_its_answer_has_begun() -> None:
+    """A stream may last for minutes, and nobody will be sent its prompt again."""
+    going_on = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(event("a"))
+        await going_on.wait()
+        await peer.chunk(b"data: [DONE]\n\n")
+        await peer.send(b"0\r\n\r\n")
+
+    def held() -> int:
+        files = [tracemalloc.Filter(True, name) for name in (app.__file__, json.decoder.__file__)]
+        return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(files).traces)
+
+    async with Upstream(script) as one, Running(controller("a", one.url), controller("b", one.url)) as server:
+        client = await server.open()
+        prompt = "x" * 3_000_000
+        tracemalloc.start()
+        try:
+            await client.post(messages=[{"role": "user", "content": prompt}], stream=True)
+            await client.reader.readuntil(event("a"))
+            assert held() < 1_000_000
+        finally:
+            tracemalloc.stop()
+        going_on.set()
+        assert b"[DONE]" in await client.reader.readuntil(b"0\r\n\r\n")
+        client.close()
+        assert len(one.seen[0].body) > 3_000_000
