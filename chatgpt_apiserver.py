@@ -7040,18 +7040,23 @@ FULL = (
 )
 
 
-def raw_path(target: str, path: str) -> str:
-    """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404).
+def leads_out(path: str) -> bool:
+    """Whether a decoded path has dot segments, which would lead out of the account's base_url, with its key."""
+    # Servers on Windows take backslashes for slashes, and those that know path parameters drop `;x` from a segment.
+    names = {part.partition(";")[0] for part in path.split("/")}
+    return "\\" in path or not {".", ".."}.isdisjoint(names)
 
-    Dot segments would lead out of the account's base_url, with its key.
-    """
-    # Judged decoded, since whoever comes behind may decode, and servers on Windows take backslashes for slashes.
-    if not {".", ".."}.isdisjoint(path.split("/")) or "\\" in path:
-        raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
+
+def raw_path(target: str, path: str) -> str:
+    """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404)."""
+    # Judged decoded, since whoever comes behind may decode. Only a /v1/ spelled as such is taken off: wherever else it
+    # were found, another path would be sent than the one that was allowed.
     spelled = target.partition("?")[0]
-    at = spelled.find("/", spelled.find("://") + 3) if "://" in spelled else 0
-    first = spelled.find("/", at + 1)
-    return spelled[first:]
+    if "://" in spelled and not spelled.startswith("/"):
+        spelled = spelled[spelled.find("/", spelled.find("://") + 3) :]
+    if leads_out(path) or not spelled.startswith("/v1/"):
+        raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
+    return spelled[3:]
 
 
 @functools.lru_cache(maxsize=256)
@@ -7069,7 +7074,7 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
         if route in INFERENCE and {"inference", "*"}.isdisjoint(endpoints):
             raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
         return handler, name if route == "/models/*" else route, query
-    group = "objects" if name.lstrip("/").partition("/")[0] in OBJECTS else "*"
+    group = "objects" if name[1:].partition("/")[0] in OBJECTS else "*"
     if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":
         return "_object", raw_path(target, path), query
     if not wanted:  # closed is told from unknown, so that whoever configures it learns the word
@@ -8317,7 +8322,7 @@ class Server:
                 await client.json(model)
                 return
         seats = [seat for seat in self.pool.seats(name) if not seat.upstream.config.models]
-        if {".", ".."}.isdisjoint(name.split("/")) and any(not seat.upstream.controller.chat_only for seat in seats):
+        if not leads_out(name) and any(not seat.upstream.controller.chat_only for seat in seats):
             # Accounts know models that their lists leave out: previews, snapshots, what was tuned elsewhere.
             request.path = "/models/" + urllib.parse.quote(name, safe="/:")
             request.query, request.model, request.seeks = "", name, True

@@ -178,7 +178,30 @@ async def test_a_path_goes_as_it_was_spelled_and_never_out_of_the_account() -> N
                 assert one.seen[-1].start == "GET /v1/x/a%2Fb%C3%A9%25?q=%20 HTTP/1.1"
             for target in ("/v1/../admin", "/v1/x/%2e%2e/%2E%2e/admin", "/v1/x/./y", "/v1/x/..%5cadmin", "/v1/.."):
                 assert (await ask(server, "GET", target)).status == 404
+            assert (await ask(server, "GET", "/v1/x/..;a/admin")).status == 404
             assert len(one.seen) == 2
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1%2Ffiles/organization/admin_api_keys",
+        "/%76%31/files/a",
+        "/v1//files/organization/admin_api_keys",
+        "/v1/files/..;/organization/admin_api_keys",
+        "/v1/models/..%5corganization",
+        "http://localhost/v1%2ffiles/organization",
+    ],
+)
+async def test_what_is_sent_is_the_path_that_was_judged(target: str) -> None:
+    """Where only objects are open no spelling of a path below them reaches anything else of the account."""
+    async with Upstream(answers(json_reply(200, LISTED))) as one:
+        async with Running(controller("a", one.url), endpoints=["objects"]) as server:
+            assert (await ask(server, "GET", target)).status == 404
+            assert (await ask(server, "GET", "/v1/files/x://y/v1/organization")).status == 200
+            assert [seen.start for seen in one.seen if not seen.start.startswith("GET /v1/models ")] == [
+                "GET /v1/files/x://y/v1/organization HTTP/1.1"
+            ]
 
 
 async def test_binary_answers_come_back_as_they_are() -> None:
