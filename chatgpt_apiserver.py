@@ -7260,12 +7260,13 @@ class ClientUpload:
         """See `Upload`."""
         if self.push is not None:
             self.push = self.client.reader.sink = None
-            self.client.deadline.set(math.inf)
+            self._clock(math.inf)
+            self.client.reader.unhold()  # or nothing that follows would be read: the end may have come while it was held
 
     def _arrived(self, data: bytes) -> bool:
         if not self._pass(data) and self.push is not None:
             self.held_at = self.client.loop.time()
-            self.client.deadline.set(math.inf)
+            self._clock(math.inf)
             self.client.reader.hold()
         return False
 
@@ -7287,15 +7288,20 @@ class ClientUpload:
         if self.done:
             self.stop()
             client.reader.unread(self.decoder.rest)
-            client.close_after = self.closes
+            if not client.head_sent:  # else its answer has said that it closes
+                client.close_after = self.closes or client.server.stopping
         elif self.held_at is None:
             self._wait()
         return push(payload, self.done)
 
     def _wait(self) -> None:
         """The client's time runs: until it is silent for body_timeout, as all of a large body may take longer."""
-        client = self.client
-        client.deadline.set(client.body_due(self.since, self.size, client.loop.time()))
+        self._clock(self.client.body_due(self.since, self.size, self.client.loop.time()))
+
+    def _clock(self, until: float) -> None:
+        """Moves the client's deadline, unless an answer that came early waits for the client to read it."""
+        if self.client.on_ready is None:
+            self.client.deadline.set(until)
 
 
 class ClientConnection:

@@ -487,6 +487,60 @@ async def test_an_upload_waits_in_line() -> None:
         client.close()
 
 
+async def test_a_request_behind_an_upload_whose_end_came_in_line_is_read() -> None:
+    """A client that was stopped while its request waited goes on, also when all of the body had come by then."""
+    go = asyncio.Event()
+
+    async def script(peer: Peer, message: Message) -> None:
+        if message.start.startswith("POST /v1/chat"):
+            await go.wait()
+        await peer.send(json_reply(200, {"size": len(message.body)}))
+
+    async with Upstream(script) as one, Running(controller("a", one.url, limits={"concurrency": 1})) as server:
+        first, client = await server.open(), await server.open()
+        await first.post("m")
+        while not one.seen:
+            await asyncio.sleep(0)
+        begun = MODEL + FILE + b"x" * app.REPLAYED_BYTES
+        rest = (b"y" * 15_000, b"y" * (app.READ_BYTES - 10_000) + END)
+        await client.send(head(len(begun) + len(b"".join(rest))) + begun)
+        while not server.server.pool.waiting:
+            await asyncio.sleep(0)
+        connection = next(one for one in server.server.connections if one.upload is not None)
+        for piece in rest:
+            await client.send(piece)
+            while not connection.reader.data.endswith(piece):
+                await asyncio.sleep(0)
+        assert connection.reader.held
+        go.set()
+        assert (await client.read()).json() == {"size": len(begun) + len(b"".join(rest))}
+        await client.send(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        async with asyncio.timeout(5):
+            assert (await client.read()).json() == {"status": "ok"}
+        first.close()
+        client.close()
+
+
+async def test_a_stop_in_the_middle_of_an_upload() -> None:
+    """Its answer says that the connection closes, and it does: nobody waits for another request."""
+    sink = Sink()
+    async with sink.listen() as url, Running(controller("a", url)) as server:
+        client = await server.open()
+        body = MODEL + FILE + PIECE * 40 + END
+        await client.send(head(len(body)) + body[:-10])
+        while sink.size < len(body) - 100_000:
+            await asyncio.sleep(0)
+        stopping = asyncio.ensure_future(server.server.stop())
+        while not server.server.stopping:
+            await asyncio.sleep(0)
+        await client.send(body[-10:])
+        found = await client.read()
+        assert (found.status, found.headers["connection"]) == (200, "close")
+        client.close()
+        async with asyncio.timeout(5):
+            await stopping
+
+
 async def test_whatever_happens_to_uploads_nothing_is_left() -> None:
     """Clients that leave, upstreams that answer early, break or are slow, in any mixture: all is given back at the end."""
     chance = random.Random(7)
