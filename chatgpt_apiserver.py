@@ -2071,31 +2071,62 @@ def reply_body_decoder(
         raise BadReply("the upstream's reply is malformed: %s" % problem) from None
 
 
-_BOUNDARY = re.compile(rb'boundary="?([^";,]{1,70})"?', re.IGNORECASE)  # at most 70 characters: RFC 2046, 5.1.1
+# RFC 2046, 5.1.1 and RFC 7578. What stands bare is read as leniently as clients write it (`----=_Part_1`).
+_FORM_TYPE = re.compile(
+    rb'multipart/[\w\-]+((?:[ \t]*;[ \t]*[\w\-*]+=(?:"[^"\\,]*+"|[^\s";,\\]++))++)[ \t]*;?\Z', re.IGNORECASE
+)
 _FORM_PARAMETER = re.compile(rb';[ \t]*([\w\-*]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*+"|[^;\s]*)')
+# What a reader that knows no escapes, or no quotes, would take for the name of a field that counts.
+_FORM_HIDDEN = re.compile(rb'(?<![\w\-])name[ \t]*=[ \t]*"?(model|stream)(?![\w.\-])', re.IGNORECASE)
+UNCLEAR = "The form can be read in more than one way: %s."
+
+
+def form_boundary(content_type: bytes) -> bytes:
+    """The boundary of a form, if there is exactly one that all must read alike. Raises ProxyError (400)."""
+    found = _FORM_TYPE.match(content_type)
+    pairs = _FORM_PARAMETER.findall(found.group(1)) if found is not None else []
+    values = [(key.lower(), value.strip(b'"')) for key, value in pairs if key[:8].lower() == b"boundary"]
+    if len(values) != 1 or values[0][0] != b"boundary" or not re.fullmatch(rb"[ -~]{0,69}[!-~]", values[0][1]):
+        raise ProxyError(400, "A multipart/form-data body with its boundary is needed here.")
+    return values[0][1]
+
+
+def form_name(head: "list[bytes]") -> bytes:
+    """The name that the head of a part gives it, in lower case. Raises ProxyError (400)."""
+    names = []
+    for line in head:
+        if line and not _FIELD.match(line):  # a folded line too: half of all readers unfold it
+            raise ProxyError(400, UNCLEAR % "a header line of a part is malformed")
+        if line[:20].lower() == b"content-disposition:":
+            pairs = [(key.lower(), value.strip(b'"').lower()) for key, value in _FORM_PARAMETER.findall(line)]
+            names += [value if key == b"name" else b"\\" for key, value in pairs if key[:5] in (b"name", b"name*")]
+            names += [name.lower() for name in _FORM_HIDDEN.findall(line)]
+    if len(set(names)) > 1 or b"\\" in b"".join(names):
+        raise ProxyError(400, UNCLEAR % "a part has two names, or an encoded one")
+    return names[0] if names else b""
 
 
 class FormScanner:
     """Finds short text fields of a multipart/form-data body (RFC 7578) that is fed at any cut, and keeps nothing of it.
 
-    `spans`: where the first value of each wanted name stands, counted from the body's beginning. `twice`: one came
-    again, so that two readers could believe two different ones. Raises ProxyError (400) for what is no form.
+    `spans`: where the first value of each wanted name stands, counted from the body's beginning; `seen`: which of them
+    came, also as a file or too long. `twice`: one came again, so that two readers could believe two different ones. For
+    the same reason a boundary is refused wherever readers differ about it, as RFC 2046 lets it stand nowhere else: with
+    blanks or other line ends, right behind a part's head, and behind the last one. Raises ProxyError (400).
     """
 
-    __slots__ = ("at", "delimiter", "in_head", "name", "pending", "spans", "start", "twice")
+    __slots__ = ("at", "closed", "in_head", "mark", "name", "pending", "seen", "spans", "start", "twice")
 
     wanted = (b"model", b"stream")
 
     def __init__(self, content_type: bytes) -> None:
-        found = _BOUNDARY.search(content_type)
-        if found is None or content_type[:10].lower() != b"multipart/":
-            raise ProxyError(400, "A multipart/form-data body with its boundary is needed here.")
-        self.delimiter = b"\r\n--" + found.group(1)
-        # The first delimiter has no line end before it, unless there is a preamble: as if there had been one.
+        self.mark = b"--" + form_boundary(content_type)
+        # Two bytes before whatever is looked at stay. Before the first boundary no line end needs to stand: as if.
         self.pending, self.at = b"\r\n", -2
-        self.in_head, self.name, self.start = False, b"", 0
+        self.in_head = self.closed = self.twice = False
+        self.name, self.start = b"", -1
         self.spans: "dict[bytes, tuple[int, int]]" = {}
-        self.twice = False
+        self.seen: "set[bytes]" = set()
 
     def feed(self, data: bytes) -> None:
         """Looks at the next bytes of the body."""
@@ -2105,21 +2136,24 @@ class FormScanner:
 
     def _body(self) -> bool:
         """Passes a part's body by, up to its delimiter; whether it has come."""
-        pending, size = self.pending, len(self.delimiter)
-        end = pending.find(self.delimiter)
+        pending, size = self.pending, len(self.mark)
+        end = pending.find(self.mark, 2)
         if end < 0 or len(pending) < end + size + 2:
-            self._drop(end if end >= 0 else max(0, len(pending) - size + 1))
+            self._drop(end - 2 if end >= 0 else max(0, len(pending) - size - 1))
             return False
-        if pending[end + size : end + size + 2] not in (b"\r\n", b"--"):  # the beginning of a longer line
-            self._drop(end + 1)
+        before, after = pending[end - 2 : end], pending[end + size : end + size + 2]
+        if before[1] not in b"\r\n" or after[0] not in b" \t\r\n-":  # within a line, or the beginning of a longer one
+            self._drop(end - 1)
             return True
-        stop = self.at + end
+        stop = self.at + end - 2
+        if before != b"\r\n" or after not in (b"\r\n", b"--") or stop + 2 == self.start or self.closed:
+            raise ProxyError(400, UNCLEAR % "its boundary stands where it may or may not count")
         if self.name in self.wanted and stop - self.start <= FORM_VALUE_BYTES:
-            self.twice = self.twice or self.name in self.spans
             self.spans.setdefault(self.name, (self.start, stop))
         self._drop(end + size)
-        self.in_head, self.name = self.pending[:2] != b"--", b""
-        return self.in_head  # what follows the last delimiter names nothing: it is passed by as a body
+        self.closed, self.name = after == b"--", b""
+        self.in_head = not self.closed
+        return True
 
     def _head(self) -> bool:
         """Reads a part's head, once it is whole; whether it is. Without fields it is the line end of the delimiter."""
@@ -2128,12 +2162,12 @@ class FormScanner:
             raise ProxyError(400, "The head of a part of the form is longer than %d bytes." % FORM_HEAD_BYTES)
         if end < 0:
             return False
-        for line in self.pending[:end].split(b"\r\n"):
-            if line[:20].lower() == b"content-disposition:":
-                found = {key.lower(): value.strip(b'"') for key, value in _FORM_PARAMETER.findall(line)}
-                self.name = b"" if b"filename" in found else found.get(b"name", b"")
-        self._drop(end + 4)
-        self.in_head, self.start = False, self.at
+        self.name = form_name(self.pending[:end].split(b"\r\n"))
+        if self.name in self.wanted:
+            self.twice = self.twice or self.name in self.seen
+            self.seen.add(self.name)
+        self._drop(end + 2)
+        self.in_head, self.start = False, self.at + 2
         return True
 
     def _drop(self, size: int) -> None:
@@ -7169,7 +7203,8 @@ def read_form(request: ApiRequest, content_type: bytes, model: str) -> None:
     if request.model_span is not None:
         start, end = request.model_span
         request.model = request.body[start:end].decode("utf-8", "replace")
-    if not request.model:
+    # One that is too long, or has no end, is not the default either: the account may well read it.
+    if not request.model or (request.model_span is None and b"model" in scanner.seen):
         raise ProxyError(400, "You must provide a model field in the form.", param="model")
     start, end = scanner.spans.get(b"stream", (0, 0))
     request.stream = request.body[start:end] == b"true"
@@ -7261,7 +7296,7 @@ class ClientUpload:
         if self.push is not None:
             self.push = self.client.reader.sink = None
             self._clock(math.inf)
-            self.client.reader.unhold()  # or nothing that follows would be read: the end may have come while it was held
+            self.client.reader.unhold()  # all of the rest may have come while it was held: what follows would not be read
 
     def _arrived(self, data: bytes) -> bool:
         if not self._pass(data) and self.push is not None:

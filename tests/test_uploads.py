@@ -117,13 +117,12 @@ def digest(*pieces: bytes) -> bytes:
 FORM = b"".join(
     (
         b"preamble\r\n",
-        field("file", b"\r\n--xy\r\n--xxx\r\n\r\n--x", '; filename="name=\\"model\\"; name=model"'),
-        field("prompt", b"--xx"),
+        field("file", b"\r\n--xy\r\n--xxx\r\n\r\n--x", '; filename="name=\\"m\\"; name=model.mp3"'),
+        field("prompt", b"a--xx\r\n-- xx\r\n"),
         b"--xx\r\ncontent-type: text/plain\r\nContent-Disposition: form-data; foo=bar;  name=model \r\n\r\ngpt-x\r\n",
         b"--xx\r\n\r\nno head\r\n",
         field("stream", b"true"),
-        b"--xx--\r\nepilogue\r\n",
-        field("model", b"never"),
+        b"--xx--\r\nepilogue\r\nname=model",
     )
 )
 
@@ -149,11 +148,13 @@ def test_fields_of_a_form_are_found_around_every_cut(cut: int) -> None:
 
 
 def test_odd_forms() -> None:
-    """A long value is none, a repeated one is told, a file is no field, a head without end is refused."""
+    """A long value is none, a repeated one is told, also as a file, a head without end is refused."""
     for form, model, twice in (
         (field("model", b"m" * 300), None, False),
         (MODEL + field("model", b"other"), b"whisper-1", True),
-        (field("model", b"m", '; filename="m"'), None, False),
+        (field("model", b"m", '; filename=""'), b"m", False),
+        (field("Model", b"a") + field("model", b"m", '; filename="m"'), b"a", True),
+        (field("model", b"m" * 300) + field("model", b"m"), b"m", True),
         (field("model", b""), b"", False),
         (b"no form at all", None, False),
     ):
@@ -164,9 +165,78 @@ def test_odd_forms() -> None:
     with pytest.raises(app.ProxyError):
         scanner = app.FormScanner(KIND.encode())
         scanner.feed(b"--xx\r\n" + b"x: y\r\n" * 2000)
-    for kind in (b"", b"multipart/form-data", b"application/json; boundary=xx"):
-        with pytest.raises(app.ProxyError):
-            app.FormScanner(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "",
+        "multipart/form-data",
+        "application/json; boundary=xx",
+        "multipart/form-data; boundary=a; boundary=b",
+        "multipart/form-data; xboundary=a; x=boundary=b",
+        "multipart/form-data; boundary=a; boundary*=utf-8''b",
+        "multipart/form-data; boundary=a,multipart/form-data; boundary=b",
+        'multipart/form-data; boundary="a',
+        'multipart/form-data; boundary="a\\b"',
+        'multipart/form-data; boundary="a "',
+        "multipart/form-data; boundary=a b",
+        "multipart/form-data; boundary=" + "a" * 71,
+    ],
+)
+def test_a_boundary_that_is_none_or_two(kind: str) -> None:
+    """Where we and an account could see two boundaries we would look for the model in another form than it."""
+    with pytest.raises(app.ProxyError):
+        app.FormScanner(kind.encode())
+
+
+@pytest.mark.parametrize("kind", ['form-data; boundary="a;b c"; charset=x', "form-data;boundary=a;b=1", "x;boundary=--=_a.1"])
+def test_a_boundary_however_clients_spell_it(kind: str) -> None:
+    """Quoted ones may hold what bare ones may not."""
+    assert app.FormScanner(b"multipart/" + kind.encode()).mark in (b"--a;b c", b"--a", b"----=_a.1")
+
+
+OTHER = b'Content-Disposition: form-data; name="model"\r\n\r\nother\r\n'
+
+
+@pytest.mark.parametrize("step", [1, 1000])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"--xx \r\n" + OTHER,
+        b"--xx\n" + OTHER,
+        b"\n--xx\r\n" + OTHER,
+        b"--xx--\r\n--xx\r\n" + OTHER,
+        b"--xx--more\r\n--xx\r\n" + OTHER,
+        field("prompt", b"--xx\r\n" + OTHER),
+        b"--xx\r\nContent-Disposition: form-data;\r\n name=model\r\n\r\nother\r\n",
+        b"--xx\r\nContent-Type: text/plain\n" + OTHER,
+        b"--xx\r\nContent-Disposition : form-data; name=model\r\n\r\nother\r\n",
+        b"--xx\r\nContent-Disposition: form-data; name*=utf-8''mod%65l\r\n\r\nother\r\n",
+        b"--xx\r\nContent-Disposition: form-data; name*0=mod; name*1=el\r\n\r\nother\r\n",
+        b"--xx\r\nContent-Disposition: form-data; name=x; name=model\r\n\r\nother\r\n",
+        b"--xx\r\nContent-Disposition: form-data; name=model\r\n" + OTHER.replace(b"model", b"x"),
+        b'--xx\r\nContent-Disposition: form-data; name="mo\\del"\r\n\r\nother\r\n',
+        b'--xx\r\nContent-Disposition: form-data; name=x; y="\\"; name=model; z="\r\n\r\nother\r\n',
+    ],
+)
+def test_no_model_hides_where_readers_differ(odd: bytes, step: int) -> None:
+    """A form in which some account could find a second model is refused, at any cut."""
+    scanner, form = app.FormScanner(KIND.encode()), MODEL + odd + field("more", b"")
+    with pytest.raises(app.ProxyError):
+        for at in range(0, len(form), step):
+            scanner.feed(form[at : at + step])
+
+
+@pytest.mark.parametrize("value", [b"m" * 300, b"gpt-image-1"])
+async def test_a_model_that_cannot_be_read_is_not_the_default(value: bytes) -> None:
+    """Too long, or without the delimiter that ends it: the account may take it for a model all the same."""
+    async with Upstream(answers(json_reply(200, {}))) as one, Running(controller("a", one.url)) as server:
+        client = await server.open()
+        body = field("model", value) + (END[2:] if len(value) > 256 else b"")
+        await client.send(head(len(body), path="/v1/images/edits") + body)
+        assert (await client.read()).status == 400 and not one.seen
+        client.close()
 
 
 # ---- passing through
