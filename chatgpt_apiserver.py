@@ -2085,10 +2085,11 @@ def form_boundary(content_type: bytes) -> bytes:
     """The boundary of a form, if there is exactly one that all must read alike. Raises ProxyError (400)."""
     found = _FORM_TYPE.match(content_type)
     pairs = _FORM_PARAMETER.findall(found.group(1)) if found is not None else []
-    values = [(key.lower(), value.strip(b'"')) for key, value in pairs if key[:8].lower() == b"boundary"]
-    if len(values) != 1 or values[0][0] != b"boundary" or not re.fullmatch(rb"[ -~]{0,69}[!-~]", values[0][1]):
+    values = [(key.lower(), value) for key, value in pairs if key[:8].lower() == b"boundary"]
+    boundary: bytes = dict(values).get(b"boundary", b"").strip(b'"')
+    if not re.fullmatch(rb"[ -~]{0,69}[!-~]", boundary) or len(values) > 1:
         raise ProxyError(400, "A multipart/form-data body with its boundary is needed here.")
-    return values[0][1]
+    return boundary
 
 
 def form_name(head: "list[bytes]") -> bytes:
@@ -7296,7 +7297,7 @@ class ClientUpload:
         if self.push is not None:
             self.push = self.client.reader.sink = None
             self._clock(math.inf)
-            self.client.reader.unhold()  # all of the rest may have come while it was held: what follows would not be read
+            self.client.reader.unhold()  # all of the rest may have come while it was held, and others follow
 
     def _arrived(self, data: bytes) -> bool:
         if not self._pass(data) and self.push is not None:

@@ -190,10 +190,10 @@ def test_a_boundary_that_is_none_or_two(kind: str) -> None:
         app.FormScanner(kind.encode())
 
 
-@pytest.mark.parametrize("kind", ['form-data; boundary="a;b c"; charset=x', "form-data;boundary=a;b=1", "x;boundary=--=_a.1"])
+@pytest.mark.parametrize("kind", ['form-data; boundary="a;b c"; charset=x', "form-data;boundary=a;b=1", "x;boundary=--=boundary_1"])
 def test_a_boundary_however_clients_spell_it(kind: str) -> None:
     """Quoted ones may hold what bare ones may not."""
-    assert app.FormScanner(b"multipart/" + kind.encode()).mark in (b"--a;b c", b"--a", b"----=_a.1")
+    assert app.FormScanner(b"multipart/" + kind.encode()).mark in (b"--a;b c", b"--a", b"----=boundary_1")
 
 
 OTHER = b'Content-Disposition: form-data; name="model"\r\n\r\nother\r\n'
