@@ -5300,8 +5300,8 @@ class Ledger:
         if any(until > now for _, until in self.closed):
             return -1.0
         requests, tokens = self.buckets
-        few = requests.level / 2 if requests.rate else NEVER
-        spare = tokens.level / 2 if tokens.rate else NEVER
+        few = min(requests.level, requests.size) / 2 if requests.rate else NEVER
+        spare = min(tokens.level, tokens.size) / 2 if tokens.rate else NEVER
         for by_tokens, window in self.windows:
             room = window.limit - window.total
             few, spare = (few, min(spare, room)) if by_tokens else (min(few, room), spare)

@@ -1138,6 +1138,19 @@ def test_a_halved_bucket_stays_halved() -> None:
     assert one.ledger.requests is not None and one.ledger.requests.size == 300
 
 
+def test_a_halved_bucket_lets_no_more_pass_than_it_holds() -> None:
+    """What it was full of before it was halved twice does not go out at once."""
+    one = seat()
+    lease(one).learn(told(600, 600, None), None, T0)
+    for _ in range(2):
+        one.ledger.halve_burst()
+    sent = 0
+    while one.ready(1, T0) and sent < 600:
+        lease(one)
+        sent += 1
+    assert sent <= 150
+
+
 def test_models_in_use_are_not_forgotten_for_names_that_clients_make_up() -> None:
     """The least recently used goes: a configured limit cannot be reset by asking for other models."""
     one = upstream("a", limits=app.QuotaLimits(rpm=1))
