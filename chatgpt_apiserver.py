@@ -4933,7 +4933,7 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     if request.upload is not None and request.upload.tapped:
         return False
     # Whose object it is nobody remembers, so each account is asked until one has it.
-    if request.seeks and verdict.status == 404:
+    if request.seeks and verdict.status in (403, 404):
         return True
     # A client's mistake is one everywhere: replaying it over all keys is how a pool gets all its keys banned.
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
@@ -6792,7 +6792,7 @@ class Relay:
                 await self._collect(reply, lease, others)
             # An error in a 200 has the word as its first key; to parse each answer would cost as much as all the rest.
             if reply.head.status >= 300 or b'"error"' in reply.held[:24]:
-                self._check_refusal(reply, request.stateful)
+                self._check_refusal(reply, request)
         except BaseException:  # a cancellation too: the upstream has to hear at once that nobody listens
             exchange.abort()
             raise
@@ -6800,14 +6800,19 @@ class Relay:
         self.pool.answered(lease, True, reply.at)
         return reply
 
-    def _check_refusal(self, reply: Reply, stateful: bool) -> None:
+    def _check_refusal(self, reply: Reply, request: ApiRequest) -> None:
         """Tells an answer from an error. Raises Refused."""
         head = reply.head
         if head.status >= 300:
             reply.exchange.finish()
             if b"content-encoding" in head.index and reply.held:
                 unpack_error(reply)
-            verdict = judge_reply(head.status, head.index, reply.held, time.time(), stateful, reply.rate_codes)
+            stateful, rate_codes = request.stateful, reply.rate_codes
+            verdict = judge_reply(head.status, head.index, reply.held, time.time(), stateful, rate_codes)
+            # Whom nobody remembers is asked for everywhere, and most say no. It is no word about chats: a key may be
+            # barred from looking ("missing scopes: model.read"), and Azure knows a deployment by no model's name.
+            if request.seeks and head.status in (403, 404):
+                verdict.outcome = Outcome.CLIENT
             raise Refused(reply, verdict)
         event = b"data: " + reply.held.translate(SPACED)
         if not reply.stream and judge_event(event) is EventKind.ERROR:  # in a 200, as OpenRouter may send

@@ -7,7 +7,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import Message, Peer, Running, Script, Upstream, answers, controller, error_reply, json_reply
+from .support import ANSWER, Message, Peer, Running, Script, Upstream, answers, controller, error_reply, json_reply
 
 LISTED = {"object": "list", "data": []}
 
@@ -273,6 +273,26 @@ async def test_a_model_that_no_list_has_is_asked_for_upstream() -> None:
             assert not any("files" in seen.start for seen in bad.seen + good.seen)
         async with Running(controller("b", good.url, models=["gpt-*"])) as server:
             assert (await ask(server, "GET", "/v1/models/gpt-9")).status == 404
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(404, "no such model"), (403, "missing scopes: model.read"), (403, "no")]
+)
+async def test_who_may_not_look_for_a_model_may_still_chat_with_it(status: int, message: str) -> None:
+    """Asking for a model by GET takes it, and the account, from nobody, and goes on to the next account."""
+
+    async def script(peer: Peer, request: Message) -> None:
+        chat = request.start.startswith("POST")
+        await peer.send(json_reply(200, ANSWER) if chat else error_reply(status, message=message))
+
+    async with Upstream(script) as one, Upstream(script) as two:
+        async with Running(controller("a", one.url), controller("b", two.url)) as server:
+            for _ in range(4):
+                assert (await ask(server, "GET", "/v1/models/gpt-9")).status == status
+            assert len([seen for seen in two.seen if seen.start == "GET /v1/models/gpt-9 HTTP/1.1"]) == 4
+            names = {(await server.post("gpt-9")).headers["x-apiserver-controller"] for _ in range(4)}
+            assert names == {"a", "b"}
+            assert not any(upstream.out_why or upstream.failures for upstream in server.server.pool.upstreams)
 
 
 async def test_a_response_may_leave_its_model_to_a_stored_prompt() -> None:
