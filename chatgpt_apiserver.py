@@ -6503,7 +6503,7 @@ def inflate(data: bytes, coding: bytes) -> "bytes | None":
             plain = engine.decompress(data, HOLD_BYTES)
         except zlib.error:
             continue
-        return plain if engine.eof else None
+        return plain if engine.eof and not engine.unused_data else None  # half an error would be no JSON
     return None
 
 
@@ -6513,7 +6513,7 @@ def unpack_error(reply: Reply) -> None:
     What cannot be unpacked, or only to more than HOLD_BYTES (a bomb), gives way to an error of our own.
     """
     head, coding = reply.head, reply.head.index[b"content-encoding"].strip().lower()
-    if coding == b"identity":
+    if coding in (b"identity", b""):
         return
     plain, lines = inflate(reply.held, coding), without(head.lines, (b"content-encoding",))
     if plain is None:
@@ -7712,9 +7712,12 @@ class ClientConnection:
 
     def whole(self, status: int, fields: bytes, body: bytes) -> bool:
         """See `Sink`."""
-        # A 204 must not have a length (RFC 9110, 8.6), and a 304's is another answer's; to HEAD it is GET's.
-        length = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % len(body)
-        if self.head is not None and self.head.method == "HEAD":
+        # A 204 must not have a length (RFC 9110, 8.6), and a 304's is another answer's; to HEAD it is GET's, which
+        # nobody here knows of an upstream's answer.
+        asked = self.head.method if self.head is not None else ""
+        unknown = status in (204, 304) or (asked == "HEAD" and not body)
+        length = b"" if unknown else b"Content-Length: %d\r\n" % len(body)
+        if asked == "HEAD":
             body = b""
         self.head_sent = True
         self.record.bytes = len(body)
@@ -7944,7 +7947,9 @@ async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
     try:
         if exchange.head.status == 200:
             found: "dict[str, Any]" = json.loads(body)
-            return {**found, "data": [one for one in found["data"] if isinstance(one["id"], str)]}
+            # What cannot be printed (half a surrogate pair) cannot be quoted in a URL either, to ask for what follows.
+            named = [one for one in found["data"] if isinstance(one["id"], str)]
+            return {**found, "data": [one for one in named if one["id"] and one["id"].isprintable()]}
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise BadReply("status %d instead of a list" % exchange.head.status)

@@ -7,7 +7,19 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import ANSWER, Message, Peer, Running, Script, Upstream, answers, controller, error_reply, json_reply
+from .support import (
+    ANSWER,
+    Message,
+    Peer,
+    Running,
+    Script,
+    Upstream,
+    answers,
+    controller,
+    error_reply,
+    json_reply,
+    request,
+)
 
 LISTED = {"object": "list", "data": []}
 
@@ -434,6 +446,33 @@ async def test_the_limits_of_a_key_hold_for_lists() -> None:
                 await client.send(b"GET /v1/files HTTP/1.1\r\nHost: localhost\r\napi-key: alice-key-123456\r\n\r\n")
                 assert (await client.read()).status == status
                 client.close()
+
+
+async def test_an_object_that_cannot_be_named_is_left_out() -> None:
+    """Half a surrogate pair, a line end or nothing is no id to go on behind: such a page ends no list."""
+    ids = ["file-1", "\ud800", "a\r\nb", ""]
+    page = {"object": "list", "data": [{"id": name, "created_at": 9} for name in ids], "has_more": True}
+    other = {"object": "list", "data": [{"id": "file-%d" % n, "created_at": n} for n in (2, 3)], "has_more": True}
+    async with Upstream(answers(json_reply(200, page))) as one, Upstream(answers(json_reply(200, other))) as two:
+        async with Running(controller("a", one.url), controller("b", two.url), endpoints=["objects"]) as server:
+            found = (await ask(server, "GET", "/v1/files")).json()
+            assert found["data"] == [{"id": "file-1", "created_at": 9}] and found["last_id"] == "file-1"
+            assert (await ask(server, "GET", "/v1/files?after=file-1")).status == 200
+            assert one.seen[-1].start == "GET /v1/files?after=file-1 HTTP/1.1"
+
+
+async def test_a_head_of_an_object_has_no_length_of_our_making() -> None:
+    """What the upstream's GET would bring is not known: to say 0 would be a lie."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    async with Upstream(answers(head)) as one, Running(controller("a", one.url), endpoints=["objects"]) as server:
+        client = await server.open()
+        for _ in range(2):
+            await client.send(request(b"", target="/v1/files/a", method="HEAD"))
+            found = await client.read(head_only=True)
+            assert found.status == 200 and "content-length" not in found.headers
+        await client.send(request(b"", target="/status", method="HEAD"))
+        assert (await client.read(head_only=True)).headers["content-length"] == "15"
+        client.close()
 
 
 def test_memory_of_pages_is_bounded() -> None:

@@ -288,6 +288,7 @@ async def test_a_compressed_error_is_unpacked_and_scrubbed(coding: str) -> None:
         ("gzip", gzip.compress(b"x" * 5000)[:-9]),
         ("gzip", gzip.compress(b"0" * 50_000_000)),
         ("gzip, gzip", gzip.compress(gzip.compress(b"{}"))),
+        ("gzip", gzip.compress(b"{") + gzip.compress(b"}")),
         ("deflate", b""),
     ],
 )
