@@ -80,6 +80,7 @@ START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a req
 REPLAYED_BYTES = 1_048_576  # of an upload are kept to ask another controller with; the rest passes through
 FORM_VALUE_BYTES = 256  # a form's text field that is looked into: a model's name
 FORM_HEAD_BYTES = 8192  # the head of one part of a form
+FORM_BOUNDARIES = 1000  # in one form, real ones or not: each takes some microseconds
 # Commas and brackets in a body. A value takes 20 times its bytes when it is parsed, at worst; embeddings take arrays of
 # 300,000 tokens, and no model reads a text with as many as this.
 JSON_VALUES = 1_000_000
@@ -2116,16 +2117,16 @@ class FormScanner:
     blanks or other line ends, right behind a part's head, and behind the last one. Raises ProxyError (400).
     """
 
-    __slots__ = ("at", "closed", "in_head", "mark", "name", "pending", "seen", "spans", "start", "twice")
+    __slots__ = "at closed count in_head mark name pending pos seen spans start twice".split()
 
     wanted = (b"model", b"stream")
 
     def __init__(self, content_type: bytes) -> None:
         self.mark = b"--" + form_boundary(content_type)
         # Two bytes before whatever is looked at stay. Before the first boundary no line end needs to stand: as if.
-        self.pending, self.at = b"\r\n", -2
+        self.pending, self.at, self.pos = b"\r\n", -2, 0
         self.in_head = self.closed = self.twice = False
-        self.name, self.start = b"", -1
+        self.name, self.start, self.count = b"", -1, 0
         self.spans: "dict[bytes, tuple[int, int]]" = {}
         self.seen: "set[bytes]" = set()
 
@@ -2134,45 +2135,47 @@ class FormScanner:
         self.pending += data
         while self._head() if self.in_head else self._body():
             pass
+        # Once, and not at each boundary: a form of nothing but boundaries would take quadratic time.
+        self.pending, self.at, self.pos = self.pending[self.pos :], self.at + self.pos, 0
 
     def _body(self) -> bool:
-        """Passes a part's body by, up to its delimiter; whether it has come."""
+        """Passes a part's body by, up to its delimiter; whether it has come. `pos` is two bytes before what is new."""
         pending, size = self.pending, len(self.mark)
-        end = pending.find(self.mark, 2)
+        end = pending.find(self.mark, self.pos + 2)
         if end < 0 or len(pending) < end + size + 2:
-            self._drop(end - 2 if end >= 0 else max(0, len(pending) - size - 1))
+            self.pos = max(self.pos, (end if end >= 0 else len(pending) - size + 1) - 2)
             return False
+        self.count += 1
+        if self.count > FORM_BOUNDARIES:
+            raise ProxyError(400, "The boundary of the form stands in it more than %d times." % FORM_BOUNDARIES)
         before, after = pending[end - 2 : end], pending[end + size : end + size + 2]
         if before[1] not in b"\r\n" or after[0] not in b" \t\r\n-":  # within a line, or the beginning of a longer one
-            self._drop(end - 1)
+            self.pos = end - 1
             return True
         stop = self.at + end - 2
         if before != b"\r\n" or after not in (b"\r\n", b"--") or stop + 2 == self.start or self.closed:
             raise ProxyError(400, UNCLEAR % "its boundary stands where it may or may not count")
         if self.name in self.wanted and stop - self.start <= FORM_VALUE_BYTES:
             self.spans.setdefault(self.name, (self.start, stop))
-        self._drop(end + size)
+        self.pos = end + size
         self.closed, self.name = after == b"--", b""
         self.in_head = not self.closed
         return True
 
     def _head(self) -> bool:
         """Reads a part's head, once it is whole; whether it is. Without fields it is the line end of the delimiter."""
-        end = self.pending.find(b"\r\n\r\n")
-        if end > FORM_HEAD_BYTES or (end < 0 and len(self.pending) > FORM_HEAD_BYTES):
-            raise ProxyError(400, "The head of a part of the form is longer than %d bytes." % FORM_HEAD_BYTES)
+        end = self.pending.find(b"\r\n\r\n", self.pos, self.pos + FORM_HEAD_BYTES + 4)
         if end < 0:
+            if len(self.pending) - self.pos > FORM_HEAD_BYTES + 3:
+                raise ProxyError(400, "The head of a part of the form is longer than %d bytes." % FORM_HEAD_BYTES)
             return False
-        self.name = form_name(self.pending[:end].split(b"\r\n"))
+        self.name = form_name(self.pending[self.pos : end].split(b"\r\n"))
         if self.name in self.wanted:
             self.twice = self.twice or self.name in self.seen
             self.seen.add(self.name)
-        self._drop(end + 2)
-        self.in_head, self.start = False, self.at + 2
+        self.pos = end + 2
+        self.in_head, self.start = False, self.at + end + 4
         return True
-
-    def _drop(self, size: int) -> None:
-        self.pending, self.at = self.pending[size:], self.at + size
 
 
 def chunk(payload: bytes) -> bytes:

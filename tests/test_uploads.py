@@ -228,6 +228,17 @@ def test_no_model_hides_where_readers_differ(odd: bytes, step: int) -> None:
             scanner.feed(form[at : at + step])
 
 
+@pytest.mark.parametrize("unit", [b"\r\n--xxy", b"--xx", field("a", b"b"), b"--xx\r\n\r\n\r\n"])
+def test_a_form_of_boundaries_takes_no_time(unit: bytes) -> None:
+    """They are counted, and refused when they are too many: a thousand are read without copying the rest each time."""
+    form = MODEL + unit * (app.FORM_BOUNDARIES - 2)
+    scanner, rest = app.FormScanner(KIND.encode()), b"x" * 30_000_000
+    scanner.feed(form + rest)
+    assert len(scanner.pending) < 10 and scanner.count < app.FORM_BOUNDARIES
+    with pytest.raises(app.ProxyError):
+        scanner.feed(END + unit * 3)
+
+
 @pytest.mark.parametrize("value", [b"m" * 300, b"gpt-image-1"])
 async def test_a_model_that_cannot_be_read_is_not_the_default(value: bytes) -> None:
     """Too long, or without the delimiter that ends it: the account may take it for a model all the same."""
