@@ -3104,7 +3104,7 @@ class NetworkExchange:
     does, as an upstream is not silent while it still has to listen.
     """
 
-    __slots__ = "connection decoder head message method on_sent origin pool rest timeouts upload within_s".split()
+    __slots__ = "connection decoder hasty head message method on_sent origin pool rest timeouts upload within_s".split()
 
     def __init__(
         self,
@@ -3123,6 +3123,7 @@ class NetworkExchange:
         self.connection: "UpstreamConnection | None" = None
         self.decoder: "Decoder | None" = None
         self.rest = b""  # of the body, as it came with the head
+        self.hasty = False  # the reply began before the request had ended
         self.head: ResponseHead
 
     @property
@@ -3159,6 +3160,7 @@ class NetworkExchange:
         if self.head.status == 407:  # said before the request reached its upstream, and of no use to a client
             raise ConnectFailed("a proxy on the way to %s wants another password" % self.origin.authority)
         self.message = b"", b""  # it arrived, so it will not be sent again
+        self.hasty = self.upload is not None and not self.upload.done
         self.decoder = reply_body_decoder(self.head, self.method, self.pool.line_bytes)
         connection.early = False
         connection.waits_for = "nothing came from the upstream in time"
@@ -3237,7 +3239,8 @@ class NetworkExchange:
         whole = decoder is not None and decoder.done and not decoder.rest and type(decoder) is not EofDecoder
         self.connection = None
         if self.upload is not None:
-            whole = self._end_upload(self.upload, connection) and whole
+            # Who answers early may take the rest of the body, a client's bytes, for the next request.
+            whole = self._end_upload(self.upload, connection) and whole and not self.hasty
         head = self.head
         # Bytes beyond the reply's end would be taken for the next reply: response splitting, the other way round.
         whole = whole and ((head.minor and b"connection" not in head.index) or keeps_alive(head.index, head.minor))
@@ -7117,7 +7120,9 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
         if route in INFERENCE and {"inference", "*"}.isdisjoint(endpoints):
             raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
         return handler, name if route == "/models/*" else route, query
-    group = "objects" if name[1:].partition("/")[0] in OBJECTS else "*"
+    # Where slashes are merged, or `;x` is dropped, POST /v1/chat//completions would be a chat that nobody counted.
+    plainly = "//" not in path and ";" not in path
+    group = "objects" if plainly and name[1:].partition("/")[0] in OBJECTS else "*"
     if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":
         return "_object", raw_path(target, path), query
     if not wanted:  # closed is told from unknown, so that whoever configures it learns the word

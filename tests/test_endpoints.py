@@ -202,6 +202,9 @@ async def test_a_path_goes_as_it_was_spelled_and_never_out_of_the_account() -> N
         "/v1//files/organization/admin_api_keys",
         "/v1/files/..;/organization/admin_api_keys",
         "/v1/models/..%5corganization",
+        "/v1/chat//completions",
+        "/v1/chat/completions;x",
+        "/v1/files/x://y/v1/organization",
         "http://localhost/v1%2ffiles/organization",
     ],
 )
@@ -210,10 +213,11 @@ async def test_what_is_sent_is_the_path_that_was_judged(target: str) -> None:
     async with Upstream(answers(json_reply(200, LISTED))) as one:
         async with Running(controller("a", one.url), endpoints=["objects"]) as server:
             assert (await ask(server, "GET", target)).status == 404
-            assert (await ask(server, "GET", "/v1/files/x://y/v1/organization")).status == 200
-            assert [seen.start for seen in one.seen if not seen.start.startswith("GET /v1/models ")] == [
-                "GET /v1/files/x://y/v1/organization HTTP/1.1"
-            ]
+            assert (await ask(server, "POST", target)).status in (404, 405)
+            assert not [seen.start for seen in one.seen if not seen.start.startswith("GET /v1/models ")]
+        async with Running(controller("a", one.url), endpoints=["*"]) as server:
+            assert (await ask(server, "GET", "/v1/files/x://y/v1/z")).status == 200
+            assert one.seen[-1].start == "GET /v1/files/x://y/v1/z HTTP/1.1"
 
 
 async def test_binary_answers_come_back_as_they_are() -> None:

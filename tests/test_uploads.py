@@ -398,6 +398,37 @@ async def test_an_early_answer_may_be_the_answer() -> None:
         client.close()
 
 
+async def test_a_connection_whose_reply_began_before_the_request_ended_is_not_used_again() -> None:
+    """An upstream that answered early may take what still came of the body for the next request."""
+    begun = asyncio.Event()
+
+    async def hasty(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        text = await reader.readuntil(b"\r\n\r\n")
+        left = int(text.partition(b"Content-Length: ")[2].partition(b"\r\n")[0])
+        await reader.readexactly(app.REPLAYED_BYTES)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + app.chunk(b"x" * 1_100_000))
+        begun.set()
+        await reader.readexactly(left - app.REPLAYED_BYTES)
+        writer.write(app.LAST_CHUNK)
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    listener = await asyncio.start_server(hasty, "127.0.0.1", 0)
+    url = "http://127.0.0.1:%d/v1" % listener.sockets[0].getsockname()[1]
+    async with Running(controller("a", url)) as server:
+        client = await server.open()
+        body = MODEL + FILE + PIECE * 40 + END
+        await client.send(head(len(body)) + body[:-10])
+        await begun.wait()
+        assert (await client.read(head_only=True)).headers["connection"] == "close"
+        await client.send(body[-10:])
+        assert (await client.closed()).endswith(app.LAST_CHUNK)
+        client.close()
+        assert repr(server.server.links) == "<ConnectionPool idle=0 active=0>"
+    listener.close()
+
+
 async def test_who_cannot_be_reached_is_passed_over_with_an_upload_too() -> None:
     """As long as no more than the kept beginning was needed another controller can be asked; after that not."""
     sink = Sink()
