@@ -2326,6 +2326,7 @@ class Deadline:
         self.at = self.armed = math.inf
         self.handle: "asyncio.TimerHandle | None" = None
 
+    # Where it can only move later, callers write `at` themselves and save the call.
     def set(self, at: float) -> None:
         """Moves the deadline to `at` (loop time); infinity switches it off."""
         self.at = at
@@ -2515,6 +2516,7 @@ class WireReader(asyncio.StreamReader):
         if wake is not None and not wake.done():
             wake.set_exception(error)
 
+    # Back-pressure is all in these two: what a slow side cannot take stays with the fast one, and never in our memory.
     def hold(self) -> None:
         """Stops the peer: the kernel's buffers fill, then it cannot send."""
         if not self.held and self.link is not None and not self.link.is_closing():
@@ -2573,6 +2575,7 @@ class WireReader(asyncio.StreamReader):
         self.data = data[size:]
         return data[:size]
 
+    # What is pipelined behind a body, or came behind a head.
     def unread(self, data: bytes) -> None:
         """Puts back what belongs to the next reader."""
         self.data = data + self.data
@@ -2655,6 +2658,7 @@ class Outbox:
 
     def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
         """Writes `data` within this turn, after whatever was written to `transport` before."""
+        # The first one is written at once, so that with a single client nothing is ever late.
         if self.open:
             if len(data) <= OUTBOX_BYTES:
                 self.waiting.append((transport, data))
@@ -2687,6 +2691,7 @@ def tune(transport: asyncio.BaseTransport) -> None:
 
 def shrink_tls_buffers() -> None:
     """Makes asyncio's TLS connections small: their read buffer is a class attribute, there is no parameter for it."""
+    # Each connection's __init__ allocates as much. A TLS record has at most 16 kB, so two of them fit.
     asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
 
 
@@ -2738,6 +2743,7 @@ def proxy_authorization(proxy: Secret) -> bytes:
     parts = urllib.parse.urlsplit(proxy.reveal())
     if parts.username is None:
         return b""
+    # Passwords hold what a URL may not, so they are escaped there. UTF-8, as RFC 7617 says when a proxy says nothing.
     pair = urllib.parse.unquote(parts.username) + ":" + urllib.parse.unquote(parts.password or "")
     return b"Proxy-Authorization: Basic " + base64.b64encode(pair.encode()) + b"\r\n"
 
@@ -2745,6 +2751,8 @@ def proxy_authorization(proxy: Secret) -> bytes:
 @functools.lru_cache(maxsize=64)
 def tls_context(ca_file: str) -> ssl.SSLContext:
     """Verifying client context; the system's certificates (or SSL_CERT_FILE's) unless a file is named."""
+    # One context for all connections that trust the same: loading the system's certificates takes 20 ms. There is no
+    # way to switch verification off: whoever needs it has a certificate to put into ca_file.
     context = ssl.create_default_context(cafile=ca_file or None)
     context.set_alpn_protocols(["http/1.1"])  # without it some front ends speak HTTP/2 to whoever connects
     return context
@@ -2955,6 +2963,7 @@ class UpstreamConnection:
         state = "closed" if self.writer.is_closing() else "idle" if self.idle else "active"
         return "<UpstreamConnection %s %s used=%d>" % (self.origin.authority, state, self.used)
 
+    # Something unasked is mostly a 408 of an upstream that was tired of waiting; it must not answer the next request.
     def usable(self) -> bool:
         """Whether a new exchange may start: open, all sent, nothing come unasked (RFC 9112, 9.5 and 11.2)."""
         reader, transport = self.reader, self.writer.transport
@@ -2968,10 +2977,13 @@ class UpstreamConnection:
         self.waits_for = "no byte of a reply within %g s" % within_s
         self.deadline.set(now + within_s if within_s else math.inf)
 
+    # A reset a minute after the write is no stale connection: the request was being answered, and may be billed.
     def was_stale(self, error: UpstreamClosed) -> bool:
         """Whether it had died in the pool: then the request never arrived (RFC 9112, 9.3.1)."""
         return error.early and self.used > 1 and self.loop.time() - self.written_at < STALE_S
 
+    # abort, not close: TLS would wait for the other side's goodbye, and an upstream that still generates has to notice
+    # at once that nobody listens.
     def close(self) -> None:
         """Closes without waiting for anything."""
         self.deadline.cancel()
@@ -2985,6 +2997,7 @@ class UpstreamConnection:
         else:
             self.reader.interrupt(UpstreamTimeout(self.waits_for, early=self.early))
 
+    # In an exchange the read that waits is told by its reader.
     def _ended(self, error: "BaseException | None") -> None:
         if self.idle:
             self.pool.drop(self)
@@ -3046,6 +3059,7 @@ class ConnectionPool:
 
     def give_back(self, connection: UpstreamConnection, reusable: bool) -> None:
         """Takes a connection after its exchange; one that cannot serve another is closed."""
+        # finish and abort may both come, in any order: whoever is second finds nothing to do.
         if connection not in self.active:
             return
         self.active.discard(connection)
@@ -3088,6 +3102,8 @@ def as_closed(problem: "UpstreamClosed | ConnectionError") -> UpstreamClosed:
 
 def ended_well(transport: asyncio.BaseTransport) -> bool:
     """Whether TLS, where there is any, said that nothing more comes: anybody can forge a FIN (RFC 9112, 9.8)."""
+    # For a body that ends with its connection. asyncio reports both ends alike, but the TLS object knows: reading gives
+    # b"" after a close_notify, and asks for more where there was none.
     tls = transport.get_extra_info("ssl_object")
     try:
         return tls is None or not tls.read(1)
@@ -3196,6 +3212,7 @@ class NetworkExchange:
         """See `Exchange`."""
         decoder, connection = self.decoder, self.connection
         assert decoder is not None and connection is not None
+        # Errors are kept, not raised, in the callback: there is nobody above it who could take them.
         reader, deadline, broken = connection.reader, connection.deadline, []
 
         def resume() -> None:
@@ -7373,6 +7390,7 @@ class ClientConnection:
     def __init__(
         self, server: "Server", protocol: WireProtocol, transport: asyncio.WriteTransport, peer: str, reserve: bool
     ) -> None:
+        # For as long as it is open.
         self.server, self.protocol, self.reader = server, protocol, protocol.wire
         self.outbox = server.outbox
         self.transport = self.raw = transport
@@ -7381,6 +7399,7 @@ class ClientConnection:
         self.deadline = Deadline(self.loop, self._expired)
         self.phase, self.probes, self.held = Phase.IDLE, 0, 0
         self.gone = self.close_after = self.head_sent = self.chunked = self.scrubs = self.telling = self.skipped = False
+        # For one request, set anew by `_one` and by `open`.
         self.head: "RequestHead | None" = None
         self.parsed_head: "RequestHead | None" = None
         self.upload: "ClientUpload | None" = None
@@ -7428,7 +7447,7 @@ class ClientConnection:
 
     def _close(self) -> None:
         """Closes; whoever has not taken the rest of its answer by now is cut off."""
-        self.outbox.flush()
+        self.outbox.flush()  # a transport that is closed takes nothing more
         if self.gone or self._unsent():
             self.transport.abort()
         else:
@@ -7483,6 +7502,8 @@ class ClientConnection:
 
     async def _linger(self) -> None:
         """Lets a client that still sends read our answer before the connection is reset (RFC 9112, 9.6)."""
+        # Bytes that nobody has read make the kernel answer a close with a reset, and that takes the answer from the
+        # client's buffer: curl then shows "connection reset" where there was a 413 with its reason.
         if self.reader.ended or self.server.stopping:
             return
         self.outbox.flush()
@@ -7557,6 +7578,7 @@ class ClientConnection:
         """
         limits, index = self.server.config.limits, head.index
         kind = index.get(b"content-type", b"")
+        # Only what is no JSON may pass through: JSON has to be read whole before it can be judged.
         form = b"json" not in kind and b"multipart/" in kind.lower()
         most = limits.upload_bytes if form else limits.body_bytes
         decoder = request_body_decoder(head, most, limits.chunk_line_bytes)
@@ -7566,6 +7588,7 @@ class ClientConnection:
             return b""
         if b"expect" in index and head.minor and index[b"expect"].lower() != b"100-continue":
             raise BadMessage(417, "The only expectation understood is 100-continue.")
+        # As nearly all come: with their head, in one read.
         if isinstance(decoder, LengthDecoder) and decoder.left <= len(self.reader.data):
             return self.reader.cut(decoder.left)
         self.phase, waits = Phase.BODY, not self.reader.data
@@ -7678,6 +7701,7 @@ class ClientConnection:
             if self.head_sent:  # nothing honest can be said behind half an answer
                 raise ClientGone from error
             await self._fail(error)
+        # `leave` ended it: the client is gone, or it is still there and its upload was `broken`.
         except asyncio.CancelledError:
             record.status = record.status or 499  # nginx's word for a client that left
             if self.broken is None or self.head_sent:
@@ -7686,6 +7710,7 @@ class ClientConnection:
         except (ConnectionError, TimeoutError, ClientGone):
             record.status = record.status or 499
             raise
+        # A mistake of ours costs one request, not the server: the log has the traceback, the client an id to ask by.
         except Exception:
             log.exception("%s: internal error", record.request_id)
             self.close_after = True
@@ -7729,6 +7754,7 @@ class ClientConnection:
             body = b""
         self.head_sent = True
         self.record.bytes = len(body)
+        # One piece, one system call: a head by itself would wake the client for nothing.
         answer = b"".join((status_line(status), fields, self._own_fields(), length, b"\r\n", body))
         self.outbox.write(self.transport, answer)
         return not self.protocol.full
@@ -8105,6 +8131,7 @@ class Server:
         self.stopping = True
         if self.listener is not None:
             self.listener.close()
+        # Idle ones go at once. Clients take that for what it is and open another, which goes to whoever follows us.
         for connection in list(self.connections):
             connection.retire()
         tasks = [connection.task for connection in self.connections]
@@ -8121,6 +8148,7 @@ class Server:
 
     def check_doors(self, head: RequestHead) -> bytes:
         """The Origin that may read the answer, b"" when there is none. Raises ProxyError (403) for a closed door."""
+        # The Host first: a page that has pointed its own name here sends no foreign Origin, as to it we are its own.
         host = head.index.get(b"host")
         if self.guards_host and host is not None and host != self.last_host and not self._host_allowed(host):
             raise ProxyError(403, FOREIGN_HOST % host.decode("latin-1")[:100], "host_not_allowed")
@@ -8169,7 +8197,7 @@ class Server:
 
     def handle(self, client: ClientConnection, head: RequestHead) -> "Awaitable[None]":
         """Finds the handler of a request; what it returns is to be awaited. Raises ProxyError (401, 404, 405, 415)."""
-        if head.method == "OPTIONS":
+        if head.method == "OPTIONS":  # before the key: browsers send preflights without one
             split_target(head.target)
             return self._options(client, head)
         handler, path, query = find_route(head.method, head.target, self.config.endpoints)
@@ -8231,11 +8259,12 @@ class Server:
 
     def _chat(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Chat completions: what all of this is for."""
+        # A key's models are judged by what the client sent, not by what Go's spelling was made into.
         body = request.body
         data, request.body = parse_chat(body, self.config.limits.json_depth)
         request.lines = json_lines(head)
         request.data, request.model, request.stream = data, data["model"], data.get("stream") is True
-        request.stateful = data.get("store") is True
+        request.stateful = data.get("store") is True  # chats are kept only on demand, responses unless told not to
         request.prompt_tokens, request.max_tokens = estimate_prompt(data), answer_limit(data)
         return self._go(client, head, request, body)
 
@@ -8246,6 +8275,7 @@ class Server:
             return self._go(client, head, request)
         request.lines = json_lines(head)
         read_input(request, INFERENCE[request.path], self.config.limits.json_depth)
+        # The account that made the one before has the conversation.
         previous = request.data.get("previous_response_id")
         if isinstance(previous, str):
             request.pinned = self._maker(previous)
@@ -8340,6 +8370,7 @@ class Server:
             return
         descending = query.get("order", LISTS[request.path]) != "asc"
         shown, more = merge_pages(pages, int(limit) if limit.isdecimal() and len(limit) < 9 else 0, descending)
+        # Who lists objects will ask for one of them next.
         for item, name in shown:
             self.relay.remember(item["id"], name)
         data = [item for item, _ in shown]
