@@ -5521,12 +5521,13 @@ class Upstream:
 
     It is out until `out_until` for the reason `out_why`: "breaker", "parked" (its key was refused), "suspect", or
     "busy" (it named a time itself). After the first three it is `recovering`: one request at a time (`probe`) finds out
-    whether it works again. `out_s`: how long it was out last, by reason, until an answer ends well.
+    whether it works again. `out_s`: how long it was out last, by reason, until an answer ends well. `lost`: how many
+    requests it left unanswered, since it was last heard, until others had answered them in a rescue.
     """
 
     __slots__ = (
         "answered_at config controller credit denied failures first_byte_s forbidden in_flight last_error name out_s"
-        " out_until out_why patterns probe quota recent recovering requests seats unanswered weight"
+        " lost out_until out_why patterns probe quota recent recovering requests seats unanswered weight"
     ).split()
 
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
@@ -5541,6 +5542,7 @@ class Upstream:
         self.recovering = False
         self.probe: "Lease | None" = None
         self.unanswered: "dict[Lease, None]" = {}  # in the order of sending
+        self.lost = 0
         self.seats: "dict[str, Seat]" = {}
         names = config.models + tuple(name for name, _ in config.model_map)
         self.patterns = model_patterns(names) if config.models else None
@@ -5634,7 +5636,7 @@ class Upstream:
         asked = [one for one in self.unanswered if one.sent_at > since]
         if self.out_why == "suspect":  # who was stuck before says nothing of the probe
             asked = [one for one in asked if one is self.probe]
-        if not asked or (len(asked) < SUSPECT_COUNT and asked[0] is not self.probe):
+        if not asked or (len(asked) + self.lost < SUSPECT_COUNT and asked[0] is not self.probe):
             return False
         seat, stream = asked[0].seat, asked[0].stream
         # For those that were sent since, this is negative and does not count.
@@ -5703,8 +5705,9 @@ class Lease:
 
     def heard(self, now: float) -> None:
         """Something of a reply has come: it is not silent."""
-        self.upstream.unanswered.pop(self, None)
-        self.upstream.answered_at = now
+        upstream = self.upstream
+        upstream.unanswered.pop(self, None)
+        upstream.answered_at, upstream.lost = now, 0
 
     def answered(self, now: float, good: bool) -> None:
         """A reply began to make sense; `good`: it is the answer, and its time counts as usual."""
@@ -5758,7 +5761,9 @@ class Lease:
         upstream = self.upstream
         upstream.in_flight -= 1
         upstream.quota.in_flight -= 1
-        upstream.unanswered.pop(self, None)
+        if self in upstream.unanswered:
+            del upstream.unanswered[self]
+            upstream.lost += self.urgent and verdict.outcome is Outcome.LOST
         del self.ledger.open[self]
         if not self.sent_at:
             self._give_back(now)
@@ -5801,6 +5806,10 @@ class Lease:
         elif outcome in (Outcome.AUTH, Outcome.FORBIDDEN):
             upstream.failures += 1
             upstream.refused(now, outcome, probed)
+        # Where little is asked, no three requests are ever stuck at once: those that were rescued one by one count, too,
+        # or each request would be silent for as long as the first, for as long as the upstream hangs.
+        elif upstream.lost >= SUSPECT_COUNT and upstream.out_until != NEVER:
+            upstream.suspect()
         if verdict.message:
             upstream.last_error = "%s %d: %s" % (outcome.value, verdict.status, verdict.message[:200])
 

@@ -1519,3 +1519,18 @@ async def test_a_line_of_learned_limits_wastes_nothing() -> None:
         tasks = [home.later() for _ in range(100)]
         assert {(await task).status for task in tasks} == {200}
         assert home.calls[0] <= 103
+
+
+async def test_a_hang_is_noticed_where_little_is_asked() -> None:
+    """Requests that were rescued one after the other count as unanswered: the fourth is not asked of the silent one."""
+    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        for _ in range(3):
+            assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
+        assert home.state()["state"] == "suspect" and home.calls == [3, 3]
+        started = now()
+        assert (await home.post(stream=True)).headers["x-apiserver-attempts"] == "1" and now() - started < 0.5
+        await pause(1.1)  # a probe, which is rescued, too, and makes it wait twice as long
+        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
+        assert home.state()["state"] == "suspect" and home.calls == [4, 5]
+        await pause(1.5)
+        assert (await home.post(stream=True)).headers["x-apiserver-attempts"] == "1" and home.calls == [4, 6]
