@@ -3484,13 +3484,14 @@ _MESSAGES: "dict[str, dict[str, Form]]" = {
                     "": ("name",),
                     "name": str,
                     "arguments": (_arguments, "must be the text of a JSON object."),
+                    "parsed_arguments": None,  # `parse` and `stream` of the openai package add them, and `parsed`
                 },
                 "index": None,  # of a stream, and Gemini's signature: both mean nothing here and are no loss
                 "extra_content": None,
             }
         ],
         # Thinking without its signature is passed over: the API would not believe it.
-        **dict.fromkeys(("annotations", "reasoning_content", "reasoning", "reasoning_details")),
+        **dict.fromkeys(("annotations", "parsed", "reasoning_content", "reasoning", "reasoning_details")),
     },
     "tool": {"": ("tool_call_id",), "tool_call_id": str, "content": _content("text", "image_url", "file")},
 }
@@ -5806,8 +5807,8 @@ class Lease:
         elif outcome in (Outcome.AUTH, Outcome.FORBIDDEN):
             upstream.failures += 1
             upstream.refused(now, outcome, probed)
-        # Where little is asked, no three requests are ever stuck at once: those that were rescued one by one count, too,
-        # or each request would be silent for as long as the first, for as long as the upstream hangs.
+        # Where little is asked, no three requests are ever stuck at once. So those that were rescued one by one count,
+        # or each request would wait as long as the first one, for as long as the upstream hangs.
         elif upstream.lost >= SUSPECT_COUNT and upstream.out_until != NEVER:
             upstream.suspect()
         if verdict.message:
@@ -6576,17 +6577,19 @@ class Trip:
 
     `tried`: this round's; a new round begins when waiting has reopened somebody. `best`, `failure`, `line`, `unfit`:
     what could be told when nobody answers, a refusal of an upstream, the last error of an attempt, why the line gave
-    up, and what no account has words for. `spare`: whether other models may stand in for its own; `models`: those that
-    are left, once the first did. `rescue`: the second attempt beside the one that is silent.
+    up, and what no account has words for; `last`: the last attempt's refusal, if it was one. `spare`: whether other
+    models may stand in for its own; `models`: those that are left, once the first did. `rescue`: the second attempt
+    beside the one that is silent.
     """
 
-    __slots__ = ("best", "failure", "line", "models", "record", "request", "rescue", "seats", "spare", "tried", "unfit")
+    __slots__ = "best failure last line models record request rescue seats spare tried unfit".split()
 
     def __init__(self, request: ApiRequest, record: AccessRecord) -> None:
         self.request, self.record = request, record
         self.seats: "list[Seat]" = []
         self.tried: "set[Upstream]" = set()
         self.best: "Reply | None" = None
+        self.last: "Reply | None" = None
         self.failure: "UpstreamError | None" = None
         self.line: "NoRoom | None" = None
         self.unfit: "ProxyError | None" = None
@@ -6690,6 +6693,9 @@ class Relay:
                     now = self.loop.time()
                     trip.note(lease, verdict, now)
                     if not trip.rescued and not may_retry(verdict, request):
+                        # It may have run, and made something: whatever others said before, this is the answer. A 429
+                        # from before it would have the client make that a second time.
+                        trip.best, trip.line = trip.last, None
                         break
             finally:
                 self._drop_rescue(trip)
@@ -6788,6 +6794,7 @@ class Relay:
         self, problem: "Refused | Rescued | UpstreamError | Untranslatable", lease: Lease, trip: Trip
     ) -> Verdict:
         """What an attempt came to that brought no answer; keeps what could be shown of it."""
+        trip.last = None
         if isinstance(problem, Rescued):
             return Verdict(Outcome.LOST)
         if isinstance(problem, Untranslatable):
@@ -6799,7 +6806,7 @@ class Relay:
         trip.name(lease)
         problem.reply.source = trip.record.controller, trip.record.mapped
         self.pool.answered(lease, False, self.loop.time())
-        trip.best = more_useful(trip.best, problem.reply)
+        trip.last, trip.best = problem.reply, more_useful(trip.best, problem.reply)
         return problem.reply.verdict
 
     async def _ask(self, lease: Lease, trip: Trip) -> Reply:
@@ -7965,6 +7972,12 @@ def next_places(
     return places
 
 
+def is_open_ended(config: ControllerConfig) -> bool:
+    """Whether the configuration leaves open which models an account has: then it is asked, as far as it can tell."""
+    named = config.models and not any("*" in name or "?" in name for name in config.models)
+    return not named and config.type not in ("echo", "azure")  # Azure lists what could be deployed
+
+
 def model_object(name: str) -> "dict[str, Any]":
     """A model as `GET /v1/models` lists it."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "chatgpt-apiserver"}
@@ -8293,7 +8306,7 @@ class Server:
     def _object(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Files, batches, stored responses ...: what lives in one account goes to the controller that made it."""
         reads, (group, *parts) = request.method in ("GET", "HEAD"), request.path[1:].split("/")
-        if request.method == "GET" and request.path in LISTS and "before=" not in request.query:
+        if reads and request.path in LISTS and "before=" not in request.query:
             return self._go(client, head, request, answer=self._merge)
         request.stateful = not reads
         # Ids in the path, and those that the body speaks of: a batch's file has to be in the account of the batch.
@@ -8403,7 +8416,7 @@ class Server:
         try:
             async with asyncio.timeout(MODELS_TIMEOUT_S):
                 return await fetch_list(upstream.controller.exchange(request, self.links, uncounted))
-        except (UpstreamError, TimeoutError) as problem:
+        except (UpstreamError, TimeoutError, Untranslatable) as problem:  # or it has no word for such a list
             why = str(problem) or "no answer in time"
             log.warning("%s of %s is not known: %s", request.path[1:], upstream.name, why)
             return None
@@ -8411,8 +8424,12 @@ class Server:
     # -- the list of models
 
     async def _list(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> None:
-        """All models that somebody here serves."""
-        await client.json({"object": "list", "data": await self._all_models()})
+        """All models that somebody here serves, as far as the client's key goes."""
+        models = await self._all_models()
+        if client.key is not None and client.key.models:
+            mine = model_patterns(client.key.models)
+            models = [model for model in models if mine.fullmatch(model["id"])]
+        await client.json({"object": "list", "data": models})
 
     async def _model(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> None:
         """One model. Raises ProxyError (404)."""
@@ -8421,7 +8438,7 @@ class Server:
             if model["id"] == name:
                 await client.json(model)
                 return
-        seats = [seat for seat in self.pool.seats(name) if not seat.upstream.config.models]
+        seats = [seat for seat in self.pool.seats(name) if is_open_ended(seat.upstream.config)]
         if not leads_out(name) and any(not seat.upstream.controller.chat_only for seat in seats):
             # Accounts know models that their lists leave out: previews, snapshots, what was tuned elsewhere.
             request.path = "/models/" + urllib.parse.quote(name, safe="/:")
@@ -8437,11 +8454,11 @@ class Server:
         """
         # What the configuration names comes first: it is what will be asked for, whatever an account calls it.
         found = {name: model_object(name) for name in self.pool.configured_models()}
-        silent = ("echo", "azure")  # Azure lists what could be deployed
-        open_ended = [one for one in self.pool.upstreams if not (one.config.models or one.config.type in silent)]
-        for models in await asyncio.gather(*map(self._models_of, open_ended)):
+        asked = [one for one in self.pool.upstreams if is_open_ended(one.config)]
+        for one, models in zip(asked, await asyncio.gather(*map(self._models_of, asked)), strict=True):
             for model in models:
-                found.setdefault(model["id"], model)
+                if one.serves(model["id"]):
+                    found.setdefault(model["id"], model)
         for name, model_name in self.pool.aliases.items():
             if self.pool.is_served(model_name):
                 found[name] = {**model_object(name), "root": model_name}  # as vLLM says it of its own

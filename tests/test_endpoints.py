@@ -287,7 +287,7 @@ async def test_a_model_that_no_list_has_is_asked_for_upstream() -> None:
             assert (await ask(server, "GET", "/v1/models/ft:gpt-4.1:org")).json() == tuned
             assert (await ask(server, "GET", "/v1/models/%2e%2e/files")).status == 404
             assert not any("files" in seen.start for seen in bad.seen + good.seen)
-        async with Running(controller("b", good.url, models=["gpt-*"])) as server:
+        async with Running(controller("b", good.url, models=["gpt-4"])) as server:
             assert (await ask(server, "GET", "/v1/models/gpt-9")).status == 404
 
 
@@ -485,3 +485,49 @@ def test_memory_of_pages_is_bounded() -> None:
     for number in range(10):
         app.keep(memory, number % 4, number, 3)
     assert memory == {3: 7, 0: 8, 1: 9}
+
+
+@pytest.mark.parametrize("last", [error_reply(500), error_reply(409)])
+async def test_what_may_have_run_is_answered_with_its_own_words(last: bytes) -> None:
+    """A 429 from before it would have the client send again what may have made a file."""
+    async with Upstream(answers(error_reply(429))) as busy, Upstream(answers(last)) as one:
+        async with Running(controller("a", busy.url), controller("b", one.url), endpoints=["objects"]) as server:
+            found = await ask(server, "POST", "/v1/vector_stores", {"name": "x"})
+            assert found.status == int(last[9:12]) and found.headers["x-apiserver-controller"] == "b"
+            assert "retry-after-ms" not in found.headers and found.headers["x-apiserver-attempts"] == "2"
+
+
+async def test_models_behind_a_pattern_are_listed_as_the_account_has_them() -> None:
+    """An account whose models are patterns is asked, and shows what they let through; a client key sees its own."""
+    listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in ("gpt-x", "gpt-y", "other")]}
+    keys = [{"name": "bob", "key": "bob-key-of-some-length", "models": ["gpt-y"]}]
+
+    async def models(server: Running, *headers: str) -> list[str]:
+        client = await server.open()
+        await client.send(request(b"", *headers, target="/v1/models", method="GET"))
+        found = await client.read()
+        client.close()
+        return [one["id"] for one in found.json()["data"]]
+
+    async with Upstream(answers(json_reply(200, listed))) as one:
+        account = controller("a", one.url, models=["gpt-*"])
+        async with Running(account) as server:
+            assert await models(server) == ["gpt-x", "gpt-y"]
+            assert (await ask(server, "GET", "/v1/models/gpt-x")).json()["id"] == "gpt-x"
+        async with Running(account, client_keys=keys) as server:
+            assert await models(server, "Authorization: Bearer bob-key-of-some-length") == ["gpt-y"]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_an_account_that_has_no_such_list_is_left_out(method: str) -> None:
+    """Azure keeps no list of chats; HEAD asks as GET does."""
+    listed = {"object": "list", "data": [{"id": "chat_1", "created": 1}], "has_more": False}
+    azure = {"type": "azure", "name": "z", "config": {"api_key": "k-of-some-length"}}
+    async with Upstream(answers(json_reply(200, listed))) as one:
+        azure["config"] = {"api_key": "k-of-some-length", "base_url": one.url.removesuffix("/v1")}
+        async with Running(controller("a", one.url), azure, endpoints=["objects"]) as server:
+            client = await server.open()
+            await client.send(wire(method, "/v1/chat/completions"))
+            found = await client.read(head_only=method == "HEAD")
+            assert found.status == 200 and (method == "HEAD" or [x["id"] for x in found.json()["data"]] == ["chat_1"])
+            client.close()
