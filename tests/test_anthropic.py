@@ -62,6 +62,18 @@ def test_requests(case: dict[str, Any]) -> None:
     assert json.dumps(case["asked"]) == before
 
 
+def test_what_the_openai_package_adds_to_an_answer_comes_back_with_it() -> None:
+    """Messages of its `parse` and `stream` have `parsed` and `parsed_arguments`; they mean nothing in a history."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}", "parsed_arguments": {"a": 1}}}
+    history = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": None, "parsed": {"a": 1}, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "done"},
+    ]
+    sent = app.to_messages(asked_for(messages=history, tools=[TOOL]), frozenset())
+    assert "parsed" not in json.dumps(sent) and len(sent["messages"]) == 3
+
+
 @pytest.mark.parametrize("case", cases("requests"))
 def test_requests_keep_the_apis_rules(case: dict[str, Any]) -> None:
     """Whatever is sent has only fields that the API knows, in the form that it demands."""
