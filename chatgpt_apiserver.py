@@ -145,7 +145,7 @@ PEER_CONNECTIONS = 256  # of one public address, where nothing is configured
 PATIENCE_S = 2.0  # a client is answered this long before it gives up
 KEY_BUSY_S = 1.0  # a client key whose requests are all under way is told to come again after this
 AFFINE_TOKENS = 1000  # 4,000 characters; providers cache no shorter prompts
-AFFINE_CHARS = 4096  # of the beginning and of the end of each message, where a conversation is told from others
+AFFINE_CHARS = 1024  # at least so many, spread over a longer text, tell a conversation from others
 AFFINE_LOAD = 1.25  # times its share: more in flight goes elsewhere
 MEMORY_MODELS = 256  # models of which one controller's ledger is kept; the least recently used goes first
 
@@ -5845,7 +5845,8 @@ def thread_of(data: "dict[str, Any]") -> bytes:
     """What a conversation goes by: its prompt_cache_key, else its texts through the first of the user; b"" for none.
 
     So turns of one conversation are equal, and a common system prompt alone makes none: it would bring all requests of
-    an application to one account. Of long texts both ends count, as hashing 100 kB takes longer than choosing.
+    an application to one account. Of long texts a sample counts, as hashing 100 kB takes longer than choosing; spread,
+    because templates have both ends in common.
     """
     import hashlib  # 2 ms that only long prompts need
 
@@ -5861,8 +5862,8 @@ def thread_of(data: "dict[str, Any]") -> bytes:
         for part in content if isinstance(content, list) else (content,):
             text = part.get("text") if isinstance(part, dict) else part
             text = text if isinstance(text, str) else ""
-            if len(text) > 2 * AFFINE_CHARS:
-                text = text[:AFFINE_CHARS] + text[-AFFINE_CHARS:]
+            if len(text) > AFFINE_CHARS:
+                text = "%d %s" % (len(text), text[:: len(text) // AFFINE_CHARS])
             seen.update(text.encode("utf-8", "replace") + b"\0")
         if message.get("role") == "user":
             return seen.digest()
