@@ -402,7 +402,9 @@ class Live(Target):
         whole = self.ask([value])
         for pieces in [cut(value, "line"), *ways(value, chooser)][: 3 if len(value) < TINY else 2]:
             found = self.ask(pieces)
-            if self.stayed(found) != self.stayed(whole):
+            # Who expects to be asked for its body and is refused without is cut off: what follows may come too late.
+            most = min(len(found), len(whole)) if b"expect" in value.lower() else None
+            if self.stayed(found)[:most] != self.stayed(whole)[:most]:
                 raise Broken("whole: %r\ncut %r: %r" % (whole, [len(piece) for piece in pieces][:50], found))
 
     def stayed(self, asked: "list[str]") -> "list[str]":
