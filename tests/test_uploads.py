@@ -572,8 +572,9 @@ async def test_a_small_form_with_two_models_is_refused() -> None:
         client.close()
 
 
-async def test_an_upload_waits_in_line() -> None:
-    """While no controller has room the client is stopped, and what it sent before is not lost."""
+@contextlib.asynccontextmanager
+async def busy_controller() -> AsyncIterator[tuple[Running, Client, asyncio.Event]]:
+    """A server whose only place is taken until the event is set, and a client for an upload, which is told its size."""
     go = asyncio.Event()
 
     async def script(peer: Peer, message: Message) -> None:
@@ -586,6 +587,14 @@ async def test_an_upload_waits_in_line() -> None:
         await first.post("m")
         while not one.seen:
             await asyncio.sleep(0)
+        yield server, client, go
+        first.close()
+        client.close()
+
+
+async def test_an_upload_waits_in_line() -> None:
+    """While no controller has room the client is stopped, and what it sent before is not lost."""
+    async with busy_controller() as (server, client, go):
         body = MODEL + FILE + PIECE * 60 + END
         sending = asyncio.ensure_future(client.send(head(len(body)) + body))
         while not server.server.pool.waiting:
@@ -595,24 +604,11 @@ async def test_an_upload_waits_in_line() -> None:
         await sending
         found = await client.read()
         assert found.json() == {"size": len(body)} and int(found.headers["x-apiserver-wait-ms"]) >= 0
-        first.close()
-        client.close()
 
 
 async def test_a_request_behind_an_upload_whose_end_came_in_line_is_read() -> None:
     """A client that was stopped while its request waited goes on, also when all of the body had come by then."""
-    go = asyncio.Event()
-
-    async def script(peer: Peer, message: Message) -> None:
-        if message.start.startswith("POST /v1/chat"):
-            await go.wait()
-        await peer.send(json_reply(200, {"size": len(message.body)}))
-
-    async with Upstream(script) as one, Running(controller("a", one.url, limits={"concurrency": 1})) as server:
-        first, client = await server.open(), await server.open()
-        await first.post("m")
-        while not one.seen:
-            await asyncio.sleep(0)
+    async with busy_controller() as (server, client, go):
         begun = MODEL + FILE + b"x" * app.REPLAYED_BYTES
         rest = (b"y" * 15_000, b"y" * (app.READ_BYTES - 10_000) + END)
         await client.send(head(len(begun) + len(b"".join(rest))) + begun)
@@ -629,8 +625,6 @@ async def test_a_request_behind_an_upload_whose_end_came_in_line_is_read() -> No
         await client.send(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
         async with asyncio.timeout(5):
             assert (await client.read()).json() == {"status": "ok"}
-        first.close()
-        client.close()
 
 
 async def test_a_stop_in_the_middle_of_an_upload() -> None:
