@@ -2359,33 +2359,28 @@ class Deadline:
             self._arm()
 
 
-class Wake:
-    """What a fiber waits for: `set_result` goes on with it at once, within the caller's call."""
+class Pause:
+    """What a fiber awaits until somebody calls its `resume`: `await PAUSE`."""
 
-    __slots__ = ("error", "fiber", "fired")
+    __slots__ = ()
 
-    def __init__(self, fiber: "Fiber") -> None:
-        self.fiber, self.fired = fiber, False
-        self.error: "BaseException | None" = None
+    def __await__(self) -> "Generator[Pause, None, None]":
+        return iter((self,))  # type: ignore[return-value]  # half of what a generator takes
 
-    def __await__(self) -> "Generator[Wake, None, None]":
-        yield self
-        if self.error is not None:
-            raise self.error
 
-    def done(self) -> bool:
-        """Whether it was woken."""
-        return self.fired
+PAUSE = Pause()
 
-    def set_result(self, _: None) -> None:
-        """Wakes the fiber."""
-        self.fired = True
-        self.fiber.wake(self)
 
-    def set_exception(self, error: BaseException) -> None:
-        """Wakes the fiber with an error."""
-        self.error, self.fired = error, True
-        self.fiber.wake(self)
+class Running:
+    """Which fiber's code runs now. No attribute of the class Fiber: to set one makes Python look all others up anew."""
+
+    __slots__ = ("fiber",)
+
+    def __init__(self) -> None:
+        self.fiber: "Fiber | None" = None
+
+
+running = Running()
 
 
 class Fiber:
@@ -2397,39 +2392,16 @@ class Fiber:
 
     __slots__ = ("coro", "ended", "loop", "waits_for")
 
-    current: "ClassVar[Fiber | None]" = None  # the one whose code runs now
-
     def __init__(self, coro: "Coroutine[Any, Any, None]", loop: asyncio.AbstractEventLoop) -> None:
         self.coro, self.loop = coro, loop
         self.ended: "asyncio.Future[None]" = loop.create_future()
-        self.waits_for: "Wake | asyncio.Future[Any] | None" = None
-        loop.call_soon(self._step, None)
+        self.waits_for: "asyncio.Future[Any] | None" = None  # that it waits for, if it is no PAUSE
+        loop.call_soon(self.resume)
 
-    def cancel(self) -> None:
-        """Makes what it waits for raise CancelledError, in the loop's next turn."""
-        self.loop.call_soon(self._cancel)
-
-    def wake(self, wake: "Wake | asyncio.Future[Any]") -> None:
-        """Goes on, if this is what it waits for."""
-        if self.waits_for is wake:
-            if Fiber.current is self:  # woken by its own doing; a running coroutine cannot be entered
-                self.loop.call_soon(self.wake, wake)
-            else:
-                self._step(None)
-
-    def _cancel(self) -> None:
-        # As asyncio.Task.cancel: a future that it waits for is cancelled and wakes it, anything else it is thrown at.
-        if self.ended.done():
-            return
-        found, self.waits_for = self.waits_for, None
-        if isinstance(found, asyncio.Future) and found.cancel():
-            self.waits_for = found
-        else:  # also when the future has come to its end, but has not woken us yet
-            self._step(asyncio.CancelledError())
-
-    def _step(self, error: "BaseException | None") -> None:
+    def resume(self, error: "BaseException | None" = None) -> None:
+        """Goes on behind its PAUSE, which raises `error` if there is one. Only for one that waits there."""
         # One fiber may run another (a pushed event wakes the client's side): hence the one before comes back.
-        before, Fiber.current = Fiber.current, self
+        before, running.fiber = running.fiber, self
         try:
             found = self.coro.send(None) if error is None else self.coro.throw(error)
         except (StopIteration, asyncio.CancelledError):
@@ -2438,17 +2410,37 @@ class Fiber:
             self._end()
             self.loop.call_exception_handler({"message": "a connection's coroutine failed", "exception": problem})
         else:
-            self.waits_for = found
-            if found is None:  # asyncio.sleep(0)
-                self.loop.call_soon(self._step, None)
-            elif type(found) is not Wake:
-                found._asyncio_future_blocking = False  # as asyncio.Task does with what it is handed
-                found.add_done_callback(self.wake)
+            if found is not PAUSE:
+                self._wait(found)
         finally:
-            Fiber.current = before
+            running.fiber = before
+
+    def cancel(self) -> None:
+        """Makes what it waits for raise CancelledError, in the loop's next turn."""
+        self.loop.call_soon(self._cancel)
+
+    def _wait(self, future: "asyncio.Future[Any] | None") -> None:
+        if future is None:  # asyncio.sleep(0)
+            self.loop.call_soon(self.resume)
+        else:
+            self.waits_for = future
+            future._asyncio_future_blocking = False  # as asyncio.Task does with what it is handed
+            future.add_done_callback(self._wake)
+
+    def _wake(self, future: "asyncio.Future[Any]") -> None:
+        if self.waits_for is future:  # not cancelled meanwhile
+            self.waits_for = None
+            self.resume()
+
+    def _cancel(self) -> None:
+        # As asyncio.Task.cancel: a future that it waits for is cancelled and wakes it, anything else it is thrown at.
+        if self.ended.done():
+            return
+        if self.waits_for is None or not self.waits_for.cancel():  # also when it is done, but has not woken us yet
+            self.waits_for = None
+            self.resume(asyncio.CancelledError())
 
     def _end(self) -> None:
-        self.waits_for = None
         if not self.ended.done():
             self.ended.set_result(None)
 
@@ -2469,7 +2461,7 @@ class WireReader(asyncio.StreamReader):
         self.on_end: "Callable[[BaseException | None], None] | None" = None
         self.link: "asyncio.ReadTransport | None" = None
         self.held = False
-        self.wake: "Wake | asyncio.Future[None] | None" = None
+        self.waiter: "Fiber | asyncio.Future[None] | None" = None  # who waits in `read_some` or `divert`
         self.sink: "Callable[[bytes], bool] | None" = None
 
     def set_transport(self, transport: asyncio.BaseTransport) -> None:
@@ -2485,12 +2477,12 @@ class WireReader(asyncio.StreamReader):
         """Called by the protocol; above the limit the peer is stopped."""
         if self.sink is not None:
             if self.sink(data):
-                self._wake_up()
+                self._wake_up(None)
             return
         # Mostly nothing waits, and the read is kept as the very object that the kernel's bytes were put into.
         self.data = self.data + data if self.data else data
-        if self.wake is not None:
-            self._wake_up()
+        if self.waiter is not None:
+            self._wake_up(None)
         elif len(self.data) >= READ_BYTES:
             self.hold()
 
@@ -2512,9 +2504,7 @@ class WireReader(asyncio.StreamReader):
 
     def interrupt(self, error: Exception) -> None:
         """Makes the read that waits now raise `error`; nothing that has arrived is lost."""
-        wake, self.wake = self.wake, None
-        if wake is not None and not wake.done():
-            wake.set_exception(error)
+        self._wake_up(error)
 
     # Back-pressure is all in these two: what a slow side cannot take stays with the fast one, and never in our memory.
     def hold(self) -> None:
@@ -2537,12 +2527,10 @@ class WireReader(asyncio.StreamReader):
                 if self.lost is not None:
                     raise ConnectionResetError(str(self.lost)) from self.lost
                 return b""
-            fiber = Fiber.current
-            self.wake = Wake(fiber) if fiber is not None else self.loop.create_future()
             try:
-                await self.wake
+                await self._waits()
             finally:
-                self.wake = None
+                self.waiter = None
         data, self.data = self.data, b""
         if self.held:
             self.unhold()
@@ -2557,13 +2545,11 @@ class WireReader(asyncio.StreamReader):
             data, self.data = self.data, b""
             if (data and sink(data)) or self.ended:
                 return
-            fiber = Fiber.current
-            self.wake = Wake(fiber) if fiber is not None else self.loop.create_future()
-            await self.wake
+            await self._waits()
             if self.lost is not None:
                 raise ConnectionResetError(str(self.lost)) from self.lost
         finally:
-            self.sink = self.wake = None
+            self.sink = self.waiter = None
             self.unhold()
 
     def cut(self, size: int) -> bytes:
@@ -2580,13 +2566,26 @@ class WireReader(asyncio.StreamReader):
         """Puts back what belongs to the next reader."""
         self.data = data + self.data
 
-    def _wake_up(self) -> None:
-        wake, self.wake = self.wake, None
-        if wake is not None and not wake.done():
-            wake.set_result(None)
+    def _waits(self) -> "Awaitable[None]":
+        """What whoever reads has to await; a fiber is gone on with at once, a task in the next turn."""
+        if running.fiber is not None:
+            self.waiter = running.fiber
+            return PAUSE
+        self.waiter = future = self.loop.create_future()
+        return future
+
+    def _wake_up(self, error: "Exception | None") -> None:
+        waiter, self.waiter = self.waiter, None
+        if type(waiter) is Fiber:
+            waiter.resume(error)
+        elif isinstance(waiter, asyncio.Future) and not waiter.done():
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(error)
 
     def _end(self, error: "BaseException | None") -> None:
-        self._wake_up()
+        self._wake_up(None)
         if self.on_end is not None:
             self.on_end(error)
 
