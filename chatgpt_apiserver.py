@@ -1916,9 +1916,12 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The payload that `data` brings, which may be empty."""
-        data, self.pending = self.pending + data if self.pending else data, b""
+        if self.pending:
+            data, self.pending = self.pending + data, b""
         out: "list[bytes]" = []
-        at, size = (0, len(data)) if self.left or self.trailing else (self._whole_chunks(data, out), len(data))
+        at, size = (0 if self.left or self.trailing else self._whole_chunks(data, out)), len(data)
+        if at == size:  # as nearly all of a stream's reads
+            return out[0] if len(out) == 1 else b"".join(out)
         while at < size and not self.done:
             if self.left > 0:
                 piece = data[at : at + self.left]
@@ -1944,19 +1947,20 @@ class ChunkedDecoder:
 
     def _whole_chunks(self, data: bytes, out: "list[bytes]") -> int:
         """Takes the plain chunks that stand whole at the beginning; where they end. Half an unpaced stream's cost."""
-        at, total = 0, self.total
-        while True:
+        at, total, size = 0, self.total, len(data)
+        while at < size:
             end = data.find(b"\r\n", at, at + 10)
             line = data[at:end]
             length = CHUNK_SIZES.get(line) or self._plain_size(line)
             stop = end + 2 + length
             # The last chunk (length 0) is the slow path's too: what follows it are trailers.
             if end < 0 or not length or data[stop : stop + 2] != b"\r\n" or total + length > self.limit:
-                self.total = total
-                return at
+                break
             out.append(data[end + 2 : stop])
             total += length
             at = stop + 2
+        self.total = total
+        return at
 
     def _plain_size(self, line: bytes) -> int:
         """The size on a plain chunk-size line, remembered; 0 for what the slow path must judge."""
@@ -3062,13 +3066,12 @@ class ConnectionPool:
         if connection not in self.active:
             return
         self.active.discard(connection)
-        idle = self.idle.setdefault(connection.origin, [])
         if not reusable or self.closed or not connection.usable():
             connection.close()
             return
         connection.idle = True
         connection.deadline.set(connection.loop.time() + IDLE_UPSTREAM_S)
-        idle.append(connection)
+        self.idle.setdefault(connection.origin, []).append(connection)
         self.idle_count += 1
         if self.idle_count > IDLE_UPSTREAM_COUNT:  # close the one that is idle longest
             self.drop(min((one[0] for one in self.idle.values() if one), key=lambda one: one.deadline.at))
@@ -3213,9 +3216,10 @@ class NetworkExchange:
         assert decoder is not None and connection is not None
         # Errors are kept, not raised, in the callback: there is nobody above it who could take them.
         reader, deadline, broken = connection.reader, connection.deadline, []
+        time, idle, end = connection.loop.time, self.timeouts.idle or math.inf, self._ends_at(connection)
 
         def resume() -> None:
-            deadline.set(self._idle_until(connection))
+            deadline.set(min(time() + idle, end))
             reader.unhold()
 
         def arrived(data: bytes) -> bool:
@@ -3224,7 +3228,8 @@ class NetworkExchange:
             except ValueError as problem:
                 broken.append(problem)
                 return True
-            deadline.at = self._idle_until(connection)  # only ever later: the timer looks when it fires
+            until = time() + idle
+            deadline.at = until if until < end else end  # only ever later: the timer looks when it fires
             if payload and not outlet.push(payload):
                 # It is we who keep the upstream waiting now, so its clock stands still; the client's runs instead.
                 deadline.at = math.inf
@@ -3333,11 +3338,13 @@ class NetworkExchange:
         if not decoder.done and not (decoder.feed_eof() and ended_well(self.connection.writer.transport)):
             raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
 
+    def _ends_at(self, connection: UpstreamConnection) -> float:
+        """When the whole exchange has lasted too long."""
+        return connection.written_at + self.timeouts.total if self.timeouts.total else math.inf
+
     def _idle_until(self, connection: UpstreamConnection) -> float:
         """When silence, or the whole exchange, has lasted too long."""
-        idle, total = self.timeouts.idle, self.timeouts.total
-        silent = connection.loop.time() + idle if idle else math.inf
-        return min(silent, connection.written_at + total) if total else silent
+        return min(connection.loop.time() + (self.timeouts.idle or math.inf), self._ends_at(connection))
 
 
 # ==== 8. Translations ====
@@ -4133,11 +4140,12 @@ def parse_chat(body: bytes, depth: int = JSON_DEPTH) -> "tuple[dict[str, Any], b
     # and a field that is new there shall not need a new version here.
     if not isinstance(model, str) or not model:
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+    if not isinstance(messages, list) or set(map(type, messages)) != {dict}:
         raise ProxyError(400, "You must provide messages: a non-empty array of objects.", param="messages")
     # What is neither true nor false could be one to the upstream and the other to us, who would wait for events in
     # vain.
-    if not isinstance(data.get("stream", False), (bool, type(None))):
+    stream = data.get("stream")
+    if not (stream is None or stream is True or stream is False):
         raise ProxyError(400, "stream must be true or false.", param="stream")
     return data, body
 
@@ -4257,7 +4265,8 @@ def count_text(value: "Any", depth: int = 0) -> int:
 def estimate_prompt(data: "dict[str, Any]") -> int:
     """About how many tokens the prompt of a chat has. No tokenizer: it would be a dependency and a table for each
     model, and replies correct what is wrong here."""
-    return sum([count_text(message.get("content")) for message in data["messages"]]) // 4
+    contents = [message.get("content") for message in data["messages"]]
+    return sum([len(text) if type(text) is str else count_text(text) for text in contents]) // 4
 
 
 def answer_limit(data: "dict[str, Any]") -> int:
@@ -4993,6 +5002,10 @@ TOKEN_NAMES = (
     tuple(b"anthropic-ratelimit-tokens-" + end for end in (b"limit", b"remaining", b"reset")),
     (b"x-ratelimit-limit-tokens-minute", b"x-ratelimit-remaining-tokens-minute", b"x-ratelimit-reset-tokens-minute"),
 )
+
+
+# Of which a reply without limits has none: one look then saves fourteen.
+REMAINING_NAMES = frozenset(names[1] for names in REQUEST_NAMES + TOKEN_NAMES)
 
 
 @functools.lru_cache(maxsize=4096)  # what is left moves in a small range while there is little traffic
@@ -6564,6 +6577,13 @@ def refused_in_200(reply: Reply, event: bytes) -> Refused:
     return Refused(reply, verdict)
 
 
+@functools.lru_cache(maxsize=1024)
+def way_fields(controller: str, attempts: int, wait_ms: int) -> bytes:
+    """Our own lines about the way of an answer; nearly all come from one of a few, at once."""
+    told = (controller.encode(), attempts, wait_ms)
+    return b"x-apiserver-controller: %b\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % told
+
+
 def keep(memory: "dict[Any, Any]", key: "Any", value: "Any", most: int) -> None:
     """Puts something into a memory of at most this many, the newest last; the oldest is forgotten."""
     memory.pop(key, None)
@@ -6780,7 +6800,14 @@ class Relay:
             reply = await (self._ask(lease, trip) if asked is None else asked)
             if trip.rescue is not None:
                 self._drop_rescue(trip)
-            verdict = await self._deliver(reply, lease, trip, sink)
+            fields = self._commit(reply, lease, trip)
+            if not reply.whole or reply.stream:
+                verdict = await self._pass_on(reply, fields, lease, trip, sink)
+            else:
+                self._take_usage(reply, lease, trip.request)
+                if not sink.whole(reply.head.status, fields, reply.held):
+                    await sink.drain()
+                verdict = GOOD
             return GOOD  # whatever became of it: it was the client's answer, and no other may follow
         except (Refused, Rescued, UpstreamError, Untranslatable) as problem:
             verdict = self._judge(problem, lease, trip)
@@ -6821,10 +6848,11 @@ class Relay:
             reply = Reply(exchange, now, lease.upstream.controller.rate_codes)
             index = reply.head.index
             # Before anything is judged: a 429's own figures correct the ledger as well as a 200's.
-            requests, tokens = allowance(index, REQUEST_NAMES, time.time), allowance(index, TOKEN_NAMES, time.time)
-            if requests is not None or tokens is not None:
-                lease.learn(requests, tokens, now)
-                reply.told = tokens is not None
+            if not REMAINING_NAMES.isdisjoint(index):
+                requests, tokens = allowance(index, REQUEST_NAMES, time.time), allowance(index, TOKEN_NAMES, time.time)
+                if requests is not None or tokens is not None:
+                    lease.learn(requests, tokens, now)
+                    reply.told = tokens is not None
             if reply.head.status == 200 and exchange.complete:
                 reply.held, reply.whole = exchange.take(), True
             else:
@@ -6961,26 +6989,29 @@ class Relay:
 
     # -- the answer
 
-    async def _deliver(self, reply: Reply, lease: Lease, trip: Trip, sink: Sink) -> Verdict:
-        """Sends an answer on as it comes; from here on nothing can be replayed. What came of it: OK or CUT."""
-        exchange, record, request = reply.exchange, trip.record, trip.request
-        cache_free = lease.upstream.controller.cache_free
+    def _commit(self, reply: Reply, lease: Lease, trip: Trip) -> bytes:
+        """Notes whose answer it is; the fields of its head. From here on no other can follow."""
+        record, request, name = trip.record, trip.request, lease.upstream.name
         # To the first byte, as it decided; how long the rest took is the line's `ms`.
-        record.outcomes.append((lease.upstream.name, "ok", reply.at - lease.since))
-        record.status, record.first_at, record.controller = reply.head.status, reply.at, lease.upstream.name
+        record.outcomes.append((name, "ok", reply.at - lease.since))
+        record.status, record.first_at, record.controller = reply.head.status, reply.at, name
         if request.asked or record.mapped or lease.seat.mapped is not None:
             trip.name(lease)
-        fields = self._fields(reply, trip)
         if request.stateful:
-            self.remember(made_id(reply.held[:USAGE_BYTES]), lease.upstream.name)
-        if reply.whole and not reply.stream:
-            exchange.finish()
-            # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
-            if lease.ledger.limited and not (reply.told and (request.max_tokens or lease.serial & 7)):
-                self.pool.used(lease, request.model, *used_tokens(reply.held[-USAGE_BYTES:], cache_free), reply.told)
-            if not sink.whole(reply.head.status, fields, reply.held):
-                await sink.drain()
-            return GOOD
+            self.remember(made_id(reply.held[:USAGE_BYTES]), name)
+        return self._fields(reply, trip)
+
+    def _take_usage(self, reply: Reply, lease: Lease, request: ApiRequest) -> None:
+        """Ends the exchange of a whole answer, and reads what it cost."""
+        reply.exchange.finish()
+        # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
+        if lease.ledger.limited and not (reply.told and (request.max_tokens or lease.serial & 7)):
+            cache_free = lease.upstream.controller.cache_free
+            self.pool.used(lease, request.model, *used_tokens(reply.held[-USAGE_BYTES:], cache_free), reply.told)
+
+    async def _pass_on(self, reply: Reply, fields: bytes, lease: Lease, trip: Trip, sink: Sink) -> Verdict:
+        """Sends an answer on as it comes; nothing of it can be replayed. What came of it: OK or CUT."""
+        exchange, record, request = reply.exchange, trip.record, trip.request
         try:
             outlet: "Meter | Sink" = Meter(sink, reply.held) if "stream_options" in request.data else sink
             # Nobody will be asked again: a thousand open streams need not keep a thousand long prompts.
@@ -6992,6 +7023,7 @@ class Relay:
             sink.end()
             exchange.finish()
             if isinstance(outlet, Meter):
+                cache_free = lease.upstream.controller.cache_free
                 self.pool.used(lease, request.model, *used_tokens(outlet.tail, cache_free), reply.told)
             # Status and framing were fine, so that nothing but its last words tells of a failure (vLLM, OpenRouter,
             # Anthropic's overloaded_error): uncounted, an account that always breaks off would get its full share.
@@ -7046,17 +7078,11 @@ class Relay:
         lines = head.lines
         if ours or record.waited_s or len(record.outcomes) > 1:
             lines = without(lines, RETRY_FIELDS)
-        serial = trip.request.request_id.encode()
-        return b"%b%bx-apiserver-controller: %b\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n%b" % (
-            lines,
-            record.mapped,
-            record.controller.encode(),
-            len(record.outcomes),
-            record.waited_s * 1e3,
-            b"x-apiserver-request-id: %b\r\n" % serial
-            if b"x-request-id" in head.index
-            else b"x-apiserver-request-id: %b\r\nx-request-id: %b\r\n" % (serial, serial),
-        )
+        serial = record.request_id.encode()
+        lines += record.mapped + way_fields(record.controller, len(record.outcomes), int(record.waited_s * 1e3))
+        if b"x-request-id" in head.index:
+            return b"%bx-apiserver-request-id: %b\r\n" % (lines, serial)
+        return b"%bx-apiserver-request-id: %b\r\nx-request-id: %b\r\n" % (lines, serial, serial)
 
 
 # ==== 14. Server ====
@@ -7500,7 +7526,13 @@ class ClientConnection:
             head = await self._read_head()
             if head is None:
                 return False
-            self.body = await self._read_body(head)
+            decoder = self._body_decoder(head)
+            if decoder is None:
+                self.body = b""
+            elif type(decoder) is LengthDecoder and decoder.left <= len(self.reader.data):
+                self.body = self.reader.cut(decoder.left)  # as nearly all come: with their head, in one read
+            else:
+                self.body = await self._read_body(head, decoder)
         except ProxyError as error:
             problem = error
             self.close_after = self.close_after or not self.skipped  # or what follows it could not be trusted
@@ -7587,11 +7619,8 @@ class ClientConnection:
         self.head = self.parsed_head
         return self.head
 
-    async def _read_body(self, head: RequestHead) -> bytes:
-        """The request's body, bounded in size, time and slowness; of one that passes through, its beginning.
-
-        Raises BadMessage; and ProxyError for what its head alone is refused for, when the body is not here yet.
-        """
+    def _body_decoder(self, head: RequestHead) -> "LengthDecoder | ChunkedDecoder | None":
+        """What decodes the request's body, if one is to be read. Raises BadMessage."""
         limits, index = self.server.config.limits, head.index
         kind = index.get(b"content-type", b"")
         # Only what is no JSON may pass through: JSON has to be read whole before it can be judged.
@@ -7601,15 +7630,19 @@ class ClientConnection:
         if self.reserve or ((b"connection" in index or not head.minor) and not head.keeps_alive):
             self.close_after = True  # in the reserve others wait for the place
         if decoder is None or self.reserve:
-            return b""
+            return None
         if b"expect" in index and head.minor and index[b"expect"].lower() != b"100-continue":
             raise BadMessage(417, "The only expectation understood is 100-continue.")
-        # As nearly all come: with their head, in one read.
-        if isinstance(decoder, LengthDecoder) and decoder.left <= len(self.reader.data):
-            return self.reader.cut(decoder.left)
+        return decoder
+
+    async def _read_body(self, head: RequestHead, decoder: "LengthDecoder | ChunkedDecoder") -> bytes:
+        """The request's body, bounded in size, time and slowness; of one that passes through, its beginning.
+
+        Raises BadMessage; and ProxyError for what its head alone is refused for, when the body is not here yet.
+        """
         self.phase, waits = Phase.BODY, not self.reader.data
         begun = b"" if waits else decode_body(decoder, await self.reader.read_some())  # framing comes before the doors
-        expects = b"expect" in index and head.minor > 0 and waits
+        expects = b"expect" in head.index and head.minor > 0 and waits
         try:
             passes, scanner = (False, None) if decoder.done else self.server.check_entry(self, head)
         except ProxyError:
@@ -7742,9 +7775,7 @@ class ClientConnection:
         record.status = error.status
         fields = error.headers if isinstance(error, ProxyError) else b""
         if record.outcomes or record.waited_s:
-            told = (record.controller, len(record.outcomes), record.waited_s * 1e3)
-            ours = "x-apiserver-controller: %s\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % told
-            fields += ours.encode() + record.mapped
+            fields += way_fields(record.controller, len(record.outcomes), int(record.waited_s * 1e3)) + record.mapped
         if record.request_id:
             serial = record.request_id.encode()
             fields += b"x-request-id: %b\r\nx-apiserver-request-id: %b\r\n" % (serial, serial)
