@@ -5033,20 +5033,28 @@ def allowance(
     return None
 
 
-_TOKENS = re.compile(rb'"(total|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
+_COUNT = re.compile(rb"\s*:\s*(\d{1,12})")
+
+
+def told_count(tail: bytes, since: int, name: bytes) -> int:
+    """The number that the JSON member `name` (with its quotes) has in `tail` behind `since`; 0 where there is none."""
+    at = tail.find(name, since)
+    found = _COUNT.match(tail, at + len(name)) if at >= 0 else None
+    return int(found.group(1)) if found else 0
 
 
 def used_tokens(tail: bytes, cache_free: bool = False) -> "tuple[int, int]":
     """All tokens and those of the answer, by the last `usage` in the end of an answer; zeros where there is none.
 
-    A regular expression and not a JSON parser: the end of an answer is no JSON, and an answer may have megabytes.
-    `cache_free`: without the tokens that the prompt cache gave.
+    A search and not a JSON parser: the end of an answer is no JSON, and an answer may have megabytes. `cache_free`:
+    without the tokens that the prompt cache gave.
     """
     at = tail.rfind(b'"usage"')
-    found = {name: int(count) for name, count in _TOKENS.findall(tail, at)} if at >= 0 else {}
-    answer = found.get(b"completion", found.get(b"output", 0))
-    total = found.get(b"total", found.get(b"input", 0) + answer)
-    return total - (found.get(b"cached", 0) if cache_free else 0), answer
+    if at < 0:
+        return 0, 0
+    answer = told_count(tail, at, b'"completion_tokens"') or told_count(tail, at, b'"output_tokens"')
+    total = told_count(tail, at, b'"total_tokens"') or told_count(tail, at, b'"input_tokens"') + answer
+    return total - (told_count(tail, at, b'"cached_tokens"') if cache_free else 0), answer
 
 
 # ==== 11. Quotas and health ====
@@ -5301,6 +5309,11 @@ class Ledger:
         for by_tokens, rate in minutes if self.burst_s < WINDOW_S else ():
             burst = max(1.0, rate * self.burst_s)
             self.windows.append((by_tokens, Window(burst, burst / rate, rate)))
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it matters here how many tokens an answer took."""
+        return bool(self.tokens.limit) or any(by_tokens for by_tokens, _ in self.windows)
 
     def opens_at(self, need: float, now: float) -> float:
         """When a request of `need` tokens may be sent; 0 for now."""
@@ -7004,8 +7017,9 @@ class Relay:
     def _take_usage(self, reply: Reply, lease: Lease, request: ApiRequest) -> None:
         """Ends the exchange of a whole answer, and reads what it cost."""
         reply.exchange.finish()
-        # Where the upstream says what is left, usage only feeds the mean: some of the answers will do.
-        if lease.ledger.limited and not (reply.told and (request.max_tokens or lease.serial & 7)):
+        # Where the upstream says what is left, or no limit counts tokens, usage only feeds the mean: some will do.
+        ledger, learns = lease.ledger, not (request.max_tokens or lease.serial & 7)
+        if ledger.limited and (learns or (not reply.told and ledger.counts_tokens)):
             cache_free = lease.upstream.controller.cache_free
             self.pool.used(lease, request.model, *used_tokens(reply.held[-USAGE_BYTES:], cache_free), reply.told)
 
