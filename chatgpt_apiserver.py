@@ -1948,19 +1948,21 @@ class ChunkedDecoder:
 
     def _whole_chunks(self, data: bytes, out: "list[bytes]") -> int:
         """Takes the plain chunks that stand whole at the beginning; where they end. Half an unpaced stream's cost."""
-        at, total, size = 0, self.total, len(data)
+        at, taken, size, known = 0, 0, len(data), CHUNK_SIZES
+        if self.total + size > self.limit:  # near its end each chunk is judged
+            return 0
         while at < size:
             end = data.find(b"\r\n", at, at + 10)
             line = data[at:end]
-            length = CHUNK_SIZES.get(line) or self._plain_size(line)
+            length = known.get(line) or self._plain_size(line)
             stop = end + 2 + length
             # The last chunk (length 0) is the slow path's too: what follows it are trailers.
-            if end < 0 or not length or data[stop : stop + 2] != b"\r\n" or total + length > self.limit:
+            if not length or data[stop : stop + 2] != b"\r\n" or end < 0:
                 break
             out.append(data[end + 2 : stop])
-            total += length
+            taken += length
             at = stop + 2
-        self.total = total
+        self.total += taken
         return at
 
     def _plain_size(self, line: bytes) -> int:
