@@ -583,7 +583,7 @@ class Section:
             if not self.env.get(name):
                 told = (  # what a start in a clone says first, as it finds the sample in config/
                     "a variable that is set; %s is not set: export %s=..., or try --demo, which needs no key, "
-                    "or name a file of your own with --config_file"
+                    "or name another file with --config_file"
                 )
                 raise self.error(key, value, told % (name, name))
             value = self.env[name]
@@ -1131,16 +1131,26 @@ def as_scalar(text: str) -> "Any":
         return text
 
 
+# What Kubernetes sets in every pod for a service of our name, or one that begins like it.
+_SERVICE_VARIABLE = re.compile(r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)")
+
+
 def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, Any]]]":
     """What CHATGPT_APISERVER_<KEY> sets of the scalars at the top (`PORT=9000`) and of the pool (`POOL_TYPE=random`):
-    path, name of the variable and value."""
+    path, name of the variable and value. Raises ConfigError for a variable of that kind that sets nothing."""
     # As a container's variables are the only thing about it that many platforms let one change.
     pool = ("pool." + key for key, one in PoolConfig.settings.items() if one.default != ())
-    for path in (*SCALARS, *pool):
-        variable = ENV + path.replace(".", "_").upper()
-        value = env.get(variable, "")
-        if value and not value.startswith("tcp://"):  # as Kubernetes sets for a service of our name
-            yield path, (variable, value if path == "host" else as_scalar(value))
+    known = {path.replace(".", "_").upper(): path for path in (*SCALARS, *pool)}
+    known.update(CONFIG_FILE="", CONFIG_PATH="")  # which `find_file` has read
+    for variable, value in env.items():
+        name = variable[len(ENV) :]
+        if not variable.startswith(ENV) or "://" in value or _SERVICE_VARIABLE.match(name):
+            continue
+        if name not in known:
+            hint = nearest(name, known) or "behind %s may stand %s" % (ENV, ", ".join(sorted(known)))
+            raise ConfigError("%s: this variable sets nothing; %s" % (variable, hint))
+        if known[name] and value:
+            yield known[name], (variable, value if name == "HOST" else as_scalar(value))
 
 
 OPENAI_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")

@@ -346,6 +346,38 @@ def test_environment_overrides_an_empty_pool(tmp_path: Path, pool: Any) -> None:
     assert load({"CHATGPT_APISERVER_POOL_TYPE": "random"}, file).pool.type == "random"
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("POOL_TIPE", "did you mean 'POOL_TYPE'?"),
+        ("LOG_LEVEL", "behind CHATGPT_APISERVER_ may stand CONFIG_FILE, "),
+        ("POOL_ALIASES", "behind CHATGPT_APISERVER_ may stand"),
+    ],
+)
+def test_a_variable_of_ours_that_sets_nothing(tmp_path: Path, name: str, told: str) -> None:
+    """A misspelt override is an error: ignored, the server would run with what it should not have."""
+    file = write(tmp_path / "c.json")
+    with pytest.raises(app.ConfigError, match="^CHATGPT_APISERVER_%s: this variable sets nothing; " % name) as caught:
+        load({"CHATGPT_APISERVER_" + name: "random"}, file)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SERVICE_HOST", "10.0.0.1"),
+        ("SERVICE_PORT_HTTP", "80"),
+        ("PORT", "tcp://10.0.0.1:80"),
+        ("PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("BLUE_SERVICE_PORT", "80"),
+        ("BLUE_PORT_80_TCP_PROTO", "tcp"),
+    ],
+)
+def test_variables_that_kubernetes_sets(tmp_path: Path, name: str, value: str) -> None:
+    """What a service of our name brings into each pod is none of our overrides."""
+    assert load({"CHATGPT_APISERVER_" + name: value}, write(tmp_path / "c.json")).port == 8080
+
+
 def test_environment_mistakes_and_kubernetes(tmp_path: Path) -> None:
     """A bad override is an error; the address that Kubernetes sets for a service of this name is not ours."""
     file = write(tmp_path / "c.json")
