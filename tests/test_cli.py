@@ -128,7 +128,7 @@ def test_a_fresh_clone_says_what_is_missing(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert "config/chatgpt-apiserver.json: controllers[0].config.api_key: found \"$OPENAI_API_KEY\"" in ended.stderr
     assert "OPENAI_API_KEY is not set: export OPENAI_API_KEY=..., or try --demo, which needs no key, " in ended.stderr
-    assert ended.stderr.endswith("or name a file of your own with --config_file\n")
+    assert ended.stderr.endswith("or name another file with --config_file\n")
 
 
 def test_a_fresh_clone_starts_with_one_key(tmp_path: Path) -> None:
