@@ -6833,8 +6833,9 @@ class Relay:
             if not reply.whole or reply.stream:
                 verdict = await self._pass_on(reply, fields, lease, trip, sink)
             else:
-                self._take_usage(reply, lease, trip.request)
-                if not sink.whole(reply.head.status, fields, reply.held):
+                welcome = sink.whole(reply.head.status, fields, reply.held)
+                self._take_usage(reply, lease, trip.request)  # meanwhile the client has its answer
+                if not welcome:
                     await sink.drain()
                 verdict = GOOD
             return GOOD  # whatever became of it: it was the client's answer, and no other may follow
