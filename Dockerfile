@@ -2,7 +2,7 @@
 FROM python:3.13-alpine
 RUN adduser -D -H -u 10001 apiserver
 COPY chatgpt_apiserver.py /app/chatgpt_apiserver.py
-# Compiled once, here: `-m` then starts in half the time and needs 18 MB less.
+# Compiled once, here: `-m` then starts in half the time and needs less memory.
 RUN python3 -m py_compile /app/chatgpt_apiserver.py
 WORKDIR /etc/chatgpt-apiserver
 USER apiserver

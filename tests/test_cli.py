@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,27 @@ def test_what_cannot_run_exits_with_2(tmp_path: Path, args: tuple[str, ...], wor
     assert words in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "Secret" not in ended.stderr
+
+
+def test_a_taken_port_exits_with_1(tmp_path: Path) -> None:
+    """An address that cannot be listened on is told in one line."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run(tmp_path, "--demo", "--port", str(port))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "\ncannot listen on 127.0.0.1:%d: " % port in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that cannot be written")
+def test_the_unforeseen_is_shown_as_ever(tmp_path: Path) -> None:
+    """What nobody caught is one traceback and status 1, though it does not happen in the script itself."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-u", str(PROGRAM), "--version"]
+        ended = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stderr.count("Traceback")) == (1, 1)
+    assert "excepthook" not in ended.stderr.splitlines()[0]
+    assert ended.stderr.splitlines()[-1].startswith("OSError: [Errno 28]")
 
 
 def test_nothing_to_run_with(tmp_path: Path) -> None:

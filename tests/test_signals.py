@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import platform
 import signal
 import ssl
 import subprocess
@@ -63,6 +64,11 @@ class Program:
                 await asyncio.sleep(0)
         return text
 
+    async def ready(self) -> None:
+        """Wait until the port is known."""
+        text = await self.told("listening on ")
+        self.port = int(text.partition("listening on ")[2].split("\n")[0].rsplit(":", 1)[1])
+
     async def reload(self, words: str = "reload: ") -> str:
         """Send SIGHUP and wait for what the log says of it; the log."""
         count = self.log.read_text().count(words)
@@ -88,8 +94,7 @@ async def running(program: Program, prefix: str = "") -> AsyncIterator[Program]:
     """The program, started by a shell that runs `prefix` first, until SIGTERM ends it with status 0."""
     program.start(prefix)
     try:
-        text = await program.told("listening on ")
-        program.port = int(text.partition("listening on ")[2].split("\n")[0].rsplit(":", 1)[1])
+        await program.ready()
         yield program
         program.process.terminate()
         await program.told("stopped")
@@ -225,3 +230,43 @@ async def test_few_open_files(tmp_path: Path) -> None:
             assert (await clients[-1].read()).status == 503
             for client in clients:
                 client.close()
+
+
+async def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    """The first signal lets open answers end, the second does not wait for them and is told by the exit status."""
+    asked = asyncio.Event()
+
+    async def script(peer: Peer, message: Message) -> None:
+        asked.set()
+        await peer.gone()
+
+    for first, second in ((signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)):
+        asked.clear()
+        program = Program(tmp_path)
+        async with Upstream(script) as one:
+            program.write(controller("a", one.url))
+            program.start("")
+            await program.ready()
+            client = await program.open()
+            await client.post("m")
+            await asked.wait()
+            program.process.send_signal(first)
+            await program.told("stopping: 1 connections open")
+            program.process.send_signal(second)
+            assert program.process.wait(15) == 1
+            client.close()
+        text = program.log.read_text()
+        assert text.endswith("second signal: closing now\n") and "Traceback" not in text
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back, or do not, by themselves")
+async def test_a_script_keeps_nothing_of_its_parser(tmp_path: Path) -> None:
+    """As a script it has threads to look up names in, and gives back the memory that reading the script took."""
+    program = Program(tmp_path)
+    async with Upstream(answers(GOOD)) as one:
+        program.write(controller("a", one.url.replace("127.0.0.1", "localhost")))
+        async with running(program):
+            assert (await program.post()).status == 200
+            status = Path("/proc/%d/status" % program.process.pid).read_text().split()
+            most, now = (int(status[status.index(name) + 1]) for name in ("VmHWM:", "VmRSS:"))
+            assert most - now > 8_000, (most, now)
