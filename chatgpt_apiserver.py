@@ -5916,14 +5916,21 @@ def thread_of(data: "dict[str, Any]") -> bytes:
     return b""
 
 
+@functools.lru_cache(maxsize=4096)  # the turns of a conversation ask again
+def repulsion(thread: bytes, name: str) -> float:
+    """A number above 0, exponentially distributed, that is always the same for these two."""
+    import hashlib  # as above
+
+    mixed = hashlib.blake2b(thread + name.encode(), digest_size=6).digest()
+    return -math.log((int.from_bytes(mixed, "big") + 0.5) / 2**48)
+
+
 def preferred(thread: bytes, seats: "list[Seat]", by: "Callable[[Seat], str]") -> "list[Seat]":
     """Those of `seats` that a conversation prefers, of all that have their name in common.
 
     Weighted rendezvous: each name gets its weight's share of all conversations, and when one comes or goes only its own
     move. A name that has more in flight than its share allows is passed over (consistent hashing with bounded loads).
     """
-    import hashlib  # as above
-
     # Not `hash % count`, where one controller less moves nearly all conversations; not a ring of points either, whose
     # shares are uneven with few controllers.
     named: "dict[str, list[Seat]]" = {}
@@ -5933,8 +5940,7 @@ def preferred(thread: bytes, seats: "list[Seat]", by: "Callable[[Seat], str]") -
     best, most = seats, -1.0
     for name, own in named.items() if len(named) > 1 else ():
         weight = sum(seat.upstream.weight for seat in own)
-        mixed = hashlib.blake2b(thread + name.encode(), digest_size=6).digest()
-        attraction = weight / -math.log((int.from_bytes(mixed, "big") + 0.5) / 2**48)
+        attraction = weight / repulsion(thread, name)
         if attraction > most and sum(seat.upstream.in_flight for seat in own) < math.ceil(share * weight):
             best, most = own, attraction
     return best
@@ -6511,18 +6517,18 @@ class Sink(Outlet, Protocol):
 class Reply:
     """What an upstream sent, as far as it decides: its exchange, and what was read of the body.
 
-    `at`: when what decides was read. `whole`: `held` is all of the body. `told`: the reply said how many tokens are
-    left. `source`: of a refusal, whose it was (the record's `controller` and `mapped`). `rate_codes`: see
-    `AccountConfig`.
+    `at`: when what decides was read. `whole`: `held` is all of the body. `learned`: its head's word on the quota was
+    taken; `told`: it said how many tokens are left. `source`: of a refusal, whose it was (the record's `controller` and
+    `mapped`). `rate_codes`: see `AccountConfig`.
     """
 
-    __slots__ = ("at", "exchange", "head", "held", "rate_codes", "source", "stream", "told", "verdict", "whole")
+    __slots__ = "at exchange head held learned rate_codes source stream told verdict whole".split()
 
     def __init__(self, exchange: Exchange, now: float, rate_codes: "tuple[str, ...]") -> None:
         self.exchange, self.head = exchange, exchange.head
         self.at, self.rate_codes = now, rate_codes
         self.held, self.verdict = b"", GOOD
-        self.whole = self.stream = self.told = False
+        self.whole = self.stream = self.told = self.learned = False
         self.source = "", b""
 
 
@@ -6837,10 +6843,14 @@ class Relay:
                 self._drop_rescue(trip)
             fields = self._commit(reply, lease, trip)
             if not reply.whole or reply.stream:
+                self.pool.answered(lease, True, reply.at)
                 verdict = await self._pass_on(reply, fields, lease, trip, sink)
             else:
                 welcome = sink.whole(reply.head.status, fields, reply.held)
-                self._take_usage(reply, lease, trip.request)  # meanwhile the client has its answer
+                # What is learned of it can wait until the client has its answer.
+                self._learn(reply, lease)
+                self.pool.answered(lease, True, reply.at)
+                self._take_usage(reply, lease, trip.request)
                 if not welcome:
                     await sink.drain()
                 verdict = GOOD
@@ -6882,26 +6892,30 @@ class Relay:
             await exchange.start()
             now = self.loop.time()
             reply = Reply(exchange, now, lease.upstream.controller.rate_codes)
-            index = reply.head.index
-            # Before anything is judged: a 429's own figures correct the ledger as well as a 200's.
-            if not REMAINING_NAMES.isdisjoint(index):
-                requests, tokens = allowance(index, REQUEST_NAMES, time.time), allowance(index, TOKEN_NAMES, time.time)
-                if requests is not None or tokens is not None:
-                    lease.learn(requests, tokens, now)
-                    reply.told = tokens is not None
-            if reply.head.status == 200 and exchange.complete:
+            if exchange.complete and reply.head.status < 300:
                 reply.held, reply.whole = exchange.take(), True
             else:
+                self._learn(reply, lease)
                 await self._collect(reply, lease, others)
             # An error in a 200 has the word as its first key; to parse each answer would cost as much as all the rest.
             if reply.head.status >= 300 or reply.held.find(b'"error"', 0, 24) >= 0:
+                self._learn(reply, lease)
                 self._check_refusal(reply, request)
         except BaseException:  # a cancellation too: the upstream has to hear at once that nobody listens
             exchange.abort()
             raise
         lease.stuck = None
-        self.pool.answered(lease, True, reply.at)
         return reply
+
+    def _learn(self, reply: Reply, lease: Lease) -> None:
+        """Takes what a reply's head says of its quota: a 429's own figures correct the ledger as well as a 200's."""
+        index = reply.head.index
+        if not (reply.learned or REMAINING_NAMES.isdisjoint(index)):
+            reply.learned = True
+            requests, tokens = allowance(index, REQUEST_NAMES, time.time), allowance(index, TOKEN_NAMES, time.time)
+            if requests is not None or tokens is not None:
+                lease.learn(requests, tokens, reply.at)
+                reply.told = tokens is not None
 
     def _check_refusal(self, reply: Reply, request: ApiRequest) -> None:
         """Tells an answer from an error. Raises Refused."""
