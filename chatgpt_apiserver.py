@@ -4229,8 +4229,10 @@ class ApiRequest:
     `model_span`: where the model stands in a multipart body. `pinned`: the controller that has the object it is about;
     `seeks`: each is asked until one has it. `asked`: what the client asked for, where `model` is another one by now.
     `thread`: what its conversation goes by, once somebody wanted to know. `upload`: what follows `body` while it still
-    comes.
+    comes. `inference`: whether it asks a model for something, and not for what an account keeps.
     """
+
+    inference = True  # of the class: nearly all do, and none of these pays for it
 
     def __init__(self, method: str, path: str, query: str, lines: bytes, body: bytes) -> None:
         self.method, self.path, self.query, self.lines, self.body = method, path, query, lines, body
@@ -4742,6 +4744,7 @@ class Outcome(enum.Enum):
     QUOTA = "quota"  # nothing left to spend
     AUTH = "auth"
     FORBIDDEN = "forbidden"
+    BARRED = "barred"  # its key has no right to such objects, which says nothing of what else it may
     MISSING = "missing"  # this account lacks the model
     FAULT = "fault"
     CONNECT = "connect"  # nothing was sent
@@ -4772,9 +4775,12 @@ USEFULNESS = (
     Outcome.MISSING,
     Outcome.AUTH,
     Outcome.FORBIDDEN,
+    Outcome.BARRED,
 )
 # Of an account, not of the request: asking again soon is no use (the official SDKs obey x-should-retry).
-LASTING = frozenset((Outcome.LARGE, Outcome.QUOTA, Outcome.AUTH, Outcome.FORBIDDEN, Outcome.MISSING))
+LASTING = frozenset(
+    (Outcome.LARGE, Outcome.QUOTA, Outcome.AUTH, Outcome.FORBIDDEN, Outcome.BARRED, Outcome.MISSING)
+)
 # The status that an error in a 200's stream would have had, by its code or type (OpenAI's and Anthropic's words).
 ERROR_STATUSES = {
     **dict.fromkeys(QUOTA_CODES, 429),
@@ -4943,6 +4949,16 @@ def judge_reply(
     return verdict
 
 
+def judge_of_object(verdict: Verdict) -> Outcome:
+    """What a refusal comes to where no model was asked for anything: a 403 or 404 is no word about chats."""
+    # Keys may be made with a few rights only. OpenAI says 401 for want of one, as to a key that is none: "You have
+    # insufficient permissions for this operation. Missing scopes: api.files.read."
+    if verdict.status == 403 or (verdict.status == 401 and "issing scope" in verdict.message):
+        return Outcome.BARRED
+    # Azure knows a deployment by no model's name, and an object may have "model" in its own.
+    return Outcome.CLIENT if verdict.status == 404 else verdict.outcome
+
+
 def judge_first_event(event: bytes, rate_codes: "Collection[str]" = ()) -> Verdict:
     """What an error event means, in a 200's place or later: as if it had come with the status that belongs to it.
 
@@ -4989,7 +5005,7 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
         return False
     if request.stateful:
         refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
-        return refused or verdict.status == 503
+        return refused or verdict.status in (401, 503)
     # A stream's first byte comes soon, so its silence is a hang; a whole answer's may be work.
     return request.stream or outcome is not Outcome.SILENT
 
@@ -6906,10 +6922,8 @@ class Relay:
                 unpack_error(reply)
             stateful, rate_codes = request.stateful, reply.rate_codes
             verdict = judge_reply(head.status, head.index, reply.held, time.time(), stateful, rate_codes)
-            # Whom nobody remembers is asked for everywhere, and most say no. It is no word about chats: a key may be
-            # barred from looking ("missing scopes: model.read"), and Azure knows a deployment by no model's name.
-            if request.seeks and head.status in (403, 404):
-                verdict.outcome = Outcome.CLIENT
+            if not request.inference:
+                verdict.outcome = judge_of_object(verdict)
             raise Refused(reply, verdict)
         event = b"data: " + reply.held.translate(SPACED)
         if not reply.stream and judge_event(event) is EventKind.ERROR:  # in a 200, as OpenRouter may send
@@ -8371,6 +8385,7 @@ class Server:
     def _object(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Files, batches, stored responses ...: what lives in one account goes to the controller that made it."""
         reads, (group, *parts) = request.method in ("GET", "HEAD"), request.path[1:].split("/")
+        request.inference = False
         if reads and request.path in LISTS and "before=" not in request.query:
             return self._go(client, head, request, answer=self._merge)
         request.stateful = not reads
@@ -8507,7 +8522,7 @@ class Server:
         if not leads_out(name) and any(not seat.upstream.controller.chat_only for seat in seats):
             # Accounts know models that their lists leave out: previews, snapshots, what was tuned elsewhere.
             request.path = "/models/" + urllib.parse.quote(name, safe="/:")
-            request.query, request.model, request.seeks = "", name, True
+            request.query, request.model, request.seeks, request.inference = "", name, True, False
             await self._go(client, head, request)
             return
         raise ProxyError(404, "The model %r is served by no controller here." % name[:100], "model_not_found")

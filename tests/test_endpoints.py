@@ -311,6 +311,55 @@ async def test_who_may_not_look_for_a_model_may_still_chat_with_it(status: int, 
             assert not any(upstream.out_why or upstream.failures for upstream in server.server.pool.upstreams)
 
 
+SCOPES = "You have insufficient permissions for this operation. Missing scopes: api.files.read."
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(403, "no"), (403, "no right to files of this model"), (401, SCOPES)]
+)
+async def test_a_key_without_a_right_to_objects_still_chats(status: int, message: str) -> None:
+    """Refused calls about objects park no key, however many, and hide no refusal of chats by their coming between."""
+    chats = [json_reply(200, ANSWER)]
+
+    async def script(peer: Peer, request: Message) -> None:
+        chat = request.start.startswith("POST /v1/chat")
+        await peer.send(chats[0] if chat else error_reply(status, message=message))
+
+    async with Upstream(script) as one, Running(controller("a", one.url), endpoints=["*"]) as server:
+        upstream = server.server.pool.upstreams[0]
+        for method, path in [("GET", "/v1/files"), ("DELETE", "/v1/files/file-1"), ("POST", "/v1/batches")] * 2:
+            found = await ask(server, method, path)
+            assert found.status == status and found.json()["error"]["message"] == message
+            assert (await ask(server, "GET", "/v1/x/file-1")).status == status
+        assert not (upstream.out_why or upstream.failures or upstream.seat("").lacks_until)
+        assert upstream.last_error == "barred %d: %s" % (status, message)
+        assert (await server.post()).status == 200
+        chats[0] = error_reply(403)
+        for count in range(3):
+            assert not upstream.out_why and upstream.forbidden == count
+            assert (await server.post()).status == 403
+            await ask(server, "DELETE", "/v1/files/file-1")
+        assert upstream.out_why == "parked"
+
+
+async def test_what_one_key_may_not_do_another_may() -> None:
+    """An upload goes on from a key that lacks the scope, which ran nothing, to one that has it."""
+    refused = error_reply(401, message=SCOPES)
+    async with Upstream(answers(refused)) as bad, Upstream(answers(json_reply(200, {"id": "file-1"}))) as good:
+        async with Running(controller("a", bad.url), controller("b", good.url), endpoints=["objects"]) as server:
+            for _ in range(4):
+                assert (await ask(server, "POST", "/v1/files", b"x", kind="multipart/form-data; boundary=x")).status == 200
+            assert len(bad.seen) == 2 and not server.server.pool.upstreams[0].out_why
+
+
+async def test_a_refused_response_counts_though_it_names_no_model() -> None:
+    """A model that a stored prompt names is one that is asked for something."""
+    async with Upstream(answers(error_reply(403))) as one, Running(controller("a", one.url)) as server:
+        for _ in range(3):
+            assert (await ask(server, "POST", "/v1/responses", {"prompt": {"id": "pmpt_1"}})).status == 403
+        assert server.server.pool.upstreams[0].out_why == "parked"
+
+
 async def test_a_response_may_leave_its_model_to_a_stored_prompt() -> None:
     """The Responses API's model is optional; its upstream judges what is missing."""
     async with Upstream(answers(json_reply(200, {"id": "resp_1", "object": "response"}))) as one:
