@@ -7197,6 +7197,17 @@ def leads_out(path: str) -> bool:
     return "\\" in path or not {".", ".."}.isdisjoint(names)
 
 
+def route_of(name: str) -> str:
+    """The key in ROUTES that a path without /v1 would have."""
+    return "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/")
+
+
+def plain_path(path: str) -> str:
+    """The path that lenient upstreams take this one for: slashes merged, `;x` dropped, small letters, one /v1."""
+    merged = re.sub("/+", "/", re.sub(";[^/]*", "", path)).lower()
+    return re.sub("^(/v1)+(?=/)", "", merged)
+
+
 def raw_path(target: str, path: str) -> str:
     """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404)."""
     # Judged decoded, since whoever comes behind may decode. Only a /v1/ spelled as such is taken off: wherever else it
@@ -7218,13 +7229,16 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
     # Clients with a base_url that lacks /v1 are common, and mean the same; but nothing is opened to them beyond that.
     _, path, query = split_target(target)
     name = path[3:] if path.startswith("/v1/") else path
-    route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/")
+    route = route_of(name)
     wanted, handler = ROUTES.get(route, ("", ""))
     if wanted and method in (wanted, "HEAD" if wanted == "GET" else wanted):
         if route in INFERENCE and {"inference", "*"}.isdisjoint(endpoints):
             raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
         return handler, name if route == "/models/*" else route, query
-    # Where slashes are merged, or `;x` is dropped, POST /v1/chat//completions would be a chat that nobody counted.
+    # Passed on, POST /v1/chat//completions would be a chat that nobody counted, where slashes are merged.
+    plain = route_of(plain_path(path))
+    if plain in ROUTES and plain != route:
+        raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
     plainly = "//" not in path and ";" not in path
     group = "objects" if plainly and name[1:].partition("/")[0] in OBJECTS else "*"
     if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":

@@ -220,6 +220,40 @@ async def test_what_is_sent_is_the_path_that_was_judged(target: str) -> None:
             assert one.seen[-1].start == "GET /v1/files/x://y/v1/z HTTP/1.1"
 
 
+@pytest.mark.parametrize("endpoints", [["*"], ["objects"], ["inference", "objects", "*"]])
+async def test_no_spelling_of_a_route_of_ours_goes_past_it(endpoints: "list[str]") -> None:
+    """What an upstream that merges slashes, drops parameters or knows no capitals would run as a chat is refused."""
+    async with Upstream(answers(json_reply(200, ANSWER))) as one:
+        async with Running(controller("a", one.url), endpoints=endpoints) as server:
+            for path in (
+                "//chat/completions",
+                "/chat//completions",
+                "/chat/%2Fcompletions",
+                "/chat%2F/completions//",
+                "/chat/completions;x=y",
+                "/chat/completions%3bx",
+                "/chat;a/;b/completions;c",
+                "/Chat/Completions",
+                "/chat/%43ompletions",
+                "/v1/chat/completions",
+                "//v1//v1/responses",
+                "/audio//speech",
+                "/embeddings;",
+                "//models",
+                "/MODELS/gpt-4",
+                "/status;x",
+            ):
+                for method in ("POST", "GET"):
+                    found = await ask(server, method, "/v1" + path, {"model": "m", "messages": [], "input": "x"})
+                    assert (found.status, found.json()["error"]["code"]) == (404, "unknown_url"), path
+            assert not one.seen
+        if endpoints == ["*"]:
+            async with Running(controller("a", one.url), endpoints=endpoints) as server:
+                for path in ("/x//y", "/chat;x/other", "/V1/x", "/Files/a", "/models/Org//m;x"):
+                    assert (await ask(server, "DELETE", "/v1" + path)).status == 200
+                    assert one.seen[-1].start == "DELETE /v1%s HTTP/1.1" % path
+
+
 async def test_binary_answers_come_back_as_they_are() -> None:
     """Speech is bytes, not JSON."""
     sound = bytes(range(256)) * 9
