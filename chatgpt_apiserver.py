@@ -3032,14 +3032,19 @@ def close_unwanted(dialling: "asyncio.Task[Link]") -> None:
 
 
 class ConnectionPool:
-    """Idle connections per origin, the most recently used first, so that the surplus grows old and closes."""
+    """Idle connections per origin, the most recently used first, so that the surplus grows old and closes.
+
+    `most`: connections of any kind that the system has files for. Idle ones make room for new ones; as many as are
+    needed at once are never refused.
+    """
 
     def __init__(self, outbox: Outbox, dial: Dial = dial) -> None:
         self.outbox, self.dial = outbox, dial
         self.head_bytes, self.line_bytes = UPSTREAM_HEAD_BYTES, CHUNK_LINE_BYTES
         self.idle: "dict[Origin, list[UpstreamConnection]]" = {}
         self.active: "set[UpstreamConnection]" = set()
-        self.idle_count, self.closed = 0, False
+        self.idle_count, self.dialling, self.closed = 0, 0, False
+        self.most = math.inf
 
     def __repr__(self) -> str:
         return "<ConnectionPool idle=%d active=%d>" % (self.idle_count, len(self.active))
@@ -3059,6 +3064,10 @@ class ConnectionPool:
 
     async def connect(self, origin: Origin, within_s: float) -> UpstreamConnection:
         """A fresh connection. Raises ConnectFailed, within `within_s` seconds."""
+        # Without a file left the dial would fail, and its controller be blamed.
+        if self.idle_count and self.idle_count + len(self.active) + self.dialling >= self.most:
+            self._drop_oldest()
+        self.dialling += 1
         # A task of its own, because asyncio.timeout needs one, which a fiber is not.
         dialling = asyncio.get_running_loop().create_task(self._dial(origin, within_s))
         try:
@@ -3071,6 +3080,8 @@ class ConnectionPool:
             raise ConnectFailed("no connection to %s within %g s" % (origin.authority, within_s)) from None
         except (OSError, UnicodeError, UpstreamError) as problem:
             raise ConnectFailed("no connection to %s: %s" % (origin.authority, problem)) from problem
+        finally:
+            self.dialling -= 1
         connection = UpstreamConnection(origin, link, self)
         self.active.add(connection)
         return connection
@@ -3092,8 +3103,12 @@ class ConnectionPool:
         connection.deadline.set(connection.loop.time() + IDLE_UPSTREAM_S)
         self.idle.setdefault(connection.origin, []).append(connection)
         self.idle_count += 1
-        if self.idle_count > IDLE_UPSTREAM_COUNT:  # close the one that is idle longest
-            self.drop(min((one[0] for one in self.idle.values() if one), key=lambda one: one.deadline.at))
+        if self.idle_count > IDLE_UPSTREAM_COUNT:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        """Closes the one that is idle longest."""
+        self.drop(min((one[0] for one in self.idle.values() if one), key=lambda one: one.deadline.at))
 
     def drop(self, connection: UpstreamConnection) -> None:
         """Closes an idle connection that has expired or ended."""
@@ -8639,8 +8654,10 @@ def trim_heap() -> None:
 
 def fit_connections(server: Server, files: float) -> None:
     """Bounds the connections by the open files, two each: without one for the upstream a client is of no use."""
-    # Let in, it would wait for a descriptor that the next client takes: refused, it may try another server.
-    server.most = max(1.0, (files - SPARE_FILES) // 2)
+    # Let in, it would wait for a descriptor that the next client takes: refused, it may try another server. The other
+    # half is for upstream connections, the idle ones among them. (Infinity // 2 is no number.)
+    most = files if files == math.inf else max(1.0, (files - SPARE_FILES) // 2)
+    server.most = server.links.most = most
     if server.most < server.config.limits.connections:
         log.warning("open files are limited to %d: at most %d clients at once", files, server.most)
 
