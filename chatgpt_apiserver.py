@@ -8053,7 +8053,8 @@ Pages = dict[str, tuple[list[dict[str, Any]], bool]]  # by account: its objects,
 def created_at(item: "dict[str, Any]") -> float:
     """When an object was made, by which lists are sorted; chat completions spell it shorter."""
     found = item.get("created_at") or item.get("created")
-    return found if isinstance(found, int | float) else 0.0
+    # Python's JSON has NaN, to which nothing compares: one would leave the others in any order.
+    return found if isinstance(found, int | float) and -math.inf < found < math.inf else 0.0
 
 
 def merge_pages(pages: "Pages", limit: int, descending: bool) -> "tuple[list[tuple[dict[str, Any], str]], bool]":

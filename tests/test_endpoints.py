@@ -548,6 +548,15 @@ async def test_an_object_that_cannot_be_named_is_left_out() -> None:
             assert one.seen[-1].start == "GET /v1/files?after=file-1 HTTP/1.1"
 
 
+def test_a_time_that_is_none_does_not_spoil_the_order() -> None:
+    """What is no number, or none that can be compared, counts as 0: behind all others in a list of the newest."""
+    words = [b"NaN", b"3", b"null", b"Infinity", b"1e999", b'"9"', b"5", b"-Infinity", b"4.5", b"1" + b"0" * 400]
+    items = [json.loads(b'{"id": "x", "created_at": %b}' % word) for word in words]
+    shown, more = app.merge_pages({"a": (items, False)}, 0, True)
+    times = [item["created_at"] for item, _ in shown]
+    assert times[:4] == [10**400, 5, 4.5, 3] and len(times) == 10 and not more
+
+
 async def test_a_head_of_an_object_has_no_length_of_our_making() -> None:
     """What the upstream's GET would bring is not known: to say 0 would be a lie."""
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
