@@ -405,11 +405,13 @@ def shown(value: "Any") -> str:
 
 def nearest(word: str, known: "Iterable[str]") -> str:
     """The hint that helps with an unknown word; "" when nothing is like it."""
-    # 0.6 is difflib's own measure: "wieght" finds weight, "grok" finds groq, "zzz" finds nothing.
+    # 0.6 is difflib's own measure: "wieght" finds weight, "grok" finds groq, "zzz" finds nothing. Capitals are no
+    # reason to find nothing: "OpenAI" is openai.
     import difflib  # only mistakes need it
 
-    close = difflib.get_close_matches(word, sorted(known), 1, 0.6)
-    return "did you mean %r?" % close[0] if close else ""
+    names = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), sorted(names), 1, 0.6)
+    return "did you mean %r?" % names[close[0]] if close else ""
 
 
 def beside(source: str, name: str) -> str:
@@ -489,7 +491,12 @@ class Section:
         """Refuses other keys. Called before any is read, as a wrong name is why its right one is missing."""
         for key in self.data:
             if key not in known:
-                hint = nearest(key, known) or "allowed here: " + ", ".join(sorted(known))
+                hint = nearest(key, known)
+                if not hint and (self.path or "controllers" in known):  # an account's own file has no other places
+                    here = re.sub(r"\[\d+\]", "[]", self.path)
+                    hint = " or ".join(place for place in places_of(key) if place != here)
+                    hint = hint and "its place is " + hint
+                hint = hint or "allowed here: " + ", ".join(sorted(known))
                 raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), hint))
 
     def take(self, key: str, default: "Any" = None) -> "Any":
@@ -939,6 +946,18 @@ class Config(Record):
 
 
 # -- from a mapping to records
+
+
+def places_of(key: str) -> "list[str]":
+    """Where `key` may stand, for who has put it elsewhere: an api_key beside `config` in place of inside."""
+    kinds: "list[tuple[str, type[Record]]]" = [
+        ("controllers[].config", AccountConfig), ("controllers[]", ControllerConfig), ("client_keys[]", ClientKey),
+        ("the top level", Config),
+    ]
+    for path, kind in kinds:  # which grows on the way by the records inside
+        inner = path + "." if kind is not Config else ""
+        kinds += [(inner + name, one.more[0]) for name, one in kind.settings.items() if one.read is Section.record]
+    return [path for path, kind in kinds if key in kind.settings]
 
 
 def key_digest(key: bytes) -> bytes:
@@ -8620,7 +8639,11 @@ def parse_args(argv: "list[str]") -> "dict[str, str]":
     try:
         found, rest = getopt.getopt(argv, "h", [*FLAGS, *SWITCHES])
     except getopt.GetoptError as problem:
-        raise ConfigError("%s; --help shows every flag" % problem) from None
+        known = [flag.rstrip("=") for flag in (*FLAGS, *SWITCHES)]
+        hint = nearest(problem.opt, known).replace("'", "'--", 1) if "not recognized" in problem.msg else ""
+        if len(problem.opt) == 1:
+            hint = "long flags begin with two dashes;"
+        raise ConfigError(" ".join(filter(None, ("%s;" % problem, hint, "--help shows every flag")))) from None
     if rest:
         raise ConfigError("unexpected argument %r; --help shows every flag" % rest[0])
     return {"help" if name == "-h" else name[2:].replace("-", "_"): value for name, value in found}
