@@ -394,11 +394,23 @@ NO_SECRET = Secret("")
 WORD = "a non-empty string"
 
 
+class Told(str):
+    """Words of ours about what was found, where it cannot be repeated or there is nothing to repeat: no quotation."""
+
+
+def kind_of(value: "Any") -> Told:
+    """What `value` is, for who knows JSON and not Python, where it may be a secret."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return Told(names.get(type(value), "a number" if isinstance(value, (int, float)) else "something else"))
+
+
 def shown(value: "Any") -> str:
     """`value` as a message may show it: short, and never a text that could be a secret, or what may hold one."""
     # People paste keys where a name belongs, and then the error into an issue. Real keys are longer than 40 characters.
+    if isinstance(value, Told):
+        return value
     if value and isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
+        return kind_of(value)
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 42 else "a text of %d characters" % len(value if isinstance(value, str) else text)
 
@@ -468,7 +480,7 @@ class Section:
         self.source, self.path, self.env, self.overrides = source, path, env, overrides
         # A string is not shown: `"config": "sk-..."` is a mistake that people make.
         if not isinstance(data, dict):
-            found = "a string" if isinstance(data, str) else shown(data)
+            found = kind_of(data) if isinstance(data, str) else shown(data)
             raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", found))
         self.data: "dict[str, Any]" = data
         self.preset: "dict[str, Any]" = {}
@@ -527,7 +539,7 @@ class Section:
         """A list of mappings."""
         value = self.take(key)
         if not isinstance(value, (list, type(None))):
-            raise self.error(key, type(value).__name__, "a list of objects")
+            raise self.error(key, kind_of(value), "a list of objects")
         return [self.section("%s[%d]" % (key, number), item) for number, item in enumerate(value or ())]
 
     def record(self, key: str, value: "Any", kind: "type[Record]") -> "Record":
@@ -563,7 +575,7 @@ class Section:
         if not isinstance(value, bool if shape is bool else str) or (shape is WORD and not value):
             raise self.error(key, value, {bool: "true or false", str: "a string"}.get(shape, WORD))
         if not str(value).isprintable():  # it would break a line of the log, or a header
-            raise self.error(key, "a character that cannot be printed", "printable characters")
+            raise self.error(key, Told("a character that cannot be printed"), "printable characters")
         return value
 
     def one_of(self, key: str, value: "Any", names: "Collection[str]", allowed: str) -> "Any":
@@ -582,7 +594,7 @@ class Section:
     def secret(self, key: str, value: "Any") -> Secret:
         """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
         if not isinstance(value, str):
-            raise self.error(key, type(value).__name__, "a string, $NAME or file:PATH")
+            raise self.error(key, kind_of(value), "a string, $NAME or file:PATH")
         # What begins with $ and is no name is a literal: passwords of proxies may well begin so.
         named = re.fullmatch(r"\$(\{)?(\w+)(?(1)\})", value)
         if named:
@@ -602,7 +614,8 @@ class Section:
                 raise self.error(key, value[5:], "a readable file (%s)" % problem) from problem
         value = value.strip()  # editors and `echo` end a file with a line end, which no header can hold
         if not (value.isascii() and value.isprintable()):
-            raise self.error(key, "a character outside printable ASCII", "printable ASCII (it goes into a header)")
+            found = Told("a character outside printable ASCII")
+            raise self.error(key, found, "printable ASCII (it goes into a header)")
         return Secret(value)
 
     def file(self, key: str, value: "Any") -> str:
@@ -691,13 +704,18 @@ def read_port(section: Section, key: str, value: "Any") -> int:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value):
         value = int(value)
     if type(value) is not int or not 0 <= value <= 65535:
-        raise section.error(key, value, "a number from 0 to 65535 (0: any free port)")
+        raise section.error(key, value, "a whole number from 0 to 65535 (0: any free port)")
     return value
 
 
 def read_rescue(section: Section, key: str, value: "Any") -> "float | None":
     """Seconds, or "auto" for what the times of the last answers say: None here, as it is no number."""
-    return None if value == "auto" else section.number(key, value, 0.0, 3600.0)
+    if value == "auto":
+        return None
+    try:
+        return section.number(key, value, 0.0, 3600.0)
+    except ConfigError as problem:
+        raise ConfigError('%s, or "auto"' % problem) from None
 
 
 def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any":
@@ -741,7 +759,7 @@ def read_proxy(section: Section, key: str, value: "Any") -> Secret:
         if proxy:
             read_url(section, key, proxy.reveal(), ("http",))
     except ConfigError:
-        raise section.error(key, "something else", "http://[user:password@]host:port") from None
+        raise section.error(key, Told("another URL or none"), "http://[user:password@]host:port") from None
     return proxy
 
 
@@ -981,7 +999,7 @@ def parse_digest(section: Section) -> bytes:
     key = section.secret("key", section.take("key", "")).reveal()
     hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
     if not key or (key.startswith("sha256:") and not hashed):
-        raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
+        raise section.error("key", Told("nothing usable"), "a key, $NAME, file:PATH or sha256:<64 hex digits>")
     return bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode())
 
 
@@ -999,7 +1017,7 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
             if client.name == other.name:
                 raise section.error("name", client.name, "a name that no other client key has")
             if client.digest == other.digest:  # of two names for one key only the first would ever count
-                raise section.error("key", "the key of " + other.name, "a key of its own")
+                raise section.error("key", Told("the key of " + other.name), "a key of its own")
         found.append(client)
     return tuple(found)
 
@@ -1056,10 +1074,10 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
     # without: servers of one's own rarely want any, vendors always do.
     url, local = account.base_url, account.base_url.startswith("http://localhost")
     if not account.api_key and (url.startswith("https://api.openai.com") or not (own or local)):
-        raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
+        raise section.error("api_key", Told("nothing"), "an API key, $NAME or file:PATH")
     if kind == "azure" and (url == OPENAI_URL or "/deployments" in url):
         # The portal shows URLs with the deployment in them; here `model_map` says which model is which deployment.
-        found = section.data.get("base_url") or "nothing"
+        found = section.data.get("base_url") or Told("nothing")
         raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
     return account
 
@@ -1095,7 +1113,7 @@ def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
                 )
         found.append(one)
     if not found:  # a server that can answer nothing but 404 is a mistake
-        raise top.error("controllers", top.take("controllers"), "a list of at least one controller")
+        raise top.error("controllers", Told("nothing"), "a list of at least one controller")
     return tuple(found)
 
 

@@ -64,11 +64,21 @@ def test_defaults() -> None:
 MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message says
     ([], "top level", "found .*, allowed: an object"),
     ({}, "controllers", "at least one controller"),
-    ({"controllers": {}}, "controllers", "a list of objects"),
+    ({"controllers": []}, "controllers", "found nothing, allowed: a list of at least one controller"),
+    ({"controllers": {}}, "controllers", "found an object, allowed: a list of objects"),
+    ({"controllers": "openai"}, "controllers", "found a string, allowed: a list of objects"),
+    (one(config={"api_key": [KEY]}), "controllers[0].config.api_key", "found a list, allowed: a string"),
+    (one(config={"api_key": 1.5}), "controllers[0].config.api_key", "found a number, allowed: a string"),
+    (one(config={"api_key": True}), "controllers[0].config.api_key", "found true or false, allowed: a string"),
+    (one(config={"api_key": "sk\x00"}), "controllers[0].config.api_key", "found a character outside printable ASCII,"),
+    (one(config={"api_key": ""}), "controllers[0].config.api_key", "found nothing, allowed: an API key"),
+    (one(name="nothing\n"), "controllers[0].name", "found a character that cannot be printed,"),
+    (dict(GOOD, pool={"rescue_after": -1}), "pool.rescue_after", 'found -1, allowed: a number from 0 to 3600, or "auto"'),
+    (dict(GOOD, client_keys=[{"name": "x"}]), "client_keys[0].key", "found nothing usable, allowed: a key"),
     ({"controllers": ["x"]}, "controllers[0]", "an object"),
     (dict(GOOD, prot=1), "prot", "unknown key; did you mean 'port'"),
     (dict(GOOD, zzzzzz=1), "zzzzzz", "unknown key; allowed here: .*controllers"),
-    (dict(GOOD, port="http"), "port", 'found "http", allowed: a number from 0 to 65535'),
+    (dict(GOOD, port="http"), "port", 'found "http", allowed: a whole number from 0 to 65535'),
     (dict(GOOD, port=True), "port", "found true"),
     (dict(GOOD, port=65536), "port", "found 65536"),
     (dict(GOOD, port=80.5), "port", "found 80.5"),
@@ -115,7 +125,7 @@ MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message sa
     (one(type="opnai"), "controllers[0].type", "did you mean 'openai'"),
     (one(type="grok"), "controllers[0].type", r"openai | .*echo | a vendor that README.md names \(did you mean 'groq'\?\)"),
     (one(type="zzz"), "controllers[0].type", "a vendor that README.md names$"),
-    (one(type="azure"), "controllers[0].config.base_url", 'found "nothing", allowed: https://NAME.openai.azure.com'),
+    (one(type="azure"), "controllers[0].config.base_url", 'found nothing, allowed: https://NAME.openai.azure.com'),
     (one(type="azure", config={"base_url": "https://r.example"}), "controllers[0].config.api_key", "an API key"),
     (
         one(type="azure", config={"api_key": KEY, "base_url": "https://r.example/openai/deployments/d"}),
@@ -392,7 +402,7 @@ def test_environment_mistakes_and_kubernetes(tmp_path: Path) -> None:
     """A bad override is an error; the address that Kubernetes sets for a service of this name is not ours."""
     file = write(tmp_path / "c.json")
     for variable, found in (
-        ("PORT", '"x", allowed: a number from 0'),
+        ("PORT", '"x", allowed: a whole number from 0'),
         ("DRAIN_DELAY", '"x"'),
         ("POOL_MAX_WAIT", '-1, allowed: a number from 0 to 3600'),
         ("POOL_TYPE", '"x", allowed: balanced'),
@@ -407,7 +417,7 @@ def test_environment_mistakes_and_kubernetes(tmp_path: Path) -> None:
 def test_a_mistake_is_told_of_what_set_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flag or variable that overrides a file is named in its place; a flag comes before a variable."""
     file = write(tmp_path / "c.json", dict(GOOD, host=5))
-    with pytest.raises(app.ConfigError, match=r"^--port: found \"x\", allowed: a number from 0"):
+    with pytest.raises(app.ConfigError, match=r"^--port: found \"x\", allowed: a whole number from 0"):
         load({"CHATGPT_APISERVER_PORT": "y", "CHATGPT_APISERVER_HOST": "::1"}, file, port="x")
     with pytest.raises(app.ConfigError, match=r"c\.json: host: found 5"):
         load({"CHATGPT_APISERVER_PORT": "y"}, file)
