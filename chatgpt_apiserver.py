@@ -391,6 +391,7 @@ class Secret:
 
 
 NO_SECRET = Secret("")
+VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 WORD = "a non-empty string"
 
 
@@ -574,6 +575,8 @@ class Section:
             return self.one_of(key, value, shape, " | ".join(shape))
         if not isinstance(value, bool if shape is bool else str) or (shape is WORD and not value):
             raise self.error(key, value, {bool: "true or false", str: "a string"}.get(shape, WORD))
+        if isinstance(value, str) and VARIABLE.fullmatch(value):  # no project and no model is called $NAME
+            raise self.error(key, value, "the text itself; variables are read for keys, proxies and headers only")
         if not str(value).isprintable():  # it would break a line of the log, or a header
             raise self.error(key, Told("a character that cannot be printed"), "printable characters")
         return value
@@ -595,8 +598,9 @@ class Section:
         """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
         if not isinstance(value, str):
             raise self.error(key, kind_of(value), "a string, $NAME or file:PATH")
-        # What begins with $ and is no name is a literal: passwords of proxies may well begin so.
-        named = re.fullmatch(r"\$(\{)?(\w+)(?(1)\})", value)
+        # What begins with $ and is no name is a literal: passwords of proxies may well begin so. But not with ${, as
+        # what shells make of ${NAME:-default} is not known here.
+        named = VARIABLE.fullmatch(value)
         if named:
             name = named.group(2)
             if not self.env.get(name):
@@ -606,6 +610,8 @@ class Section:
                 )
                 raise self.error(key, value, told % (name, name))
             value = self.env[name]
+        elif value.startswith("${"):
+            raise self.error(key, Told("${ and more than a name"), "a literal, $NAME, ${NAME} or file:PATH")
         elif value.startswith("file:"):
             try:
                 with open(beside(self.source, value[5:]), encoding="utf-8") as file:
@@ -730,7 +736,30 @@ def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any
 
 def read_hosts(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
     """Names of hosts, in which case says nothing (RFC 9110, 4.2.3); they are compared at each request."""
-    return tuple(name.lower() for name in section.fit(key, value, [WORD]))
+    names = read_words(section, key, value, r"\*|[^/*\s]+", 'a host with or without port, or "*" for all')
+    return tuple(name.lower() for name in names)
+
+
+def read_words(section: Section, key: str, value: "Any", pattern: str, allowed: str) -> "tuple[str, ...]":
+    """A list of words to compare others with: one that no other could be equal to is a mistake."""
+    words: "tuple[str, ...]" = section.fit(key, value, [WORD])
+    return tuple(section.word("%s[%d]" % (key, at), word, pattern, allowed) for at, word in enumerate(words))
+
+
+def read_host(section: Section, key: str, value: "Any") -> str:
+    """The address to listen on, or a name of it; an IPv6 one may stand in brackets, as in a URL."""
+    host: str = section.fit(key, value, str)
+    bare = host[1:-1] if re.fullmatch(r"\[.*:.*\]", host) else host
+    try:
+        if ":" in bare:
+            import ipaddress  # 2 ms that only IPv6 costs
+
+            ipaddress.IPv6Address(bare)
+    except ValueError:
+        bare = "/"
+    if re.search(r"[/*\s\[\]]", bare):  # now and not at the listener, as --check opens none
+        raise section.error(key, host, "a name or an address of this machine, without scheme and port")
+    return bare
 
 
 def read_url(section: Section, key: str, value: "Any", schemes: "tuple[str, ...]") -> str:
@@ -933,7 +962,11 @@ class TlsFiles(Record):
 class CorsConfig(Record):
     """The pages that may use the server."""
 
-    allow_origins: "tuple[str, ...]" = setting((), [WORD])
+    # Not only of the web: editors and mobile apps have schemes of their own.
+    allow_origins: "tuple[str, ...]" = setting(
+        (), r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+", 'scheme://host[:port] without a path, "null" or "*"',
+        by=read_words,
+    )
 
 
 class LogConfig(Record):
@@ -950,7 +983,7 @@ class Config(Record):
     client_keys: "tuple[ClientKey, ...]"
     source: str
     # Loopback, as who starts this with a key in the environment has not yet said who may spend it.
-    host: str = "127.0.0.1"
+    host: str = setting("127.0.0.1", by=read_host)
     port: int = setting(8080, by=read_port)
     pool: PoolConfig = PoolConfig()
     endpoints: "tuple[str, ...]" = setting(ENDPOINTS[:1], [ENDPOINTS])
@@ -1047,6 +1080,17 @@ def check_params(section: Section, account: AccountConfig) -> None:
             raise section.error("rename_params", new, "each new name once")
 
 
+def check_pasted(section: Section, account: AccountConfig) -> None:
+    """Refuses more than belongs into a value: each request would fail, and nobody's 401 or 404 tells why."""
+    # Files for docker's --env-file keep their quotation marks, and examples for curl show "Bearer sk-...".
+    if re.search("[\"' ]" if account.auth_scheme else "[\"']", account.api_key.reveal()):
+        found = Told("a key with blanks or quotation marks")
+        raise section.error("api_key", found, "the key alone; auth_scheme (Bearer) is put before it")
+    if account.base_url.endswith(account.chat_path):
+        allowed = "the address without %s, which is put behind it" % account.chat_path
+        raise section.error("base_url", account.base_url, allowed)
+
+
 def parse_account(section: Section, kind: str) -> AccountConfig:
     """The `config` of a controller of this type, in place or in its own file.
 
@@ -1070,6 +1114,7 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
     section.preset = preset
     account = AccountConfig(**section.values(AccountConfig))
     check_params(section, account)
+    check_pasted(section, account)
     # A forgotten key is told now and not by a 401 later. Only a base_url of the user's own, or a local one, may do
     # without: servers of one's own rarely want any, vendors always do.
     url, local = account.base_url, account.base_url.startswith("http://localhost")

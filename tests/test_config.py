@@ -195,6 +195,29 @@ MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message sa
     (one(type="anthropic", config={"rate_codes": []}), "controllers[0].config.rate_codes", "unknown key; allowed here"),
     (one(type="OpenAI"), "controllers[0].type", "did you mean 'openai'"),
     (dict(GOOD, log={"level": "INFO"}), "log.level", "did you mean 'info'"),
+    (one(config={"api_key": "Bearer sk-x"}), "controllers[0].config.api_key", "found a key with blanks.*the key alone"),
+    (one(config={"api_key": '"sk-x"'}), "controllers[0].config.api_key", "found a key with blanks or quotation marks"),
+    (one(type="anthropic", config={"api_key": "'sk-x'"}), "controllers[0].config.api_key", "found a key with blanks"),
+    (one(config={"api_key": "${A:-b}"}), "controllers[0].config.api_key", r"found \$\{ and more than a name, allowed: a lit"),
+    (one(config={"api_key": "${A"}), "controllers[0].config.api_key", r"found \$\{ and more than a name"),
+    (one(config={"api_key": KEY, "project": "$P"}), "controllers[0].config.project", r'found "\$P", allowed: the text'),
+    (one(models=["a", "${M}"]), "controllers[0].models[1]", r'found "\$\{M\}", allowed: the text itself'),
+    (
+        one(config={"api_key": KEY, "base_url": "https://a/v1/chat/completions/"}),
+        "controllers[0].config.base_url",
+        "allowed: the address without /chat/completions, which is put behind it",
+    ),
+    (
+        one(type="anthropic", config={"api_key": KEY, "base_url": "https://a/v1/messages"}),
+        "controllers[0].config.base_url",
+        "allowed: the address without /messages",
+    ),
+    *((dict(GOOD, host=host), "host", "allowed: a name or an address of this machine, without scheme and port") for host in
+      ("127.0.0.1:80", "http://a", "a b", "*", "[::1]:80", "[a]", "::1]", "a/b")),
+    *((dict(GOOD, cors={"allow_origins": ["*", one]}), "cors.allow_origins[1]", "allowed: scheme://host") for one in
+      ("https://a.example/", "a.example", "https://*.a.example", "https://a/b", "//a", "https:// a")),
+    *((dict(GOOD, allowed_hosts=["a", one]), "allowed_hosts[1]", "allowed: a host with or without port") for one in
+      ("https://a.example", "*.a.example", "a/", "a b")),
     ({"controlers": []}, "controlers", "unknown key; did you mean 'controllers'"),
     (one(config={"api_key": KEY, "base_ulr": ""}), "controllers[0].config.base_ulr", "did you mean 'base_url'"),
     (one(config={"api_key": KEY, "base_url": "ftp://a"}), "controllers[0].config.base_url", "http://host"),
@@ -217,6 +240,22 @@ MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message sa
         "same quota_group",
     ),
 ]
+
+
+def test_what_only_looks_like_a_mistake() -> None:
+    """Brackets of an IPv6 address, origins of apps, ports of hosts, and keys that carry their own scheme are fine."""
+    account = {"api_key": "Key of mine", "auth_header": "Authorization", "auth_scheme": "", "headers": {"X": "$$x"}}
+    data = {
+        **one(config={**account, "base_url": "https://a/chat", "proxy": "http://$u:p@a:1"}),
+        "host": "[::1]",
+        "cors": {"allow_origins": ["null", "*", "https://a.example:8443", "capacitor://localhost", "app://Obsidian.md"]},
+        "allowed_hosts": ["A.example:80", "::1", "[::1]:80", "*"],
+    }
+    found = app.parse_config(data, "c.json", {})
+    assert found.host == "::1" and found.allowed_hosts == ("a.example:80", "::1", "[::1]:80", "*")
+    assert found.cors.allow_origins[-1] == "app://Obsidian.md"
+    for host in ("", "0.0.0.0", "::", "fe80::1%eth0", "my_host.local"):
+        assert app.parse_config(dict(GOOD, host=host), "c.json", {}).host == host
 
 
 @pytest.mark.parametrize(("data", "path", "words"), MISTAKES, ids=[mistake[1] for mistake in MISTAKES])
