@@ -391,25 +391,40 @@ class Secret:
 
 
 NO_SECRET = Secret("")
+VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 WORD = "a non-empty string"
+
+
+class Told(str):
+    """Words of ours about what was found, where it cannot be repeated or there is nothing to repeat: no quotation."""
+
+
+def kind_of(value: "Any") -> Told:
+    """What `value` is, for who knows JSON and not Python, where it may be a secret."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return Told(names.get(type(value), "a number" if isinstance(value, (int, float)) else "something else"))
 
 
 def shown(value: "Any") -> str:
     """`value` as a message may show it: short, and never a text that could be a secret, or what may hold one."""
     # People paste keys where a name belongs, and then the error into an issue. Real keys are longer than 40 characters.
+    if isinstance(value, Told):
+        return value
     if value and isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
+        return kind_of(value)
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 42 else "a text of %d characters" % len(value if isinstance(value, str) else text)
 
 
 def nearest(word: str, known: "Iterable[str]") -> str:
     """The hint that helps with an unknown word; "" when nothing is like it."""
-    # 0.6 is difflib's own measure: "wieght" finds weight, "grok" finds groq, "zzz" finds nothing.
+    # 0.6 is difflib's own measure: "wieght" finds weight, "grok" finds groq, "zzz" finds nothing. Capitals are no
+    # reason to find nothing: "OpenAI" is openai.
     import difflib  # only mistakes need it
 
-    close = difflib.get_close_matches(word, sorted(known), 1, 0.6)
-    return "did you mean %r?" % close[0] if close else ""
+    names = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), sorted(names), 1, 0.6)
+    return "did you mean %r?" % names[close[0]] if close else ""
 
 
 def beside(source: str, name: str) -> str:
@@ -466,7 +481,7 @@ class Section:
         self.source, self.path, self.env, self.overrides = source, path, env, overrides
         # A string is not shown: `"config": "sk-..."` is a mistake that people make.
         if not isinstance(data, dict):
-            found = "a string" if isinstance(data, str) else shown(data)
+            found = kind_of(data) if isinstance(data, str) else shown(data)
             raise ConfigError("%s: %s: found %s, allowed: an object" % (source, path or "top level", found))
         self.data: "dict[str, Any]" = data
         self.preset: "dict[str, Any]" = {}
@@ -489,7 +504,12 @@ class Section:
         """Refuses other keys. Called before any is read, as a wrong name is why its right one is missing."""
         for key in self.data:
             if key not in known:
-                hint = nearest(key, known) or "allowed here: " + ", ".join(sorted(known))
+                hint = nearest(key, known)
+                if not hint and (self.path or "controllers" in known):  # an account's own file has no other places
+                    here = re.sub(r"\[\d+\]", "[]", self.path)
+                    hint = " or ".join(place for place in places_of(key) if place != here)
+                    hint = hint and "its place is " + hint
+                hint = hint or "allowed here: " + ", ".join(sorted(known))
                 raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), hint))
 
     def take(self, key: str, default: "Any" = None) -> "Any":
@@ -520,7 +540,7 @@ class Section:
         """A list of mappings."""
         value = self.take(key)
         if not isinstance(value, (list, type(None))):
-            raise self.error(key, type(value).__name__, "a list of objects")
+            raise self.error(key, kind_of(value), "a list of objects")
         return [self.section("%s[%d]" % (key, number), item) for number, item in enumerate(value or ())]
 
     def record(self, key: str, value: "Any", kind: "type[Record]") -> "Record":
@@ -555,8 +575,10 @@ class Section:
             return self.one_of(key, value, shape, " | ".join(shape))
         if not isinstance(value, bool if shape is bool else str) or (shape is WORD and not value):
             raise self.error(key, value, {bool: "true or false", str: "a string"}.get(shape, WORD))
+        if isinstance(value, str) and VARIABLE.fullmatch(value):  # no project and no model is called $NAME
+            raise self.error(key, value, "the text itself; variables are read for keys, proxies and headers only")
         if not str(value).isprintable():  # it would break a line of the log, or a header
-            raise self.error(key, "a character that cannot be printed", "printable characters")
+            raise self.error(key, Told("a character that cannot be printed"), "printable characters")
         return value
 
     def one_of(self, key: str, value: "Any", names: "Collection[str]", allowed: str) -> "Any":
@@ -575,9 +597,10 @@ class Section:
     def secret(self, key: str, value: "Any") -> Secret:
         """A literal, `$NAME`, `${NAME}` or `file:PATH`; the value is never part of a message."""
         if not isinstance(value, str):
-            raise self.error(key, type(value).__name__, "a string, $NAME or file:PATH")
-        # What begins with $ and is no name is a literal: passwords of proxies may well begin so.
-        named = re.fullmatch(r"\$(\{)?(\w+)(?(1)\})", value)
+            raise self.error(key, kind_of(value), "a string, $NAME or file:PATH")
+        # What begins with $ and is no name is a literal: passwords of proxies may well begin so. But not with ${, as
+        # what shells make of ${NAME:-default} is not known here.
+        named = VARIABLE.fullmatch(value)
         if named:
             name = named.group(2)
             if not self.env.get(name):
@@ -587,6 +610,8 @@ class Section:
                 )
                 raise self.error(key, value, told % (name, name))
             value = self.env[name]
+        elif value.startswith("${"):
+            raise self.error(key, Told("${ and more than a name"), "a literal, $NAME, ${NAME} or file:PATH")
         elif value.startswith("file:"):
             try:
                 with open(beside(self.source, value[5:]), encoding="utf-8") as file:
@@ -595,7 +620,8 @@ class Section:
                 raise self.error(key, value[5:], "a readable file (%s)" % problem) from problem
         value = value.strip()  # editors and `echo` end a file with a line end, which no header can hold
         if not (value.isascii() and value.isprintable()):
-            raise self.error(key, "a character outside printable ASCII", "printable ASCII (it goes into a header)")
+            found = Told("a character outside printable ASCII")
+            raise self.error(key, found, "printable ASCII (it goes into a header)")
         return Secret(value)
 
     def file(self, key: str, value: "Any") -> str:
@@ -684,13 +710,18 @@ def read_port(section: Section, key: str, value: "Any") -> int:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}", value):
         value = int(value)
     if type(value) is not int or not 0 <= value <= 65535:
-        raise section.error(key, value, "a number from 0 to 65535 (0: any free port)")
+        raise section.error(key, value, "a whole number from 0 to 65535 (0: any free port)")
     return value
 
 
 def read_rescue(section: Section, key: str, value: "Any") -> "float | None":
     """Seconds, or "auto" for what the times of the last answers say: None here, as it is no number."""
-    return None if value == "auto" else section.number(key, value, 0.0, 3600.0)
+    if value == "auto":
+        return None
+    try:
+        return section.number(key, value, 0.0, 3600.0)
+    except ConfigError as problem:
+        raise ConfigError('%s, or "auto"' % problem) from None
 
 
 def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any":
@@ -705,7 +736,30 @@ def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any
 
 def read_hosts(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
     """Names of hosts, in which case says nothing (RFC 9110, 4.2.3); they are compared at each request."""
-    return tuple(name.lower() for name in section.fit(key, value, [WORD]))
+    names = read_words(section, key, value, r"\*|[^/*\s]+", 'a host with or without port, or "*" for all')
+    return tuple(name.lower() for name in names)
+
+
+def read_words(section: Section, key: str, value: "Any", pattern: str, allowed: str) -> "tuple[str, ...]":
+    """A list of words to compare others with: one that no other could be equal to is a mistake."""
+    words: "tuple[str, ...]" = section.fit(key, value, [WORD])
+    return tuple(section.word("%s[%d]" % (key, at), word, pattern, allowed) for at, word in enumerate(words))
+
+
+def read_host(section: Section, key: str, value: "Any") -> str:
+    """The address to listen on, or a name of it; an IPv6 one may stand in brackets, as in a URL."""
+    host: str = section.fit(key, value, str)
+    bare = host[1:-1] if re.fullmatch(r"\[.*:.*\]", host) else host
+    try:
+        if ":" in bare:
+            import ipaddress  # 2 ms that only IPv6 costs
+
+            ipaddress.IPv6Address(bare)
+    except ValueError:
+        bare = "/"
+    if re.search(r"[/*\s\[\]]", bare):  # now and not at the listener, as --check opens none
+        raise section.error(key, host, "a name or an address of this machine, without scheme and port")
+    return bare
 
 
 def read_url(section: Section, key: str, value: "Any", schemes: "tuple[str, ...]") -> str:
@@ -734,7 +788,7 @@ def read_proxy(section: Section, key: str, value: "Any") -> Secret:
         if proxy:
             read_url(section, key, proxy.reveal(), ("http",))
     except ConfigError:
-        raise section.error(key, "something else", "http://[user:password@]host:port") from None
+        raise section.error(key, Told("another URL or none"), "http://[user:password@]host:port") from None
     return proxy
 
 
@@ -908,7 +962,11 @@ class TlsFiles(Record):
 class CorsConfig(Record):
     """The pages that may use the server."""
 
-    allow_origins: "tuple[str, ...]" = setting((), [WORD])
+    # Not only of the web: editors and mobile apps have schemes of their own.
+    allow_origins: "tuple[str, ...]" = setting(
+        (), r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+", 'scheme://host[:port] without a path, "null" or "*"',
+        by=read_words,
+    )
 
 
 class LogConfig(Record):
@@ -925,7 +983,7 @@ class Config(Record):
     client_keys: "tuple[ClientKey, ...]"
     source: str
     # Loopback, as who starts this with a key in the environment has not yet said who may spend it.
-    host: str = "127.0.0.1"
+    host: str = setting("127.0.0.1", by=read_host)
     port: int = setting(8080, by=read_port)
     pool: PoolConfig = PoolConfig()
     endpoints: "tuple[str, ...]" = setting(ENDPOINTS[:1], [ENDPOINTS])
@@ -939,6 +997,18 @@ class Config(Record):
 
 
 # -- from a mapping to records
+
+
+def places_of(key: str) -> "list[str]":
+    """Where `key` may stand, for who has put it elsewhere: an api_key beside `config` in place of inside."""
+    kinds: "list[tuple[str, type[Record]]]" = [
+        ("controllers[].config", AccountConfig), ("controllers[]", ControllerConfig), ("client_keys[]", ClientKey),
+        ("the top level", Config),
+    ]
+    for path, kind in kinds:  # which grows on the way by the records inside
+        inner = path + "." if kind is not Config else ""
+        kinds += [(inner + name, one.more[0]) for name, one in kind.settings.items() if one.read is Section.record]
+    return [path for path, kind in kinds if key in kind.settings]
 
 
 def key_digest(key: bytes) -> bytes:
@@ -962,7 +1032,7 @@ def parse_digest(section: Section) -> bytes:
     key = section.secret("key", section.take("key", "")).reveal()
     hashed = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", key)
     if not key or (key.startswith("sha256:") and not hashed):
-        raise section.error("key", "nothing usable", "a key, $NAME, file:PATH or sha256:<64 hex digits>")
+        raise section.error("key", Told("nothing usable"), "a key, $NAME, file:PATH or sha256:<64 hex digits>")
     return bytes.fromhex(hashed.group(1)) if hashed else key_digest(key.encode())
 
 
@@ -980,7 +1050,7 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
             if client.name == other.name:
                 raise section.error("name", client.name, "a name that no other client key has")
             if client.digest == other.digest:  # of two names for one key only the first would ever count
-                raise section.error("key", "the key of " + other.name, "a key of its own")
+                raise section.error("key", Told("the key of " + other.name), "a key of its own")
         found.append(client)
     return tuple(found)
 
@@ -1010,6 +1080,17 @@ def check_params(section: Section, account: AccountConfig) -> None:
             raise section.error("rename_params", new, "each new name once")
 
 
+def check_pasted(section: Section, account: AccountConfig) -> None:
+    """Refuses more than belongs into a value: each request would fail, and nobody's 401 or 404 tells why."""
+    # Files for docker's --env-file keep their quotation marks, and examples for curl show "Bearer sk-...".
+    if re.search("[\"' ]" if account.auth_scheme else "[\"']", account.api_key.reveal()):
+        found = Told("a key with blanks or quotation marks")
+        raise section.error("api_key", found, "the key alone; auth_scheme (Bearer) is put before it")
+    if account.base_url.endswith(account.chat_path):
+        allowed = "the address without %s, which is put behind it" % account.chat_path
+        raise section.error("base_url", account.base_url, allowed)
+
+
 def parse_account(section: Section, kind: str) -> AccountConfig:
     """The `config` of a controller of this type, in place or in its own file.
 
@@ -1033,14 +1114,15 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
     section.preset = preset
     account = AccountConfig(**section.values(AccountConfig))
     check_params(section, account)
+    check_pasted(section, account)
     # A forgotten key is told now and not by a 401 later. Only a base_url of the user's own, or a local one, may do
     # without: servers of one's own rarely want any, vendors always do.
     url, local = account.base_url, account.base_url.startswith("http://localhost")
     if not account.api_key and (url.startswith("https://api.openai.com") or not (own or local)):
-        raise section.error("api_key", "nothing", "an API key, $NAME or file:PATH")
+        raise section.error("api_key", Told("nothing"), "an API key, $NAME or file:PATH")
     if kind == "azure" and (url == OPENAI_URL or "/deployments" in url):
         # The portal shows URLs with the deployment in them; here `model_map` says which model is which deployment.
-        found = section.data.get("base_url") or "nothing"
+        found = section.data.get("base_url") or Told("nothing")
         raise section.error("base_url", found, "https://NAME.openai.azure.com, for the newer surface with /openai/v1")
     return account
 
@@ -1076,7 +1158,7 @@ def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
                 )
         found.append(one)
     if not found:  # a server that can answer nothing but 404 is a mistake
-        raise top.error("controllers", top.take("controllers"), "a list of at least one controller")
+        raise top.error("controllers", Told("nothing"), "a list of at least one controller")
     return tuple(found)
 
 
@@ -3034,14 +3116,19 @@ def close_unwanted(dialling: "asyncio.Task[Link]") -> None:
 
 
 class ConnectionPool:
-    """Idle connections per origin, the most recently used first, so that the surplus grows old and closes."""
+    """Idle connections per origin, the most recently used first, so that the surplus grows old and closes.
+
+    `most`: connections of any kind that the system has files for. Idle ones make room for new ones; as many as are
+    needed at once are never refused.
+    """
 
     def __init__(self, outbox: Outbox, dial: Dial = dial) -> None:
         self.outbox, self.dial = outbox, dial
         self.head_bytes, self.line_bytes = UPSTREAM_HEAD_BYTES, CHUNK_LINE_BYTES
         self.idle: "dict[Origin, list[UpstreamConnection]]" = {}
         self.active: "set[UpstreamConnection]" = set()
-        self.idle_count, self.closed = 0, False
+        self.idle_count, self.dialling, self.closed = 0, 0, False
+        self.most = math.inf
 
     def __repr__(self) -> str:
         return "<ConnectionPool idle=%d active=%d>" % (self.idle_count, len(self.active))
@@ -3061,6 +3148,10 @@ class ConnectionPool:
 
     async def connect(self, origin: Origin, within_s: float) -> UpstreamConnection:
         """A fresh connection. Raises ConnectFailed, within `within_s` seconds."""
+        # Without a file left the dial would fail, and its controller be blamed.
+        if self.idle_count and self.idle_count + len(self.active) + self.dialling >= self.most:
+            self._drop_oldest()
+        self.dialling += 1
         # A task of its own, because asyncio.timeout needs one, which a fiber is not.
         dialling = asyncio.get_running_loop().create_task(self._dial(origin, within_s))
         try:
@@ -3073,6 +3164,8 @@ class ConnectionPool:
             raise ConnectFailed("no connection to %s within %g s" % (origin.authority, within_s)) from None
         except (OSError, UnicodeError, UpstreamError) as problem:
             raise ConnectFailed("no connection to %s: %s" % (origin.authority, problem)) from problem
+        finally:
+            self.dialling -= 1
         connection = UpstreamConnection(origin, link, self)
         self.active.add(connection)
         return connection
@@ -3094,8 +3187,12 @@ class ConnectionPool:
         connection.deadline.set(connection.loop.time() + IDLE_UPSTREAM_S)
         self.idle.setdefault(connection.origin, []).append(connection)
         self.idle_count += 1
-        if self.idle_count > IDLE_UPSTREAM_COUNT:  # close the one that is idle longest
-            self.drop(min((one[0] for one in self.idle.values() if one), key=lambda one: one.deadline.at))
+        if self.idle_count > IDLE_UPSTREAM_COUNT:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        """Closes the one that is idle longest."""
+        self.drop(min((one[0] for one in self.idle.values() if one), key=lambda one: one.deadline.at))
 
     def drop(self, connection: UpstreamConnection) -> None:
         """Closes an idle connection that has expired or ended."""
@@ -4231,8 +4328,10 @@ class ApiRequest:
     `model_span`: where the model stands in a multipart body. `pinned`: the controller that has the object it is about;
     `seeks`: each is asked until one has it. `asked`: what the client asked for, where `model` is another one by now.
     `thread`: what its conversation goes by, once somebody wanted to know. `upload`: what follows `body` while it still
-    comes.
+    comes. `inference`: whether it asks a model for something, and not for what an account keeps.
     """
+
+    inference = True  # of the class: nearly all do, and none of these pays for it
 
     def __init__(self, method: str, path: str, query: str, lines: bytes, body: bytes) -> None:
         self.method, self.path, self.query = method, path, query
@@ -4745,6 +4844,7 @@ class Outcome(enum.Enum):
     QUOTA = "quota"  # nothing left to spend
     AUTH = "auth"
     FORBIDDEN = "forbidden"
+    BARRED = "barred"  # its key has no right to such objects, which says nothing of what else it may
     MISSING = "missing"  # this account lacks the model
     FAULT = "fault"
     CONNECT = "connect"  # nothing was sent
@@ -4775,9 +4875,12 @@ USEFULNESS = (
     Outcome.MISSING,
     Outcome.AUTH,
     Outcome.FORBIDDEN,
+    Outcome.BARRED,
 )
 # Of an account, not of the request: asking again soon is no use (the official SDKs obey x-should-retry).
-LASTING = frozenset((Outcome.LARGE, Outcome.QUOTA, Outcome.AUTH, Outcome.FORBIDDEN, Outcome.MISSING))
+LASTING = frozenset(
+    (Outcome.LARGE, Outcome.QUOTA, Outcome.AUTH, Outcome.FORBIDDEN, Outcome.BARRED, Outcome.MISSING)
+)
 # The status that an error in a 200's stream would have had, by its code or type (OpenAI's and Anthropic's words).
 ERROR_STATUSES = {
     **dict.fromkeys(QUOTA_CODES, 429),
@@ -4946,6 +5049,16 @@ def judge_reply(
     return verdict
 
 
+def judge_of_object(verdict: Verdict) -> Outcome:
+    """What a refusal comes to where no model was asked for anything: a 403 or 404 is no word about chats."""
+    # Keys may be made with a few rights only. OpenAI says 401 for want of one, as to a key that is none: "You have
+    # insufficient permissions for this operation. Missing scopes: api.files.read."
+    if verdict.status == 403 or (verdict.status == 401 and "issing scope" in verdict.message):
+        return Outcome.BARRED
+    # Azure knows a deployment by no model's name, and an object may have "model" in its own.
+    return Outcome.CLIENT if verdict.status == 404 else verdict.outcome
+
+
 def judge_first_event(event: bytes, rate_codes: "Collection[str]" = ()) -> Verdict:
     """What an error event means, in a 200's place or later: as if it had come with the status that belongs to it.
 
@@ -4992,7 +5105,7 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
         return False
     if request.stateful:
         refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
-        return refused or verdict.status == 503
+        return refused or verdict.status in (401, 503)
     # A stream's first byte comes soon, so its silence is a hang; a whole answer's may be work.
     return request.stream or outcome is not Outcome.SILENT
 
@@ -6926,10 +7039,8 @@ class Relay:
                 unpack_error(reply)
             stateful, rate_codes = request.stateful, reply.rate_codes
             verdict = judge_reply(head.status, head.index, reply.held, time.time(), stateful, rate_codes)
-            # Whom nobody remembers is asked for everywhere, and most say no. It is no word about chats: a key may be
-            # barred from looking ("missing scopes: model.read"), and Azure knows a deployment by no model's name.
-            if request.seeks and head.status in (403, 404):
-                verdict.outcome = Outcome.CLIENT
+            if not request.inference:
+                verdict.outcome = judge_of_object(verdict)
             raise Refused(reply, verdict)
         event = b"data: " + reply.held.translate(SPACED)
         if not reply.stream and judge_event(event) is EventKind.ERROR:  # in a 200, as OpenRouter may send
@@ -7203,6 +7314,17 @@ def leads_out(path: str) -> bool:
     return "\\" in path or not {".", ".."}.isdisjoint(names)
 
 
+def route_of(name: str) -> str:
+    """The key in ROUTES that a path without /v1 would have."""
+    return "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/")
+
+
+def plain_path(path: str) -> str:
+    """The path that lenient upstreams take this one for: slashes merged, `;x` dropped, small letters, one /v1."""
+    merged = re.sub("/+", "/", re.sub(";[^/]*", "", path)).lower()
+    return re.sub("^(/v1)+(?=/)", "", merged)
+
+
 def raw_path(target: str, path: str) -> str:
     """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404)."""
     # Judged decoded, since whoever comes behind may decode. Only a /v1/ spelled as such is taken off: wherever else it
@@ -7224,13 +7346,16 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
     # Clients with a base_url that lacks /v1 are common, and mean the same; but nothing is opened to them beyond that.
     _, path, query = split_target(target)
     name = path[3:] if path.startswith("/v1/") else path
-    route = "/models/*" if name.startswith("/models/") and len(name) > 8 else name.rstrip("/")
+    route = route_of(name)
     wanted, handler = ROUTES.get(route, ("", ""))
     if wanted and method in (wanted, "HEAD" if wanted == "GET" else wanted):
         if route in INFERENCE and {"inference", "*"}.isdisjoint(endpoints):
             raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
         return handler, name if route == "/models/*" else route, query
-    # Where slashes are merged, or `;x` is dropped, POST /v1/chat//completions would be a chat that nobody counted.
+    # Passed on, POST /v1/chat//completions would be a chat that nobody counted, where slashes are merged.
+    plain = route_of(plain_path(path))
+    if plain in ROUTES and plain != route:
+        raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
     plainly = "//" not in path and ";" not in path
     group = "objects" if plainly and name[1:].partition("/")[0] in OBJECTS else "*"
     if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":
@@ -8039,7 +8164,8 @@ Pages = dict[str, tuple[list[dict[str, Any]], bool]]  # by account: its objects,
 def created_at(item: "dict[str, Any]") -> float:
     """When an object was made, by which lists are sorted; chat completions spell it shorter."""
     found = item.get("created_at") or item.get("created")
-    return found if isinstance(found, int | float) else 0.0
+    # Python's JSON has NaN, to which nothing compares: one would leave the others in any order.
+    return found if isinstance(found, int | float) and -math.inf < found < math.inf else 0.0
 
 
 def merge_pages(pages: "Pages", limit: int, descending: bool) -> "tuple[list[tuple[dict[str, Any], str]], bool]":
@@ -8400,6 +8526,7 @@ class Server:
     def _object(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Files, batches, stored responses ...: what lives in one account goes to the controller that made it."""
         reads, (group, *parts) = request.method in ("GET", "HEAD"), request.path[1:].split("/")
+        request.inference = False
         if reads and request.path in LISTS and "before=" not in request.query:
             return self._go(client, head, request, answer=self._merge)
         request.stateful = not reads
@@ -8536,7 +8663,7 @@ class Server:
         if not leads_out(name) and any(not seat.upstream.controller.chat_only for seat in seats):
             # Accounts know models that their lists leave out: previews, snapshots, what was tuned elsewhere.
             request.path = "/models/" + urllib.parse.quote(name, safe="/:")
-            request.query, request.model, request.seeks = "", name, True
+            request.query, request.model, request.seeks, request.inference = "", name, True, False
             await self._go(client, head, request)
             return
         raise ProxyError(404, "The model %r is served by no controller here." % name[:100], "model_not_found")
@@ -8604,7 +8731,11 @@ def parse_args(argv: "list[str]") -> "dict[str, str]":
     try:
         found, rest = getopt.getopt(argv, "h", [*FLAGS, *SWITCHES])
     except getopt.GetoptError as problem:
-        raise ConfigError("%s; --help shows every flag" % problem) from None
+        known = [flag.rstrip("=") for flag in (*FLAGS, *SWITCHES)]
+        hint = nearest(problem.opt, known).replace("'", "'--", 1) if "not recognized" in problem.msg else ""
+        if len(problem.opt) == 1:
+            hint = "long flags begin with two dashes;"
+        raise ConfigError(" ".join(filter(None, ("%s;" % problem, hint, "--help shows every flag")))) from None
     if rest:
         raise ConfigError("unexpected argument %r; --help shows every flag" % rest[0])
     return {"help" if name == "-h" else name[2:].replace("-", "_"): value for name, value in found}
@@ -8639,8 +8770,10 @@ def trim_heap() -> None:
 
 def fit_connections(server: Server, files: float) -> None:
     """Bounds the connections by the open files, two each: without one for the upstream a client is of no use."""
-    # Let in, it would wait for a descriptor that the next client takes: refused, it may try another server.
-    server.most = max(1.0, (files - SPARE_FILES) // 2)
+    # Let in, it would wait for a descriptor that the next client takes: refused, it may try another server. The other
+    # half is for upstream connections, the idle ones among them. (Infinity // 2 is no number.)
+    most = files if files == math.inf else max(1.0, (files - SPARE_FILES) // 2)
+    server.most = server.links.most = most
     if server.most < server.config.limits.connections:
         log.warning("open files are limited to %d: at most %d clients at once", files, server.most)
 

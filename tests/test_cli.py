@@ -94,11 +94,13 @@ def test_flags_and_environment(tmp_path: Path) -> None:
         (("--config_path", "nowhere"), "--config_path: nowhere: no such folder"),
         (("--config_file", "broken.json"), "broken.json: cannot be read"),
         (("--config_file", "typo.json"), "typo.json: prot: unknown key; did you mean 'port'?"),
-        (("--demo", "--port", "http"), '--port: found "http", allowed: a number from 0 to 65535'),
-        (("--demo", "--port", "70000"), "allowed: a number from 0 to 65535"),
+        (("--demo", "--port", "http"), '--port: found "http", allowed: a whole number from 0 to 65535'),
+        (("--demo", "--port", "70000"), "allowed: a whole number from 0 to 65535"),
         (("--port",), "option --port requires argument; --help shows every flag"),
         (("serve",), "unexpected argument 'serve'; --help shows every flag"),
-        (("--nonsense",), "option --nonsense not recognized"),
+        (("--nonsense",), "option --nonsense not recognized; --help shows every flag"),
+        (("--prot", "1"), "option --prot not recognized; did you mean '--port'? --help shows every flag"),
+        (("-port", "1"), "option -p not recognized; long flags begin with two dashes; --help shows every flag"),
     ],
 )
 def test_what_cannot_run_exits_with_2(tmp_path: Path, args: tuple[str, ...], words: str) -> None:

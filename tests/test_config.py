@@ -64,11 +64,21 @@ def test_defaults() -> None:
 MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message says
     ([], "top level", "found .*, allowed: an object"),
     ({}, "controllers", "at least one controller"),
-    ({"controllers": {}}, "controllers", "a list of objects"),
+    ({"controllers": []}, "controllers", "found nothing, allowed: a list of at least one controller"),
+    ({"controllers": {}}, "controllers", "found an object, allowed: a list of objects"),
+    ({"controllers": "openai"}, "controllers", "found a string, allowed: a list of objects"),
+    (one(config={"api_key": [KEY]}), "controllers[0].config.api_key", "found a list, allowed: a string"),
+    (one(config={"api_key": 1.5}), "controllers[0].config.api_key", "found a number, allowed: a string"),
+    (one(config={"api_key": True}), "controllers[0].config.api_key", "found true or false, allowed: a string"),
+    (one(config={"api_key": "sk\x00"}), "controllers[0].config.api_key", "found a character outside printable ASCII,"),
+    (one(config={"api_key": ""}), "controllers[0].config.api_key", "found nothing, allowed: an API key"),
+    (one(name="nothing\n"), "controllers[0].name", "found a character that cannot be printed,"),
+    (dict(GOOD, pool={"rescue_after": -1}), "pool.rescue_after", 'found -1, allowed: a number from 0 to 3600, or "auto"'),
+    (dict(GOOD, client_keys=[{"name": "x"}]), "client_keys[0].key", "found nothing usable, allowed: a key"),
     ({"controllers": ["x"]}, "controllers[0]", "an object"),
     (dict(GOOD, prot=1), "prot", "unknown key; did you mean 'port'"),
     (dict(GOOD, zzzzzz=1), "zzzzzz", "unknown key; allowed here: .*controllers"),
-    (dict(GOOD, port="http"), "port", 'found "http", allowed: a number from 0 to 65535'),
+    (dict(GOOD, port="http"), "port", 'found "http", allowed: a whole number from 0 to 65535'),
     (dict(GOOD, port=True), "port", "found true"),
     (dict(GOOD, port=65536), "port", "found 65536"),
     (dict(GOOD, port=80.5), "port", "found 80.5"),
@@ -115,7 +125,7 @@ MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message sa
     (one(type="opnai"), "controllers[0].type", "did you mean 'openai'"),
     (one(type="grok"), "controllers[0].type", r"openai | .*echo | a vendor that README.md names \(did you mean 'groq'\?\)"),
     (one(type="zzz"), "controllers[0].type", "a vendor that README.md names$"),
-    (one(type="azure"), "controllers[0].config.base_url", 'found "nothing", allowed: https://NAME.openai.azure.com'),
+    (one(type="azure"), "controllers[0].config.base_url", 'found nothing, allowed: https://NAME.openai.azure.com'),
     (one(type="azure", config={"base_url": "https://r.example"}), "controllers[0].config.api_key", "an API key"),
     (
         one(type="azure", config={"api_key": KEY, "base_url": "https://r.example/openai/deployments/d"}),
@@ -175,6 +185,39 @@ MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message sa
     (one(config={"api_key": KEY, "extra_body": {"stream": 1}}), "controllers[0].config.extra_body", "anything but"),
     (one(type="echo", config={"auth_header": "X"}), "controllers[0].config.auth_header", "unknown key; allowed here"),
     (one(config={"apikey": KEY}), "controllers[0].config.apikey", "unknown key; did you mean 'api_key'"),
+    (dict(GOOD, Prot=1), "Prot", "unknown key; did you mean 'port'"),
+    (dict(GOOD, api_key=KEY), "api_key", r"unknown key; its place is controllers\[\].config$"),
+    (one(api_key=KEY), "controllers[0].api_key", r"unknown key; its place is controllers\[\].config$"),
+    (one(config={"api_key": KEY, "models": []}), "controllers[0].config.models", r"place is controllers\[\] or client_keys"),
+    (dict(GOOD, pool={"drain_delay": 1}), "pool.drain_delay", "unknown key; its place is the top level"),
+    (dict(GOOD, max_wait=5), "max_wait", "unknown key; its place is pool$"),
+    (one(rpm=5), "controllers[0].rpm", r"unknown key; its place is controllers\[\].limits or client_keys\[\].limits"),
+    (one(type="anthropic", config={"rate_codes": []}), "controllers[0].config.rate_codes", "unknown key; allowed here"),
+    (one(type="OpenAI"), "controllers[0].type", "did you mean 'openai'"),
+    (dict(GOOD, log={"level": "INFO"}), "log.level", "did you mean 'info'"),
+    (one(config={"api_key": "Bearer sk-x"}), "controllers[0].config.api_key", "found a key with blanks.*the key alone"),
+    (one(config={"api_key": '"sk-x"'}), "controllers[0].config.api_key", "found a key with blanks or quotation marks"),
+    (one(type="anthropic", config={"api_key": "'sk-x'"}), "controllers[0].config.api_key", "found a key with blanks"),
+    (one(config={"api_key": "${A:-b}"}), "controllers[0].config.api_key", r"found \$\{ and more than a name, allowed: a lit"),
+    (one(config={"api_key": "${A"}), "controllers[0].config.api_key", r"found \$\{ and more than a name"),
+    (one(config={"api_key": KEY, "project": "$P"}), "controllers[0].config.project", r'found "\$P", allowed: the text'),
+    (one(models=["a", "${M}"]), "controllers[0].models[1]", r'found "\$\{M\}", allowed: the text itself'),
+    (
+        one(config={"api_key": KEY, "base_url": "https://a/v1/chat/completions/"}),
+        "controllers[0].config.base_url",
+        "allowed: the address without /chat/completions, which is put behind it",
+    ),
+    (
+        one(type="anthropic", config={"api_key": KEY, "base_url": "https://a/v1/messages"}),
+        "controllers[0].config.base_url",
+        "allowed: the address without /messages",
+    ),
+    *((dict(GOOD, host=host), "host", "allowed: a name or an address of this machine, without scheme and port") for host in
+      ("127.0.0.1:80", "http://a", "a b", "*", "[::1]:80", "[a]", "::1]", "a/b")),
+    *((dict(GOOD, cors={"allow_origins": ["*", one]}), "cors.allow_origins[1]", "allowed: scheme://host") for one in
+      ("https://a.example/", "a.example", "https://*.a.example", "https://a/b", "//a", "https:// a")),
+    *((dict(GOOD, allowed_hosts=["a", one]), "allowed_hosts[1]", "allowed: a host with or without port") for one in
+      ("https://a.example", "*.a.example", "a/", "a b")),
     ({"controlers": []}, "controlers", "unknown key; did you mean 'controllers'"),
     (one(config={"api_key": KEY, "base_ulr": ""}), "controllers[0].config.base_ulr", "did you mean 'base_url'"),
     (one(config={"api_key": KEY, "base_url": "ftp://a"}), "controllers[0].config.base_url", "http://host"),
@@ -197,6 +240,22 @@ MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what else the message sa
         "same quota_group",
     ),
 ]
+
+
+def test_what_only_looks_like_a_mistake() -> None:
+    """Brackets of an IPv6 address, origins of apps, ports of hosts, and keys that carry their own scheme are fine."""
+    account = {"api_key": "Key of mine", "auth_header": "Authorization", "auth_scheme": "", "headers": {"X": "$$x"}}
+    data = {
+        **one(config={**account, "base_url": "https://a/chat", "proxy": "http://$u:p@a:1"}),
+        "host": "[::1]",
+        "cors": {"allow_origins": ["null", "*", "https://a.example:8443", "capacitor://localhost", "app://Obsidian.md"]},
+        "allowed_hosts": ["A.example:80", "::1", "[::1]:80", "*"],
+    }
+    found = app.parse_config(data, "c.json", {})
+    assert found.host == "::1" and found.allowed_hosts == ("a.example:80", "::1", "[::1]:80", "*")
+    assert found.cors.allow_origins[-1] == "app://Obsidian.md"
+    for host in ("", "0.0.0.0", "::", "fe80::1%eth0", "my_host.local"):
+        assert app.parse_config(dict(GOOD, host=host), "c.json", {}).host == host
 
 
 @pytest.mark.parametrize(("data", "path", "words"), MISTAKES, ids=[mistake[1] for mistake in MISTAKES])
@@ -382,7 +441,7 @@ def test_environment_mistakes_and_kubernetes(tmp_path: Path) -> None:
     """A bad override is an error; the address that Kubernetes sets for a service of this name is not ours."""
     file = write(tmp_path / "c.json")
     for variable, found in (
-        ("PORT", '"x", allowed: a number from 0'),
+        ("PORT", '"x", allowed: a whole number from 0'),
         ("DRAIN_DELAY", '"x"'),
         ("POOL_MAX_WAIT", '-1, allowed: a number from 0 to 3600'),
         ("POOL_TYPE", '"x", allowed: balanced'),
@@ -397,7 +456,7 @@ def test_environment_mistakes_and_kubernetes(tmp_path: Path) -> None:
 def test_a_mistake_is_told_of_what_set_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flag or variable that overrides a file is named in its place; a flag comes before a variable."""
     file = write(tmp_path / "c.json", dict(GOOD, host=5))
-    with pytest.raises(app.ConfigError, match=r"^--port: found \"x\", allowed: a number from 0"):
+    with pytest.raises(app.ConfigError, match=r"^--port: found \"x\", allowed: a whole number from 0"):
         load({"CHATGPT_APISERVER_PORT": "y", "CHATGPT_APISERVER_HOST": "::1"}, file, port="x")
     with pytest.raises(app.ConfigError, match=r"c\.json: host: found 5"):
         load({"CHATGPT_APISERVER_PORT": "y"}, file)

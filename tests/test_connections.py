@@ -63,6 +63,43 @@ async def test_idle_connections_of_all_origins_are_bounded(monkeypatch: pytest.M
             assert repr(server.server.links) == "<ConnectionPool idle=2 active=0>"
 
 
+async def test_idle_connections_make_room_for_new_ones() -> None:
+    """Where files are few, one idle connection is closed for each that is opened, and none that is in use."""
+    opened: list[int] = []
+    step = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        links = server.server.links
+        opened.append(links.idle_count + len(links.active))
+        await step.wait()
+        await peer.send(GOOD)
+
+    async with Upstream(script) as one, Upstream(script) as two, Upstream(script) as three:
+        upstreams = dict(zip("abc", (one, two, three), strict=True))
+        async with Running(*(controller(name, each.url, models=[name]) for name, each in upstreams.items())) as server:
+            server.server.links.most = 3
+            step.set()
+            assert await asyncio.gather(*(server.post(name) for name in "aab"))
+            for name in "cabcc":
+                assert (await server.post(name)).status == 200
+            assert max(opened) == 3 and server.server.links.idle_count == 3
+            step.clear()  # those in use stay, and who needs one more gets it
+            waiting = [asyncio.create_task(server.post(name)) for name in "abcc"]
+            while len(opened) < 12:
+                await asyncio.sleep(0)
+            step.set()
+            assert [(await each).status for each in waiting] == [200] * 4
+            assert max(opened[8:]) == 4
+
+
+async def test_connections_fit_the_open_files() -> None:
+    """Half of the files are for clients, half for upstreams; without a limit neither has one."""
+    async with Running() as server:
+        for files, most in ((256, 104), (64, 8), (16, 1), (app.math.inf, app.math.inf)):
+            app.fit_connections(server.server, files)
+            assert server.server.most == server.server.links.most == most
+
+
 @pytest.mark.parametrize(
     "raw",
     [

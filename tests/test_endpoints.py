@@ -220,6 +220,40 @@ async def test_what_is_sent_is_the_path_that_was_judged(target: str) -> None:
             assert one.seen[-1].start == "GET /v1/files/x://y/v1/z HTTP/1.1"
 
 
+@pytest.mark.parametrize("endpoints", [["*"], ["objects"], ["inference", "objects", "*"]])
+async def test_no_spelling_of_a_route_of_ours_goes_past_it(endpoints: "list[str]") -> None:
+    """What an upstream that merges slashes, drops parameters or knows no capitals would run as a chat is refused."""
+    async with Upstream(answers(json_reply(200, ANSWER))) as one:
+        async with Running(controller("a", one.url), endpoints=endpoints) as server:
+            for path in (
+                "//chat/completions",
+                "/chat//completions",
+                "/chat/%2Fcompletions",
+                "/chat%2F/completions//",
+                "/chat/completions;x=y",
+                "/chat/completions%3bx",
+                "/chat;a/;b/completions;c",
+                "/Chat/Completions",
+                "/chat/%43ompletions",
+                "/v1/chat/completions",
+                "//v1//v1/responses",
+                "/audio//speech",
+                "/embeddings;",
+                "//models",
+                "/MODELS/gpt-4",
+                "/status;x",
+            ):
+                for method in ("POST", "GET"):
+                    found = await ask(server, method, "/v1" + path, {"model": "m", "messages": [], "input": "x"})
+                    assert (found.status, found.json()["error"]["code"]) == (404, "unknown_url"), path
+            assert not one.seen
+        if endpoints == ["*"]:
+            async with Running(controller("a", one.url), endpoints=endpoints) as server:
+                for path in ("/x//y", "/chat;x/other", "/V1/x", "/Files/a", "/models/Org//m;x"):
+                    assert (await ask(server, "DELETE", "/v1" + path)).status == 200
+                    assert one.seen[-1].start == "DELETE /v1%s HTTP/1.1" % path
+
+
 async def test_binary_answers_come_back_as_they_are() -> None:
     """Speech is bytes, not JSON."""
     sound = bytes(range(256)) * 9
@@ -309,6 +343,55 @@ async def test_who_may_not_look_for_a_model_may_still_chat_with_it(status: int, 
             names = {(await server.post("gpt-9")).headers["x-apiserver-controller"] for _ in range(4)}
             assert names == {"a", "b"}
             assert not any(upstream.out_why or upstream.failures for upstream in server.server.pool.upstreams)
+
+
+SCOPES = "You have insufficient permissions for this operation. Missing scopes: api.files.read."
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(403, "no"), (403, "no right to files of this model"), (401, SCOPES)]
+)
+async def test_a_key_without_a_right_to_objects_still_chats(status: int, message: str) -> None:
+    """Refused calls about objects park no key, however many, and hide no refusal of chats by their coming between."""
+    chats = [json_reply(200, ANSWER)]
+
+    async def script(peer: Peer, request: Message) -> None:
+        chat = request.start.startswith("POST /v1/chat")
+        await peer.send(chats[0] if chat else error_reply(status, message=message))
+
+    async with Upstream(script) as one, Running(controller("a", one.url), endpoints=["*"]) as server:
+        upstream = server.server.pool.upstreams[0]
+        for method, path in [("GET", "/v1/files"), ("DELETE", "/v1/files/file-1"), ("POST", "/v1/batches")] * 2:
+            found = await ask(server, method, path)
+            assert found.status == status and found.json()["error"]["message"] == message
+            assert (await ask(server, "GET", "/v1/x/file-1")).status == status
+        assert not (upstream.out_why or upstream.failures or upstream.seat("").lacks_until)
+        assert upstream.last_error == "barred %d: %s" % (status, message)
+        assert (await server.post()).status == 200
+        chats[0] = error_reply(403)
+        for count in range(3):
+            assert not upstream.out_why and upstream.forbidden == count
+            assert (await server.post()).status == 403
+            await ask(server, "DELETE", "/v1/files/file-1")
+        assert upstream.out_why == "parked"
+
+
+async def test_what_one_key_may_not_do_another_may() -> None:
+    """An upload goes on from a key that lacks the scope, which ran nothing, to one that has it."""
+    refused = error_reply(401, message=SCOPES)
+    async with Upstream(answers(refused)) as bad, Upstream(answers(json_reply(200, {"id": "file-1"}))) as good:
+        async with Running(controller("a", bad.url), controller("b", good.url), endpoints=["objects"]) as server:
+            for _ in range(4):
+                assert (await ask(server, "POST", "/v1/files", b"x", kind="multipart/form-data; boundary=x")).status == 200
+            assert len(bad.seen) == 2 and not server.server.pool.upstreams[0].out_why
+
+
+async def test_a_refused_response_counts_though_it_names_no_model() -> None:
+    """A model that a stored prompt names is one that is asked for something."""
+    async with Upstream(answers(error_reply(403))) as one, Running(controller("a", one.url)) as server:
+        for _ in range(3):
+            assert (await ask(server, "POST", "/v1/responses", {"prompt": {"id": "pmpt_1"}})).status == 403
+        assert server.server.pool.upstreams[0].out_why == "parked"
 
 
 async def test_a_response_may_leave_its_model_to_a_stored_prompt() -> None:
@@ -463,6 +546,15 @@ async def test_an_object_that_cannot_be_named_is_left_out() -> None:
             assert found["data"] == [{"id": "file-1", "created_at": 9}] and found["last_id"] == "file-1"
             assert (await ask(server, "GET", "/v1/files?after=file-1")).status == 200
             assert one.seen[-1].start == "GET /v1/files?after=file-1 HTTP/1.1"
+
+
+def test_a_time_that_is_none_does_not_spoil_the_order() -> None:
+    """What is no number, or none that can be compared, counts as 0: behind all others in a list of the newest."""
+    words = [b"NaN", b"3", b"null", b"Infinity", b"1e999", b'"9"', b"5", b"-Infinity", b"4.5", b"1" + b"0" * 400]
+    items = [json.loads(b'{"id": "x", "created_at": %b}' % word) for word in words]
+    shown, more = app.merge_pages({"a": (items, False)}, 0, True)
+    times = [item["created_at"] for item, _ in shown]
+    assert times[:4] == [10**400, 5, 4.5, 3] and len(times) == 10 and not more
 
 
 async def test_a_head_of_an_object_has_no_length_of_our_making() -> None:
