@@ -3241,7 +3241,8 @@ class NetworkExchange:
     """
 
     __slots__ = (
-        "complete connection decoder hasty head message method on_sent origin pool rest timeouts upload within_s"
+        "broken complete connection decoder ends_at hasty head idle_s message method on_sent origin outlet pool rest"
+        " timeouts upload within_s"
     ).split()
 
     def __init__(
@@ -3263,6 +3264,10 @@ class NetworkExchange:
         self.rest = b""  # of the body, as it came with the head
         self.hasty = False  # the reply began before the request had ended
         self.complete = False
+        # While the body is piped: where to, until when at most, after how much silence, and what was wrong with it.
+        self.outlet: "Outlet | None" = None
+        self.ends_at, self.idle_s = math.inf, timeouts.idle or math.inf
+        self.broken: "ValueError | None" = None
         self.head: ResponseHead
 
     async def start(self) -> None:
@@ -3330,38 +3335,42 @@ class NetworkExchange:
         """See `Exchange`."""
         decoder, connection = self.decoder, self.connection
         assert decoder is not None and connection is not None
-        # Errors are kept, not raised, in the callback: there is nobody above it who could take them.
-        reader, deadline, broken = connection.reader, connection.deadline, []
-        time, idle, end = connection.loop.time, self.timeouts.idle or math.inf, self._ends_at(connection)
-
-        def resume() -> None:
-            deadline.set(min(time() + idle, end))
-            reader.unhold()
-
-        def arrived(data: bytes) -> bool:
-            try:
-                payload = decoder.feed(data)
-            except ValueError as problem:
-                broken.append(problem)
-                return True
-            until = time() + idle
-            deadline.at = until if until < end else end  # only ever later: the timer looks when it fires
-            if payload and not outlet.push(payload):
-                # It is we who keep the upstream waiting now, so its clock stands still; the client's runs instead.
-                deadline.at = math.inf
-                reader.hold()
-                outlet.when_ready(resume)
-            return decoder.done
-
+        self.outlet, self.ends_at = outlet, self._ends_at(connection)
         data, self.rest = self.rest, b""
-        if not (arrived(data) if data else decoder.done):
+        if not (self._arrived(data) if data else decoder.done):
             try:
-                await reader.divert(arrived)
+                await connection.reader.divert(self._arrived)
             except ConnectionError as problem:
                 raise UpstreamClosed("the upstream reset the connection in its reply") from problem
-        if broken:
-            raise BadReply("the upstream's reply is malformed: %s" % broken[0])
+        if self.broken is not None:
+            raise BadReply("the upstream's reply is malformed: %s" % self.broken)
         self._check_end(decoder)
+
+    def _arrived(self, data: bytes) -> bool:
+        """Hands on what a read brings of the body; whether that was its end. A method: the cells of a closure took
+        half a kilobyte of each stream."""
+        decoder, connection, outlet = self.decoder, self.connection, self.outlet
+        assert decoder is not None and connection is not None and outlet is not None
+        try:
+            payload = decoder.feed(data)
+        except ValueError as problem:  # kept, not raised: above a callback there is nobody who could take it
+            self.broken = problem
+            return True
+        deadline, silent_at = connection.deadline, connection.loop.time() + self.idle_s
+        # Only ever later: the timer looks when it fires.
+        deadline.at = silent_at if silent_at < self.ends_at else self.ends_at
+        if payload and not outlet.push(payload):
+            # It is we who keep the upstream waiting now, so its clock stands still; the client's runs instead.
+            deadline.at = math.inf
+            connection.reader.hold()
+            outlet.when_ready(self._resume)
+        return decoder.done
+
+    def _resume(self) -> None:
+        """The client takes more."""
+        if self.connection is not None:
+            self.connection.deadline.set(self._idle_until(self.connection))
+            self.connection.reader.unhold()
 
     def interrupt(self, error: Exception) -> None:
         """See `Exchange`."""
@@ -3460,7 +3469,7 @@ class NetworkExchange:
 
     def _idle_until(self, connection: UpstreamConnection) -> float:
         """When silence, or the whole exchange, has lasted too long."""
-        return min(connection.loop.time() + (self.timeouts.idle or math.inf), self._ends_at(connection))
+        return min(connection.loop.time() + self.idle_s, self._ends_at(connection))
 
 
 # ==== 8. Translations ====
@@ -6954,12 +6963,11 @@ class Relay:
             reply = await (self._ask(lease, trip) if asked is None else asked)
             if trip.rescue is not None:
                 self._drop_rescue(trip)
-            fields = self._commit(reply, lease, trip)
             if not reply.whole or reply.stream:
                 self.pool.answered(lease, True, reply.at)
-                verdict = await self._pass_on(reply, fields, lease, trip, sink)
+                verdict = await self._pass_on(reply, lease, trip, sink)
             else:
-                welcome = sink.whole(reply.head.status, fields, reply.held)
+                welcome = sink.whole(reply.head.status, self._commit(reply, lease, trip), reply.held)
                 # What is learned of it can wait until the client has its answer.
                 self._learn(reply, lease)
                 self.pool.answered(lease, True, reply.at)
@@ -7171,7 +7179,7 @@ class Relay:
             cache_free = lease.upstream.controller.cache_free
             self.pool.used(lease, request.model, *used_tokens(reply.held[-USAGE_BYTES:], cache_free), reply.told)
 
-    async def _pass_on(self, reply: Reply, fields: bytes, lease: Lease, trip: Trip, sink: Sink) -> Verdict:
+    async def _pass_on(self, reply: Reply, lease: Lease, trip: Trip, sink: Sink) -> Verdict:
         """Sends an answer on as it comes; nothing of it can be replayed. What came of it: OK or CUT."""
         exchange, record, request = reply.exchange, trip.record, trip.request
         try:
@@ -7179,7 +7187,9 @@ class Relay:
             # Nobody will be asked again: a thousand open streams need not keep a thousand long prompts.
             request.body, request.data = b"", {}
             length = None if reply.stream else reply.head.index.get(b"content-length")
-            sink.open(reply.head.status, fields, content_length(length) if length else None, reply.held)
+            size = content_length(length) if length else None
+            sink.open(reply.head.status, self._commit(reply, lease, trip), size, reply.held)
+            reply.held = b""
             if not reply.whole:
                 await exchange.pipe(outlet)
             sink.end()
