@@ -2417,6 +2417,10 @@ def error_event(message: str, code: str) -> bytes:
 IDLE_CHECK_S = 30.0  # a timer is never armed further ahead than this, so moving it later or back is an assignment
 
 
+def nothing() -> None:
+    """What a cancelled deadline calls."""
+
+
 class Deadline:
     """One timer of one connection: `set` moves it, `expired` is called once when it has passed."""
 
@@ -2437,6 +2441,7 @@ class Deadline:
     def cancel(self) -> None:
         """Ends the timer for good."""
         self.at = self.armed = math.inf
+        self.expired = nothing  # or the connection, whose method it is, would be left to the garbage collector
         if self.handle is not None:
             self.handle.cancel()
             self.handle = None
@@ -6980,7 +6985,10 @@ class Relay:
             verdict = self._judge(problem, lease, trip)
         finally:
             if verdict is LEFT:  # cancelled: the client is gone, which is nobody's fault
-                trip.record.outcomes.append((lease.upstream.name, "gone", self.loop.time() - lease.since))
+                outcomes = trip.record.outcomes
+                if outcomes and outcomes[-1][1] == "ok":  # in the midst of its answer, which is the same attempt
+                    outcomes.pop()
+                outcomes.append((lease.upstream.name, "gone", self.loop.time() - lease.since))
             self.pool.settle(lease, verdict)
         return verdict
 

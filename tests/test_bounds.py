@@ -1,6 +1,7 @@
 """Bounds on what clients may take: each has a default, a configuration key, and an end that others do not feel."""
 
 import asyncio
+import gc
 import json
 import socket
 import tracemalloc
@@ -10,6 +11,7 @@ import pytest
 import chatgpt_apiserver as app
 
 from .support import (
+    ANSWER,
     MESSAGES,
     SSE_HEAD,
     Client,
@@ -599,3 +601,21 @@ async def test_a_prompt_is_let_go_when_its_answer_has_begun() -> None:
         assert b"[DONE]" in await client.reader.readuntil(b"0\r\n\r\n")
         client.close()
         assert len(one.seen[0].body) > 3_000_000
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_connection_that_ended_is_no_garbage(stream: bool) -> None:
+    """What a client's and an upstream's connection were goes with them: nothing of ours waits for the collector."""
+    kinds = (app.ClientConnection, app.UpstreamConnection, app.NetworkExchange, app.Fiber, app.Deadline)
+    reply = sse_reply(event("a") + b"data: [DONE]\n\n") if stream else json_reply(200, ANSWER)
+    gc.collect()
+    before = sum(type(one) in kinds for one in gc.get_objects())
+    gc.disable()
+    try:
+        async with Upstream(answers(reply)) as one, Running(controller("a", one.url)) as server:
+            for _ in range(10):
+                assert (await server.post(stream=stream)).status == 200
+        await turns()
+        assert sum(type(one) in kinds for one in gc.get_objects()) <= before
+    finally:
+        gc.enable()

@@ -230,6 +230,8 @@ async def test_a_vanished_client_closes_the_upstream(phase: str, how: str) -> No
             await asyncio.sleep(0)
         assert server.server.pool.upstreams[0].in_flight == 0
         assert repr(server.server.links) == "<ConnectionPool idle=0 active=0>"
+        server.server.access.flush()
+        assert "attempts=1 " in server.lines[0] and "tried=a:gone:" in server.lines[0]  # also where it had begun
 
 
 async def test_a_half_closed_client_gets_its_answer() -> None:
