@@ -462,6 +462,9 @@ def read_file(path: str) -> "Any":
         raise ConfigError("%s: cannot be read: %s" % (path, problem)) from problem
 
 
+PLACES: "dict[str, list[str]]" = {}  # by key, where it may stand; filled where the records are declared
+
+
 class Section:
     """One mapping of the configuration: reads its keys, knows where it stands, refuses the keys that nobody knows.
 
@@ -507,7 +510,7 @@ class Section:
                 hint = nearest(key, known)
                 if not hint and (self.path or "controllers" in known):  # an account's own file has no other places
                     here = re.sub(r"\[\d+\]", "[]", self.path)
-                    hint = " or ".join(place for place in places_of(key) if place != here)
+                    hint = " or ".join(place for place in PLACES.get(key, ()) if place != here)
                     hint = hint and "its place is " + hint
                 hint = hint or "allowed here: " + ", ".join(sorted(known))
                 raise ConfigError("%s: %s: unknown key; %s" % (self.source, self.where(key), hint))
@@ -734,16 +737,16 @@ def read_detours(section: Section, key: str, value: "Any", shape: "Any") -> "Any
     return found
 
 
-def read_hosts(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
-    """Names of hosts, in which case says nothing (RFC 9110, 4.2.3); they are compared at each request."""
-    names = read_words(section, key, value, r"\*|[^/*\s]+", 'a host with or without port, or "*" for all')
-    return tuple(name.lower() for name in names)
-
-
 def read_words(section: Section, key: str, value: "Any", pattern: str, allowed: str) -> "tuple[str, ...]":
     """A list of words to compare others with: one that no other could be equal to is a mistake."""
     words: "tuple[str, ...]" = section.fit(key, value, [WORD])
     return tuple(section.word("%s[%d]" % (key, at), word, pattern, allowed) for at, word in enumerate(words))
+
+
+def read_hosts(section: Section, key: str, value: "Any") -> "tuple[str, ...]":
+    """Names of hosts, in which case says nothing (RFC 9110, 4.2.3); they are compared at each request."""
+    names = read_words(section, key, value, r"\*|[^/*\s]+", 'a host with or without port, or "*" for all')
+    return tuple(name.lower() for name in names)
 
 
 def read_host(section: Section, key: str, value: "Any") -> str:
@@ -999,16 +1002,18 @@ class Config(Record):
 # -- from a mapping to records
 
 
-def places_of(key: str) -> "list[str]":
-    """Where `key` may stand, for who has put it elsewhere: an api_key beside `config` in place of inside."""
-    kinds: "list[tuple[str, type[Record]]]" = [
-        ("controllers[].config", AccountConfig), ("controllers[]", ControllerConfig), ("client_keys[]", ClientKey),
-        ("the top level", Config),
-    ]
-    for path, kind in kinds:  # which grows on the way by the records inside
-        inner = path + "." if kind is not Config else ""
-        kinds += [(inner + name, one.more[0]) for name, one in kind.settings.items() if one.read is Section.record]
-    return [path for path, kind in kinds if key in kind.settings]
+def note_places(kind: "type[Record]", path: str, prefix: str) -> None:
+    """Notes where the keys of `kind` stand, for who has put one elsewhere: an api_key beside `config`, not inside."""
+    for name, one in kind.settings.items():
+        PLACES.setdefault(name, []).append(path)
+        if one.read is Section.record:
+            note_places(one.more[0], prefix + name, prefix + name + ".")
+
+
+note_places(AccountConfig, "controllers[].config", "controllers[].config.")
+note_places(ControllerConfig, "controllers[]", "controllers[].")
+note_places(ClientKey, "client_keys[]", "client_keys[].")
+note_places(Config, "the top level", "")
 
 
 def key_digest(key: bytes) -> bytes:
