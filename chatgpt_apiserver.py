@@ -3251,7 +3251,7 @@ class NetworkExchange:
     """
 
     __slots__ = (
-        "broken complete connection decoder ends_at hasty head idle_s message method on_sent origin outlet pool rest"
+        "broken complete connection decoder ends_at hasty head idle_s message method on_sent origin piped pool rest"
         " timeouts upload within_s"
     ).split()
 
@@ -3274,8 +3274,8 @@ class NetworkExchange:
         self.rest = b""  # of the body, as it came with the head
         self.hasty = False  # the reply began before the request had ended
         self.complete = False
-        # While the body is piped: where to, until when at most, after how much silence, and what was wrong with it.
-        self.outlet: "Outlet | None" = None
+        # While the body is piped: from where to where, until when at most, after how much silence, and what was wrong.
+        self.piped: "tuple[Decoder, UpstreamConnection, Outlet]"
         self.ends_at, self.idle_s = math.inf, timeouts.idle or math.inf
         self.broken: "ValueError | None" = None
         self.head: ResponseHead
@@ -3345,7 +3345,7 @@ class NetworkExchange:
         """See `Exchange`."""
         decoder, connection = self.decoder, self.connection
         assert decoder is not None and connection is not None
-        self.outlet, self.ends_at = outlet, self._ends_at(connection)
+        self.piped, self.ends_at = (decoder, connection, outlet), self._ends_at(connection)
         data, self.rest = self.rest, b""
         if not (self._arrived(data) if data else decoder.done):
             try:
@@ -3359,8 +3359,7 @@ class NetworkExchange:
     def _arrived(self, data: bytes) -> bool:
         """Hands on what a read brings of the body; whether that was its end. A method: the cells of a closure took
         half a kilobyte of each stream."""
-        decoder, connection, outlet = self.decoder, self.connection, self.outlet
-        assert decoder is not None and connection is not None and outlet is not None
+        decoder, connection, outlet = self.piped
         try:
             payload = decoder.feed(data)
         except ValueError as problem:  # kept, not raised: above a callback there is nobody who could take it
