@@ -1233,11 +1233,15 @@ def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tupl
         name = variable[len(ENV) :]
         if not variable.startswith(ENV) or "://" in value or _SERVICE_VARIABLE.match(name):
             continue
-        if name not in known:
-            hint = nearest(name, known) or "behind %s may stand %s" % (ENV, ", ".join(sorted(known)))
+        if name in known:
+            if known[name] and value:
+                yield known[name], (variable, value if name == "HOST" else as_scalar(value))
+            continue
+        # Any other name may be that of a secret which the file reads.
+        hint = nearest(name, known)
+        if hint or name.partition("_")[0].lower() in Config.settings:
+            hint = hint or "behind %s may stand %s" % (ENV, ", ".join(sorted(known)))
             raise ConfigError("%s: this variable sets nothing; %s" % (variable, hint))
-        if known[name] and value:
-            yield known[name], (variable, value if name == "HOST" else as_scalar(value))
 
 
 OPENAI_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
@@ -6702,6 +6706,14 @@ def retry_fields(after_s: float) -> bytes:
     return b"Retry-After: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(exact), math.ceil(exact * 1e3))
 
 
+def forget_frames(error: BaseException) -> None:
+    """Drops the tracebacks of an error that is kept: their frames hold whoever keeps it, and the garbage collector
+    would have to come for all of them."""
+    for one in (error, error.__cause__, error.__context__):
+        if one is not None:
+            one.__traceback__ = None
+
+
 def more_useful(one: "Reply | None", other: Reply) -> Reply:
     """The one of two refusals that tells a client more; the later of equals, as it is the truer."""
     if one is None:
@@ -7008,6 +7020,7 @@ class Relay:
             return Verdict(Outcome.UNFIT)
         if isinstance(problem, UpstreamError):
             trip.failure = problem
+            forget_frames(problem)
             return judge_error(problem)
         trip.name(lease)
         problem.reply.source = trip.record.controller, trip.record.mapped
@@ -7025,11 +7038,13 @@ class Relay:
             await exchange.start()
             now = self.loop.time()
             reply = Reply(exchange, now, lease.upstream.controller.rate_codes)
-            if exchange.complete and reply.head.status < 300:
+            if exchange.complete and reply.head.status < 300 and not request.stream:
                 reply.held, reply.whole = exchange.take(), True
             else:
                 self._learn(reply, lease)
                 await self._collect(reply, lease, others)
+            if others and not reply.held and reply.head.status < 300 and request.path == CHAT_PATH:
+                raise UpstreamClosed("the upstream's answer is empty")
             # An error in a 200 has the word as its first key; to parse each answer would cost as much as all the rest.
             if reply.head.status >= 300 or reply.held.find(b'"error"', 0, 24) >= 0:
                 self._learn(reply, lease)
@@ -8150,7 +8165,8 @@ class ClientConnection:
         if self.phase is not ANSWER:
             return
         pouring = self.upload is not None and self.upload.push is not None
-        if error is not None or pouring or self.transport.is_closing():
+        # TLS cannot close one way only, and asyncio's drops what is written from now on without a word.
+        if error is not None or pouring or self.protocol.over_tls or self.transport.is_closing():
             self.leave()
         else:
             self.probes = 0
@@ -8920,7 +8936,8 @@ def leave_script() -> NoReturn:
             hook(type(error), error, error.__traceback__)
 
     # Until `serve` listens to it. A KeyboardInterrupt on the way to the hook would be told as the hook's error.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.excepthook = run_main
     raise RuntimeError("sys.excepthook goes on")
 

@@ -411,6 +411,7 @@ def test_environment_overrides_an_empty_pool(tmp_path: Path, pool: Any) -> None:
         ("POOL_TIPE", "did you mean 'POOL_TYPE'?"),
         ("LOG_LEVEL", "behind CHATGPT_APISERVER_ may stand CONFIG_FILE, "),
         ("POOL_ALIASES", "behind CHATGPT_APISERVER_ may stand"),
+        ("LIMITS_CONNECTIONS", "behind CHATGPT_APISERVER_ may stand"),
     ],
 )
 def test_a_variable_of_ours_that_sets_nothing(tmp_path: Path, name: str, told: str) -> None:
@@ -430,10 +431,11 @@ def test_a_variable_of_ours_that_sets_nothing(tmp_path: Path, name: str, told: s
         ("PORT_80_TCP_ADDR", "10.0.0.1"),
         ("BLUE_SERVICE_PORT", "80"),
         ("BLUE_PORT_80_TCP_PROTO", "tcp"),
+        ("ALICE_KEY", "sk-of-alice"),
     ],
 )
-def test_variables_that_kubernetes_sets(tmp_path: Path, name: str, value: str) -> None:
-    """What a service of our name brings into each pod is none of our overrides."""
+def test_variables_that_are_no_overrides(tmp_path: Path, name: str, value: str) -> None:
+    """What Kubernetes sets for a service of our name is none of ours, nor is a secret that the file may read."""
     assert load({"CHATGPT_APISERVER_" + name: value}, write(tmp_path / "c.json")).port == 8080
 
 

@@ -19,6 +19,7 @@ from .support import (
     error_reply,
     event,
     json_reply,
+    sse_reply,
 )
 from .wirefeed import turns
 
@@ -402,3 +403,27 @@ async def test_errors_in_streams_open_the_breaker() -> None:
                 for _ in range(20):
                     await server.post(stream=True)
                 assert len(bad.seen) == 5
+
+
+EMPTY = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: 0\r\n\r\n"
+LATE_ERROR = b': hold the line\n\ndata: {"error":{"code":503}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("reply", "stream"),
+    [
+        (b"HTTP/1.1 204 No Content\r\n\r\n", False),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", True),
+        (EMPTY % b"application/json", False),
+        (EMPTY % b"application/json", True),
+        (EMPTY % b"text/event-stream", True),
+        (EMPTY.replace(b": 0", b": %d" % len(LATE_ERROR)) % b"text/event-stream" + LATE_ERROR, True),
+    ],
+)
+async def test_an_answer_of_nothing_is_none(reply: bytes, stream: bool) -> None:
+    """A chat that ends before it says anything, or whose stream begins with an error, goes to the next controller."""
+    good = sse_reply(event("a"), b"data: [DONE]\n\n") if stream else GOOD
+    async with Upstream(answers(reply)) as bad, Upstream(answers(good)) as one:
+        async with Running(controller("a", bad.url), controller("b", one.url), pool={"type": "priority"}) as server:
+            found = await server.post(stream=stream)
+            assert (found.status, found.headers["x-apiserver-controller"]) == (200, "b")

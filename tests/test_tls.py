@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from .support import CERT, KEY, Client, Running, request
+from .support import CERT, KEY, SSE_HEAD, Client, Message, Peer, Running, Upstream, controller, event, request
 from .test_bounds import end_of_all, pause
 
 TLS = {"cert": CERT, "key": KEY}
@@ -97,3 +97,25 @@ async def test_a_client_that_vanishes_within_tls(phase: str) -> None:
         while server.server.connections:
             await asyncio.sleep(0)
         assert server.server.pool.upstreams[0].in_flight == 0
+
+
+async def test_a_client_that_closes_in_the_midst_of_its_stream_within_tls() -> None:
+    """TLS knows no half-close: a clean end of the client's side ends the upstream's stream, too."""
+    gone = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(event("a"))
+        await peer.gone()
+        gone.set()
+
+    async with Upstream(script) as one, Running(controller("a", one.url), tls=TLS) as server:
+        client = await open_tls(server)
+        await client.post("m", stream=True)
+        await client.reader.readuntil(event("a"))
+        client.writer.close()
+        await gone.wait()
+        while server.server.connections:
+            await asyncio.sleep(0)
+        server.server.access.flush()
+        assert server.server.pool.upstreams[0].in_flight == 0 and "tried=a:gone:" in server.lines[0]
