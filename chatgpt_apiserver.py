@@ -2529,6 +2529,7 @@ class Fiber:
                 self._wait(found)
         finally:
             running.fiber = before
+            error = None  # its traceback leads here: a cycle, which only the garbage collector would end
 
     def cancel(self) -> None:
         """Makes what it waits for raise CancelledError, in the loop's next turn."""
