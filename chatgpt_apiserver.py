@@ -2607,10 +2607,8 @@ class WireReader(asyncio.StreamReader):
             return
         # Mostly nothing waits, and the read is kept as the very object that the kernel's bytes were put into.
         self.data = self.data + data if self.data else data
-        resume = self.resume
-        if resume is not None:
-            self.resume = None
-            resume(None)
+        if self.resume is not None:
+            self._wake_up(None)
         elif len(self.data) >= READ_BYTES:
             self.hold()
 
