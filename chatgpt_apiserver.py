@@ -1837,8 +1837,10 @@ class FieldLines:
         if len(lines) > limit:
             raise ValueError("more than %d header fields" % limit)
         entries: "list[Any]" = list(map(known.get, lines))
-        if not all(entries):
-            entries = [entry or self._learn(line) for entry, line in zip(entries, lines, strict=True)]
+        at = -1
+        for _ in range(entries.count(None)):  # each reply has a few of its own: dates, ids, what is left of a quota
+            at = entries.index(None, at + 1)
+            entries[at] = self._learn(lines[at])
         index = dict(map(_PAIR, entries))
         if len(index) != len(lines):  # some name stands twice
             index = joined_index(map(_PAIR, entries))
@@ -3072,11 +3074,12 @@ class Upload(Protocol):
 class UpstreamConnection:
     """A connection to an origin; `used` counts its exchanges."""
 
-    __slots__ = "deadline early idle loop origin pool reader used waits_for writer written_at".split()
+    __slots__ = "deadline early idle loop origin pool reader transport used waits_for writer written_at".split()
 
     def __init__(self, origin: Origin, link: Link, pool: "ConnectionPool") -> None:
         self.origin, self.pool = origin, pool
-        self.reader, self.writer = link
+        self.reader, self.writer = link  # the writer, too: it closes its transport when nobody has it any more
+        self.transport = self.writer.transport
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
         self.used = 0
@@ -3087,15 +3090,13 @@ class UpstreamConnection:
         self.reader.on_end = self._ended
 
     def __repr__(self) -> str:
-        state = "closed" if self.writer.is_closing() else "idle" if self.idle else "active"
+        state = "closed" if self.transport.is_closing() else "idle" if self.idle else "active"
         return "<UpstreamConnection %s %s used=%d>" % (self.origin.authority, state, self.used)
 
     # Something unasked is mostly a 408 of an upstream that was tired of waiting; it must not answer the next request.
-    def usable(self) -> bool:
-        """Whether a new exchange may start: open, all sent, nothing come unasked (RFC 9112, 9.5 and 11.2)."""
-        reader, transport = self.reader, self.writer.transport
-        unasked = reader.ended or reader.data
-        return not (unasked or transport.is_closing() or transport.get_write_buffer_size())
+    def quiet(self) -> bool:
+        """Whether it is open as far as is known, and nothing has come unasked (RFC 9112, 9.5 and 11.2)."""
+        return not (self.reader.ended or self.reader.data)
 
     def sent(self, now: float, within_s: float) -> None:
         """A request was written; its reply must begin within this time, 0 is no limit."""
@@ -3115,7 +3116,7 @@ class UpstreamConnection:
         """Closes without waiting for anything."""
         self.deadline.cancel()
         self.reader.on_end = None
-        self.writer.transport.abort()
+        self.transport.abort()
 
     # One timer serves both lives: in the pool it ends the idling, in an exchange the waiting.
     def _expired(self) -> None:
@@ -3161,7 +3162,7 @@ class ConnectionPool:
             connection = idle.pop()  # LIFO: the fewest connections stay warm, TLS sessions and TCP windows with them
             connection.idle = False
             self.idle_count -= 1
-            if connection.usable():
+            if connection.quiet() and not connection.transport.is_closing():
                 self.active.add(connection)
                 return connection
             connection.close()
@@ -3201,7 +3202,8 @@ class ConnectionPool:
         if connection not in self.active:
             return
         self.active.discard(connection)
-        if not reusable or self.closed or not connection.usable():
+        # With a part of the request unsent, its rest would stand before the next one.
+        if not reusable or self.closed or not connection.quiet() or connection.transport.get_write_buffer_size():
             connection.close()
             return
         connection.idle = True
@@ -3423,7 +3425,7 @@ class NetworkExchange:
     def _send(self, connection: UpstreamConnection) -> None:
         """Writes the request as one piece; the transport sends what the kernel does not take while we read on."""
         self.connection = connection
-        (head, body), transport = self.message, connection.writer.transport
+        (head, body), transport = self.message, connection.transport
         # A reply may come before the request is sent whole (401, 413): nobody waits for the writing to end. To copy
         # 100 kB costs less than a second system call that wakes the upstream twice (80 us of the system's time or 60).
         if len(body) < JOINED_BYTES:
@@ -3446,7 +3448,7 @@ class NetworkExchange:
             return True
         if upload.chunked:
             data = (chunk(data) if data else b"") + (LAST_CHUNK if last else b"")
-        transport = connection.writer.transport
+        transport = connection.transport
         if data and not transport.is_closing():
             self.pool.outbox.write(transport, data)
         protocol, now = transport.get_protocol(), connection.loop.time()
@@ -3463,7 +3465,7 @@ class NetworkExchange:
     def _end_upload(self, upload: Upload, connection: UpstreamConnection) -> bool:
         """Nothing more of it goes up; whether all of it did. It counts as sent, as providers count cancelled calls."""
         upload.stop()
-        protocol = connection.writer.transport.get_protocol()
+        protocol = connection.transport.get_protocol()
         if isinstance(protocol, WireProtocol):
             protocol.on_writable = None
         if not upload.done:
@@ -3480,7 +3482,7 @@ class NetworkExchange:
     def _check_end(self, decoder: Decoder) -> None:
         """Refuses a body that ends before it is whole."""
         assert self.connection is not None
-        if not decoder.done and not (decoder.feed_eof() and ended_well(self.connection.writer.transport)):
+        if not decoder.done and not (decoder.feed_eof() and ended_well(self.connection.transport)):
             raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
 
     def _ends_at(self, connection: UpstreamConnection) -> float:
