@@ -3331,6 +3331,9 @@ class NetworkExchange:
     def take(self) -> bytes:
         """See `Exchange`."""
         data, self.rest = self.rest, b""
+        if data and self.complete and self.decoder is not None:
+            self.decoder.done = True
+            return data
         return self._decode(data) if data else b""
 
     async def read(self) -> bytes:
@@ -7654,8 +7657,8 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "body broken chunked close_after deadline failed gone head head_sent held key last last_head loop on_ready"
-        " origin outbox parsed_head peer pending phase probes protocol raw reader record reserve scrubs server skipped"
+        "body broken chunked close_after deadline failed framed framed_bytes gone head head_sent held key last last_head"
+        " loop on_ready origin outbox parsed_head peer pending phase probes protocol raw reader record reserve scrubs server skipped"
         " task telling transport upload"
     ).split()
 
@@ -7674,6 +7677,8 @@ class ClientConnection:
         # For one request, set anew by `_one` and by `open`.
         self.head: "RequestHead | None" = None
         self.parsed_head: "RequestHead | None" = None
+        self.framed: "RequestHead | None" = None  # whose body was `framed_bytes` long, within all limits
+        self.framed_bytes = 0
         self.upload: "ClientUpload | None" = None
         self.broken: "ProxyError | None" = None
         self.key: "ClientKey | None" = None
@@ -7757,13 +7762,17 @@ class ClientConnection:
             head = await self._read_head()
             if head is None:
                 return False
-            decoder = self._body_decoder(head)
-            if decoder is None:
-                self.body = b""
-            elif type(decoder) is LengthDecoder and decoder.left <= len(self.reader.data):
-                self.body = self.reader.cut(decoder.left)  # as nearly all come: with their head, in one read
+            if head is self.framed and self.framed_bytes <= len(self.reader.data):
+                self.body = self.reader.cut(self.framed_bytes)  # the same head as before, so it was judged before
             else:
-                self.body = await self._read_body(head, decoder)
+                decoder = self._body_decoder(head)
+                if decoder is None:
+                    self.body = b""
+                elif type(decoder) is LengthDecoder and decoder.left <= len(self.reader.data):
+                    self.framed, self.framed_bytes = head, decoder.left
+                    self.body = self.reader.cut(decoder.left)  # as nearly all come: with their head, in one read
+                else:
+                    self.body = await self._read_body(head, decoder)
         except ProxyError as error:
             problem = error
             self.close_after = self.close_after or not self.skipped  # or what follows it could not be trusted
@@ -8363,6 +8372,8 @@ class Server:
         self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
         self.last_host = None
         REPLY_FIELDS.known.clear()  # as there may be new secrets
+        for client in self.connections:
+            client.last_head = b""  # as there may be new limits
         self.models.clear()
 
     def next_id(self) -> str:
