@@ -1750,8 +1750,12 @@ REPLY_DROPPED = HOP_BY_HOP | frozenset(
 # On an answer that took waiting or failover these would speak of one account of many.
 RETRY_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-should-retry"))
 
-# Lines that hold a secret are parsed each time: what is remembered of lines lives as long as the process.
-SECRET_FIELDS = frozenset(b"authorization api-key x-api-key proxy-authorization cookie set-cookie".split())
+# Lines that hold a secret are parsed each time: what is remembered of lines lives as long as the process. So are those
+# that nobody says twice, which would only push the others out.
+NOT_KEPT_FIELDS = frozenset(
+    b"authorization api-key x-api-key proxy-authorization cookie set-cookie x-request-id x-client-request-id cf-ray"
+    b" apim-request-id request-id idempotency-key traceparent".split()
+)
 
 Fields = list[tuple[bytes, bytes]]
 Index = dict[bytes, bytes]
@@ -1855,10 +1859,11 @@ class FieldLines:
         found = _FIELD.match(line)
         if found is None:
             raise ValueError("a header line is malformed")
-        name, value = found.group(1).lower(), found.group(2).rstrip(b" \t")
-        line_on = b"%b: %b\r\n" % (found.group(1), self.clean(value)) if self.passes(name) else b""
+        spelled, value = found.groups()
+        name, value = spelled.lower(), value.rstrip(b" \t")
+        line_on = b"%b: %b\r\n" % (spelled, self.clean(value)) if self.passes(name) else b""
         entry = ((name, value), line_on)
-        if len(line) <= KNOWN_LINE_BYTES and name not in SECRET_FIELDS:
+        if len(line) <= KNOWN_LINE_BYTES and name not in NOT_KEPT_FIELDS:
             # Emptied when full: keeping the most used ones would cost more than to learn the common dozen again, and
             # somebody who sends a thousand new lines gains nothing but that.
             if len(self.known) >= KNOWN_LINES:
@@ -7657,9 +7662,9 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "body broken chunked close_after deadline failed framed framed_bytes gone head head_sent held key last last_head"
-        " loop on_ready origin outbox parsed_head peer pending phase probes protocol raw reader record reserve scrubs server skipped"
-        " task telling transport upload"
+        "body broken chunked close_after deadline failed framed framed_bytes gone head head_sent held key last"
+        " last_head loop on_ready origin outbox parsed_head peer pending phase probes protocol raw reader record"
+        " reserve scrubs server skipped task telling transport upload"
     ).split()
 
     def __init__(

@@ -370,6 +370,17 @@ async def check_the_size_of_an_upstreams_head(size: int, cuts: int) -> None:
         assert (await server.post("m")).status == (200 if size <= 1000 else 502)
 
 
+async def test_a_reload_bounds_the_bodies_of_open_connections() -> None:
+    """A client that repeats its request to the byte is judged by the limits of now, and not of its first time."""
+    async with Upstream(answers(json_reply(200, ANSWER))) as one, Running(controller("a", one.url)) as server:
+        client = await server.open()
+        for limit, status in ((4000, 200), (4000, 200), (40, 413)):
+            server.server.reconfigure(server.config.replace(limits=app.ServerLimits(body_bytes=limit)))
+            await client.send(request(b'{"model":"m","messages":[{"role":"user","content":"x"}]}'))
+            assert (await client.read()).status == status
+        client.close()
+
+
 async def test_the_size_of_an_upstreams_chunk_line() -> None:
     """A reply's chunk-size line may have as many bytes as chunk_line_bytes says, which a reload may change."""
     raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;%b\r\n{}\r\n0\r\n\r\n" % (b"x" * 300)

@@ -98,6 +98,21 @@ def test_chunked_decoder_at_every_cut_and_by_byte() -> None:
     assert feed(decoder, *(CHUNKED[at : at + 1] for at in range(len(CHUNKED)))) == b"hello 0123456789" and decoder.done
 
 
+def test_reads_that_are_one_chunk_each() -> None:
+    """A stream's reads, each a whole chunk of a known size, are judged like any others: bound, CRLF and last chunk."""
+    decoder = app.ChunkedDecoder(12)
+    for _ in range(2):
+        assert decoder.feed(b"5\r\nhello\r\n") == b"hello" and not decoder.done
+    with pytest.raises(OverflowError):
+        decoder.feed(b"5\r\nhello\r\n")
+    for _ in range(2):  # an earlier last chunk makes its size a known one
+        decoder = app.ChunkedDecoder(12)
+        assert feed(decoder, b"5\r\nhello\r\n", b"0\r\n\r\n") == b"hello" and decoder.done and not decoder.rest
+    with pytest.raises(ValueError):
+        app.ChunkedDecoder(12).feed(b"5\r\nhelloX\r\n")
+    assert app.ChunkedDecoder(12).feed(b"5\r\nhel\r\n") == b"hel\r\n"
+
+
 @pytest.mark.parametrize(
     "wire",
     [
@@ -190,13 +205,14 @@ def test_what_is_passed_on() -> None:
 
 
 def test_what_is_remembered_of_lines() -> None:
-    """Common lines are, credentials and long ones are not, and the memory is bounded."""
+    """Common lines are, credentials, ids and long ones are not, and the memory is bounded."""
     table = app.FieldLines(lambda name: True)
     long_line = b"X-Long: " + b"x" * app.KNOWN_LINE_BYTES
     for _ in range(2):
-        index, lines = table.parse(b"\r\n".join([b"Authorization: k", b"X-A: b", long_line]), 10)
-        assert index == {b"authorization": b"k", b"x-a": b"b", b"x-long": b"x" * app.KNOWN_LINE_BYTES}
-        assert lines == b"Authorization: k\r\nX-A: b\r\n" + long_line + b"\r\n"
+        index, lines = table.parse(b"\r\n".join([b"Authorization: k", b"X-A: b", long_line, b"CF-Ray: 1"]), 10)
+        others = {b"x-long": b"x" * app.KNOWN_LINE_BYTES, b"cf-ray": b"1"}
+        assert index == {b"authorization": b"k", b"x-a": b"b", **others}
+        assert lines == b"Authorization: k\r\nX-A: b\r\n" + long_line + b"\r\nCF-Ray: 1\r\n"
     assert list(table.known) == [b"X-A: b"]
     for number in range(2 * app.KNOWN_LINES):
         table.parse(b"X-N: %d" % number, 10)
