@@ -3079,7 +3079,7 @@ class Upload(Protocol):
 class UpstreamConnection:
     """A connection to an origin; `used` counts its exchanges."""
 
-    __slots__ = "deadline early idle loop origin pool reader transport used waits_for writer written_at".split()
+    __slots__ = "deadline early idle loop origin pool reader transport used within_s writer written_at".split()
 
     def __init__(self, origin: Origin, link: Link, pool: "ConnectionPool") -> None:
         self.origin, self.pool = origin, pool
@@ -3090,7 +3090,7 @@ class UpstreamConnection:
         self.used = 0
         self.idle = False
         self.early = True  # no byte of the current reply has come
-        self.waits_for = ""
+        self.within_s = 0.0  # that the reply to the current request may take to begin
         self.written_at = 0.0
         self.reader.on_end = self._ended
 
@@ -3107,7 +3107,7 @@ class UpstreamConnection:
         """A request was written; its reply must begin within this time, 0 is no limit."""
         self.used += 1
         self.written_at, self.early = now, True
-        self.waits_for = "no byte of a reply within %g s" % within_s
+        self.within_s = within_s
         self.deadline.set(now + within_s if within_s else math.inf)
 
     # A reset a minute after the write is no stale connection: the request was being answered, and may be billed.
@@ -3128,7 +3128,9 @@ class UpstreamConnection:
         if self.idle:
             self.pool.drop(self)
         else:
-            self.reader.interrupt(UpstreamTimeout(self.waits_for, early=self.early))
+            began = "nothing came from the upstream in time"
+            silent = "no byte of a reply within %g s" % self.within_s
+            self.reader.interrupt(UpstreamTimeout(silent if self.early else began, early=self.early))
 
     # In an exchange the read that waits is told by its reader.
     def _ended(self, error: "BaseException | None") -> None:
@@ -3330,7 +3332,6 @@ class NetworkExchange:
         self.decoder = decoder = reply_body_decoder(self.head, self.method, self.pool.line_bytes)
         self.complete = type(decoder) is LengthDecoder and decoder.left == len(self.rest)
         connection.early = False
-        connection.waits_for = "nothing came from the upstream in time"
         connection.deadline.set(self._idle_until(connection))
 
     def take(self) -> bytes:
@@ -4423,8 +4424,11 @@ def count_text(value: "Any", depth: int = 0) -> int:
 def estimate_prompt(data: "dict[str, Any]") -> int:
     """About how many tokens the prompt of a chat has. No tokenizer: it would be a dependency and a table for each
     model, and replies correct what is wrong here."""
-    contents = [message.get("content") for message in data["messages"]]
-    return sum([len(text) if type(text) is str else count_text(text) for text in contents]) // 4
+    size = 0
+    for message in data["messages"]:
+        text = message.get("content")
+        size += len(text) if type(text) is str else count_text(text)
+    return size // 4
 
 
 def answer_limit(data: "dict[str, Any]") -> int:
@@ -5485,7 +5489,7 @@ class Ledger:
     @property
     def counts_tokens(self) -> bool:
         """Whether it matters here how many tokens an answer took."""
-        return bool(self.tokens.limit) or any(by_tokens for by_tokens, _ in self.windows)
+        return bool(self.tokens.limit or self.limits.tpm)
 
     def opens_at(self, need: float, now: float) -> float:
         """When a request of `need` tokens may be sent; 0 for now."""
@@ -5893,7 +5897,9 @@ class Lease:
         ledger, need = self.ledger, self.need
         ledger.take(1.0, need)
         self.expected = ledger.requests.charge(1.0, now), ledger.tokens.charge(need, now)
-        self.entries = [(kind, window, window.add(need if kind else 1.0)) for kind, window in ledger.windows]
+        if ledger.windows:
+            amounts = (1.0, need)
+            self.entries = [(kind, window, window.add(amounts[kind])) for kind, window in ledger.windows]
 
     def sent(self, now: float) -> None:
         """The request was written: from now on it counts, whatever comes of it."""
