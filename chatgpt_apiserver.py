@@ -1826,11 +1826,12 @@ class FieldLines:
     `passes` tells by the lower-case name whether a field goes on to the other side, `clean` with which value.
     """
 
-    __slots__ = ("clean", "known", "passes")
+    __slots__ = ("clean", "known", "names", "passes")
 
     def __init__(self, passes: "Callable[[bytes], bool]", clean: "Callable[[bytes], bytes]" = bytes) -> None:
         self.passes, self.clean = passes, clean
         self.known: "dict[bytes, tuple[tuple[bytes, bytes], bytes]]" = {}
+        self.names: "dict[bytes, tuple[bytes, bool]]" = {}  # as spelled, to the lower-case name and whether it passes
 
     def parse(self, block: bytes, limit: int) -> "tuple[Index, bytes]":
         """Index and passing lines of a head's field lines, which CRLF separates. Raises ValueError."""
@@ -1856,12 +1857,19 @@ class FieldLines:
 
     def _learn(self, line: bytes) -> "tuple[tuple[bytes, bytes], bytes]":
         """Lower-case name and value, and the line to pass on, b"" for one that stays here."""
-        found = _FIELD.match(line)
-        if found is None:
-            raise ValueError("a header line is malformed")
-        spelled, value = found.groups()
-        name, value = spelled.lower(), value.rstrip(b" \t")
-        line_on = b"%b: %b\r\n" % (spelled, self.clean(value)) if self.passes(name) else b""
+        spelled, _, value = line.partition(b":")
+        known = self.names.get(spelled)
+        # A known name and a printable value need no expression, which costs three times as much.
+        if known is not None and value.isascii() and value.decode().isprintable():
+            value = value.strip(b" ")
+        else:
+            found = _FIELD.match(line)
+            if found is None:
+                raise ValueError("a header line is malformed")
+            value = found.group(2).rstrip(b" \t")
+            known = self._learn_name(spelled)
+        name, passes = known
+        line_on = b"%b: %b\r\n" % (spelled, self.clean(value)) if passes else b""
         entry = ((name, value), line_on)
         if len(line) <= KNOWN_LINE_BYTES and name not in NOT_KEPT_FIELDS:
             # Emptied when full: keeping the most used ones would cost more than to learn the common dozen again, and
@@ -1870,6 +1878,15 @@ class FieldLines:
                 self.known.clear()
             self.known[line] = entry
         return entry
+
+    def _learn_name(self, spelled: bytes) -> "tuple[bytes, bool]":
+        """Lower-case name, and whether the field passes."""
+        name = spelled.lower()
+        if len(self.names) >= KNOWN_LINES:
+            self.names.clear()
+        if len(spelled) <= KNOWN_LINE_BYTES:
+            self.names[spelled] = name, self.passes(name)
+        return name, self.passes(name)
 
 
 REQUEST_FIELDS = FieldLines(
