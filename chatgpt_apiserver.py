@@ -182,10 +182,6 @@ class BadMessage(ProxyError):
     """A message that HTTP's grammar or our limits forbid; the connection cannot go on (RFC 9112, 9.6)."""
 
 
-class ConfigError(Exception):
-    """A configuration that cannot be used: file, path, what was found, what is allowed. One line, without secrets."""
-
-
 class Untranslatable(ProxyError):
     """A request that one account has no words for. `field`: the path of what is at fault, `why` the reason.
 
@@ -393,6 +389,27 @@ class Secret:
 NO_SECRET = Secret("")
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 WORD = "a non-empty string"
+# What may be a key, for who has put one where none belongs: a word of some vendor's, sixteen letters and digits in a
+# row that are no word with a number behind it, a longer row of pieces that mix them (a UUID), or what goes before the @
+# of a URL. Names of models and hosts rarely look like that, and of a path, which files have, no row counts.
+KEY_LIKE = (  # compiled for the first mistake
+    r"\bsk-[\w\-]{4,}|\b(?:gsk_|hf_|fw_|xai-|csk-|pplx-|nvapi-|AIza|ABSK|eyJ)[\w.+/=\-]{12,}"
+    r"|(?i:\b(?:bearer|basic) )[^\s\"']+|(?<=//)[^\s\"]+(?=@)"
+    r"|(?<![\w/])(?=[A-Za-z]*\d+[A-Za-z])[A-Za-z0-9]{16,}|(?<![\w/\-])(?=(?:[\w\-]*?\d[A-Za-z]){3})[\w\-]{16,}"
+)
+
+
+def without_keys(text: str) -> str:
+    """`text` in which all that may be a key is shown as one."""
+    return re.sub(KEY_LIKE, lambda match: repr(Secret(match.group())), text)
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used: file, path, what was found, what is allowed. One line, without secrets."""
+
+    def __init__(self, message: str) -> None:
+        # Here, as a key may stand in any part of it: people paste them into names, flags, paths, and before a colon.
+        super().__init__(without_keys(message))
 
 
 class Told(str):
@@ -413,7 +430,9 @@ def shown(value: "Any") -> str:
     if value and isinstance(value, (dict, list)):
         return kind_of(value)
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 42 else "a text of %d characters" % len(value if isinstance(value, str) else text)
+    if len(text) > 42:
+        return "a text of %d characters" % len(value if isinstance(value, str) else text)
+    return without_keys(text)
 
 
 def nearest(word: str, known: "Iterable[str]") -> str:
@@ -8879,7 +8898,7 @@ def run(config: Config, load: "Callable[[], Config]") -> int:
     try:
         asyncio.run(serve(config, load))
     except OSError as error:
-        print("cannot listen on %s:%d: %s" % (config.host, config.port, error), file=sys.stderr)
+        print("cannot listen on %s:%d: %s" % (without_keys(config.host), config.port, error), file=sys.stderr)
         return 1
     finally:
         console.send(LOG_LAST_MS)
@@ -8911,7 +8930,8 @@ def main(argv: "list[str] | None" = None) -> int:
             log.info("%s", line)
         # Not an error: in a container every address is public, and something in front may ask for keys.
         if not is_loopback(config.host) and not config.client_keys:
-            log.warning("ANYONE WHO CAN REACH %s:%d CAN SPEND THESE KEYS: no client_keys", config.host, config.port)
+            where = "%s:%d" % (without_keys(config.host), config.port)
+            log.warning("ANYONE WHO CAN REACH %s CAN SPEND THESE KEYS: no client_keys", where)
         return run(config, load)
     except ConfigError as error:
         print(error, file=sys.stderr)
