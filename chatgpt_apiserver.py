@@ -8897,7 +8897,7 @@ def run(config: Config, load: "Callable[[], Config]") -> int:
     """Serves; the exit status, once what is left of the log has found its reader or none."""
     try:
         asyncio.run(serve(config, load))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a name that DNS could not hold
         print("cannot listen on %s:%d: %s" % (without_keys(config.host), config.port, error), file=sys.stderr)
         return 1
     finally:

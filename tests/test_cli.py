@@ -124,6 +124,16 @@ def test_a_taken_port_exits_with_1(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_a_host_that_is_no_name_exits_with_1(tmp_path: Path) -> None:
+    """A host that no resolver could be asked for is told in one line, and not in full where it looks like a key."""
+    ended = run(tmp_path, "--demo", "--port", "0", "--host", "sk-" + 20 * "Secret" + "-wxyz")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert " WARNING ANYONE WHO CAN REACH sk-…wxyz:0 CAN SPEND " in ended.stderr
+    assert "\ncannot listen on sk-…wxyz:0: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Secret" not in ended.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that cannot be written")
 def test_the_unforeseen_is_shown_as_ever(tmp_path: Path) -> None:
     """What nobody caught is one traceback and status 1, though it does not happen in the script itself."""
