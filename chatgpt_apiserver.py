@@ -8757,7 +8757,8 @@ class Server:
 
 # ==== 15. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
-# cannot be listened on. A start is measured: what few starts need is imported where it is needed.
+# cannot be listened on and for output that cannot be written. A start is measured: what few starts need is imported
+# where it is needed.
 
 
 USAGE = """usage: chatgpt_apiserver.py [flags]
@@ -8893,13 +8894,25 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
     log.info("stopped")
 
 
+def tell(text: str, status: int = 0) -> int:
+    """Prints what was asked for, or what went wrong where `status` is not 0; the exit status."""
+    file = sys.stderr if status else sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except (OSError, UnicodeError) as problem:
+        # What stays in the buffer would be tried again at the end, and told as an error of Python's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        if not status:  # who has read enough, as `| head` has, needs no word
+            return 1 if isinstance(problem, BrokenPipeError) else tell("cannot write: %s" % problem, 1)
+    return status
+
+
 def run(config: Config, load: "Callable[[], Config]") -> int:
     """Serves; the exit status, once what is left of the log has found its reader or none."""
     try:
         asyncio.run(serve(config, load))
     except (OSError, UnicodeError) as error:  # the latter for a name that DNS could not hold
-        print("cannot listen on %s:%d: %s" % (without_keys(config.host), config.port, error), file=sys.stderr)
-        return 1
+        return tell("cannot listen on %s:%d: %s" % (without_keys(config.host), config.port, error), 1)
     finally:
         console.send(LOG_LAST_MS)
     return 0
@@ -8914,8 +8927,7 @@ def main(argv: "list[str] | None" = None) -> int:
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         if "help" in args or "version" in args:
-            print(USAGE if "help" in args else "chatgpt_apiserver " + __version__)
-            return 0
+            return tell(USAGE if "help" in args else "chatgpt_apiserver " + __version__)
         flags = {"host": args.get("host"), "port": args.get("port")}
         named = (args.get("config_file", ""), args.get("config_path", ""))
         load = functools.partial(load_config, *named, flags, os.environ, "demo" in args)
@@ -8923,8 +8935,7 @@ def main(argv: "list[str] | None" = None) -> int:
         if "check" in args:
             if config.tls.cert:
                 server_tls(config)
-            print("\n".join(["good: " + config.source, *describe(config)]))
-            return 0
+            return tell("\n".join(["good: " + config.source, *describe(config)]))
         set_up_logging(config)
         for line in describe(config)[:-1]:  # the address is told once it is open
             log.info("%s", line)
@@ -8934,8 +8945,7 @@ def main(argv: "list[str] | None" = None) -> int:
             log.warning("ANYONE WHO CAN REACH %s CAN SPEND THESE KEYS: no client_keys", where)
         return run(config, load)
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return tell(str(error), 2)
 
 
 def leave_script() -> NoReturn:
