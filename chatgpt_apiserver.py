@@ -8972,7 +8972,8 @@ def leave_script() -> NoReturn:
 
 
 if __name__ == "__main__":
-    # Whoever runs the script for Python, as -m, a debugger and a profiler do, would see the exception.
-    if sys.implementation.name == "cpython" and sys._getframe().f_back is None:
+    # Whoever runs the script for Python, as -m, a debugger and a profiler do, would see the exception, and so would who
+    # asked for a prompt after it (-i).
+    if sys.implementation.name == "cpython" and sys._getframe().f_back is None and not sys.flags.inspect:
         leave_script()
     sys.exit(main())

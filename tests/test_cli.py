@@ -21,10 +21,16 @@ Ended = subprocess.CompletedProcess[str]
 def start(cwd: Path, *args: str, stdout: Any = subprocess.PIPE, stderr: Any = subprocess.PIPE, **env: str) -> Ended:
     """Python's end, in an empty folder and an environment without settings."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "TMPDIR")}
-    command = [sys.executable, "-W", "error", *args]
-    env = dict(kept, PYTHONUTF8="1", **env)
     return subprocess.run(
-        command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, encoding="utf-8", timeout=30, check=False
+        [sys.executable, "-W", "error", *args],
+        cwd=cwd,
+        env=dict(kept, PYTHONUTF8="1", **env),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        encoding="utf-8",
+        timeout=30,
+        check=False,
     )
 
 
@@ -145,6 +151,13 @@ def test_the_unforeseen_is_shown_as_ever(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr.count("Traceback")) == (1, "", 1)
     assert "excepthook" not in ended.stderr.splitlines()[0]
     assert ended.stderr.splitlines()[-1] == "LookupError: broken"
+
+
+def test_a_prompt_after_the_end(tmp_path: Path) -> None:
+    """`python3 -i` shows the exit as it does of any script, and nothing of how this one is left."""
+    ended = start(tmp_path, "-i", str(PROGRAM), "--version")
+    assert (ended.returncode, ended.stdout) == (0, "chatgpt_apiserver %s\n" % app.__version__)
+    assert "SystemExit: 0" in ended.stderr and "excepthook" not in ended.stderr
 
 
 @pytest.mark.parametrize("args", [("--version",), ("--help",), ("--demo", "--check")])
