@@ -6783,8 +6783,8 @@ def refused_in_200(reply: Reply, event: bytes) -> Refused:
 @functools.lru_cache(maxsize=1024)
 def way_fields(controller: str, attempts: int, wait_ms: int) -> bytes:
     """Our own lines about the way of an answer; nearly all come from one of a few, at once."""
-    told = (controller.encode(), attempts, wait_ms)
-    return b"x-apiserver-controller: %b\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % told
+    asked = b"x-apiserver-controller: %b\r\n" % controller.encode() if controller else b""  # else the line gave up
+    return b"%bx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % (asked, attempts, wait_ms)
 
 
 def keep(memory: "dict[Any, Any]", key: "Any", value: "Any", most: int) -> None:
