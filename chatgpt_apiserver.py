@@ -341,10 +341,16 @@ zhipu           https://open.bigmodel.cn/api/paas/v4  max_completion_tokens=max_
 
 def parse_vendor(url: str, *changes: str) -> "dict[str, Any]":
     """A row of VENDORS as the `config` that it stands for."""
-    codes = [change[4:] for change in changes if change[:4] == "429:"]
-    pairs = [change.split("=") for change in changes if "=" in change]
-    drops, renames = [old for old, new in pairs if not new], {old: new for old, new in pairs if new}
-    return {"base_url": url, "rename_params": renames, "drop_params": drops, "rate_codes": codes}
+    made: "dict[str, Any]" = {"base_url": url, "rename_params": {}, "drop_params": [], "rate_codes": []}
+    for change in changes:
+        old, _, new = change.partition("=")
+        if new:
+            made["rename_params"][old] = new
+        elif old == change:
+            made["rate_codes"].append(change.removeprefix("429:"))
+        else:
+            made["drop_params"].append(old)
+    return made
 
 
 PRESETS = {name: parse_vendor(*row) for name, *row in map(str.split, VENDORS.strip().splitlines())}
@@ -358,7 +364,7 @@ class Secret:
     """
 
     # No subclass of str: that would be joined, sliced and dumped to JSON as it is. All that prints objects (a log, a
-    # debugger, a traceback with locals) goes by __repr__ and __str__.
+    # debugger, a traceback with locals) goes by __repr__, and so does str().
     __slots__ = ("_value",)
 
     def __init__(self, value: str) -> None:
@@ -382,8 +388,6 @@ class Secret:
             return "none"
         head = "sk-" if self._value.startswith("sk-") else ""
         return head + "…" + (self._value[-4:] if len(self._value) >= 12 else "")
-
-    __str__ = __repr__
 
 
 NO_SECRET = Secret("")
@@ -552,6 +556,13 @@ class Section:
                 found[name] = one.read(self, name, value, *one.more)
         return found
 
+    def name(self, made_up: str, others: "Sequence[ControllerConfig | ClientKey]", kind: str) -> str:
+        """What this mapping calls itself, else the name `made_up`; no other of its kind may have it."""
+        name: str = self.fit("name", self.take("name", ""), str) or made_up
+        if name in [other.name for other in others]:
+            raise self.error("name", name, "a name that no other %s has" % kind)
+        return name
+
     # -- readers: a key, what is said of it, and what else its `setting` was given
 
     def section(self, key: str, value: "Any") -> "Section":
@@ -560,10 +571,10 @@ class Section:
 
     def sections(self, key: str) -> "list[Section]":
         """A list of mappings."""
-        value = self.take(key)
-        if not isinstance(value, (list, type(None))):
+        value = self.take(key, [])
+        if not isinstance(value, list):
             raise self.error(key, kind_of(value), "a list of objects")
-        return [self.section("%s[%d]" % (key, number), item) for number, item in enumerate(value or ())]
+        return [self.section("%s[%d]" % (key, number), item) for number, item in enumerate(value)]
 
     def record(self, key: str, value: "Any", kind: "type[Record]") -> "Record":
         """An object with the keys of `kind`."""
@@ -693,7 +704,7 @@ class Record:
             if name in vars(cls):
                 one = vars(cls)[name]
                 one = cls.settings[name] = one if isinstance(one, Setting) else Setting(one)
-                setattr(cls, name, one.default)  # which instances fall back to
+                setattr(cls, name, one.default)
 
     def __init__(self, *values: "Any", **named: "Any") -> None:
         # mypy checks the calls that it sees; the keys of a configuration come by `**`.
@@ -701,23 +712,20 @@ class Record:
         wrong = (given.keys() | self.settings.keys()) ^ set(self.fields)
         if wrong:
             raise TypeError("missing or unknown: %s" % ", ".join(sorted(wrong)))
-        vars(self).update(given)
-
-    def _values(self) -> "list[Any]":
-        return [getattr(self, name) for name in self.fields]
+        for name in self.fields:  # in this order, whatever was given
+            vars(self)[name] = given[name] if name in given else getattr(self, name)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("%s.%s cannot be changed" % (type(self).__name__, name))
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other._values() == self._values()
+        return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._values()))
+        return hash(tuple(vars(self).values()))
 
     def __repr__(self) -> str:
-        pairs = zip(self.fields, self._values(), strict=True)
-        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in pairs))
+        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in vars(self).items()))
 
     def replace(self, **changes: "Any") -> "Self":
         """A copy in which `changes` apply."""
@@ -1066,13 +1074,11 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
     Names stand in the access log and in reloads, so that a key itself need never be shown.
     """
     found: "list[ClientKey]" = []
-    for number, section in enumerate(top.sections("client_keys")):
+    for number, section in enumerate(top.sections("client_keys"), 1):
         section.only("name", "key", *ClientKey.settings)
-        name = section.fit("name", section.take("name", ""), str) or "key-%d" % (number + 1)
+        name = section.name("key-%d" % number, found, "client key")
         client = ClientKey(name, parse_digest(section), **section.values(ClientKey))
         for other in found:
-            if client.name == other.name:
-                raise section.error("name", client.name, "a name that no other client key has")
             if client.digest == other.digest:  # of two names for one key only the first would ever count
                 raise section.error("key", Told("the key of " + other.name), "a key of its own")
         found.append(client)
@@ -1094,8 +1100,9 @@ def check_params(section: Section, account: AccountConfig) -> None:
     renames = dict(account.rename_params)
     news = list(renames.values())
     # `stream`, say, renamed by one account would make its answers come whole where the relay waits for events.
-    touched = {"drop_params": account.drop_params, "rename_params": [*renames, *news]}
-    for key, names in {**touched, "extra_body": dict(account.extra_body)}.items():
+    extra = dict(account.extra_body)
+    touched = {"drop_params": account.drop_params, "rename_params": [*renames, *news], "extra_body": extra}
+    for key, names in touched.items():
         for name in names:
             if name in FIXED_PARAMS:
                 raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
@@ -1151,12 +1158,12 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
     return account
 
 
-def parse_controller(section: Section, number: int) -> ControllerConfig:
-    """One of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
+def parse_controller(section: Section, others: "Sequence[ControllerConfig]") -> ControllerConfig:
+    """The next of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
     section.only("type", "name", "config", "config_file", *ControllerConfig.settings)
     # The vendors are too many for a message, so that only the nearest is named.
     kind = section.one_of("type", section.take("type", "openai"), (*CONTROLLER_TYPES, *PRESETS), KNOWN_TYPES)
-    name = section.fit("name", section.take("name", ""), str) or "%s-%d" % (kind, number)
+    name = section.name("%s-%d" % (kind, len(others) + 1), others, "controller")
     # A file of its own lets an account and its key be mounted as a secret, beside a configuration that is none.
     account, file = section.section("config", section.take("config")), section.take("config_file")
     if file and account.data:
@@ -1170,11 +1177,9 @@ def parse_controller(section: Section, number: int) -> ControllerConfig:
 def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
     """The `controllers` list; names are made where missing, and must differ."""
     found: "list[ControllerConfig]" = []
-    for number, section in enumerate(top.sections("controllers")):
-        one = parse_controller(section, number + 1)
+    for section in top.sections("controllers"):
+        one = parse_controller(section, found)
         for other in found:
-            if one.name == other.name:
-                raise section.error("name", one.name, "a name that no other controller has")
             if one.quota_group and one.quota_group == other.quota_group and one.limits != other.limits:
                 raise ConfigError(  # as the group counts as one bucket
                     "%s: %s: differ from those of %r, which is in the same quota_group %r; allowed: equal limits"
@@ -1223,9 +1228,12 @@ def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> s
     for path in named_places("--config_file", config_file, env, os.path.isfile):
         return path
     # A named folder without a file leads on to the others: images set CONFIG_PATH once and mount what they have.
-    folders = [*named_places("--config_path", config_path, env, os.path.isdir), *CONFIG_FOLDERS]
-    candidates = (os.path.join(folder, name) for folder in folders for name in CONFIG_NAMES)
-    return next(filter(os.path.isfile, candidates), "")
+    for folder in (*named_places("--config_path", config_path, env, os.path.isdir), *CONFIG_FOLDERS):
+        for name in CONFIG_NAMES:
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                return path
+    return ""
 
 
 def as_scalar(text: str) -> "Any":
@@ -1237,8 +1245,8 @@ def as_scalar(text: str) -> "Any":
         return text
 
 
-# What Kubernetes sets in every pod for a service of our name, or one that begins like it.
-_SERVICE_VARIABLE = re.compile(r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)")
+# What Kubernetes sets in every pod for a service of our name, or one that begins like it; compiled where there is any.
+_SERVICE_VARIABLE = r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)"
 
 
 def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, Any]]]":
@@ -1250,7 +1258,7 @@ def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tupl
     known.update(CONFIG_FILE="", CONFIG_PATH="")  # which `find_file` has read
     for variable, value in env.items():
         name = variable[len(ENV) :]
-        if not variable.startswith(ENV) or "://" in value or _SERVICE_VARIABLE.match(name):
+        if not variable.startswith(ENV) or "://" in value or re.match(_SERVICE_VARIABLE, name):
             continue
         if name in known:
             if known[name] and value:
@@ -1261,9 +1269,6 @@ def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tupl
         if hint or name.partition("_")[0].lower() in Config.settings:
             hint = hint or "behind %s may stand %s" % (ENV, ", ".join(sorted(known)))
             raise ConfigError("%s: this variable sets nothing; %s" % (variable, hint))
-
-
-OPENAI_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 
 
 def environment_proxy(url: str, env: "Mapping[str, str]") -> str:
@@ -1292,7 +1297,8 @@ def environment_account(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[
     The variables are those of OpenAI's own SDKs.
     """
     at = "controllers[0].config."
-    for key, name in zip(("api_key", "base_url", "organization", "project"), OPENAI_VARIABLES, strict=True):
+    keys = {"OPENAI_API_KEY": "api_key", "OPENAI_BASE_URL": "base_url", "OPENAI_ORG_ID": "organization"}
+    for name, key in {**keys, "OPENAI_PROJECT_ID": "project"}.items():
         yield at + key, (name, env.get(name, ""))
     proxy = environment_proxy(env.get("OPENAI_BASE_URL") or OPENAI_URL, env)
     yield at + "proxy", ("https_proxy, http_proxy or all_proxy", proxy)
@@ -1399,7 +1405,9 @@ def diff_named(
     """What is different in a list whose members have names; of a change the keys only, as values may be secrets."""
     # By name, as state is kept by it: a controller that is renamed is a new one, whose ledger begins empty.
     before, after = {one.name: one for one in old}, {one.name: one for one in new}
-    yield from ("%s %s: removed" % (kind, name) for name in before if name not in after)
+    for name in before:
+        if name not in after:
+            yield "%s %s: removed" % (kind, name)
     for name, one in after.items():
         keys = ", ".join(path for path, _, _ in differences(before.get(name, one), one))
         if keys or name not in before:
@@ -1435,13 +1443,11 @@ _MASK_HINT = re.compile(rb"[*.]{2}|\xe2\x80|\\u202")
 DUMMY_KEYS = frozenset("ollama lm-studio not-needed no-key-required placeholder".split())
 
 
-class Redactor(logging.Filter):
-    """Strikes configured secrets out of every log record; the last line of defence, not the first."""
+class Redactor:
+    """A filter that strikes configured secrets out of every log record; the last line of defence, not the first."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.secrets: "tuple[str, ...]" = ()  # for logs, and the same
-        self.keys: "tuple[bytes, ...]" = ()  # for bodies; the longest first, as one may begin like another
+    secrets: "tuple[str, ...]" = ()  # for logs, and the same
+    keys: "tuple[bytes, ...]" = ()  # for bodies; the longest first, as one may begin like another
 
     def watch(self, secrets: "Iterable[str]") -> None:
         """From now on strikes out these; short ones would strike out ordinary words."""
@@ -1524,7 +1530,7 @@ def plain(text: str) -> str:
 
     Paths and models are a client's own words; kept, as clients repeat them.
     """
-    return text if not _UNSAFE.search(text) else _UNSAFE.sub(lambda m: "\\x%02x" % ord(m.group()), text)
+    return _UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text)
 
 
 def text_line(record: AccessRecord, stamp: str) -> str:
