@@ -182,10 +182,6 @@ class BadMessage(ProxyError):
     """A message that HTTP's grammar or our limits forbid; the connection cannot go on (RFC 9112, 9.6)."""
 
 
-class ConfigError(Exception):
-    """A configuration that cannot be used: file, path, what was found, what is allowed. One line, without secrets."""
-
-
 class Untranslatable(ProxyError):
     """A request that one account has no words for. `field`: the path of what is at fault, `why` the reason.
 
@@ -345,10 +341,16 @@ zhipu           https://open.bigmodel.cn/api/paas/v4  max_completion_tokens=max_
 
 def parse_vendor(url: str, *changes: str) -> "dict[str, Any]":
     """A row of VENDORS as the `config` that it stands for."""
-    codes = [change[4:] for change in changes if change[:4] == "429:"]
-    pairs = [change.split("=") for change in changes if "=" in change]
-    drops, renames = [old for old, new in pairs if not new], {old: new for old, new in pairs if new}
-    return {"base_url": url, "rename_params": renames, "drop_params": drops, "rate_codes": codes}
+    made: "dict[str, Any]" = {"base_url": url, "rename_params": {}, "drop_params": [], "rate_codes": []}
+    for change in changes:
+        old, _, new = change.partition("=")
+        if new:
+            made["rename_params"][old] = new
+        elif old == change:
+            made["rate_codes"].append(change.removeprefix("429:"))
+        else:
+            made["drop_params"].append(old)
+    return made
 
 
 PRESETS = {name: parse_vendor(*row) for name, *row in map(str.split, VENDORS.strip().splitlines())}
@@ -362,7 +364,7 @@ class Secret:
     """
 
     # No subclass of str: that would be joined, sliced and dumped to JSON as it is. All that prints objects (a log, a
-    # debugger, a traceback with locals) goes by __repr__ and __str__.
+    # debugger, a traceback with locals) goes by __repr__, and so does str().
     __slots__ = ("_value",)
 
     def __init__(self, value: str) -> None:
@@ -387,12 +389,31 @@ class Secret:
         head = "sk-" if self._value.startswith("sk-") else ""
         return head + "…" + (self._value[-4:] if len(self._value) >= 12 else "")
 
-    __str__ = __repr__
-
 
 NO_SECRET = Secret("")
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 WORD = "a non-empty string"
+# What may be a key, for who has put one where none belongs: a word of some vendor's, sixteen letters and digits in a
+# row that are no word with a number behind it, a longer row of pieces that mix them (a UUID), or what goes before the @
+# of a URL. Names of models and hosts rarely look like that, and of a path, which files have, no row counts.
+KEY_LIKE = (  # compiled for the first mistake
+    r"\bsk-[\w\-]{4,}|\b(?:gsk_|hf_|fw_|xai-|csk-|pplx-|nvapi-|AIza|ABSK|eyJ)[\w.+/=\-]{12,}"
+    r"|(?i:\b(?:bearer|basic) )[^\s\"']+|(?<=//)[^\s\"]+(?=@)"
+    r"|(?<![\w/])(?=[A-Za-z]*\d+[A-Za-z])[A-Za-z0-9]{16,}|(?<![\w/\-])(?=(?:[\w\-]*?\d[A-Za-z]){3})[\w\-]{16,}"
+)
+
+
+def without_keys(text: str) -> str:
+    """`text` in which all that may be a key is shown as one."""
+    return re.sub(KEY_LIKE, lambda match: repr(Secret(match.group())), text)
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used: file, path, what was found, what is allowed. One line, without secrets."""
+
+    def __init__(self, message: str) -> None:
+        # Here, as a key may stand in any part of it: people paste them into names, flags, paths, and before a colon.
+        super().__init__(without_keys(message))
 
 
 class Told(str):
@@ -413,7 +434,9 @@ def shown(value: "Any") -> str:
     if value and isinstance(value, (dict, list)):
         return kind_of(value)
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 42 else "a text of %d characters" % len(value if isinstance(value, str) else text)
+    if len(text) > 42:
+        return "a text of %d characters" % len(value if isinstance(value, str) else text)
+    return without_keys(text)
 
 
 def nearest(word: str, known: "Iterable[str]") -> str:
@@ -533,6 +556,13 @@ class Section:
                 found[name] = one.read(self, name, value, *one.more)
         return found
 
+    def name(self, made_up: str, others: "Sequence[ControllerConfig | ClientKey]", kind: str) -> str:
+        """What this mapping calls itself, else the name `made_up`; no other of its kind may have it."""
+        name: str = self.fit("name", self.take("name", ""), str) or made_up
+        if name in [other.name for other in others]:
+            raise self.error("name", name, "a name that no other %s has" % kind)
+        return name
+
     # -- readers: a key, what is said of it, and what else its `setting` was given
 
     def section(self, key: str, value: "Any") -> "Section":
@@ -541,10 +571,10 @@ class Section:
 
     def sections(self, key: str) -> "list[Section]":
         """A list of mappings."""
-        value = self.take(key)
-        if not isinstance(value, (list, type(None))):
+        value = self.take(key, [])
+        if not isinstance(value, list):
             raise self.error(key, kind_of(value), "a list of objects")
-        return [self.section("%s[%d]" % (key, number), item) for number, item in enumerate(value or ())]
+        return [self.section("%s[%d]" % (key, number), item) for number, item in enumerate(value)]
 
     def record(self, key: str, value: "Any", kind: "type[Record]") -> "Record":
         """An object with the keys of `kind`."""
@@ -674,7 +704,7 @@ class Record:
             if name in vars(cls):
                 one = vars(cls)[name]
                 one = cls.settings[name] = one if isinstance(one, Setting) else Setting(one)
-                setattr(cls, name, one.default)  # which instances fall back to
+                setattr(cls, name, one.default)
 
     def __init__(self, *values: "Any", **named: "Any") -> None:
         # mypy checks the calls that it sees; the keys of a configuration come by `**`.
@@ -682,23 +712,20 @@ class Record:
         wrong = (given.keys() | self.settings.keys()) ^ set(self.fields)
         if wrong:
             raise TypeError("missing or unknown: %s" % ", ".join(sorted(wrong)))
-        vars(self).update(given)
-
-    def _values(self) -> "list[Any]":
-        return [getattr(self, name) for name in self.fields]
+        for name in self.fields:  # in this order, whatever was given
+            vars(self)[name] = given[name] if name in given else getattr(self, name)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("%s.%s cannot be changed" % (type(self).__name__, name))
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other._values() == self._values()
+        return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._values()))
+        return hash(tuple(vars(self).values()))
 
     def __repr__(self) -> str:
-        pairs = zip(self.fields, self._values(), strict=True)
-        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in pairs))
+        return "%s(%s)" % (type(self).__name__, ", ".join("%s=%r" % pair for pair in vars(self).items()))
 
     def replace(self, **changes: "Any") -> "Self":
         """A copy in which `changes` apply."""
@@ -1047,13 +1074,11 @@ def parse_client_keys(top: Section) -> "tuple[ClientKey, ...]":
     Names stand in the access log and in reloads, so that a key itself need never be shown.
     """
     found: "list[ClientKey]" = []
-    for number, section in enumerate(top.sections("client_keys")):
+    for number, section in enumerate(top.sections("client_keys"), 1):
         section.only("name", "key", *ClientKey.settings)
-        name = section.fit("name", section.take("name", ""), str) or "key-%d" % (number + 1)
+        name = section.name("key-%d" % number, found, "client key")
         client = ClientKey(name, parse_digest(section), **section.values(ClientKey))
         for other in found:
-            if client.name == other.name:
-                raise section.error("name", client.name, "a name that no other client key has")
             if client.digest == other.digest:  # of two names for one key only the first would ever count
                 raise section.error("key", Told("the key of " + other.name), "a key of its own")
         found.append(client)
@@ -1075,8 +1100,9 @@ def check_params(section: Section, account: AccountConfig) -> None:
     renames = dict(account.rename_params)
     news = list(renames.values())
     # `stream`, say, renamed by one account would make its answers come whole where the relay waits for events.
-    touched = {"drop_params": account.drop_params, "rename_params": [*renames, *news]}
-    for key, names in {**touched, "extra_body": dict(account.extra_body)}.items():
+    extra = dict(account.extra_body)
+    touched = {"drop_params": account.drop_params, "rename_params": [*renames, *news], "extra_body": extra}
+    for key, names in touched.items():
         for name in names:
             if name in FIXED_PARAMS:
                 raise section.error(key, name, "anything but " + ", ".join(FIXED_PARAMS))
@@ -1132,12 +1158,12 @@ def parse_account(section: Section, kind: str) -> AccountConfig:
     return account
 
 
-def parse_controller(section: Section, number: int) -> ControllerConfig:
-    """One of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
+def parse_controller(section: Section, others: "Sequence[ControllerConfig]") -> ControllerConfig:
+    """The next of the `controllers`; its `config` may stand in a file of its own, as the Go original's did."""
     section.only("type", "name", "config", "config_file", *ControllerConfig.settings)
     # The vendors are too many for a message, so that only the nearest is named.
     kind = section.one_of("type", section.take("type", "openai"), (*CONTROLLER_TYPES, *PRESETS), KNOWN_TYPES)
-    name = section.fit("name", section.take("name", ""), str) or "%s-%d" % (kind, number)
+    name = section.name("%s-%d" % (kind, len(others) + 1), others, "controller")
     # A file of its own lets an account and its key be mounted as a secret, beside a configuration that is none.
     account, file = section.section("config", section.take("config")), section.take("config_file")
     if file and account.data:
@@ -1151,11 +1177,9 @@ def parse_controller(section: Section, number: int) -> ControllerConfig:
 def parse_controllers(top: Section) -> "tuple[ControllerConfig, ...]":
     """The `controllers` list; names are made where missing, and must differ."""
     found: "list[ControllerConfig]" = []
-    for number, section in enumerate(top.sections("controllers")):
-        one = parse_controller(section, number + 1)
+    for section in top.sections("controllers"):
+        one = parse_controller(section, found)
         for other in found:
-            if one.name == other.name:
-                raise section.error("name", one.name, "a name that no other controller has")
             if one.quota_group and one.quota_group == other.quota_group and one.limits != other.limits:
                 raise ConfigError(  # as the group counts as one bucket
                     "%s: %s: differ from those of %r, which is in the same quota_group %r; allowed: equal limits"
@@ -1204,9 +1228,12 @@ def find_file(config_file: str, config_path: str, env: "Mapping[str, str]") -> s
     for path in named_places("--config_file", config_file, env, os.path.isfile):
         return path
     # A named folder without a file leads on to the others: images set CONFIG_PATH once and mount what they have.
-    folders = [*named_places("--config_path", config_path, env, os.path.isdir), *CONFIG_FOLDERS]
-    candidates = (os.path.join(folder, name) for folder in folders for name in CONFIG_NAMES)
-    return next(filter(os.path.isfile, candidates), "")
+    for folder in (*named_places("--config_path", config_path, env, os.path.isdir), *CONFIG_FOLDERS):
+        for name in CONFIG_NAMES:
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                return path
+    return ""
 
 
 def as_scalar(text: str) -> "Any":
@@ -1218,8 +1245,8 @@ def as_scalar(text: str) -> "Any":
         return text
 
 
-# What Kubernetes sets in every pod for a service of our name, or one that begins like it.
-_SERVICE_VARIABLE = re.compile(r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)")
+# What Kubernetes sets in every pod for a service of our name, or one that begins like it; compiled where there is any.
+_SERVICE_VARIABLE = r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)"
 
 
 def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[str, Any]]]":
@@ -1231,7 +1258,7 @@ def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tupl
     known.update(CONFIG_FILE="", CONFIG_PATH="")  # which `find_file` has read
     for variable, value in env.items():
         name = variable[len(ENV) :]
-        if not variable.startswith(ENV) or "://" in value or _SERVICE_VARIABLE.match(name):
+        if not variable.startswith(ENV) or "://" in value or re.match(_SERVICE_VARIABLE, name):
             continue
         if name in known:
             if known[name] and value:
@@ -1242,9 +1269,6 @@ def environment_overrides(env: "Mapping[str, str]") -> "Iterator[tuple[str, tupl
         if hint or name.partition("_")[0].lower() in Config.settings:
             hint = hint or "behind %s may stand %s" % (ENV, ", ".join(sorted(known)))
             raise ConfigError("%s: this variable sets nothing; %s" % (variable, hint))
-
-
-OPENAI_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 
 
 def environment_proxy(url: str, env: "Mapping[str, str]") -> str:
@@ -1273,7 +1297,8 @@ def environment_account(env: "Mapping[str, str]") -> "Iterator[tuple[str, tuple[
     The variables are those of OpenAI's own SDKs.
     """
     at = "controllers[0].config."
-    for key, name in zip(("api_key", "base_url", "organization", "project"), OPENAI_VARIABLES, strict=True):
+    keys = {"OPENAI_API_KEY": "api_key", "OPENAI_BASE_URL": "base_url", "OPENAI_ORG_ID": "organization"}
+    for name, key in {**keys, "OPENAI_PROJECT_ID": "project"}.items():
         yield at + key, (name, env.get(name, ""))
     proxy = environment_proxy(env.get("OPENAI_BASE_URL") or OPENAI_URL, env)
     yield at + "proxy", ("https_proxy, http_proxy or all_proxy", proxy)
@@ -1380,7 +1405,9 @@ def diff_named(
     """What is different in a list whose members have names; of a change the keys only, as values may be secrets."""
     # By name, as state is kept by it: a controller that is renamed is a new one, whose ledger begins empty.
     before, after = {one.name: one for one in old}, {one.name: one for one in new}
-    yield from ("%s %s: removed" % (kind, name) for name in before if name not in after)
+    for name in before:
+        if name not in after:
+            yield "%s %s: removed" % (kind, name)
     for name, one in after.items():
         keys = ", ".join(path for path, _, _ in differences(before.get(name, one), one))
         if keys or name not in before:
@@ -1416,13 +1443,11 @@ _MASK_HINT = re.compile(rb"[*.]{2}|\xe2\x80|\\u202")
 DUMMY_KEYS = frozenset("ollama lm-studio not-needed no-key-required placeholder".split())
 
 
-class Redactor(logging.Filter):
-    """Strikes configured secrets out of every log record; the last line of defence, not the first."""
+class Redactor:
+    """A filter that strikes configured secrets out of every log record; the last line of defence, not the first."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.secrets: "tuple[str, ...]" = ()  # for logs, and the same
-        self.keys: "tuple[bytes, ...]" = ()  # for bodies; the longest first, as one may begin like another
+    secrets: "tuple[str, ...]" = ()  # for logs, and the same
+    keys: "tuple[bytes, ...]" = ()  # for bodies; the longest first, as one may begin like another
 
     def watch(self, secrets: "Iterable[str]") -> None:
         """From now on strikes out these; short ones would strike out ordinary words."""
@@ -1505,7 +1530,7 @@ def plain(text: str) -> str:
 
     Paths and models are a client's own words; kept, as clients repeat them.
     """
-    return text if not _UNSAFE.search(text) else _UNSAFE.sub(lambda m: "\\x%02x" % ord(m.group()), text)
+    return _UNSAFE.sub(lambda match: "\\x%02x" % ord(match.group()), text)
 
 
 def text_line(record: AccessRecord, stamp: str) -> str:
@@ -6805,8 +6830,8 @@ def refused_in_200(reply: Reply, event: bytes) -> Refused:
 @functools.lru_cache(maxsize=1024)
 def way_fields(controller: str, attempts: int, wait_ms: int) -> bytes:
     """Our own lines about the way of an answer; nearly all come from one of a few, at once."""
-    told = (controller.encode(), attempts, wait_ms)
-    return b"x-apiserver-controller: %b\r\nx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % told
+    asked = b"x-apiserver-controller: %b\r\n" % controller.encode() if controller else b""  # else the line gave up
+    return b"%bx-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % (asked, attempts, wait_ms)
 
 
 def keep(memory: "dict[Any, Any]", key: "Any", value: "Any", most: int) -> None:
@@ -8787,7 +8812,8 @@ class Server:
 
 # ==== 15. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
-# cannot be listened on. A start is measured: what few starts need is imported where it is needed.
+# cannot be listened on and for output that cannot be written. A start is measured: what few starts need is imported
+# where it is needed.
 
 
 USAGE = """usage: chatgpt_apiserver.py [flags]
@@ -8923,13 +8949,25 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
     log.info("stopped")
 
 
+def tell(text: str, status: int = 0) -> int:
+    """Prints what was asked for, or what went wrong where `status` is not 0; the exit status."""
+    file = sys.stderr if status else sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except (OSError, UnicodeError) as problem:
+        # What stays in the buffer would be tried again at the end, and told as an error of Python's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        if not status:  # who has read enough, as `| head` has, needs no word
+            return 1 if isinstance(problem, BrokenPipeError) else tell("cannot write: %s" % problem, 1)
+    return status
+
+
 def run(config: Config, load: "Callable[[], Config]") -> int:
     """Serves; the exit status, once what is left of the log has found its reader or none."""
     try:
         asyncio.run(serve(config, load))
-    except OSError as error:
-        print("cannot listen on %s:%d: %s" % (config.host, config.port, error), file=sys.stderr)
-        return 1
+    except (OSError, UnicodeError) as error:  # the latter for a name that DNS could not hold
+        return tell("cannot listen on %s:%d: %s" % (without_keys(config.host), config.port, error), 1)
     finally:
         console.send(LOG_LAST_MS)
     return 0
@@ -8944,8 +8982,7 @@ def main(argv: "list[str] | None" = None) -> int:
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         if "help" in args or "version" in args:
-            print(USAGE if "help" in args else "chatgpt_apiserver " + __version__)
-            return 0
+            return tell(USAGE if "help" in args else "chatgpt_apiserver " + __version__)
         flags = {"host": args.get("host"), "port": args.get("port")}
         named = (args.get("config_file", ""), args.get("config_path", ""))
         load = functools.partial(load_config, *named, flags, os.environ, "demo" in args)
@@ -8953,18 +8990,17 @@ def main(argv: "list[str] | None" = None) -> int:
         if "check" in args:
             if config.tls.cert:
                 server_tls(config)
-            print("\n".join(["good: " + config.source, *describe(config)]))
-            return 0
+            return tell("\n".join(["good: " + config.source, *describe(config)]))
         set_up_logging(config)
         for line in describe(config)[:-1]:  # the address is told once it is open
             log.info("%s", line)
         # Not an error: in a container every address is public, and something in front may ask for keys.
         if not is_loopback(config.host) and not config.client_keys:
-            log.warning("ANYONE WHO CAN REACH %s:%d CAN SPEND THESE KEYS: no client_keys", config.host, config.port)
+            where = "%s:%d" % (without_keys(config.host), config.port)
+            log.warning("ANYONE WHO CAN REACH %s CAN SPEND THESE KEYS: no client_keys", where)
         return run(config, load)
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return tell(str(error), 2)
 
 
 def leave_script() -> NoReturn:
@@ -8991,7 +9027,8 @@ def leave_script() -> NoReturn:
 
 
 if __name__ == "__main__":
-    # Whoever runs the script for Python, as -m, a debugger and a profiler do, would see the exception.
-    if sys.implementation.name == "cpython" and sys._getframe().f_back is None:
+    # Whoever runs the script for Python, as -m, a debugger and a profiler do, would see the exception, and so would who
+    # asked for a prompt after it (-i).
+    if sys.implementation.name == "cpython" and sys._getframe().f_back is None and not sys.flags.inspect:
         leave_script()
     sys.exit(main())

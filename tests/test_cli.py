@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,20 +15,28 @@ import chatgpt_apiserver as app
 PROGRAM = Path(app.__file__).resolve()
 KEY = "sk-proj-SecretSecret-wxyz"
 PASSWORD = "hunter2-hunter2"
+Ended = subprocess.CompletedProcess[str]
 
 
-def run(cwd: Path, *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    """The program's end, in an empty folder and an environment without settings."""
+def start(cwd: Path, *args: str, stdout: Any = subprocess.PIPE, stderr: Any = subprocess.PIPE, **env: str) -> Ended:
+    """Python's end, in an empty folder and an environment without settings."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "TMPDIR")}
     return subprocess.run(
-        [sys.executable, "-W", "error", str(PROGRAM), *args],
+        [sys.executable, "-W", "error", *args],
         cwd=cwd,
         env=dict(kept, PYTHONUTF8="1", **env),
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
         encoding="utf-8",
         timeout=30,
         check=False,
     )
+
+
+def run(cwd: Path, *args: str, **env: str) -> Ended:
+    """The program's end, with all that it has said."""
+    return start(cwd, str(PROGRAM), *args, **env)
 
 
 def write(folder: Path, name: str = "chatgpt-apiserver.json", **more: object) -> str:
@@ -124,15 +133,54 @@ def test_a_taken_port_exits_with_1(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that cannot be written")
+def test_a_host_that_is_no_name_exits_with_1(tmp_path: Path) -> None:
+    """A host that no resolver could be asked for is told in one line, and not in full where it looks like a key."""
+    ended = run(tmp_path, "--demo", "--port", "0", "--host", "sk-" + 20 * "Secret" + "-wxyz")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert " WARNING ANYONE WHO CAN REACH sk-…wxyz:0 CAN SPEND " in ended.stderr
+    assert "\ncannot listen on sk-…wxyz:0: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Secret" not in ended.stderr
+
+
 def test_the_unforeseen_is_shown_as_ever(tmp_path: Path) -> None:
     """What nobody caught is one traceback and status 1, though it does not happen in the script itself."""
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-u", str(PROGRAM), "--version"]
-        ended = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
-    assert (ended.returncode, ended.stderr.count("Traceback")) == (1, 1)
+    broken = "class GetoptError(Exception):\n    opt = msg = ''\n\n\ndef getopt(*_):\n    raise LookupError('broken')\n"
+    (tmp_path / "getopt.py").write_text(broken)
+    ended = run(tmp_path, "--version", PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    assert (ended.returncode, ended.stdout, ended.stderr.count("Traceback")) == (1, "", 1)
     assert "excepthook" not in ended.stderr.splitlines()[0]
-    assert ended.stderr.splitlines()[-1].startswith("OSError: [Errno 28]")
+    assert ended.stderr.splitlines()[-1] == "LookupError: broken"
+
+
+def test_a_prompt_after_the_end(tmp_path: Path) -> None:
+    """`python3 -i` shows the exit as it does of any script, and nothing of how this one is left."""
+    ended = start(tmp_path, "-i", str(PROGRAM), "--version")
+    assert (ended.returncode, ended.stdout) == (0, "chatgpt_apiserver %s\n" % app.__version__)
+    assert "SystemExit: 0" in ended.stderr and "excepthook" not in ended.stderr
+
+
+@pytest.mark.parametrize("args", [("--version",), ("--help",), ("--demo", "--check")])
+@pytest.mark.parametrize("mode", [(), ("-u",)])
+def test_output_that_nobody_reads(tmp_path: Path, args: tuple[str, ...], mode: tuple[str, ...]) -> None:
+    """A pipe whose reader has left, as `| head` does, ends it without a word, whenever Python notices it."""
+    read, written = os.pipe()
+    os.close(read)
+    with open(written, "wb") as closed:
+        ended = start(tmp_path, *mode, str(PROGRAM), *args, stdout=closed)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that cannot be written")
+@pytest.mark.parametrize("mode", [(), ("-u",)])
+def test_output_that_cannot_be_written(tmp_path: Path, mode: tuple[str, ...]) -> None:
+    """A full disk is told in one line; where it is the errors that cannot be told, the status still tells."""
+    with open("/dev/full", "wb") as full:
+        ended = start(tmp_path, *mode, str(PROGRAM), "--version", stdout=full)
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("cannot write: [Errno 28]") and ended.stderr.count("\n") == 1
+        assert start(tmp_path, *mode, str(PROGRAM), "--version", stdout=full, stderr=full).returncode == 1
+        assert start(tmp_path, *mode, str(PROGRAM), "--nonsense", stderr=full).returncode == 2
 
 
 def test_nothing_to_run_with(tmp_path: Path) -> None:

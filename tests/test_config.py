@@ -299,6 +299,82 @@ def test_no_message_shows_a_misplaced_secret(data: Any) -> None:
     assert SHORT not in str(caught.value)
 
 
+PASTED = (  # as vendors make them
+    "sk-abc123def456",
+    "sk-proj-Ab_Cd-EfGhIjKlMnOp",
+    "sk-ant-api03-AbCdEf-GhIj",
+    "gsk_AbCdEfGhIjKlMnOpQrSt",
+    "xai-AbCdEfGhIjKlMnOpQrSt",
+    "AIzaSyAbCdEfGhIj-KlMnOpQr_St",
+    "0a1b2c3d4e5f60718293a4b5c6d7e8f9",
+    "550e8400-e29b-41d4-a716-446655440000",
+    "0a1b2c3d4e5f6071.AbC1dEf2GhI3jKl4",
+    "Bearer letters",
+)
+
+
+@pytest.mark.parametrize("key", PASTED)
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda key: (one(type=key), {}, {}),
+        lambda key: (one(config={"api_key": KEY, "base_url": key}), {}, {}),
+        lambda key: (one(config={"api_key": KEY, "auth_header": key + ":"}), {}, {}),
+        lambda key: (one(config={"api_key": KEY, key: ""}), {}, {}),
+        lambda key: (one(config={"api_key": "file:" + key}), {}, {}),
+        lambda key: (one(**{key: 1}), {}, {}),
+        lambda key: ({"controllers": one(name=key)["controllers"] * 2}, {}, {}),
+        lambda key: (dict(GOOD, client_keys=[{"name": key, "key": "k"}, {"key": "k"}]), {}, {}),
+        lambda key: (dict(GOOD, pool={"fallbacks": {key: [key]}}), {}, {}),
+        lambda key: (GOOD, {"CHATGPT_APISERVER_PORT": key}, {}),
+        lambda key: (GOOD, {"CONFIG_PATH": key}, {}),
+        lambda key: (GOOD, {}, {"port": key}),
+    ],
+)
+def test_no_message_shows_what_looks_like_a_key(tmp_path: Path, place: Any, key: str) -> None:
+    """A key in any place where none belongs, as a value, a name or a path, is shown by its last letters at most."""
+    data, env, flags = place(key)
+    with pytest.raises(app.ConfigError) as caught:
+        load(env, "" if "CONFIG_PATH" in env else write(tmp_path / "c.json", data), **flags)
+    assert key[:-4] not in str(caught.value) and "…" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["nowhere", "file:a/b", "http://user:%s@host" % SHORT, "sk-abc123def456"])
+def test_no_message_shows_a_key_among_flags(text: str) -> None:
+    """Neither a file's name, nor a flag that nobody knows, nor an argument."""
+    for call in (lambda: load(file=text), lambda: app.parse_args([text]), lambda: app.parse_args(["--" + text])):
+        with pytest.raises(app.ConfigError) as caught:
+            call()
+        assert SHORT not in str(caught.value) and "abc123" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "openia",
+        "8o80",
+        "xai-1",
+        "sk-1",
+        "https://team-a.openai.azure.com/openai/v1",
+        "gpt-4.1-mini-2025-04-14",
+        "Meta-Llama-3.1-405B-Instruct-Turbo",
+        "qwen3-235b-a22b-2507",
+        "/run/secrets/..2024_11_27_08.1234567890/c.json",
+        "/nix/store/0a1b2c3d4e5f60718293-config/c.json",
+        "controllers[12].config.rename_params",
+        app.NOTHING_TO_RUN,
+    ],
+)
+def test_ordinary_mistakes_are_shown(text: str) -> None:
+    """Words, models, hosts and paths are no keys: a message that hid them would not help."""
+    assert str(app.ConfigError(text)) == text
+
+
+def test_a_change_shows_no_key() -> None:
+    """Nor does the log of a reload, where a key stands in a place that takes any text."""
+    assert told(host=PASTED[0]) == ['host: "127.0.0.1" -> "sk-…f456" (needs a restart)']
+
+
 def test_tls_needs_both(tmp_path: Path) -> None:
     """A certificate without its key is a mistake."""
     write(tmp_path / "server.pem", "x")

@@ -895,6 +895,16 @@ async def test_refused_at_once_by_the_estimate() -> None:
         assert now() - started < 0.2 and home.calls == [1]
 
 
+async def test_who_answered_is_told_only_where_somebody_did() -> None:
+    """The one asked last is named; where nobody was, as the line gave up, there is no such line: not an empty one."""
+    async with house(hang, each={"limits": {"concurrency": 1}}, pool={"max_wait": 1}) as home:
+        await home.ask()
+        await until(lambda: home.calls == [1])
+        found = await home.post()
+        assert found.status == 429 and "x-apiserver-controller" not in found.headers
+        assert (found.headers["x-apiserver-attempts"], found.headers["x-apiserver-wait-ms"]) == ("0", "1000")
+
+
 async def test_refused_at_once_by_the_position() -> None:
     """A limit of one a second and forty in line: the forty-first of thirty seconds' patience is told when to come."""
     pool = pool_here(echo("a", rpm=60))
