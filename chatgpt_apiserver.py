@@ -4584,6 +4584,12 @@ class AzureController(OpenAIController):
         return super().target(path, "&".join(parts), model)
 
 
+def wants_usage(request: ApiRequest) -> bool:
+    """Whether the client asked for the usage of a stream; one that did not gets none, as at OpenAI."""
+    options = request.data.get("stream_options")
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
 def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
     """The head of a translated answer: nothing of the framing or the type of the original. Its token limits go into the
     index as OpenAI names them, for the ledger; the lines, which a client sees, stay what the upstream said."""
@@ -4592,6 +4598,18 @@ def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead
     index.update(tightest_tokens(found.index))
     index[b"content-type"] = kind
     return ResponseHead(status, found.minor, index, without(found.lines, gone) + b"Content-Type: %b\r\n" % kind)
+
+
+async def read_all(exchange: Exchange, most: int) -> bytes:
+    """The upstream's whole body, or as much of it as decides that it is too large. Raises UpstreamError."""
+    # Cut off above `most`: then it is no JSON, and told as such.
+    body = b""
+    while len(body) <= most:
+        piece = await exchange.read()
+        if not piece:
+            break
+        body += piece
+    return body
 
 
 def as_completion(body: bytes) -> bytes:
@@ -4629,7 +4647,8 @@ class MessagesExchange:
         status, kind = found.status, b"application/json"
         coded = found.index.get(b"content-encoding", b"identity").lower() != b"identity"
         if status >= 300:  # of a compressed one the status has to do
-            status, self.ready = error_from_messages(status, b"" if coded else await self._read_all(HOLD_BYTES))
+            body = b"" if coded else await read_all(self.inner, HOLD_BYTES)
+            status, self.ready = error_from_messages(status, body)
             self.complete = True
         elif coded:  # although only identity was asked for: inflating what an upstream likes to send has no bound
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
@@ -4647,7 +4666,7 @@ class MessagesExchange:
         """See `Exchange`."""
         while not (self.ready or self.complete):
             if self.stream is None:
-                self.ready, self.complete = as_completion(await self._read_all(MESSAGE_BYTES)), True
+                self.ready, self.complete = as_completion(await read_all(self.inner, MESSAGE_BYTES)), True
                 break
             try:
                 data = await self.inner.read()
@@ -4680,17 +4699,6 @@ class MessagesExchange:
     def when_ready(self, call: "Callable[[], None]") -> None:
         """See `Outlet`."""
         self.outlet.when_ready(call)
-
-    async def _read_all(self, most: int) -> bytes:
-        """The upstream's whole body, or as much of it as decides that it is too large."""
-        # Cut off above `most`: then it is no JSON, and told as such.
-        body = b""
-        while len(body) <= most:
-            piece = await self.inner.read()
-            if not piece:
-                break
-            body += piece
-        return body
 
     def _translate(self, stream: MessageStream, data: bytes) -> bytes:
         """What the next bytes become; b"" is the end, where the last event may lack its blank line. Raises
@@ -4725,10 +4733,8 @@ class AnthropicController(OpenAIController):
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
-        # The account's own usage comes in every stream; a client that did not ask for it gets none, as at OpenAI.
-        inner, options = super().exchange(request, pool, on_sent), request.data.get("stream_options")
-        usage = isinstance(options, dict) and options.get("include_usage") is True
-        return MessagesExchange(inner, usage) if request.path == CHAT_PATH else inner
+        inner = super().exchange(request, pool, on_sent)
+        return MessagesExchange(inner, wants_usage(request)) if request.path == CHAT_PATH else inner
 
     def body(self, request: ApiRequest) -> bytes:
         """See `OpenAIController`. Raises Untranslatable."""
@@ -4762,8 +4768,7 @@ def echo_pieces(request: ApiRequest) -> "Iterator[bytes]":
     if not request.stream:
         yield told({"role": "assistant", "content": content, "refusal": None}, "stop", usage=usage)
         return
-    options = request.data.get("stream_options")
-    metered = isinstance(options, dict) and options.get("include_usage")
+    metered = wants_usage(request)
     more: "dict[str, Any]" = {"usage": None} if metered else {}
     for delta in ({"role": "assistant", "content": ""}, *({"content": word} for word in words)):
         yield told(delta, None, **more)
@@ -7311,17 +7316,16 @@ OBJECTS = frozenset(
 )
 # What each account has a list of, and the order where none is asked for (API reference, `order`).
 LISTS = {
-    **dict.fromkeys(("/files", "/batches", "/vector_stores", "/fine_tuning/jobs"), "desc"),
-    **dict.fromkeys(("/assistants", "/containers", "/videos"), "desc"),
-    **dict.fromkeys(("/evals", "/chat/completions"), "asc"),
+    **dict.fromkeys("/files /batches /vector_stores /fine_tuning/jobs /assistants /containers /videos".split(), "desc"),
+    **dict.fromkeys((CHAT_PATH, "/evals"), "asc"),
 }
-# Path: the method, and the method of Server that answers. All else is `_object`, where `endpoints` opens it.
+# Path: its methods, and the method of Server that answers. All else is `_object`, where `endpoints` opens it.
 ROUTES = {
     **dict.fromkeys(INFERENCE, ("POST", "_infer")),
     CHAT_PATH: ("POST", "_chat"),
-    "/models": ("GET", "_list"),
-    "/models/*": ("GET", "_model"),
-    "/status": ("GET", "_status"),
+    "/models": ("GET, HEAD", "_list"),
+    "/models/*": ("GET, HEAD", "_model"),
+    "/status": ("GET, HEAD", "_status"),
 }
 AGAIN = b"Retry-After: 1\r\n"
 ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
@@ -7365,9 +7369,8 @@ def raw_path(target: str, path: str) -> str:
     """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404)."""
     # Judged decoded, since whoever comes behind may decode. Only a /v1/ spelled as such is taken off: wherever else it
     # were found, another path would be sent than the one that was allowed.
-    spelled = target.partition("?")[0]
-    if "://" in spelled and not spelled.startswith("/"):
-        spelled = spelled[spelled.find("/", spelled.find("://") + 3) :]
+    absolute = _ABSOLUTE_TARGET.match(target)
+    spelled = (absolute.group(2) if absolute else target).partition("?")[0]
     if leads_out(path) or not spelled.startswith("/v1/"):
         raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
     return spelled[3:]
@@ -7383,8 +7386,8 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
     _, path, query = split_target(target)
     name = path[3:] if path.startswith("/v1/") else path
     route = route_of(name)
-    wanted, handler = ROUTES.get(route, ("", ""))
-    if wanted and method in (wanted, "HEAD" if wanted == "GET" else wanted):
+    methods, handler = ROUTES.get(route, ("", ""))
+    if method in methods.split(", "):
         if route in INFERENCE and {"inference", "*"}.isdisjoint(endpoints):
             raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
         return handler, name if route == "/models/*" else route, query
@@ -7396,10 +7399,10 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
     group = "objects" if plainly and name[1:].partition("/")[0] in OBJECTS else "*"
     if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":
         return "_object", raw_path(target, path), query
-    if not wanted:  # closed is told from unknown, so that whoever configures it learns the word
+    if not methods:  # closed is told from unknown, so that whoever configures it learns the word
         message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
         raise ProxyError(404, message, "unknown_url")
-    allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
+    allow = methods + ", OPTIONS"
     fields = b"Allow: %b\r\n" % allow.encode()
     raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
 
@@ -8248,12 +8251,7 @@ async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
     """An upstream's list of objects, each with an id in `data`. Raises UpstreamError."""
     try:
         await exchange.start()
-        body = b""
-        while len(body) <= LIST_BYTES:
-            piece = await exchange.read()
-            if not piece:
-                break
-            body += piece
+        body = await read_all(exchange, LIST_BYTES)
         exchange.finish()
     finally:
         exchange.abort()
