@@ -3544,7 +3544,7 @@ def _only(*values: "Any") -> Form:
 def _stops(found: "Any") -> "list[str] | None":
     """Stop sequences; the API refuses those of white space, and leaving one out would let the answer run on."""
     stops = [found] if isinstance(found, str) else found
-    return stops if isinstance(stops, list) and all(one.strip() for one in stops) else None
+    return stops if isinstance(stops, list) and all(map(str.strip, stops)) else None
 
 
 def _arguments(found: "Any") -> "dict[str, Any] | None":
@@ -3570,11 +3570,6 @@ def _image(url: str) -> "dict[str, str]":
     return {"type": "url", "url": url} if remote else _inline(url, "image/(?:jpeg|jpg|png|gif|webp)")
 
 
-def _pdf(url: str) -> "dict[str, str]":
-    """The source of a document; of all kinds of files only this one comes as data in both APIs."""
-    return _inline(url, "application/pdf")
-
-
 def _thought(block: "dict[str, Any]") -> "dict[str, Any]":
     """A thinking block as it came; `index` is what streams add, and the API takes no field that it does not know."""
     names = ("type", "thinking", "signature") if block["type"] == "thinking" else ("type", "data")
@@ -3595,7 +3590,10 @@ _PARTS: "dict[str, dict[str, Form]]" = {
         },
         "file": {
             "": ("file_data",),
-            "file_data": (_pdf, "must be a data URL in base64 of type application/pdf."),
+            "file_data": (  # of all kinds of files only this one comes as data in both APIs
+                functools.partial(_inline, kinds="application/pdf"),
+                "must be a data URL in base64 of type application/pdf.",
+            ),
             "filename": None,
         },
     }.items()
@@ -3809,20 +3807,17 @@ def _add_sampling(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
         out["temperature"] = asked["temperature"]
     if asked.get("top_p", 1) != 1:
         out["top_p"] = asked["top_p"]
-    if asked.get("stop"):
-        out["stop_sequences"] = asked["stop"]
     # One opaque name for both of OpenAI's; the newer one counts.
     user = asked.get("safety_identifier") or asked.get("user")
-    if user:
-        out["metadata"] = {"user_id": user}
+    out.update(_with({}, stop_sequences=asked.get("stop"), metadata=user and {"user_id": user}))
 
 
 def _tool(function: "dict[str, Any]", cache: "Any") -> "dict[str, Any]":
     """The definition of one function. `strict: false` is the default and not sent: older models know no strict."""
     # The API demands an object's schema with properties, even of a function that takes nothing.
     schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
-    more = {name: function.get(name) for name in ("description", "strict")}
-    return _with({"name": function["name"], "input_schema": schema}, **more, cache_control=cache)
+    tool = {"name": function["name"], "input_schema": schema}
+    return _with(tool, description=function.get("description"), strict=function.get("strict"), cache_control=cache)
 
 
 def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
@@ -3836,8 +3831,8 @@ def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
             raise Untranslatable("tool_choice", "needs tools.")
         # Where the history uses tools, gateways to the API (Bedrock) want them defined; as at OpenAI, the answer calls
         # none.
-        blocks = [block for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
-        tools = [{"function": {"name": name}} for name in dict.fromkeys(block["name"] for block in blocks)]
+        used = [block["name"] for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
+        tools = [{"function": {"name": name}} for name in dict.fromkeys(used)]
         choice = {"type": "none"}
         if not tools:
             return
@@ -3934,12 +3929,10 @@ def messages_usage(usage: "Any") -> "dict[str, Any]":
     """OpenAI's usage. Anthropic's input_tokens leave out what the prompt cache read or took in, OpenAI's prompt_tokens
     do not (Portkey PR 1754); null counts as 0. Thinking is inside the answer's tokens in both."""
     found = usage if isinstance(usage, dict) else {}
-    fresh, written, read, answer = (
-        found.get(name) or 0
-        for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
-    )
     # Gateways leave out what they do not know of, so that every number may be missing.
-    prompt = fresh + written + read
+    written, read = found.get("cache_creation_input_tokens") or 0, found.get("cache_read_input_tokens") or 0
+    prompt = (found.get("input_tokens") or 0) + written + read
+    answer = found.get("output_tokens") or 0
     thought = (found.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {
         "prompt_tokens": prompt,
@@ -3956,19 +3949,24 @@ def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
     Thinking comes twice where tools are called: to be read, and signed, to be sent back with the results (in LiteLLM's
     `thinking_blocks`; the openai package keeps fields of a message that it does not know).
     """
-    # Block types that are not named here are those of tools that run at Anthropic: their results are in the text.
+    text, thinking = "", ""
+    calls: "list[dict[str, Any]]" = []
+    thoughts: "list[dict[str, Any]]" = []
     try:
-        content = reply["content"]
-        told = {
-            kind: "".join(block.get(kind) or "" for block in content if block["type"] == kind)
-            for kind in ("text", "thinking")
-        }
-        used = [block for block in content if block["type"] == "tool_use"]
+        # Types that are not named here are those of tools that run at Anthropic: their results are in the text.
+        for block in reply["content"]:
+            if block["type"] == "text":
+                text += block.get("text") or ""
+            elif block["type"] == "tool_use":
+                calls.append(_tool_call(block, compact_json(block["input"]).decode()))
+            elif block["type"] in _THOUGHTS:
+                thinking += block.get("thinking") or ""
+                thoughts.append(block)
         message = _with(
-            {"role": "assistant", "content": told["text"] or None, "refusal": _refusal(reply)},
-            reasoning_content=told["thinking"],
-            tool_calls=[_tool_call(block, compact_json(block["input"]).decode()) for block in used],
-            thinking_blocks=used and [block for block in content if block["type"] in _THOUGHTS],
+            {"role": "assistant", "content": text or None, "refusal": _refusal(reply)},
+            reasoning_content=thinking,
+            tool_calls=calls,
+            thinking_blocks=calls and thoughts,
         )
         reason = _FINISH_REASONS.get(reply["stop_reason"], "stop")
         return {
@@ -4159,11 +4157,14 @@ class MessageStream:
 
     def _signed(self) -> "list[dict[str, Any]]":
         """The thinking that led to a call, as in whole answers; the openai package joins lists by their `index`."""
-        found, self.thoughts = self.thoughts.values(), {}
-        for block, pieces in found:
+        signed = []
+        for block, pieces in self.thoughts.values():
             if block["type"] == "thinking":
                 block["thinking"] = "".join(pieces)
-        return [block for block, _ in found if block.get("signature") or block.get("data")]
+            if block.get("signature") or block.get("data"):
+                signed.append(block)
+        self.thoughts = {}
+        return signed
 
 
 def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
@@ -4176,19 +4177,22 @@ def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
     time. Tokens that the prompt cache gives are not counted by the input limit; as replies tell what is left, they need
     no arithmetic here.
     """
-    ends = (b"limit", b"remaining", b"reset")
     told: "dict[bytes, tuple[float, int, bytes]]" = {}
     for kind in (b"tokens", b"input-tokens", b"output-tokens"):
-        limit, left, reset = (index.get(b"anthropic-ratelimit-%b-%b" % (kind, end), b"") for end in ends)
+        name = b"anthropic-ratelimit-%b-" % kind
+        limit, left = index.get(name + b"limit", b""), index.get(name + b"remaining", b"")
         if re.fullmatch(rb"[1-9][0-9]{0,14} [0-9]{1,15}", limit + b" " + left):  # insane values tell nothing
-            told[kind] = int(left) / int(limit), int(limit), reset
+            told[kind] = int(left) / int(limit), int(limit), index.get(name + b"reset", b"")
     if not told:
         return {}
     size = told[b"tokens"][1] if b"tokens" in told else sum(limit for _, limit, _ in told.values())
     # The binding one's time to be full is right for the whole, too: each limit refills in a minute, whatever its size.
     share, _, reset = min(told.values())
-    values = b"%d" % size, b"%d" % round(size * share), reset
-    return {b"x-ratelimit-%b-tokens" % end: value for end, value in zip(ends, values, strict=True)}
+    return {
+        b"x-ratelimit-limit-tokens": b"%d" % size,
+        b"x-ratelimit-remaining-tokens": b"%d" % round(size * share),
+        b"x-ratelimit-reset-tokens": reset,
+    }
 
 
 # ==== 9. Controllers ====
@@ -4635,7 +4639,6 @@ class MessagesExchange:
         self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: "MessageStream | None" = None
-        self.outlet: Outlet
         self.ready, self.complete = b"", False  # translated and not handed out; whether nothing follows it
         self.head: ResponseHead
 
@@ -4679,9 +4682,10 @@ class MessagesExchange:
 
     async def pipe(self, outlet: Outlet) -> None:
         """See `Exchange`. Of a whole answer nothing is left to hand out, of a stream all that it still sends."""
-        stream, self.outlet = self.stream, outlet
+        stream = self.stream
         if stream is None or self.complete:
             return
+        self.push_on, self.when_ready = outlet.push, outlet.when_ready
         try:
             await self.inner.pipe(self)
         except UpstreamError:
@@ -4694,11 +4698,7 @@ class MessagesExchange:
         look like the end to a client that reads chunks."""
         assert self.stream is not None
         out = self._translate(self.stream, data)
-        return self.outlet.push(out) if out else True
-
-    def when_ready(self, call: "Callable[[], None]") -> None:
-        """See `Outlet`."""
-        self.outlet.when_ready(call)
+        return self.push_on(out) if out else True
 
     def _translate(self, stream: MessageStream, data: bytes) -> bytes:
         """What the next bytes become; b"" is the end, where the last event may lack its blank line. Raises
@@ -4770,8 +4770,9 @@ def echo_pieces(request: ApiRequest) -> "Iterator[bytes]":
         return
     metered = wants_usage(request)
     more: "dict[str, Any]" = {"usage": None} if metered else {}
-    for delta in ({"role": "assistant", "content": ""}, *({"content": word} for word in words)):
-        yield told(delta, None, **more)
+    yield told({"role": "assistant", "content": ""}, None, **more)
+    for word in words:
+        yield told({"content": word}, None, **more)
     yield told({}, "stop", **more)
     if metered:
         yield told({}, None, choices=[], usage=usage)
@@ -5093,7 +5094,7 @@ def judge_first_event(event: bytes, rate_codes: "Collection[str]" = ()) -> Verdi
     # Some gateways put the status into `code`, deep inside (OpenRouter); else code and types name it, the code first.
     data = event_fields(event)[1]
     found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
-    names = [error_words(data)[0], *(kind.decode() for kind in re.findall(rb'"type":\s*"(\w{1,64})"', event))]
+    names = [error_words(data)[0], *re.findall(r'"type":\s*"(\w{1,64})"', event.decode("latin-1"))]
     named = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
     status = int(found.group(1)) if found else [*named, 502][0]
     return judge_reply(status, {}, data, 0.0, rate_codes=rate_codes)
@@ -7347,11 +7348,13 @@ FULL = (
 )
 
 
+_PATH_PARAMETERS = re.compile(";[^/]*")  # of a segment (RFC 3986, 3.3)
+
+
 def leads_out(path: str) -> bool:
     """Whether a decoded path has dot segments, which would lead out of the account's base_url, with its key."""
     # Servers on Windows take backslashes for slashes, and those that know path parameters drop `;x` from a segment.
-    names = {part.partition(";")[0] for part in path.split("/")}
-    return "\\" in path or not {".", ".."}.isdisjoint(names)
+    return "\\" in path or not {".", ".."}.isdisjoint(_PATH_PARAMETERS.sub("", path).split("/"))
 
 
 def route_of(name: str) -> str:
@@ -7361,7 +7364,7 @@ def route_of(name: str) -> str:
 
 def plain_path(path: str) -> str:
     """The path that lenient upstreams take this one for: slashes merged, `;x` dropped, small letters, one /v1."""
-    merged = re.sub("/+", "/", re.sub(";[^/]*", "", path)).lower()
+    merged = re.sub("/+", "/", _PATH_PARAMETERS.sub("", path)).lower()
     return re.sub("^(/v1)+(?=/)", "", merged)
 
 
@@ -7461,17 +7464,16 @@ def read_input(request: ApiRequest, model: str, depth: int) -> None:
     """
     data = request.data = parse_object(request.body, depth)
     request.model = data.get("model") or model
-    if request.path == "/responses" and "model" not in data:
-        request.model = ""  # a stored prompt may name it
-    elif not isinstance(request.model, str) or not request.model:
+    stored = request.path == "/responses" and "model" not in data  # a stored prompt may name it
+    if not stored and (not isinstance(request.model, str) or not request.model):
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     request.stream = data.get("stream") is True
     # Responses are stored unless they say no (API reference, `store`): to replay one may make two.
     request.stateful = request.path == "/responses" and data.get("store") is not False
-    text = [data.get(name) for name in ("prompt", "input", "instructions", "messages")]
+    text = list(map(data.get, ("prompt", "input", "instructions", "messages")))
     request.prompt_tokens = count_text(text) // 4
-    most = data.get("max_output_tokens")
     if request.path in ("/completions", "/responses"):
+        most = data.get("max_output_tokens")
         request.max_tokens = most if isinstance(most, int) and most > 0 else answer_limit(data)
     else:
         request.max_tokens = 1  # what comes back counts for little
@@ -7911,7 +7913,7 @@ class ClientConnection:
             if not data:
                 raise ClientGone
             piece = decode_body(decoder, data)
-        return pieces[0] if len(pieces) == 1 and not body else b"".join((body, *pieces))
+        return b"".join([body, *pieces] if body else pieces)  # one piece is not copied
 
     async def _skip(self, decoder: "LengthDecoder | ChunkedDecoder") -> bool:
         """Reads a body that nobody wants, if it is small and soon over; whether it was, so that the connection goes on.
@@ -8201,8 +8203,9 @@ Run = Callable[[ApiRequest, ClientConnection, AccessRecord], Awaitable[None]]
 Pages = dict[str, tuple[list[dict[str, Any]], bool]]  # by account: its objects, and whether it has more
 
 
-def created_at(item: "dict[str, Any]") -> float:
+def created_at(entry: "tuple[dict[str, Any], str]") -> float:
     """When an object was made, by which lists are sorted; chat completions spell it shorter."""
+    item, _ = entry
     found = item.get("created_at") or item.get("created")
     # Python's JSON has NaN, to which nothing compares: one would leave the others in any order.
     return found if isinstance(found, int | float) and -math.inf < found < math.inf else 0.0
@@ -8215,7 +8218,7 @@ def merge_pages(pages: "Pages", limit: int, descending: bool) -> "tuple[list[tup
     So a page may be shorter than `limit`, as it may be anywhere: clients go by `has_more`.
     """
     merged = [(item, name) for name, (found, _) in pages.items() for item in found]
-    merged.sort(key=lambda entry: created_at(entry[0]), reverse=descending)
+    merged.sort(key=created_at, reverse=descending)
     ends = [len(found) for found, more in pages.values() if more and found]
     shown = merged[: min([limit or len(merged), *ends])]
     return shown, bool(ends) or len(shown) < len(merged)
@@ -8225,7 +8228,9 @@ def next_places(
     places: "dict[str, str]", pages: "Pages", shown: "list[tuple[dict[str, Any], str]]"
 ) -> "dict[str, str]":
     """Behind which object each account's list goes on; without those that have shown all of theirs."""
-    places = {**places, **{name: item["id"] for item, name in shown}}
+    places = dict(places)
+    for item, name in shown:
+        places[name] = item["id"]
     for name, (found, more) in pages.items():
         if not more and (not found or places[name] == found[-1]["id"]):
             del places[name]
@@ -8259,8 +8264,10 @@ async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
         if exchange.head.status == 200:
             found: "dict[str, Any]" = json.loads(body)
             # What cannot be printed (half a surrogate pair) cannot be quoted in a URL either, to ask for what follows.
-            named = [one for one in found["data"] if isinstance(one["id"], str)]
-            return {**found, "data": [one for one in named if one["id"] and one["id"].isprintable()]}
+            data = [
+                one for one in found["data"] if isinstance(one["id"], str) and one["id"] and one["id"].isprintable()
+            ]
+            return {**found, "data": data}
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise BadReply("status %d instead of a list" % exchange.head.status)
@@ -8639,7 +8646,8 @@ class Server:
         asked = [one for one in able if one.name in places] if len(able) > 1 else []
         rest.append(("limit", limit))
         calls = [self._page(one, request, [*rest, ("after", places[one.name])], record) for one in asked]
-        pages = {page[0]: page[1:] for page in await asyncio.gather(*calls) if page is not None}
+        found = await asyncio.gather(*calls)
+        pages = {one.name: page for one, page in zip(asked, found, strict=True) if page is not None}
         if not pages:  # none was asked, or none answered
             record.outcomes.clear()
             request.pinned = self.relay.makers.get(after, "")
@@ -8648,10 +8656,10 @@ class Server:
             return
         descending = query.get("order", LISTS[request.path]) != "asc"
         shown, more = merge_pages(pages, int(limit) if limit.isdecimal() and len(limit) < 9 else 0, descending)
-        # Who lists objects will ask for one of them next.
+        data = []
         for item, name in shown:
-            self.relay.remember(item["id"], name)
-        data = [item for item, _ in shown]
+            self.relay.remember(item["id"], name)  # who lists objects will ask for one of them next
+            data.append(item)
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
         if more and data:
             keep(self.pages, (*which, last), next_places(places, pages, shown), PAGES_KNOWN)
@@ -8659,13 +8667,13 @@ class Server:
 
     async def _page(
         self, upstream: Upstream, request: ApiRequest, query: "list[tuple[str, str]]", record: AccessRecord
-    ) -> "tuple[str, list[dict[str, Any]], bool] | None":
-        """The account's name, its objects, and whether there are more of them; None when it fails."""
+    ) -> "tuple[list[dict[str, Any]], bool] | None":
+        """The account's objects, and whether there are more of them; None when it fails."""
         words, since = urllib.parse.urlencode([pair for pair in query if pair[1]]), self.loop.time()
         found = await self._fetch(upstream, ApiRequest("GET", request.path, words, request.lines, b""))
         outcome = "ok" if found is not None else "failed"
         record.outcomes.append((upstream.name, outcome, self.loop.time() - since))
-        return None if found is None else (upstream.name, found["data"], found.get("has_more") is True)
+        return None if found is None else (found["data"], found.get("has_more") is True)
 
     async def _fetch(self, upstream: Upstream, request: ApiRequest) -> "dict[str, Any] | None":
         """An account's list, which counts towards no quota; None, and the log says why, when it fails."""
@@ -8694,8 +8702,11 @@ class Server:
             if model["id"] == name:
                 await client.json(model)
                 return
-        seats = [seat for seat in self.pool.seats(name) if is_open_ended(seat.upstream.config)]
-        if not leads_out(name) and any(not seat.upstream.controller.chat_only for seat in seats):
+        asks = any(
+            is_open_ended(seat.upstream.config) and not seat.upstream.controller.chat_only
+            for seat in self.pool.seats(name)
+        )
+        if asks and not leads_out(name):
             # Accounts know models that their lists leave out: previews, snapshots, what was tuned elsewhere.
             request.path = "/models/" + urllib.parse.quote(name, safe="/:")
             request.query, request.model, request.seeks, request.inference = "", name, True, False
