@@ -2396,14 +2396,12 @@ def judge_event(event: bytes) -> EventKind:
         return EventKind.REAL
     kind, data = event_fields(event)
     data = data.strip()
-    if not data or data[:1] not in b"{[":  # "[DONE]" counts as real: an answer may be empty
+    if not data.startswith(b"{"):  # "[DONE]" counts as real: an answer may be empty
         return EventKind.REAL if data else EventKind.PREFACE
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
         return EventKind.REAL  # not ours to repair; the client sees what was sent
-    if not isinstance(found, dict):
-        return EventKind.REAL
     if found.get("error") or kind == b"error" or found.get("type") in ("error", "response.failed"):
         return EventKind.ERROR
     if found.get("type") in _PREFACE_TYPES or found.get("choices") == []:
@@ -3638,9 +3636,10 @@ _MESSAGES: "dict[str, dict[str, Form]]" = {
 }
 _NAMED: Form = {"": ("function",), "function": {"": ("name",), "name": str}}
 _CHOICE_WORDS: Form = (_TOOL_CHOICES.get, "must be none, auto, required or a function for Anthropic's Messages API.")
+# Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
+_PASSED = ("model", "stream", "top_k", "thinking", "cache_control")
 _REQUEST: "dict[str, Form]" = {
-    # Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
-    **dict.fromkeys(("model", "stream", "top_k", "thinking", "cache_control")),
+    **dict.fromkeys(_PASSED),
     "messages": [("role", _MESSAGES)],
     "max_tokens": _COUNT,
     "max_completion_tokens": _COUNT,
@@ -3884,7 +3883,7 @@ def to_messages(
     on, for models where it is off by default), "budget" (for models that know no effort).
     """
     asked = _checked(data, _REQUEST, "", drop)
-    out = {name: asked[name] for name in ("model", "stream", "top_k", "thinking", "cache_control") if name in asked}
+    out = {name: asked[name] for name in _PASSED if name in asked}
     effort, budget = asked.get("reasoning_effort", ("", 0))
     # A limit is demanded, where OpenAI's models have none: the default is the account's. Thinking counts towards it, so
     # that 4096 would be thought away before the first word of an answer.
@@ -5153,13 +5152,17 @@ class Allowance:
 # The first that a reply has counts.
 REQUEST_NAMES = (
     (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests"),
-    tuple(b"anthropic-ratelimit-requests-" + end for end in (b"limit", b"remaining", b"reset")),
+    (
+        b"anthropic-ratelimit-requests-limit",
+        b"anthropic-ratelimit-requests-remaining",
+        b"anthropic-ratelimit-requests-reset",
+    ),
     (b"x-ratelimit-limit-requests-day", b"x-ratelimit-remaining-requests-day", b"x-ratelimit-reset-requests-day"),
     (b"x-ratelimit-limit-req-minute", b"x-ratelimit-remaining-req-minute", b""),
 )
 TOKEN_NAMES = (
     (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens"),
-    tuple(b"anthropic-ratelimit-tokens-" + end for end in (b"limit", b"remaining", b"reset")),
+    (b"anthropic-ratelimit-tokens-limit", b"anthropic-ratelimit-tokens-remaining", b"anthropic-ratelimit-tokens-reset"),
     (b"x-ratelimit-limit-tokens-minute", b"x-ratelimit-remaining-tokens-minute", b"x-ratelimit-reset-tokens-minute"),
 )
 
@@ -7332,10 +7335,8 @@ AGAIN = b"Retry-After: 1\r\n"
 ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
 TAKEN = (503, "All connections are taken; try again.", "too_many_connections")
 PACKED = "A compressed request body is not understood; send it plain."
-TOO_LARGE = (
-    "The body is larger than %d bytes.",
-    "The form names no model in its first %d bytes: put that field before the file.",
-)
+TOO_LARGE = "The body is larger than %d bytes."
+MODEL_LATE = "The form names no model in its first %d bytes: put that field before the file."
 FOREIGN_HOST = "The host %r is not known here; add it to allowed_hosts."
 FOREIGN_PAGE = "Pages of %r may not use this server; see cors.allow_origins."
 UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
@@ -7586,20 +7587,20 @@ class ClientUpload:
             client.leave()
             return
         self.since, self.held_at = self.since + client.loop.time() - self.held_at, None
-        self._wait()
+        self._set_clock()
         client.reader.unhold()
 
     def stop(self) -> None:
         """See `Upload`."""
         if self.push is not None:
             self.push = self.client.reader.sink = None
-            self._clock(math.inf)
+            self._set_clock()
             self.client.reader.unhold()  # all of the rest may have come while it was held, and others follow
 
     def _arrived(self, data: bytes) -> bool:
         if not self._pass(data) and self.push is not None:
             self.held_at = self.client.loop.time()
-            self._clock(math.inf)
+            self._set_clock()
             self.client.reader.hold()
         return False
 
@@ -7623,18 +7624,18 @@ class ClientUpload:
             client.reader.unread(self.decoder.rest)
             if not client.head_sent:  # else its answer has said that it closes
                 client.close_after = self.closes or client.server.stopping
-        elif self.held_at is None:
-            self._wait()
+        else:
+            self._set_clock()
         return push(payload, self.done)
 
-    def _wait(self) -> None:
-        """The client's time runs: until it is silent for body_timeout, as all of a large body may take longer."""
-        self._clock(self.client.body_due(self.since, self.size, self.client.loop.time()))
-
-    def _clock(self, until: float) -> None:
-        """Moves the client's deadline, unless an answer that came early waits for the client to read it."""
-        if self.client.on_ready is None:
-            self.client.deadline.set(until)
+    def _set_clock(self) -> None:
+        """While the client is awaited its time runs, until it is silent for body_timeout: all of a large body may take
+        longer. The deadline is another's while an answer that came early waits for the client to read it."""
+        client = self.client
+        if client.on_ready is None:
+            awaited = self.push is not None and self.held_at is None
+            due = client.body_due(self.since, self.size, client.loop.time()) if awaited else math.inf
+            client.deadline.set(due)
 
 
 class ClientConnection:
@@ -7907,7 +7908,8 @@ class ClientConnection:
                 self.upload = ClientUpload(self, decoder, scanner)
                 break
             if size > limits.body_bytes:
-                raise BadMessage(413, TOO_LARGE[scanner is not None] % limits.body_bytes, "request_too_large")
+                message = TOO_LARGE if scanner is None else MODEL_LATE
+                raise BadMessage(413, message % limits.body_bytes, "request_too_large")
             self.deadline.set(self.body_due(since, size, since))
             data = await self.reader.read_some()
             if not data:
@@ -8239,7 +8241,7 @@ def next_places(
 
 def is_open_ended(config: ControllerConfig) -> bool:
     """Whether the configuration leaves open which models an account has: then it is asked, as far as it can tell."""
-    named = config.models and not any("*" in name or "?" in name for name in config.models)
+    named = config.models and {"*", "?"}.isdisjoint("".join(config.models))
     return not named and config.type not in ("echo", "azure")  # Azure lists what could be deployed
 
 
@@ -8573,7 +8575,7 @@ class Server:
             return self._go(client, head, request, answer=self._merge)
         request.stateful = not reads
         # Ids in the path, and those that the body speaks of: a batch's file has to be in the account of the batch.
-        names = [urllib.parse.unquote(part) for part in parts]
+        names = list(map(urllib.parse.unquote, parts))
         names += re.findall(r'"([\w\-]{4,128})"', request.body[:WHOLE_BYTES].decode("latin-1"))
         known = [self.relay.makers[name] for name in names if name in self.relay.makers]
         if known:
