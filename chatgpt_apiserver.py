@@ -4749,19 +4749,21 @@ def echo_pieces(request: ApiRequest) -> "Iterator[bytes]":
     # Where no user speaks the last message is echoed, whoever's it is.
     messages = request.data["messages"]
     content = ([one for one in messages if one.get("role") == "user"] or messages)[-1].get("content") or ""
-    if not isinstance(content, str):
+    if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    content = str(content)  # what makes no sense, too: no upstream is there to refuse it
     # Cut as the spaces stand, so that the words put together are the text.
     words = re.findall(r"\S*\s*", content)[:-1]
     prompt = max(1, request.prompt_tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
     kind, said = ("chat.completion.chunk", "delta") if request.stream else ("chat.completion", "message")
     # Made when it is asked for, so that an answer as long as the prompt is never in memory as a whole.
-    same = {"id": "chatcmpl-echo-" + request.request_id, "object": kind, "created": int(time.time())}
+    name = "chatcmpl-echo-" + request.request_id
+    same = {"id": name, "object": kind, "created": int(time.time()), "model": request.model}
 
     def told(what: "dict[str, Any]", reason: "str | None", **more: "Any") -> bytes:
         choice = {"index": 0, said: what, "logprobs": None, "finish_reason": reason}
-        body = compact_json({**same, "model": request.model, "choices": [choice], **more})
+        body = compact_json({**same, "choices": [choice], **more})
         return b"data: %b\n\n" % body if request.stream else body
 
     if not request.stream:
