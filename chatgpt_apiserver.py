@@ -4176,17 +4176,17 @@ def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
     time. Tokens that the prompt cache gives are not counted by the input limit; as replies tell what is left, they need
     no arithmetic here.
     """
-    told: "dict[bytes, tuple[float, int, bytes]]" = {}
-    for kind in (b"tokens", b"input-tokens", b"output-tokens"):
+    size, told = 0, []
+    for kind in (b"input-tokens", b"output-tokens", b"tokens"):
         name = b"anthropic-ratelimit-%b-" % kind
         limit, left = index.get(name + b"limit", b""), index.get(name + b"remaining", b"")
         if re.fullmatch(rb"[1-9][0-9]{0,14} [0-9]{1,15}", limit + b" " + left):  # insane values tell nothing
-            told[kind] = int(left) / int(limit), int(limit), index.get(name + b"reset", b"")
+            told.append((int(left) / int(limit), int(limit), index.get(name + b"reset", b"")))
+            size = int(limit) if kind == b"tokens" else size + int(limit)
     if not told:
         return {}
-    size = told[b"tokens"][1] if b"tokens" in told else sum(limit for _, limit, _ in told.values())
     # The binding one's time to be full is right for the whole, too: each limit refills in a minute, whatever its size.
-    share, _, reset = min(told.values())
+    share, _, reset = min(told)
     return {
         b"x-ratelimit-limit-tokens": b"%d" % size,
         b"x-ratelimit-remaining-tokens": b"%d" % round(size * share),
@@ -7888,12 +7888,11 @@ class ClientConnection:
 
         `piece`: what has come of it. Raises ProxyError.
         """
-        limits, size, since = self.server.config.limits, 0, self.loop.time()
+        limits, since = self.server.config.limits, self.loop.time()
         kept = min(REPLAYED_BYTES, limits.body_bytes)
         pieces: "list[bytes]" = []
         body = bytearray()  # what has come in many small pieces, which would take many times their size
         while True:
-            size += len(piece)
             self._hold(len(piece))
             if piece:
                 pieces.append(piece)
@@ -7906,13 +7905,13 @@ class ClientConnection:
             if scanner is not None:
                 scanner.feed(piece)
             # Once it is known where it goes, and more than what a replay would be worth has come, it may go.
-            if passes and size >= kept and (scanner is None or b"model" in scanner.spans):
+            if passes and self.held >= kept and (scanner is None or b"model" in scanner.spans):
                 self.upload = ClientUpload(self, decoder, scanner)
                 break
-            if size > limits.body_bytes:
+            if self.held > limits.body_bytes:
                 message = TOO_LARGE if scanner is None else MODEL_LATE
                 raise BadMessage(413, message % limits.body_bytes, "request_too_large")
-            self.deadline.set(self.body_due(since, size, since))
+            self.deadline.set(self.body_due(since, self.held, since))
             data = await self.reader.read_some()
             if not data:
                 raise ClientGone
