@@ -2342,7 +2342,6 @@ def split_target(target: str) -> "tuple[str, str, str]":
 # An event ends with an empty line, and each of its two line ends may be CRLF, LF or CR. "\r\n" alone is one line end:
 # that is why the alternatives start with the longest.
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
-_LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class EventSplitter:
@@ -2368,7 +2367,7 @@ def event_fields(event: bytes) -> "tuple[bytes, bytes]":
     """An event's type (`event:`) and data; several data lines are joined, comments skipped."""
     kind, data = b"", []
     # A byte order mark may stand before the first event of a stream; elsewhere it does no harm.
-    for line in _LINE_END.split(event.removeprefix(b"\xef\xbb\xbf")):
+    for line in event.removeprefix(b"\xef\xbb\xbf").splitlines():
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
@@ -4944,13 +4943,13 @@ GOOD = Verdict(Outcome.OK, 200)
 
 # Go's durations, as OpenAI writes them (17ms, 7.66s, 6m0s), or plain seconds, as Azure and Retry-After do. The counts
 # bound what a regular expression and float() are given.
-_DURATION = re.compile(r"(?:\d{1,12}(?:\.\d{1,9})?(?:h|ms|us|µs|ns|m|s))+|\d{1,12}(?:\.\d{1,9})?", re.ASCII)
+_DURATION = re.compile(r"(?:\d{1,12}(?:\.\d{1,9})?(?:[mnuµ]?s|[hm]))+|\d{1,12}(?:\.\d{1,9})?", re.ASCII)
 _PART = re.compile(r"([\d.]+)([a-zµ]*)")
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
 # OpenAI: "try again in 1m2s"; Azure: "retry after 45 seconds"; Google has it in the details of the error.
-_HINT = re.compile(
-    r'(?:try again in|retry after|retry in)\s+((?:\d+(?:\.\d+)?\s?(?:h|ms|m|s)[a-z]*\s?)+)|"retryDelay":\s*"([\d.]+s)"',
-    re.IGNORECASE,
+_HINT = (  # compiled, and kept by `re`, when the first error comes
+    r"(?i)(?:try again in|retry after|retry in)\s+((?:\d+(?:\.\d+)?\s?(?:h|ms|m|s)[a-z]*\s?)+)"
+    r'|"retryDelay":\s*"([\d.]+s)"'
 )
 
 
@@ -4988,7 +4987,7 @@ def retry_after(index: Index, message: str, body: bytes, wall_s: float) -> "floa
         if seconds is not None:
             return seconds * unit_s
     seconds = seconds_until(value, wall_s) if value else None
-    hint = _HINT.search(message) or _HINT.search(body[:4096].decode("latin-1"))
+    hint = re.search(_HINT, message) or re.search(_HINT, body[:4096].decode("latin-1"))
     if seconds is not None or hint is None:
         return seconds
     return parse_duration(re.sub(r"\s|econd[s]?|inute[s]?|our[s]?", "", hint.group(1) or hint.group(2)).lower())
@@ -7351,13 +7350,10 @@ FULL = (
 )
 
 
-_PATH_PARAMETERS = re.compile(";[^/]*")  # of a segment (RFC 3986, 3.3)
-
-
 def leads_out(path: str) -> bool:
     """Whether a decoded path has dot segments, which would lead out of the account's base_url, with its key."""
     # Servers on Windows take backslashes for slashes, and those that know path parameters drop `;x` from a segment.
-    return "\\" in path or not {".", ".."}.isdisjoint(_PATH_PARAMETERS.sub("", path).split("/"))
+    return "\\" in path or not {".", ".."}.isdisjoint(re.sub(";[^/]*", "", path).split("/"))
 
 
 def route_of(name: str) -> str:
@@ -7367,7 +7363,7 @@ def route_of(name: str) -> str:
 
 def plain_path(path: str) -> str:
     """The path that lenient upstreams take this one for: slashes merged, `;x` dropped, small letters, one /v1."""
-    merged = re.sub("/+", "/", _PATH_PARAMETERS.sub("", path)).lower()
+    merged = re.sub("/+", "/", re.sub(";[^/]*", "", path)).lower()
     return re.sub("^(/v1)+(?=/)", "", merged)
 
 
