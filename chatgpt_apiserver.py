@@ -2366,7 +2366,8 @@ class EventSplitter:
 def event_fields(event: bytes) -> "tuple[bytes, bytes]":
     """An event's type (`event:`) and data; several data lines are joined, comments skipped."""
     kind, data = b"", []
-    # A byte order mark may stand before the first event of a stream; elsewhere it does no harm.
+    # A byte order mark may stand before the first event of a stream; elsewhere it does no harm. The lines of bytes end
+    # with CRLF, LF or CR only, while those of a text have more ways to.
     for line in event.removeprefix(b"\xef\xbb\xbf").splitlines():
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
@@ -3721,7 +3722,9 @@ def _checked(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "A
             raise Untranslatable(where + "." + field, "must be %s for Anthropic's Messages API." % " or ".join(known))
         form = {field: None, **known[kind]}
     if isinstance(form, dict):
-        path, must, out = where and where + ".", form.get("", ()), {}
+        path = where and where + "."
+        must = form.get("", ())
+        out = {}
         for name, value in _made(found, dict, where).items():
             if value is None or (name in drop and name not in must):
                 continue
@@ -3852,12 +3855,13 @@ def _add_reasoning(effort: str, budget: int, thinking: str, out: "dict[str, Any]
     if not effort:
         begin = {"type": "disabled"}
     elif thinking == "budget":
-        room, first = out["max_tokens"], [turn["content"][0]["type"] for turn in out["messages"][-2:]]
+        room = out["max_tokens"]
         budget = max(MESSAGES_BUDGET_MIN, min(budget, room // 2))  # the other half is for the answer
         if budget >= room:
             raise Untranslatable("reasoning_effort", "needs a max_tokens above %d." % MESSAGES_BUDGET_MIN)
         # A turn that waits for tool results must begin with the thinking that led to the calls, signed. A client that
         # does not send its `thinking_blocks` back goes on without: better than a 400 in the middle of a loop.
+        first = [turn["content"][0]["type"] for turn in out["messages"][-2:]]
         if first[-1] != "tool_result" or first[0] in _THOUGHTS:
             begin = {"type": "enabled", "budget_tokens": budget}
     else:
@@ -4809,7 +4813,8 @@ class EchoExchange:
 
     async def pipe(self, outlet: Outlet) -> None:
         """See `Exchange`. A client that does not read is waited for, as an upstream would be held."""
-        ready, piece = asyncio.Event(), await self.read()
+        ready = asyncio.Event()
+        piece = await self.read()
         while piece:
             if not outlet.push(piece):
                 ready.clear()
@@ -8566,7 +8571,8 @@ class Server:
 
     def _object(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Files, batches, stored responses ...: what lives in one account goes to the controller that made it."""
-        reads, (group, *parts) = request.method in ("GET", "HEAD"), request.path[1:].split("/")
+        group, *parts = request.path[1:].split("/")
+        reads = request.method in ("GET", "HEAD")
         request.inference = False
         if reads and request.path in LISTS and "before=" not in request.query:
             return self._go(client, head, request, answer=self._merge)
@@ -8636,7 +8642,8 @@ class Server:
         error is told that a single account would tell.
         """
         pairs = urllib.parse.parse_qsl(request.query)
-        query, rest = dict(pairs), [pair for pair in pairs if pair[0] not in ("after", "limit")]
+        rest = [pair for pair in pairs if pair[0] not in ("after", "limit")]
+        query = dict(pairs)
         after, limit = query.get("after", ""), query.get("limit", "")
         # Pages of different lists may end with the same object: whatever chooses the list is part of the memory's key.
         which = (request.path, *map("=".join, sorted(rest)))
@@ -8668,7 +8675,8 @@ class Server:
         self, upstream: Upstream, request: ApiRequest, query: "list[tuple[str, str]]", record: AccessRecord
     ) -> "tuple[list[dict[str, Any]], bool] | None":
         """The account's objects, and whether there are more of them; None when it fails."""
-        words, since = urllib.parse.urlencode([pair for pair in query if pair[1]]), self.loop.time()
+        since = self.loop.time()
+        words = urllib.parse.urlencode([pair for pair in query if pair[1]])
         found = await self._fetch(upstream, ApiRequest("GET", request.path, words, request.lines, b""))
         outcome = "ok" if found is not None else "failed"
         record.outcomes.append((upstream.name, outcome, self.loop.time() - since))
