@@ -3574,34 +3574,30 @@ def _thought(block: "dict[str, Any]") -> "dict[str, Any]":
     return {name: block[name] for name in names}
 
 
-# cache_control is Anthropic's own, a mark where the prompt cache shall end; OpenRouter's clients send it in these
-# places.
-_PARTS: "dict[str, dict[str, Form]]" = {
-    kind: {"": (kind,), kind: form, "cache_control": None}
-    for kind, form in {
-        "text": str,
-        "refusal": str,
-        "image_url": {
-            "": ("url",),
-            "url": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
-            "detail": _only("auto", "high"),  # "low" asks for a price that there is none for
-        },
-        "file": {
-            "": ("file_data",),
-            "file_data": (  # of all kinds of files only this one comes as data in both APIs
-                functools.partial(_inline, kinds="application/pdf"),
-                "must be a data URL in base64 of type application/pdf.",
-            ),
-            "filename": None,
-        },
-    }.items()
+_PARTS: "dict[str, Form]" = {
+    "text": str,
+    "refusal": str,
+    "image_url": {
+        "": ("url",),
+        "url": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
+        "detail": _only("auto", "high"),  # "low" asks for a price that there is none for
+    },
+    "file": {
+        "": ("file_data",),
+        "file_data": (  # of all kinds of files only this one comes as data in both APIs
+            functools.partial(_inline, kinds="application/pdf"),
+            "must be a data URL in base64 of type application/pdf.",
+        ),
+        "filename": None,
+    },
 }
 
 
 def _content(*kinds: str) -> Form:
     """The form of a message's content: a text, or parts of these kinds."""
-    parts = [("type", {kind: _PARTS[kind] for kind in kinds})]
-    return lambda found: str if isinstance(found, str) else parts
+    # cache_control is Anthropic's own, a mark where the prompt cache shall end; OpenRouter's clients send it here.
+    parts = {kind: {"": (kind,), kind: _PARTS[kind], "cache_control": None} for kind in kinds}
+    return lambda found: str if isinstance(found, str) else [("type", parts)]
 
 
 # What Anthropic takes in each place. An assistant's pictures and a name for a speaker are nowhere among it.
@@ -4099,11 +4095,8 @@ class MessageStream:
         number = len(self.calls)
         self.calls[index] = [number, block.get("input") or {}]
         # Signed thinking goes with the call that it led to: a client that keeps the call then has both or neither.
-        delta: "dict[str, Any]" = {"tool_calls": [{"index": number, **_tool_call(block, "")}]}
-        signed = self._signed()
-        if signed:
-            delta["thinking_blocks"] = signed
-        return self._chunk(delta)
+        delta = {"tool_calls": [{"index": number, **_tool_call(block, "")}]}
+        return self._chunk(_with(delta, thinking_blocks=self._signed()))
 
     def on_content_block_delta(self, event: "dict[str, Any]") -> bytes:
         """A piece of text, of thinking, of its signature or of a tool's arguments; citations have no place."""
@@ -4792,7 +4785,8 @@ class EchoExchange:
         self, request: ApiRequest, delay: float, first_delay: float, on_sent: "Callable[[float], None]"
     ) -> None:
         self.pieces, self.on_sent, self.first_delay = echo_pieces(request), on_sent, first_delay
-        self.wait_s, self.delay = 0.0, delay if request.stream else 0.0
+        self.delay = delay if request.stream else 0.0
+        self.wait_s = 0.0  # before the next piece
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
         self.head = ResponseHead(200, 1, {b"content-type": kind}, b"Content-Type: %b\r\n" % kind)
 
