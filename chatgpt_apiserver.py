@@ -2347,10 +2347,7 @@ _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 class EventSplitter:
     """Hands out the whole events of what it is fed; `pending` is the beginning of the next one."""
 
-    __slots__ = ("pending",)
-
-    def __init__(self) -> None:
-        self.pending = b""
+    pending = b""
 
     # A generator: whoever looks for the first real event stops there, and the rest of a read is never split.
     def feed(self, data: bytes) -> "Iterator[bytes]":
@@ -4702,7 +4699,9 @@ class MessagesExchange:
         # Some servers close after the last event without its blank line. Of all others half is not enough.
         if at_end and b"message_stop" in self.splitter.pending:
             data = b"\n\n"
-        out = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
+        out = b""
+        for event in self.splitter.feed(data):
+            out += stream.feed(*event_fields(event))
         if len(self.splitter.pending) > EVENT_BYTES:  # it would be kept until its end, which may never come
             self.splitter.pending = b""
             out += stream.fail({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
@@ -4956,7 +4955,10 @@ def parse_duration(text: str) -> "float | None":
     """Seconds of a Go duration (`17ms`, `6m0s`, `1h2m3s`) or a plain number of seconds; None for anything else."""
     if not _DURATION.fullmatch(text):
         return None
-    return min(sum(float(number) * _UNITS_S[unit] for number, unit in _PART.findall(text)), 1e9)
+    seconds = 0.0
+    for number, unit in _PART.findall(text):
+        seconds += float(number) * _UNITS_S[unit]
+    return min(seconds, 1e9)
 
 
 def seconds_until(date: str, wall_s: float) -> "float | None":
@@ -5049,7 +5051,8 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
         verdict.bucket = found.group(1)
     found = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", message)
     if found:
-        limit, verdict.requested = (int(number.replace(",", "") or 0) for number in found.groups())
+        limit = int(found.group(1).replace(",", "") or 0)
+        verdict.requested = int(found.group(2).replace(",", "") or 0)
         if verdict.requested > limit > 0:
             verdict.outcome = Outcome.LARGE
 
@@ -5168,7 +5171,7 @@ TOKEN_NAMES = (
 
 
 # Of which a reply without limits has none: one look then saves fourteen.
-REMAINING_NAMES = frozenset(names[1] for names in REQUEST_NAMES + TOKEN_NAMES)
+REMAINING_NAMES = frozenset(map(operator.itemgetter(1), REQUEST_NAMES + TOKEN_NAMES))
 
 
 @functools.lru_cache(maxsize=4096)  # what is left moves in a small range while there is little traffic
