@@ -2399,16 +2399,12 @@ def split_target(target: str) -> "tuple[str, str, str]":
 # An event ends with an empty line, and each of its two line ends may be CRLF, LF or CR. "\r\n" alone is one line end:
 # that is why the alternatives start with the longest.
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
-_LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class EventSplitter:
     """Hands out the whole events of what it is fed; `pending` is the beginning of the next one."""
 
-    __slots__ = ("pending",)
-
-    def __init__(self) -> None:
-        self.pending = b""
+    pending = b""
 
     # A generator: whoever looks for the first real event stops there, and the rest of a read is never split.
     def feed(self, data: bytes) -> "Iterator[bytes]":
@@ -2424,8 +2420,9 @@ class EventSplitter:
 def event_fields(event: bytes) -> "tuple[bytes, bytes]":
     """An event's type (`event:`) and data; several data lines are joined, comments skipped."""
     kind, data = b"", []
-    # A byte order mark may stand before the first event of a stream; elsewhere it does no harm.
-    for line in _LINE_END.split(event.removeprefix(b"\xef\xbb\xbf")):
+    # A byte order mark may stand before the first event of a stream; elsewhere it does no harm. The lines of bytes end
+    # with CRLF, LF or CR only, while those of a text have more ways to.
+    for line in event.removeprefix(b"\xef\xbb\xbf").splitlines():
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
@@ -2453,14 +2450,12 @@ def judge_event(event: bytes) -> EventKind:
         return EventKind.REAL
     kind, data = event_fields(event)
     data = data.strip()
-    if not data or data[:1] not in b"{[":  # "[DONE]" counts as real: an answer may be empty
+    if not data.startswith(b"{"):  # "[DONE]" counts as real: an answer may be empty
         return EventKind.REAL if data else EventKind.PREFACE
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
         return EventKind.REAL  # not ours to repair; the client sees what was sent
-    if not isinstance(found, dict):
-        return EventKind.REAL
     if found.get("error") or kind == b"error" or found.get("type") in ("error", "response.failed"):
         return EventKind.ERROR
     if found.get("type") in _PREFACE_TYPES or found.get("choices") == []:
@@ -3605,7 +3600,7 @@ def _only(*values: "Any") -> Form:
 def _stops(found: "Any") -> "list[str] | None":
     """Stop sequences; the API refuses those of white space, and leaving one out would let the answer run on."""
     stops = [found] if isinstance(found, str) else found
-    return stops if isinstance(stops, list) and all(one.strip() for one in stops) else None
+    return stops if isinstance(stops, list) and all(map(str.strip, stops)) else None
 
 
 def _arguments(found: "Any") -> "dict[str, Any] | None":
@@ -3631,42 +3626,36 @@ def _image(url: str) -> "dict[str, str]":
     return {"type": "url", "url": url} if remote else _inline(url, "image/(?:jpeg|jpg|png|gif|webp)")
 
 
-def _pdf(url: str) -> "dict[str, str]":
-    """The source of a document; of all kinds of files only this one comes as data in both APIs."""
-    return _inline(url, "application/pdf")
-
-
 def _thought(block: "dict[str, Any]") -> "dict[str, Any]":
     """A thinking block as it came; `index` is what streams add, and the API takes no field that it does not know."""
     names = ("type", "thinking", "signature") if block["type"] == "thinking" else ("type", "data")
     return {name: block[name] for name in names}
 
 
-# cache_control is Anthropic's own, a mark where the prompt cache shall end; OpenRouter's clients send it in these
-# places.
-_PARTS: "dict[str, dict[str, Form]]" = {
-    kind: {"": (kind,), kind: form, "cache_control": None}
-    for kind, form in {
-        "text": str,
-        "refusal": str,
-        "image_url": {
-            "": ("url",),
-            "url": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
-            "detail": _only("auto", "high"),  # "low" asks for a price that there is none for
-        },
-        "file": {
-            "": ("file_data",),
-            "file_data": (_pdf, "must be a data URL in base64 of type application/pdf."),
-            "filename": None,
-        },
-    }.items()
+_PARTS: "dict[str, Form]" = {
+    "text": str,
+    "refusal": str,
+    "image_url": {
+        "": ("url",),
+        "url": (_image, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
+        "detail": _only("auto", "high"),  # "low" asks for a price that there is none for
+    },
+    "file": {
+        "": ("file_data",),
+        "file_data": (  # of all kinds of files only this one comes as data in both APIs
+            functools.partial(_inline, kinds="application/pdf"),
+            "must be a data URL in base64 of type application/pdf.",
+        ),
+        "filename": None,
+    },
 }
 
 
 def _content(*kinds: str) -> Form:
     """The form of a message's content: a text, or parts of these kinds."""
-    parts = [("type", {kind: _PARTS[kind] for kind in kinds})]
-    return lambda found: str if isinstance(found, str) else parts
+    # cache_control is Anthropic's own, a mark where the prompt cache shall end; OpenRouter's clients send it here.
+    parts = {kind: {"": (kind,), kind: _PARTS[kind], "cache_control": None} for kind in kinds}
+    return lambda found: str if isinstance(found, str) else [("type", parts)]
 
 
 # What Anthropic takes in each place. An assistant's pictures and a name for a speaker are nowhere among it.
@@ -3701,9 +3690,10 @@ _MESSAGES: "dict[str, dict[str, Form]]" = {
 }
 _NAMED: Form = {"": ("function",), "function": {"": ("name",), "name": str}}
 _CHOICE_WORDS: Form = (_TOOL_CHOICES.get, "must be none, auto, required or a function for Anthropic's Messages API.")
+# Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
+_PASSED = ("model", "stream", "top_k", "thinking", "cache_control")
 _REQUEST: "dict[str, Form]" = {
-    # Passed on: the same in both APIs, or Anthropic's own, which clients send as extra fields.
-    **dict.fromkeys(("model", "stream", "top_k", "thinking", "cache_control")),
+    **dict.fromkeys(_PASSED),
     "messages": [("role", _MESSAGES)],
     "max_tokens": _COUNT,
     "max_completion_tokens": _COUNT,
@@ -3786,7 +3776,9 @@ def _checked(found: "Any", form: Form, where: str, drop: "frozenset[str]") -> "A
             raise Untranslatable(where + "." + field, "must be %s for Anthropic's Messages API." % " or ".join(known))
         form = {field: None, **known[kind]}
     if isinstance(form, dict):
-        path, must, out = where and where + ".", form.get("", ()), {}
+        path = where and where + "."
+        must = form.get("", ())
+        out = {}
         for name, value in _made(found, dict, where).items():
             if value is None or (name in drop and name not in must):
                 continue
@@ -3870,20 +3862,17 @@ def _add_sampling(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
         out["temperature"] = asked["temperature"]
     if asked.get("top_p", 1) != 1:
         out["top_p"] = asked["top_p"]
-    if asked.get("stop"):
-        out["stop_sequences"] = asked["stop"]
     # One opaque name for both of OpenAI's; the newer one counts.
     user = asked.get("safety_identifier") or asked.get("user")
-    if user:
-        out["metadata"] = {"user_id": user}
+    out.update(_with({}, stop_sequences=asked.get("stop"), metadata=user and {"user_id": user}))
 
 
 def _tool(function: "dict[str, Any]", cache: "Any") -> "dict[str, Any]":
     """The definition of one function. `strict: false` is the default and not sent: older models know no strict."""
     # The API demands an object's schema with properties, even of a function that takes nothing.
     schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
-    more = {name: function.get(name) for name in ("description", "strict")}
-    return _with({"name": function["name"], "input_schema": schema}, **more, cache_control=cache)
+    tool = {"name": function["name"], "input_schema": schema}
+    return _with(tool, description=function.get("description"), strict=function.get("strict"), cache_control=cache)
 
 
 def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
@@ -3897,8 +3886,8 @@ def _add_tools(asked: "dict[str, Any]", out: "dict[str, Any]") -> None:
             raise Untranslatable("tool_choice", "needs tools.")
         # Where the history uses tools, gateways to the API (Bedrock) want them defined; as at OpenAI, the answer calls
         # none.
-        blocks = [block for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
-        tools = [{"function": {"name": name}} for name in dict.fromkeys(block["name"] for block in blocks)]
+        used = [block["name"] for turn in out["messages"] for block in turn["content"] if block["type"] == "tool_use"]
+        tools = [{"function": {"name": name}} for name in dict.fromkeys(used)]
         choice = {"type": "none"}
         if not tools:
             return
@@ -3920,12 +3909,13 @@ def _add_reasoning(effort: str, budget: int, thinking: str, out: "dict[str, Any]
     if not effort:
         begin = {"type": "disabled"}
     elif thinking == "budget":
-        room, first = out["max_tokens"], [turn["content"][0]["type"] for turn in out["messages"][-2:]]
+        room = out["max_tokens"]
         budget = max(MESSAGES_BUDGET_MIN, min(budget, room // 2))  # the other half is for the answer
         if budget >= room:
             raise Untranslatable("reasoning_effort", "needs a max_tokens above %d." % MESSAGES_BUDGET_MIN)
         # A turn that waits for tool results must begin with the thinking that led to the calls, signed. A client that
         # does not send its `thinking_blocks` back goes on without: better than a 400 in the middle of a loop.
+        first = [turn["content"][0]["type"] for turn in out["messages"][-2:]]
         if first[-1] != "tool_result" or first[0] in _THOUGHTS:
             begin = {"type": "enabled", "budget_tokens": budget}
     else:
@@ -3950,7 +3940,7 @@ def to_messages(
     on, for models where it is off by default), "budget" (for models that know no effort).
     """
     asked = _checked(data, _REQUEST, "", drop)
-    out = {name: asked[name] for name in ("model", "stream", "top_k", "thinking", "cache_control") if name in asked}
+    out = {name: asked[name] for name in _PASSED if name in asked}
     effort, budget = asked.get("reasoning_effort", ("", 0))
     # A limit is demanded, where OpenAI's models have none: the default is the account's. Thinking counts towards it, so
     # that 4096 would be thought away before the first word of an answer.
@@ -3995,12 +3985,10 @@ def messages_usage(usage: "Any") -> "dict[str, Any]":
     """OpenAI's usage. Anthropic's input_tokens leave out what the prompt cache read or took in, OpenAI's prompt_tokens
     do not (Portkey PR 1754); null counts as 0. Thinking is inside the answer's tokens in both."""
     found = usage if isinstance(usage, dict) else {}
-    fresh, written, read, answer = (
-        found.get(name) or 0
-        for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
-    )
     # Gateways leave out what they do not know of, so that every number may be missing.
-    prompt = fresh + written + read
+    written, read = found.get("cache_creation_input_tokens") or 0, found.get("cache_read_input_tokens") or 0
+    prompt = (found.get("input_tokens") or 0) + written + read
+    answer = found.get("output_tokens") or 0
     thought = (found.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {
         "prompt_tokens": prompt,
@@ -4017,19 +4005,24 @@ def from_message(reply: "dict[str, Any]", created: int) -> "dict[str, Any]":
     Thinking comes twice where tools are called: to be read, and signed, to be sent back with the results (in LiteLLM's
     `thinking_blocks`; the openai package keeps fields of a message that it does not know).
     """
-    # Block types that are not named here are those of tools that run at Anthropic: their results are in the text.
+    text, thinking = "", ""
+    calls: "list[dict[str, Any]]" = []
+    thoughts: "list[dict[str, Any]]" = []
     try:
-        content = reply["content"]
-        told = {
-            kind: "".join(block.get(kind) or "" for block in content if block["type"] == kind)
-            for kind in ("text", "thinking")
-        }
-        used = [block for block in content if block["type"] == "tool_use"]
+        # Types that are not named here are those of tools that run at Anthropic: their results are in the text.
+        for block in reply["content"]:
+            if block["type"] == "text":
+                text += block.get("text") or ""
+            elif block["type"] == "tool_use":
+                calls.append(_tool_call(block, compact_json(block["input"]).decode()))
+            elif block["type"] in _THOUGHTS:
+                thinking += block.get("thinking") or ""
+                thoughts.append(block)
         message = _with(
-            {"role": "assistant", "content": told["text"] or None, "refusal": _refusal(reply)},
-            reasoning_content=told["thinking"],
-            tool_calls=[_tool_call(block, compact_json(block["input"]).decode()) for block in used],
-            thinking_blocks=used and [block for block in content if block["type"] in _THOUGHTS],
+            {"role": "assistant", "content": text or None, "refusal": _refusal(reply)},
+            reasoning_content=thinking,
+            tool_calls=calls,
+            thinking_blocks=calls and thoughts,
         )
         reason = _FINISH_REASONS.get(reply["stop_reason"], "stop")
         return {
@@ -4160,11 +4153,8 @@ class MessageStream:
         number = len(self.calls)
         self.calls[index] = [number, block.get("input") or {}]
         # Signed thinking goes with the call that it led to: a client that keeps the call then has both or neither.
-        delta: "dict[str, Any]" = {"tool_calls": [{"index": number, **_tool_call(block, "")}]}
-        signed = self._signed()
-        if signed:
-            delta["thinking_blocks"] = signed
-        return self._chunk(delta)
+        delta = {"tool_calls": [{"index": number, **_tool_call(block, "")}]}
+        return self._chunk(_with(delta, thinking_blocks=self._signed()))
 
     def on_content_block_delta(self, event: "dict[str, Any]") -> bytes:
         """A piece of text, of thinking, of its signature or of a tool's arguments; citations have no place."""
@@ -4220,11 +4210,14 @@ class MessageStream:
 
     def _signed(self) -> "list[dict[str, Any]]":
         """The thinking that led to a call, as in whole answers; the openai package joins lists by their `index`."""
-        found, self.thoughts = self.thoughts.values(), {}
-        for block, pieces in found:
+        signed = []
+        for block, pieces in self.thoughts.values():
             if block["type"] == "thinking":
                 block["thinking"] = "".join(pieces)
-        return [block for block, _ in found if block.get("signature") or block.get("data")]
+            if block.get("signature") or block.get("data"):
+                signed.append(block)
+        self.thoughts = {}
+        return signed
 
 
 def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
@@ -4237,19 +4230,22 @@ def tightest_tokens(index: "Mapping[bytes, bytes]") -> "dict[bytes, bytes]":
     time. Tokens that the prompt cache gives are not counted by the input limit; as replies tell what is left, they need
     no arithmetic here.
     """
-    ends = (b"limit", b"remaining", b"reset")
-    told: "dict[bytes, tuple[float, int, bytes]]" = {}
-    for kind in (b"tokens", b"input-tokens", b"output-tokens"):
-        limit, left, reset = (index.get(b"anthropic-ratelimit-%b-%b" % (kind, end), b"") for end in ends)
+    size, told = 0, []
+    for kind in (b"input-tokens", b"output-tokens", b"tokens"):
+        name = b"anthropic-ratelimit-%b-" % kind
+        limit, left = index.get(name + b"limit", b""), index.get(name + b"remaining", b"")
         if re.fullmatch(rb"[1-9][0-9]{0,14} [0-9]{1,15}", limit + b" " + left):  # insane values tell nothing
-            told[kind] = int(left) / int(limit), int(limit), reset
+            told.append((int(left) / int(limit), int(limit), index.get(name + b"reset", b"")))
+            size = int(limit) if kind == b"tokens" else size + int(limit)
     if not told:
         return {}
-    size = told[b"tokens"][1] if b"tokens" in told else sum(limit for _, limit, _ in told.values())
     # The binding one's time to be full is right for the whole, too: each limit refills in a minute, whatever its size.
-    share, _, reset = min(told.values())
-    values = b"%d" % size, b"%d" % round(size * share), reset
-    return {b"x-ratelimit-%b-tokens" % end: value for end, value in zip(ends, values, strict=True)}
+    share, _, reset = min(told)
+    return {
+        b"x-ratelimit-limit-tokens": b"%d" % size,
+        b"x-ratelimit-remaining-tokens": b"%d" % round(size * share),
+        b"x-ratelimit-reset-tokens": reset,
+    }
 
 
 # ==== 9. Controllers ====
@@ -4648,6 +4644,12 @@ class AzureController(OpenAIController):
         return super().target(path, "&".join(parts), model)
 
 
+def wants_usage(request: ApiRequest) -> bool:
+    """Whether the client asked for the usage of a stream; one that did not gets none, as at OpenAI."""
+    options = request.data.get("stream_options")
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
 def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead:
     """The head of a translated answer: nothing of the framing or the type of the original. Its token limits go into the
     index as OpenAI names them, for the ledger; the lines, which a client sees, stay what the upstream said."""
@@ -4656,6 +4658,18 @@ def messages_head(found: ResponseHead, status: int, kind: bytes) -> ResponseHead
     index.update(tightest_tokens(found.index))
     index[b"content-type"] = kind
     return ResponseHead(status, found.minor, index, without(found.lines, gone) + b"Content-Type: %b\r\n" % kind)
+
+
+async def read_all(exchange: Exchange, most: int) -> bytes:
+    """The upstream's whole body, or as much of it as decides that it is too large. Raises UpstreamError."""
+    # Cut off above `most`: then it is no JSON, and told as such.
+    body = b""
+    while len(body) <= most:
+        piece = await exchange.read()
+        if not piece:
+            break
+        body += piece
+    return body
 
 
 def as_completion(body: bytes) -> bytes:
@@ -4681,7 +4695,6 @@ class MessagesExchange:
         self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: "MessageStream | None" = None
-        self.outlet: Outlet
         self.ready, self.complete = b"", False  # translated and not handed out; whether nothing follows it
         self.head: ResponseHead
 
@@ -4693,7 +4706,8 @@ class MessagesExchange:
         status, kind = found.status, b"application/json"
         coded = found.index.get(b"content-encoding", b"identity").lower() != b"identity"
         if status >= 300:  # of a compressed one the status has to do
-            status, self.ready = error_from_messages(status, b"" if coded else await self._read_all(HOLD_BYTES))
+            body = b"" if coded else await read_all(self.inner, HOLD_BYTES)
+            status, self.ready = error_from_messages(status, body)
             self.complete = True
         elif coded:  # although only identity was asked for: inflating what an upstream likes to send has no bound
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
@@ -4711,7 +4725,7 @@ class MessagesExchange:
         """See `Exchange`."""
         while not (self.ready or self.complete):
             if self.stream is None:
-                self.ready, self.complete = as_completion(await self._read_all(MESSAGE_BYTES)), True
+                self.ready, self.complete = as_completion(await read_all(self.inner, MESSAGE_BYTES)), True
                 break
             try:
                 data = await self.inner.read()
@@ -4724,9 +4738,10 @@ class MessagesExchange:
 
     async def pipe(self, outlet: Outlet) -> None:
         """See `Exchange`. Of a whole answer nothing is left to hand out, of a stream all that it still sends."""
-        stream, self.outlet = self.stream, outlet
+        stream = self.stream
         if stream is None or self.complete:
             return
+        self.push_on, self.when_ready = outlet.push, outlet.when_ready
         try:
             await self.inner.pipe(self)
         except UpstreamError:
@@ -4739,22 +4754,7 @@ class MessagesExchange:
         look like the end to a client that reads chunks."""
         assert self.stream is not None
         out = self._translate(self.stream, data)
-        return self.outlet.push(out) if out else True
-
-    def when_ready(self, call: "Callable[[], None]") -> None:
-        """See `Outlet`."""
-        self.outlet.when_ready(call)
-
-    async def _read_all(self, most: int) -> bytes:
-        """The upstream's whole body, or as much of it as decides that it is too large."""
-        # Cut off above `most`: then it is no JSON, and told as such.
-        body = b""
-        while len(body) <= most:
-            piece = await self.inner.read()
-            if not piece:
-                break
-            body += piece
-        return body
+        return self.push_on(out) if out else True
 
     def _translate(self, stream: MessageStream, data: bytes) -> bytes:
         """What the next bytes become; b"" is the end, where the last event may lack its blank line. Raises
@@ -4763,7 +4763,9 @@ class MessagesExchange:
         # Some servers close after the last event without its blank line. Of all others half is not enough.
         if at_end and b"message_stop" in self.splitter.pending:
             data = b"\n\n"
-        out = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
+        out = b""
+        for event in self.splitter.feed(data):
+            out += stream.feed(*event_fields(event))
         if len(self.splitter.pending) > EVENT_BYTES:  # it would be kept until its end, which may never come
             self.splitter.pending = b""
             out += stream.fail({"message": "The upstream sent an event of more than %d bytes." % EVENT_BYTES})
@@ -4789,10 +4791,8 @@ class AnthropicController(OpenAIController):
 
     def exchange(self, request: ApiRequest, pool: ConnectionPool, on_sent: "Callable[[float], None]") -> Exchange:
         """See `Controller`."""
-        # The account's own usage comes in every stream; a client that did not ask for it gets none, as at OpenAI.
-        inner, options = super().exchange(request, pool, on_sent), request.data.get("stream_options")
-        usage = isinstance(options, dict) and options.get("include_usage") is True
-        return MessagesExchange(inner, usage) if request.path == CHAT_PATH else inner
+        inner = super().exchange(request, pool, on_sent)
+        return MessagesExchange(inner, wants_usage(request)) if request.path == CHAT_PATH else inner
 
     def body(self, request: ApiRequest) -> bytes:
         """See `OpenAIController`. Raises Untranslatable."""
@@ -4808,29 +4808,31 @@ def echo_pieces(request: ApiRequest) -> "Iterator[bytes]":
     # Where no user speaks the last message is echoed, whoever's it is.
     messages = request.data["messages"]
     content = ([one for one in messages if one.get("role") == "user"] or messages)[-1].get("content") or ""
-    if not isinstance(content, str):
+    if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    content = str(content)  # what makes no sense, too: no upstream is there to refuse it
     # Cut as the spaces stand, so that the words put together are the text.
     words = re.findall(r"\S*\s*", content)[:-1]
     prompt = max(1, request.prompt_tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
     kind, said = ("chat.completion.chunk", "delta") if request.stream else ("chat.completion", "message")
     # Made when it is asked for, so that an answer as long as the prompt is never in memory as a whole.
-    same = {"id": "chatcmpl-echo-" + request.request_id, "object": kind, "created": int(time.time())}
+    name = "chatcmpl-echo-" + request.request_id
+    same = {"id": name, "object": kind, "created": int(time.time()), "model": request.model}
 
     def told(what: "dict[str, Any]", reason: "str | None", **more: "Any") -> bytes:
         choice = {"index": 0, said: what, "logprobs": None, "finish_reason": reason}
-        body = compact_json({**same, "model": request.model, "choices": [choice], **more})
+        body = compact_json({**same, "choices": [choice], **more})
         return b"data: %b\n\n" % body if request.stream else body
 
     if not request.stream:
         yield told({"role": "assistant", "content": content, "refusal": None}, "stop", usage=usage)
         return
-    options = request.data.get("stream_options")
-    metered = isinstance(options, dict) and options.get("include_usage")
+    metered = wants_usage(request)
     more: "dict[str, Any]" = {"usage": None} if metered else {}
-    for delta in ({"role": "assistant", "content": ""}, *({"content": word} for word in words)):
-        yield told(delta, None, **more)
+    yield told({"role": "assistant", "content": ""}, None, **more)
+    for word in words:
+        yield told({"content": word}, None, **more)
     yield told({}, "stop", **more)
     if metered:
         yield told({}, None, choices=[], usage=usage)
@@ -4846,7 +4848,8 @@ class EchoExchange:
         self, request: ApiRequest, delay: float, first_delay: float, on_sent: "Callable[[float], None]"
     ) -> None:
         self.pieces, self.on_sent, self.first_delay = echo_pieces(request), on_sent, first_delay
-        self.wait_s, self.delay = 0.0, delay if request.stream else 0.0
+        self.delay = delay if request.stream else 0.0
+        self.wait_s = 0.0  # before the next piece
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
         self.head = ResponseHead(200, 1, {b"content-type": kind}, b"Content-Type: %b\r\n" % kind)
 
@@ -4867,7 +4870,8 @@ class EchoExchange:
 
     async def pipe(self, outlet: Outlet) -> None:
         """See `Exchange`. A client that does not read is waited for, as an upstream would be held."""
-        ready, piece = asyncio.Event(), await self.read()
+        ready = asyncio.Event()
+        piece = await self.read()
         while piece:
             if not outlet.push(piece):
                 ready.clear()
@@ -5001,13 +5005,13 @@ GOOD = Verdict(Outcome.OK, 200)
 
 # Go's durations, as OpenAI writes them (17ms, 7.66s, 6m0s), or plain seconds, as Azure and Retry-After do. The counts
 # bound what a regular expression and float() are given.
-_DURATION = re.compile(r"(?:\d{1,12}(?:\.\d{1,9})?(?:h|ms|us|µs|ns|m|s))+|\d{1,12}(?:\.\d{1,9})?", re.ASCII)
+_DURATION = re.compile(r"(?:\d{1,12}(?:\.\d{1,9})?(?:[mnuµ]?s|[hm]))+|\d{1,12}(?:\.\d{1,9})?", re.ASCII)
 _PART = re.compile(r"([\d.]+)([a-zµ]*)")
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
 # OpenAI: "try again in 1m2s"; Azure: "retry after 45 seconds"; Google has it in the details of the error.
-_HINT = re.compile(
-    r'(?:try again in|retry after|retry in)\s+((?:\d+(?:\.\d+)?\s?(?:h|ms|m|s)[a-z]*\s?)+)|"retryDelay":\s*"([\d.]+s)"',
-    re.IGNORECASE,
+_HINT = (  # compiled, and kept by `re`, when the first error comes
+    r"(?i)(?:try again in|retry after|retry in)\s+((?:\d+(?:\.\d+)?\s?(?:h|ms|m|s)[a-z]*\s?)+)"
+    r'|"retryDelay":\s*"([\d.]+s)"'
 )
 
 
@@ -5015,7 +5019,10 @@ def parse_duration(text: str) -> "float | None":
     """Seconds of a Go duration (`17ms`, `6m0s`, `1h2m3s`) or a plain number of seconds; None for anything else."""
     if not _DURATION.fullmatch(text):
         return None
-    return min(sum(float(number) * _UNITS_S[unit] for number, unit in _PART.findall(text)), 1e9)
+    seconds = 0.0
+    for number, unit in _PART.findall(text):
+        seconds += float(number) * _UNITS_S[unit]
+    return min(seconds, 1e9)
 
 
 def seconds_until(date: str, wall_s: float) -> "float | None":
@@ -5045,7 +5052,7 @@ def retry_after(index: Index, message: str, body: bytes, wall_s: float) -> "floa
         if seconds is not None:
             return seconds * unit_s
     seconds = seconds_until(value, wall_s) if value else None
-    hint = _HINT.search(message) or _HINT.search(body[:4096].decode("latin-1"))
+    hint = re.search(_HINT, message) or re.search(_HINT, body[:4096].decode("latin-1"))
     if seconds is not None or hint is None:
         return seconds
     return parse_duration(re.sub(r"\s|econd[s]?|inute[s]?|our[s]?", "", hint.group(1) or hint.group(2)).lower())
@@ -5108,7 +5115,8 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
         verdict.bucket = found.group(1)
     found = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", message)
     if found:
-        limit, verdict.requested = (int(number.replace(",", "") or 0) for number in found.groups())
+        limit = int(found.group(1).replace(",", "") or 0)
+        verdict.requested = int(found.group(2).replace(",", "") or 0)
         if verdict.requested > limit > 0:
             verdict.outcome = Outcome.LARGE
 
@@ -5152,7 +5160,7 @@ def judge_first_event(event: bytes, rate_codes: "Collection[str]" = ()) -> Verdi
     # Some gateways put the status into `code`, deep inside (OpenRouter); else code and types name it, the code first.
     data = event_fields(event)[1]
     found = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
-    names = [error_words(data)[0], *(kind.decode() for kind in re.findall(rb'"type":\s*"(\w{1,64})"', event))]
+    names = [error_words(data)[0], *re.findall(r'"type":\s*"(\w{1,64})"', event.decode("latin-1"))]
     named = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
     status = int(found.group(1)) if found else [*named, 502][0]
     return judge_reply(status, {}, data, 0.0, rate_codes=rate_codes)
@@ -5211,19 +5219,23 @@ class Allowance:
 # The first that a reply has counts.
 REQUEST_NAMES = (
     (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests"),
-    tuple(b"anthropic-ratelimit-requests-" + end for end in (b"limit", b"remaining", b"reset")),
+    (
+        b"anthropic-ratelimit-requests-limit",
+        b"anthropic-ratelimit-requests-remaining",
+        b"anthropic-ratelimit-requests-reset",
+    ),
     (b"x-ratelimit-limit-requests-day", b"x-ratelimit-remaining-requests-day", b"x-ratelimit-reset-requests-day"),
     (b"x-ratelimit-limit-req-minute", b"x-ratelimit-remaining-req-minute", b""),
 )
 TOKEN_NAMES = (
     (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens"),
-    tuple(b"anthropic-ratelimit-tokens-" + end for end in (b"limit", b"remaining", b"reset")),
+    (b"anthropic-ratelimit-tokens-limit", b"anthropic-ratelimit-tokens-remaining", b"anthropic-ratelimit-tokens-reset"),
     (b"x-ratelimit-limit-tokens-minute", b"x-ratelimit-remaining-tokens-minute", b"x-ratelimit-reset-tokens-minute"),
 )
 
 
 # Of which a reply without limits has none: one look then saves fourteen.
-REMAINING_NAMES = frozenset(names[1] for names in REQUEST_NAMES + TOKEN_NAMES)
+REMAINING_NAMES = frozenset(map(operator.itemgetter(1), REQUEST_NAMES + TOKEN_NAMES))
 
 
 @functools.lru_cache(maxsize=4096)  # what is left moves in a small range while there is little traffic
@@ -7377,26 +7389,23 @@ OBJECTS = frozenset(
 )
 # What each account has a list of, and the order where none is asked for (API reference, `order`).
 LISTS = {
-    **dict.fromkeys(("/files", "/batches", "/vector_stores", "/fine_tuning/jobs"), "desc"),
-    **dict.fromkeys(("/assistants", "/containers", "/videos"), "desc"),
-    **dict.fromkeys(("/evals", "/chat/completions"), "asc"),
+    **dict.fromkeys("/files /batches /vector_stores /fine_tuning/jobs /assistants /containers /videos".split(), "desc"),
+    **dict.fromkeys((CHAT_PATH, "/evals"), "asc"),
 }
-# Path: the method, and the method of Server that answers. All else is `_object`, where `endpoints` opens it.
+# Path: its methods, and the method of Server that answers. All else is `_object`, where `endpoints` opens it.
 ROUTES = {
     **dict.fromkeys(INFERENCE, ("POST", "_infer")),
     CHAT_PATH: ("POST", "_chat"),
-    "/models": ("GET", "_list"),
-    "/models/*": ("GET", "_model"),
-    "/status": ("GET", "_status"),
+    "/models": ("GET, HEAD", "_list"),
+    "/models/*": ("GET, HEAD", "_model"),
+    "/status": ("GET, HEAD", "_status"),
 }
 AGAIN = b"Retry-After: 1\r\n"
 ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
 TAKEN = (503, "All connections are taken; try again.", "too_many_connections")
 PACKED = "A compressed request body is not understood; send it plain."
-TOO_LARGE = (
-    "The body is larger than %d bytes.",
-    "The form names no model in its first %d bytes: put that field before the file.",
-)
+TOO_LARGE = "The body is larger than %d bytes."
+MODEL_LATE = "The form names no model in its first %d bytes: put that field before the file."
 FOREIGN_HOST = "The host %r is not known here; add it to allowed_hosts."
 FOREIGN_PAGE = "Pages of %r may not use this server; see cors.allow_origins."
 UNKNOWN = "There is no %s here; see /v1/chat/completions, /v1/models, /status."
@@ -7412,8 +7421,7 @@ FULL = (
 def leads_out(path: str) -> bool:
     """Whether a decoded path has dot segments, which would lead out of the account's base_url, with its key."""
     # Servers on Windows take backslashes for slashes, and those that know path parameters drop `;x` from a segment.
-    names = {part.partition(";")[0] for part in path.split("/")}
-    return "\\" in path or not {".", ".."}.isdisjoint(names)
+    return "\\" in path or not {".", ".."}.isdisjoint(re.sub(";[^/]*", "", path).split("/"))
 
 
 def route_of(name: str) -> str:
@@ -7431,9 +7439,8 @@ def raw_path(target: str, path: str) -> str:
     """The path of `target` as it was spelled, without /v1; `path` is it decoded. Raises ProxyError (404)."""
     # Judged decoded, since whoever comes behind may decode. Only a /v1/ spelled as such is taken off: wherever else it
     # were found, another path would be sent than the one that was allowed.
-    spelled = target.partition("?")[0]
-    if "://" in spelled and not spelled.startswith("/"):
-        spelled = spelled[spelled.find("/", spelled.find("://") + 3) :]
+    absolute = _ABSOLUTE_TARGET.match(target)
+    spelled = (absolute.group(2) if absolute else target).partition("?")[0]
     if leads_out(path) or not spelled.startswith("/v1/"):
         raise ProxyError(404, UNKNOWN % path[:200], "unknown_url")
     return spelled[3:]
@@ -7449,8 +7456,8 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
     _, path, query = split_target(target)
     name = path[3:] if path.startswith("/v1/") else path
     route = route_of(name)
-    wanted, handler = ROUTES.get(route, ("", ""))
-    if wanted and method in (wanted, "HEAD" if wanted == "GET" else wanted):
+    methods, handler = ROUTES.get(route, ("", ""))
+    if method in methods.split(", "):
         if route in INFERENCE and {"inference", "*"}.isdisjoint(endpoints):
             raise ProxyError(404, CLOSED % (path[:200], "inference"), "unknown_url")
         return handler, name if route == "/models/*" else route, query
@@ -7462,10 +7469,10 @@ def find_route(method: str, target: str, endpoints: "tuple[str, ...]") -> "tuple
     group = "objects" if plainly and name[1:].partition("/")[0] in OBJECTS else "*"
     if path.startswith("/v1/") and not {"*", group}.isdisjoint(endpoints) and route != "/status":
         return "_object", raw_path(target, path), query
-    if not wanted:  # closed is told from unknown, so that whoever configures it learns the word
+    if not methods:  # closed is told from unknown, so that whoever configures it learns the word
         message = CLOSED % (path[:200], group) if group == "objects" else UNKNOWN % path[:200]
         raise ProxyError(404, message, "unknown_url")
-    allow = "GET, HEAD, OPTIONS" if wanted == "GET" else wanted + ", OPTIONS"
+    allow = methods + ", OPTIONS"
     fields = b"Allow: %b\r\n" % allow.encode()
     raise ProxyError(405, "%s takes %s." % (path[:200], allow), "method_not_allowed", headers=fields)
 
@@ -7524,17 +7531,16 @@ def read_input(request: ApiRequest, model: str, depth: int) -> None:
     """
     data = request.data = parse_object(request.body, depth)
     request.model = data.get("model") or model
-    if request.path == "/responses" and "model" not in data:
-        request.model = ""  # a stored prompt may name it
-    elif not isinstance(request.model, str) or not request.model:
+    stored = request.path == "/responses" and "model" not in data  # a stored prompt may name it
+    if not stored and (not isinstance(request.model, str) or not request.model):
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     request.stream = data.get("stream") is True
     # Responses are stored unless they say no (API reference, `store`): to replay one may make two.
     request.stateful = request.path == "/responses" and data.get("store") is not False
-    text = [data.get(name) for name in ("prompt", "input", "instructions", "messages")]
+    text = list(map(data.get, ("prompt", "input", "instructions", "messages")))
     request.prompt_tokens = count_text(text) // 4
-    most = data.get("max_output_tokens")
     if request.path in ("/completions", "/responses"):
+        most = data.get("max_output_tokens")
         request.max_tokens = most if isinstance(most, int) and most > 0 else answer_limit(data)
     else:
         request.max_tokens = 1  # what comes back counts for little
@@ -7647,20 +7653,20 @@ class ClientUpload:
             client.leave()
             return
         self.since, self.held_at = self.since + client.loop.time() - self.held_at, None
-        self._wait()
+        self._set_clock()
         client.reader.unhold()
 
     def stop(self) -> None:
         """See `Upload`."""
         if self.push is not None:
             self.push = self.client.reader.sink = None
-            self._clock(math.inf)
+            self._set_clock()
             self.client.reader.unhold()  # all of the rest may have come while it was held, and others follow
 
     def _arrived(self, data: bytes) -> bool:
         if not self._pass(data) and self.push is not None:
             self.held_at = self.client.loop.time()
-            self._clock(math.inf)
+            self._set_clock()
             self.client.reader.hold()
         return False
 
@@ -7684,18 +7690,18 @@ class ClientUpload:
             client.reader.unread(self.decoder.rest)
             if not client.head_sent:  # else its answer has said that it closes
                 client.close_after = self.closes or client.server.stopping
-        elif self.held_at is None:
-            self._wait()
+        else:
+            self._set_clock()
         return push(payload, self.done)
 
-    def _wait(self) -> None:
-        """The client's time runs: until it is silent for body_timeout, as all of a large body may take longer."""
-        self._clock(self.client.body_due(self.since, self.size, self.client.loop.time()))
-
-    def _clock(self, until: float) -> None:
-        """Moves the client's deadline, unless an answer that came early waits for the client to read it."""
-        if self.client.on_ready is None:
-            self.client.deadline.set(until)
+    def _set_clock(self) -> None:
+        """While the client is awaited its time runs, until it is silent for body_timeout: all of a large body may take
+        longer. The deadline is another's while an answer that came early waits for the client to read it."""
+        client = self.client
+        if client.on_ready is None:
+            awaited = self.push is not None and self.held_at is None
+            due = client.body_due(self.since, self.size, client.loop.time()) if awaited else math.inf
+            client.deadline.set(due)
 
 
 class ClientConnection:
@@ -7952,12 +7958,11 @@ class ClientConnection:
 
         `piece`: what has come of it. Raises ProxyError.
         """
-        limits, size, since = self.server.config.limits, 0, self.loop.time()
+        limits, since = self.server.config.limits, self.loop.time()
         kept = min(REPLAYED_BYTES, limits.body_bytes)
         pieces: "list[bytes]" = []
         body = bytearray()  # what has come in many small pieces, which would take many times their size
         while True:
-            size += len(piece)
             self._hold(len(piece))
             if piece:
                 pieces.append(piece)
@@ -7970,17 +7975,18 @@ class ClientConnection:
             if scanner is not None:
                 scanner.feed(piece)
             # Once it is known where it goes, and more than what a replay would be worth has come, it may go.
-            if passes and size >= kept and (scanner is None or b"model" in scanner.spans):
+            if passes and self.held >= kept and (scanner is None or b"model" in scanner.spans):
                 self.upload = ClientUpload(self, decoder, scanner)
                 break
-            if size > limits.body_bytes:
-                raise BadMessage(413, TOO_LARGE[scanner is not None] % limits.body_bytes, "request_too_large")
-            self.deadline.set(self.body_due(since, size, since))
+            if self.held > limits.body_bytes:
+                message = TOO_LARGE if scanner is None else MODEL_LATE
+                raise BadMessage(413, message % limits.body_bytes, "request_too_large")
+            self.deadline.set(self.body_due(since, self.held, since))
             data = await self.reader.read_some()
             if not data:
                 raise ClientGone
             piece = decode_body(decoder, data)
-        return pieces[0] if len(pieces) == 1 and not body else b"".join((body, *pieces))
+        return b"".join([body, *pieces] if body else pieces)  # one piece is not copied
 
     async def _skip(self, decoder: "LengthDecoder | ChunkedDecoder") -> bool:
         """Reads a body that nobody wants, if it is small and soon over; whether it was, so that the connection goes on.
@@ -8270,8 +8276,9 @@ Run = Callable[[ApiRequest, ClientConnection, AccessRecord], Awaitable[None]]
 Pages = dict[str, tuple[list[dict[str, Any]], bool]]  # by account: its objects, and whether it has more
 
 
-def created_at(item: "dict[str, Any]") -> float:
+def created_at(entry: "tuple[dict[str, Any], str]") -> float:
     """When an object was made, by which lists are sorted; chat completions spell it shorter."""
+    item, _ = entry
     found = item.get("created_at") or item.get("created")
     # Python's JSON has NaN, to which nothing compares: one would leave the others in any order.
     return found if isinstance(found, int | float) and -math.inf < found < math.inf else 0.0
@@ -8284,7 +8291,7 @@ def merge_pages(pages: "Pages", limit: int, descending: bool) -> "tuple[list[tup
     So a page may be shorter than `limit`, as it may be anywhere: clients go by `has_more`.
     """
     merged = [(item, name) for name, (found, _) in pages.items() for item in found]
-    merged.sort(key=lambda entry: created_at(entry[0]), reverse=descending)
+    merged.sort(key=created_at, reverse=descending)
     ends = [len(found) for found, more in pages.values() if more and found]
     shown = merged[: min([limit or len(merged), *ends])]
     return shown, bool(ends) or len(shown) < len(merged)
@@ -8294,7 +8301,9 @@ def next_places(
     places: "dict[str, str]", pages: "Pages", shown: "list[tuple[dict[str, Any], str]]"
 ) -> "dict[str, str]":
     """Behind which object each account's list goes on; without those that have shown all of theirs."""
-    places = {**places, **{name: item["id"] for item, name in shown}}
+    places = dict(places)
+    for item, name in shown:
+        places[name] = item["id"]
     for name, (found, more) in pages.items():
         if not more and (not found or places[name] == found[-1]["id"]):
             del places[name]
@@ -8303,7 +8312,7 @@ def next_places(
 
 def is_open_ended(config: ControllerConfig) -> bool:
     """Whether the configuration leaves open which models an account has: then it is asked, as far as it can tell."""
-    named = config.models and not any("*" in name or "?" in name for name in config.models)
+    named = config.models and {"*", "?"}.isdisjoint("".join(config.models))
     return not named and config.type not in ("echo", "azure")  # Azure lists what could be deployed
 
 
@@ -8320,12 +8329,7 @@ async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
     """An upstream's list of objects, each with an id in `data`. Raises UpstreamError."""
     try:
         await exchange.start()
-        body = b""
-        while len(body) <= LIST_BYTES:
-            piece = await exchange.read()
-            if not piece:
-                break
-            body += piece
+        body = await read_all(exchange, LIST_BYTES)
         exchange.finish()
     finally:
         exchange.abort()
@@ -8333,8 +8337,10 @@ async def fetch_list(exchange: Exchange) -> "dict[str, Any]":
         if exchange.head.status == 200:
             found: "dict[str, Any]" = json.loads(body)
             # What cannot be printed (half a surrogate pair) cannot be quoted in a URL either, to ask for what follows.
-            named = [one for one in found["data"] if isinstance(one["id"], str)]
-            return {**found, "data": [one for one in named if one["id"] and one["id"].isprintable()]}
+            data = [
+                one for one in found["data"] if isinstance(one["id"], str) and one["id"] and one["id"].isprintable()
+            ]
+            return {**found, "data": data}
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise BadReply("status %d instead of a list" % exchange.head.status)
@@ -8636,13 +8642,14 @@ class Server:
 
     def _object(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Files, batches, stored responses ...: what lives in one account goes to the controller that made it."""
-        reads, (group, *parts) = request.method in ("GET", "HEAD"), request.path[1:].split("/")
+        group, *parts = request.path[1:].split("/")
+        reads = request.method in ("GET", "HEAD")
         request.inference = False
         if reads and request.path in LISTS and "before=" not in request.query:
             return self._go(client, head, request, answer=self._merge)
         request.stateful = not reads
         # Ids in the path, and those that the body speaks of: a batch's file has to be in the account of the batch.
-        names = [urllib.parse.unquote(part) for part in parts]
+        names = list(map(urllib.parse.unquote, parts))
         names += re.findall(r'"([\w\-]{4,128})"', request.body[:WHOLE_BYTES].decode("latin-1"))
         known = [self.relay.makers[name] for name in names if name in self.relay.makers]
         if known:
@@ -8706,7 +8713,8 @@ class Server:
         error is told that a single account would tell.
         """
         pairs = urllib.parse.parse_qsl(request.query)
-        query, rest = dict(pairs), [pair for pair in pairs if pair[0] not in ("after", "limit")]
+        rest = [pair for pair in pairs if pair[0] not in ("after", "limit")]
+        query = dict(pairs)
         after, limit = query.get("after", ""), query.get("limit", "")
         # Pages of different lists may end with the same object: whatever chooses the list is part of the memory's key.
         which = (request.path, *map("=".join, sorted(rest)))
@@ -8715,7 +8723,8 @@ class Server:
         asked = [one for one in able if one.name in places] if len(able) > 1 else []
         rest.append(("limit", limit))
         calls = [self._page(one, request, [*rest, ("after", places[one.name])], record) for one in asked]
-        pages = {page[0]: page[1:] for page in await asyncio.gather(*calls) if page is not None}
+        found = await asyncio.gather(*calls)
+        pages = {one.name: page for one, page in zip(asked, found, strict=True) if page is not None}
         if not pages:  # none was asked, or none answered
             record.outcomes.clear()
             request.pinned = self.relay.makers.get(after, "")
@@ -8724,10 +8733,10 @@ class Server:
             return
         descending = query.get("order", LISTS[request.path]) != "asc"
         shown, more = merge_pages(pages, int(limit) if limit.isdecimal() and len(limit) < 9 else 0, descending)
-        # Who lists objects will ask for one of them next.
+        data = []
         for item, name in shown:
-            self.relay.remember(item["id"], name)
-        data = [item for item, _ in shown]
+            self.relay.remember(item["id"], name)  # who lists objects will ask for one of them next
+            data.append(item)
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
         if more and data:
             keep(self.pages, (*which, last), next_places(places, pages, shown), PAGES_KNOWN)
@@ -8735,13 +8744,14 @@ class Server:
 
     async def _page(
         self, upstream: Upstream, request: ApiRequest, query: "list[tuple[str, str]]", record: AccessRecord
-    ) -> "tuple[str, list[dict[str, Any]], bool] | None":
-        """The account's name, its objects, and whether there are more of them; None when it fails."""
-        words, since = urllib.parse.urlencode([pair for pair in query if pair[1]]), self.loop.time()
+    ) -> "tuple[list[dict[str, Any]], bool] | None":
+        """The account's objects, and whether there are more of them; None when it fails."""
+        since = self.loop.time()
+        words = urllib.parse.urlencode([pair for pair in query if pair[1]])
         found = await self._fetch(upstream, ApiRequest("GET", request.path, words, request.lines, b""))
         outcome = "ok" if found is not None else "failed"
         record.outcomes.append((upstream.name, outcome, self.loop.time() - since))
-        return None if found is None else (upstream.name, found["data"], found.get("has_more") is True)
+        return None if found is None else (found["data"], found.get("has_more") is True)
 
     async def _fetch(self, upstream: Upstream, request: ApiRequest) -> "dict[str, Any] | None":
         """An account's list, which counts towards no quota; None, and the log says why, when it fails."""
@@ -8770,8 +8780,11 @@ class Server:
             if model["id"] == name:
                 await client.json(model)
                 return
-        seats = [seat for seat in self.pool.seats(name) if is_open_ended(seat.upstream.config)]
-        if not leads_out(name) and any(not seat.upstream.controller.chat_only for seat in seats):
+        asks = any(
+            is_open_ended(seat.upstream.config) and not seat.upstream.controller.chat_only
+            for seat in self.pool.seats(name)
+        )
+        if asks and not leads_out(name):
             # Accounts know models that their lists leave out: previews, snapshots, what was tuned elsewhere.
             request.path = "/models/" + urllib.parse.quote(name, safe="/:")
             request.query, request.model, request.seeks, request.inference = "", name, True, False

@@ -471,6 +471,13 @@ async def test_echo_takes_parts() -> None:
     assert json.loads(pieces[0])["choices"][0]["message"]["content"] == "a b"
 
 
+@pytest.mark.parametrize("content", [5, True, {"text": "x"}])
+async def test_echo_of_nonsense(content: Any) -> None:
+    """Content that is neither text nor parts is echoed as it prints: it is no error of ours."""
+    pieces, _, _ = await echo({"model": "m", "messages": [{"role": "user", "content": content}]})
+    assert json.loads(pieces[0])["choices"][0]["message"]["content"] == str(content)
+
+
 def test_a_capitalised_stream_alone_is_respelled() -> None:
     """`Stream` beside lower-case keys asks for a stream too."""
     data, body = app.parse_chat(b'{"model":"m","messages":[{"role":"user"}],"Stream":true}')
