@@ -1448,6 +1448,7 @@ class Redactor:
 
     secrets: "tuple[str, ...]" = ()  # for logs, and the same
     keys: "tuple[bytes, ...]" = ()  # for bodies; the longest first, as one may begin like another
+    shortest = 0  # of the keys
 
     def watch(self, secrets: "Iterable[str]") -> None:
         """From now on strikes out these; short ones would strike out ordinary words."""
@@ -1456,6 +1457,7 @@ class Redactor:
         known |= {json.dumps(value)[1:-1] for value in known}  # as an error body spells one that has quotes
         self.secrets = tuple(sorted(known, key=len, reverse=True))
         self.keys = tuple(secret.encode() for secret in self.secrets)
+        self.shortest = min(map(len, self.keys), default=0)
 
     def clean(self, text: str) -> str:
         """`text` without secrets."""
@@ -1477,9 +1479,10 @@ class Redactor:
         # There are many, most of them new at each reply (dates, ids, what is left of a quota): a glance must do.
         if len(value) < 6 or value.isdigit():
             return value
-        for key in self.keys:
-            if key in value:
-                return self.scrub(value)
+        if len(value) >= self.shortest:  # real keys are longer than most values
+            for key in self.keys:
+                if value.find(key) >= 0:
+                    return self.scrub(value)
         return self.scrub(value) if _MASK_HINT.search(value) else value
 
     def _unmasked(self, match: "re.Match[bytes]") -> bytes:
