@@ -1886,10 +1886,10 @@ class FieldLines:
 
     def _learn(self, line: bytes) -> "tuple[tuple[bytes, bytes], bytes]":
         """Lower-case name and value, and the line to pass on, b"" for one that stays here."""
-        spelled, _, value = line.partition(b":")
+        spelled, colon, value = line.partition(b":")
         known = self.names.get(spelled)
         # A known name and a printable value need no expression, which costs three times as much.
-        if known is not None and value.isascii() and value.decode().isprintable():
+        if known is not None and colon and value.isascii() and value.decode().isprintable():
             value = value.strip(b" ")
         else:
             found = _FIELD.match(line)
