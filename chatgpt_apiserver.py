@@ -1439,7 +1439,7 @@ _MASKED = (  # compiled, and kept by `re`, when the first error comes
     rb"(?<![\w\-])([\w\-]{3,64}+)(?:[*.]{3}|\xe2\x80[\xa2\xa6]|\\u202[26])"
     rb"(?:[*.]|\xe2\x80[\xa2\xa6]|\\u202[26])*+([\w\-]{0,64}+)"
 )
-_MASK_HINT = re.compile(rb"[*.]{2}|\xe2\x80|\\u202")
+_MASK_HINT = re.compile(rb"[*\xe2\\]")  # or two dots; one set of bytes is looked for three times as fast as words
 # What people write where a server of their own wants some key: words that errors and logs may well hold.
 DUMMY_KEYS = frozenset("ollama lm-studio not-needed no-key-required placeholder".split())
 
@@ -1471,7 +1471,7 @@ class Redactor:
     def scrub(self, body: bytes) -> bytes:
         """An upstream's error body without secrets, whole or masked: OpenAI's 401 echoes both ends of the key."""
         for key in self.keys:
-            if key in body:
+            if body.find(key) >= 0:
                 body = body.replace(key, b"***")
         return re.sub(_MASKED, self._unmasked, body) if self.keys else body
 
@@ -1484,7 +1484,7 @@ class Redactor:
             for key in self.keys:
                 if value.find(key) >= 0:
                     return self.scrub(value)
-        return self.scrub(value) if _MASK_HINT.search(value) else value
+        return self.scrub(value) if value.find(b"..") >= 0 or _MASK_HINT.search(value) else value
 
     def _unmasked(self, match: "re.Match[bytes]") -> bytes:
         """What stays of a masked word: all of it unless it shows both ends of a key, or a dozen letters of one."""
