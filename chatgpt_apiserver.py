@@ -1849,17 +1849,17 @@ def without(lines: bytes, names: "Collection[bytes]") -> bytes:
     return b"".join([field for field in fields if field[: field.index(b":")].lower() not in names])
 
 
-class FieldLines:
+class FieldLines(dict[bytes, tuple[tuple[bytes, bytes], bytes]]):
     """Parses field lines, and remembers what common ones come to: peers repeat theirs, and looking up costs a tenth.
 
-    `passes` tells by the lower-case name whether a field goes on to the other side, `clean` with which value.
+    From a line to its lower-case name, its value, and the line to pass on, b"" where it stays here; one that is missing
+    is parsed. `passes` tells by the lower-case name whether a field goes on, `clean` with which value.
     """
 
-    __slots__ = ("clean", "known", "names", "passes")
+    __slots__ = ("clean", "names", "passes")
 
     def __init__(self, passes: "Callable[[bytes], bool]", clean: "Callable[[bytes], bytes]" = bytes) -> None:
         self.passes, self.clean = passes, clean
-        self.known: "dict[bytes, tuple[tuple[bytes, bytes], bytes]]" = {}
         self.names: "dict[bytes, tuple[bytes, bool]]" = {}  # as spelled, to the lower-case name and whether it passes
 
     def parse(self, block: bytes, limit: int) -> "tuple[Index, bytes]":
@@ -1867,14 +1867,10 @@ class FieldLines:
         if not block:
             return {}, b""
         # A bare CR or LF stays within its line here, where `_FIELD` refuses it.
-        lines, known = block.split(b"\r\n"), self.known
+        lines = block.split(b"\r\n")
         if len(lines) > limit:
             raise ValueError("more than %d header fields" % limit)
-        entries: "list[Any]" = list(map(known.get, lines))
-        at = -1
-        for _ in range(entries.count(None)):  # each reply has a few of its own: dates, ids, what is left of a quota
-            at = entries.index(None, at + 1)
-            entries[at] = self._learn(lines[at])
+        entries = list(map(self.__getitem__, lines))
         index = dict(map(_PAIR, entries))
         if len(index) != len(lines):  # some name stands twice
             index = joined_index(map(_PAIR, entries))
@@ -1884,8 +1880,8 @@ class FieldLines:
             kept = without(kept, tokens(connection))  # RFC 9110, 7.6.1
         return index, kept
 
-    def _learn(self, line: bytes) -> "tuple[tuple[bytes, bytes], bytes]":
-        """Lower-case name and value, and the line to pass on, b"" for one that stays here."""
+    # Each reply has a few lines of its own: dates, ids, what is left of a quota.
+    def __missing__(self, line: bytes) -> "tuple[tuple[bytes, bytes], bytes]":
         spelled, colon, value = line.partition(b":")
         known = self.names.get(spelled)
         # A known name and a printable value need no expression, which costs three times as much.
@@ -1903,9 +1899,9 @@ class FieldLines:
         if len(line) <= KNOWN_LINE_BYTES and name not in NOT_KEPT_FIELDS:
             # Emptied when full: keeping the most used ones would cost more than to learn the common dozen again, and
             # somebody who sends a thousand new lines gains nothing but that.
-            if len(self.known) >= KNOWN_LINES:
-                self.known.clear()
-            self.known[line] = entry
+            if len(self) >= KNOWN_LINES:
+                self.clear()
+            self[line] = entry
         return entry
 
     def _learn_name(self, spelled: bytes) -> "tuple[bytes, bool]":
@@ -8434,7 +8430,7 @@ class Server:
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
         self.last_host = None
-        REPLY_FIELDS.known.clear()  # as there may be new secrets
+        REPLY_FIELDS.clear()  # as there may be new secrets
         for client in self.connections:
             client.last_head = b""  # as there may be new limits
         self.models.clear()
