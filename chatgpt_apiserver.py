@@ -5238,12 +5238,18 @@ TOKEN_NAMES = (
 REMAINING_NAMES = frozenset(map(operator.itemgetter(1), REQUEST_NAMES + TOKEN_NAMES))
 
 
+@functools.lru_cache(maxsize=1024)
+def reset_seconds(reset: bytes) -> "float | None":
+    """A reset as a duration, of which there are few; at most 100 bytes, as it is kept."""
+    return parse_duration(reset.decode("latin-1"))
+
+
 @functools.lru_cache(maxsize=4096)  # what is left moves in a small range while there is little traffic
 def as_allowance(limit: bytes, remaining: bytes, reset: bytes) -> "Allowance | None":
     """The allowance that these three fields tell of; None where they are not sane (Azure sends -1 and 0)."""
     if not (remaining.isdigit() and limit.isdigit() and len(limit) < 16 and len(remaining) < 16 and int(limit)):
         return None
-    return Allowance(int(limit), min(int(remaining), int(limit)), parse_duration(reset.decode("latin-1")))
+    return Allowance(int(limit), min(int(remaining), int(limit)), reset_seconds(reset))
 
 
 def allowance(
@@ -5653,7 +5659,7 @@ class Quota:
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
         self.name, self.limits = name, limits
-        self.most: float = limits.concurrency or NEVER
+        self.most = limits.concurrency or sys.maxsize  # compared for each seat of each request: no float, but for speed
         self.in_flight = 0
         self.ledgers: "dict[str, Ledger]" = {}
         self.aliases: "dict[str, str]" = {}
@@ -6170,14 +6176,15 @@ def smooth_weighted(seats: "list[Seat]", stream: bool) -> Seat:
     """
     # Credits are added to those that can be chosen only. A weighted index into the list of those that are up, as other
     # proxies have it, shifts the shares of all when one is down.
-    total, best, most = 0, seats[0], -NEVER
+    total, best, most = 0, seats[0], -sys.maxsize
     for seat in seats:
         upstream = seat.upstream
-        total += upstream.weight
-        upstream.credit += upstream.weight
-        if upstream.credit > most:
-            best, most = seat, upstream.credit
-    best.upstream.credit -= total
+        weight = upstream.weight
+        total += weight
+        upstream.credit = credit = upstream.credit + weight
+        if credit > most:
+            best, most = seat, credit
+    best.upstream.credit = most - total
     return best
 
 
