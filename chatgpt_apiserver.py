@@ -1959,6 +1959,50 @@ def parse_request_head(data: bytes, count_limit: int = FIELD_COUNT) -> RequestHe
     return RequestHead(method, target, minor, index, lines)
 
 
+class HeadMemory:
+    """Parses the request heads of one connection, and remembers the last: clients repeat theirs, to the byte or but for
+    the length of the body. An SDK's head has seventeen fields, and to parse it costs a tenth of its request.
+
+    `at` and `tail`: how many bytes stand before and behind the digits of its Content-Length; 0 where it has none.
+    """
+
+    __slots__ = ("at", "data", "head", "tail")
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.at = self.tail = 0
+        self.head: "RequestHead | None" = None
+
+    def parse(self, data: bytes, count_limit: int = FIELD_COUNT) -> RequestHead:
+        """As `parse_request_head`; the same object for the same bytes."""
+        known = self.head
+        if known is not None:
+            if data == self.data:
+                return known
+            at, tail = self.at, self.tail
+            digits = data[at : len(data) - tail] if at else b""
+            # Where all but digits is the same, all else that they mean is: they can end neither a line nor the head.
+            if digits.isdigit() and data[:at] == self.data[:at] and data[-tail:] == self.data[-tail:]:
+                index = {**known.index, b"content-length": digits}
+                self.data = data
+                self.head = head = RequestHead(known.method, known.target, known.minor, index, known.lines)
+                return head
+        head = parse_request_head(data, count_limit)
+        self._remember(data, head)
+        return head
+
+    def _remember(self, data: bytes, head: RequestHead) -> None:
+        self.data, self.head, self.at = data, head, 0
+        if len(data) > KNOWN_HEAD_BYTES:
+            self.data, self.head = b"", None
+            return
+        length = head.index.get(b"content-length", b"")
+        end = data.find(b"\r\n", data.lower().find(b"\r\ncontent-length:") + 2)
+        # Where it stands twice its value is a list, and where white space follows the digits they are elsewhere.
+        if length.isdigit() and data[end - len(length) : end] == length:
+            self.at, self.tail = end - len(length), len(data) - end
+
+
 @functools.lru_cache(maxsize=64)
 def parse_status_line(line: bytes) -> "tuple[int, int]":
     """Status and minor version. Raises BadReply."""
@@ -7723,9 +7767,9 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "body broken chunked close_after deadline failed framed framed_bytes gone head head_sent held key last"
-        " last_head loop on_ready origin outbox parsed_head peer pending phase probes protocol raw reader record"
-        " reserve scrubs server skipped task telling transport upload"
+        "body broken chunked close_after deadline failed framed framed_bytes gone head head_sent heads held key last"
+        " loop on_ready origin outbox peer pending phase probes protocol raw reader record reserve scrubs server"
+        " skipped task telling transport upload"
     ).split()
 
     def __init__(
@@ -7742,13 +7786,13 @@ class ClientConnection:
         self.gone = self.close_after = self.head_sent = self.chunked = self.scrubs = self.telling = self.skipped = False
         # For one request, set anew by `_one` and by `open`.
         self.head: "RequestHead | None" = None
-        self.parsed_head: "RequestHead | None" = None
+        self.heads = HeadMemory()
         self.framed: "RequestHead | None" = None  # whose body was `framed_bytes` long, within all limits
         self.framed_bytes = 0
         self.upload: "ClientUpload | None" = None
         self.broken: "ProxyError | None" = None
         self.key: "ClientKey | None" = None
-        self.body = self.last_head = self.last = self.pending = self.failed = self.origin = b""
+        self.body = self.last = self.pending = self.failed = self.origin = b""
         self.on_ready: "Callable[[], None] | None" = None
         self.record = AccessRecord(self.peer, "-", "-", 0.0)
         self.reader.on_end = self._ended
@@ -7917,12 +7961,9 @@ class ClientConnection:
         if len(data) > end + 4:  # a body, or what is pipelined behind
             self.reader.unread(data[end + 4 :])
             data = data[: end + 4]
-        if data != self.last_head:  # many clients repeat theirs to the byte
-            if end > limits.start_line_bytes and data.find(b"\r\n") > limits.start_line_bytes:
-                raise BadMessage(414, "The request line is longer than %d bytes." % limits.start_line_bytes)
-            self.parsed_head = parse_request_head(data, limits.header_count)
-            self.last_head = data if end <= KNOWN_HEAD_BYTES else b""
-        self.head = self.parsed_head
+        if end > limits.start_line_bytes and data.find(b"\r\n") > limits.start_line_bytes:
+            raise BadMessage(414, "The request line is longer than %d bytes." % limits.start_line_bytes)
+        self.head = self.heads.parse(data, limits.header_count)
         return self.head
 
     def _body_decoder(self, head: RequestHead) -> "LengthDecoder | ChunkedDecoder | None":
@@ -8439,7 +8480,7 @@ class Server:
         self.last_host = None
         REPLY_FIELDS.clear()  # as there may be new secrets
         for client in self.connections:
-            client.last_head = b""  # as there may be new limits
+            client.heads = HeadMemory()  # as there may be new limits
         self.models.clear()
 
     def next_id(self) -> str:

@@ -1,6 +1,8 @@
 """HTTP/1.1 on the wire: heads, framing and push decoders, cut at every byte."""
 
+import random
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -19,6 +21,49 @@ def test_a_good_head() -> None:
     head = app.parse_request_head(HEAD + b"X-A: 1 \r\nx-a:\t2\r\n\r\n")
     assert (head.method, head.target, head.minor, head.keeps_alive) == ("POST", "/v1/x?a=1", 1, True)
     assert head.lines == b"X-A: 1\r\nx-a: 2\r\n" and head.index[b"x-a"] == b"1,2"
+
+
+def test_a_connections_last_head_is_remembered() -> None:
+    """The same bytes are not parsed again; nor is a head with nothing but another length, which says what it says."""
+    memory, head = app.HeadMemory(), HEAD + b"X: 1\r\nContent-Length: %d\r\nY: 2\r\n\r\n"
+    first = memory.parse(head % 5)
+    assert memory.parse(head % 5) is first
+    for length in (123, 5, 0, 7):
+        found = memory.parse(head % length)
+        assert found.index == {**first.index, b"content-length": b"%d" % length} and found.lines is first.lines
+    other = memory.parse(HEAD + b"X: 2\r\nContent-Length: 7\r\nY: 2\r\n\r\n")
+    assert other.index[b"x"] == b"2" and other.lines == b"X: 2\r\nY: 2\r\n"
+    memory.parse(HEAD + b"X: %b\r\n\r\n" % (b"x" * app.KNOWN_HEAD_BYTES))
+    assert (memory.data, memory.head) == (b"", None)
+
+
+def test_a_remembered_head_changes_nothing() -> None:
+    """Whatever follows on a connection is read as by a parser that remembers nothing, and refused where it refuses."""
+    chance = random.Random(1)
+    lines = [b"Content-Length: 5", b"content-length:5", b"Content-Length: 5 ", b"X-Content-Length: 5", b"X: 5", b"Y: "]
+    texts = [b"5", b"55", b" 5", b"5 ", b"", b"-5", b"5\r\nZ: 5", b"5\r\n\r\n", b"\r\n", b"Content-Length: 5\r\n", b"x"]
+    memory, kept = app.HeadMemory(), 0
+    for _ in range(4000):
+        data = HEAD + b"".join(line + b"\r\n" for line in chance.sample(lines, chance.randint(1, 4))) + b"\r\n"
+        described(memory.parse, data)
+        for _ in range(chance.choice((0, 1, 1, 2))):
+            at, text = data.find(b"5", len(HEAD)) + chance.choice((0, 0, 0, -1, 1, 9)), chance.choice(texts)
+            data = data[:at] + text + data[at + chance.choice((0, 1, len(text))) :]
+        data = data[: data.find(b"\r\n\r\n") + 4]
+        known = memory.head
+        told = [described(parse, data) for parse in (memory.parse, app.parse_request_head)]
+        assert told[0] == told[1]
+        kept += known is not None and memory.head is not None and memory.head.lines is known.lines
+    assert kept > 400
+
+
+def described(parse: Callable[[bytes], app.RequestHead], data: bytes) -> tuple[object, ...]:
+    """What a parser makes of a head, or why it refuses."""
+    try:
+        head = parse(data)
+    except app.BadMessage as problem:
+        return problem.status, str(problem)
+    return head.method, head.target, head.minor, list(head.index.items()), head.lines
 
 
 @pytest.mark.parametrize(
