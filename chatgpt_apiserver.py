@@ -7681,7 +7681,11 @@ class ClientConnection:
         """The server is about to stop: an idle connection closes, a busy one after its answer."""
         self.close_after = True
         if self.phase is IDLE:
-            self.task.cancel()
+            self.outbox.flush()
+            if self._unsent():  # the end of an answer that its client reads slowly: `_flush` comes next
+                self.reader.interrupt(EOFError())
+            else:
+                self.task.cancel()
 
     # -- the connection's life
 

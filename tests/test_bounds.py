@@ -121,24 +121,24 @@ async def test_a_reader_that_stops_at_the_end_is_counted_until_it_is_dropped(end
 
 
 @pytest.mark.virtual_time
-async def test_a_slow_reader_gets_the_end_of_its_answer() -> None:
-    """A connection that is about to close, by the idle timeout or at a stop, first sends what is left."""
+@pytest.mark.parametrize(("after_s", "stop"), [(5, False), (1, True), (5, True)])
+async def test_a_slow_reader_gets_the_end_of_its_answer(after_s: int, stop: bool) -> None:
+    """A connection that is about to close, by the idle timeout, at a stop or by both, first sends what is left."""
     limits = {"write_timeout": 30, "idle_timeout": 2}
     answer = json_reply(200, {"pad": "x" * 40_000})
     async with Upstream(answers(answer)) as one:
         async with Running(controller("a", one.url), limits=limits) as server:
-            for stop in (False, True):
-                client = await open_stalled(server)
-                await client.post("m")
-                await pause(5)
-                stopping = asyncio.ensure_future(server.server.stop()) if stop else None
-                await pause(1)
-                client.writer.transport.resume_reading()  # type: ignore[attr-defined]
-                assert (await client.read()).body == answer.partition(b"\r\n\r\n")[2]
-                assert await client.closed() == b""
-                client.close()
-                if stopping:
-                    await stopping
+            client = await open_stalled(server)
+            await client.post("m")
+            await pause(after_s)
+            stopping = asyncio.ensure_future(server.server.stop()) if stop else None
+            await pause(1)
+            client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            assert (await client.read()).body == answer.partition(b"\r\n\r\n")[2]
+            assert await client.closed() == b""
+            client.close()
+            if stopping:
+                await stopping
 
 
 @pytest.mark.virtual_time
