@@ -64,6 +64,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import time
 import traceback
 import urllib.parse
@@ -7323,6 +7324,7 @@ ROUTES = {
     "/models/*": ("GET", "_model"),
     "/status": ("GET", "_status"),
 }
+RESETS = struct.pack("ii", 1, 0)  # SO_LINGER: a close is a reset, at once
 AGAIN = b"Retry-After: 1\r\n"
 ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
 TAKEN = (503, "All connections are taken; try again.", "too_many_connections")
@@ -7697,27 +7699,31 @@ class ClientConnection:
             while not self.close_after and await self._one():
                 pass
             self.phase = Phase.CLOSING
-            await self._linger()
-            await self._flush()
-        except asyncio.CancelledError:
-            pass  # the client left, or the server stops; asyncio 3.11 prints a traceback for a cancelled stream task
+            if not self.gone:
+                await self._linger()
+                await self._flush()
+        except asyncio.CancelledError:  # the client left, or the server stops, maybe in the midst of an answer
+            self.gone = self.gone or (self.phase is ANSWER and self.head_sent)
         except (OSError, ClientGone):  # OSError: TimeoutError, ConnectionError, and ENOTCONN of a shutdown come late
             self.gone = True
         finally:
             self.phase = Phase.CLOSING
             self._release()
             self.deadline.cancel()
-            self.reader.on_end = self.protocol.on_writable = self.on_ready = None
+            self.reader.on_end = self.protocol.on_writable = self.on_ready = self.upload = None
             self._close()
             self.server.forget(self)
 
     def _close(self) -> None:
         """Closes; whoever has not taken the rest of its answer by now is cut off."""
         self.outbox.flush()  # a transport that is closed takes nothing more
-        if self.gone or self._unsent():
-            self.transport.abort()
-        else:
+        if not (self.gone or self._unsent()):
             self.transport.close()
+            return
+        # To HTTP/1.0 a FIN is the end of an answer without a length: what was cut would look whole.
+        if self.head_sent and self.head is not None and not self.head.minor and not self.raw.is_closing():
+            self.raw.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESETS)
+        self.transport.abort()
 
     def _unsent(self) -> int:
         """How many bytes of the answers the kernel has not taken yet."""
@@ -8159,8 +8165,7 @@ class ClientConnection:
             self.reader.interrupt(BadMessage(408, "The request did not arrive in time."))
         elif self.upload is not None and self.upload.push is not None:
             self.leave(BadMessage(408, "The request did not arrive in time."))
-        else:  # it does not read: a close would wait for that
-            self.transport.abort()
+        else:  # it does not read
             self.leave()
 
     def _ended(self, error: "BaseException | None") -> None:

@@ -9,6 +9,7 @@ from chatgpt_apiserver import chunk
 
 from .support import (
     ANSWER,
+    MESSAGES,
     SSE_HEAD,
     Message,
     Peer,
@@ -19,6 +20,7 @@ from .support import (
     error_reply,
     event,
     json_reply,
+    request,
     sse_reply,
 )
 from .wirefeed import turns
@@ -197,6 +199,37 @@ async def test_a_large_answer_streams_through_and_a_cut_aborts_it() -> None:
         assert (await client.read(head_only=True)).headers["content-length"] == str(size)
         assert len(await client.closed()) < size
         client.close()
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("why", ["cut", "stop", "unread"])
+async def test_what_http_1_0_gets_of_an_answer_never_looks_whole(why: str) -> None:
+    """Where only the end of the connection ends an answer, one that was cut, by whomever, ends in a reset."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(80 if why == "unread" else 20):
+            await peer.chunk(b"x" * 100_000)
+        if why == "cut":
+            peer.close()
+        else:
+            await peer.gone()
+
+    more = {"drain_timeout": 2, "limits": {"write_timeout": 5}}
+    async with Upstream(script) as one, Running(controller("a", one.url), **more) as server:
+        client = await server.open()
+        body = json.dumps({"model": "m", "messages": MESSAGES}).encode()
+        await client.send(request(body).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert b"200 OK" in await client.reader.readuntil(b"\r\n\r\n")
+        stopping = asyncio.ensure_future(server.server.stop()) if why == "stop" else None
+        if why == "unread":  # the reader stops at its limit
+            while server.server.connections:
+                await asyncio.sleep(0.5)
+        with pytest.raises(ConnectionResetError):
+            await client.reader.read()
+        client.close()
+        if stopping:
+            await stopping
 
 
 @pytest.mark.parametrize("phase", ["before the head", "in the stream"])
