@@ -3301,7 +3301,7 @@ class NetworkExchange:
             # Upstreams close idle connections, and their FIN may cross our request: then it was never read, and goes
             # out once more. This is the one replay that no table of outcomes decides.
             if not connection.was_stale(error) or (self.upload is not None and self.upload.tapped):
-                raise error from problem
+                raise error from None if error is problem else problem  # an error that is its own cause is never freed
             self.abort()
             connection = await self.pool.connect(self.origin, self.timeouts.connect)
             self._send(connection)
@@ -3367,7 +3367,7 @@ class NetworkExchange:
         try:
             payload = decoder.feed(data)
         except ValueError as problem:  # kept, not raised: above a callback there is nobody who could take it
-            self.broken = problem
+            self.broken = problem.with_traceback(None)  # whose frame has us
             return True
         deadline, silent_at = connection.deadline, connection.loop.time() + self.idle_s
         # Only ever later: the timer looks when it fires.
@@ -6967,6 +6967,7 @@ class Relay:
             lease = await self.pool.wait(trip.request, trip.seats, trip.tried) if trip.seats else None
         except NoRoom as problem:
             trip.line, lease = problem, None
+            forget_frames(problem)
         finally:  # a client that leaves while it waits has waited too, and the access line says how long
             trip.record.waited_s += self.loop.time() - since
         if lease is not None:
@@ -7052,7 +7053,8 @@ class Relay:
         except BaseException:  # a cancellation too: the upstream has to hear at once that nobody listens
             exchange.abort()
             raise
-        lease.stuck = None
+        finally:
+            lease.stuck = None  # which has the lease in it
         return reply
 
     def _learn(self, reply: Reply, lease: Lease) -> None:
@@ -7978,6 +7980,7 @@ class ClientConnection:
                 self.origin = server.check_doors(head)
             await server.handle(self, head)
         except (ProxyError, UpstreamError) as error:
+            forget_frames(error)  # ours and the relay's, which have it too
             if self.head_sent:  # nothing honest can be said behind half an answer
                 raise ClientGone from error
             await self._fail(error)
@@ -8183,6 +8186,8 @@ class ClientConnection:
     def leave(self, problem: "ProxyError | None" = None) -> None:
         """Ends the answer under way: the client is gone, or its body, part of which is upstream, has a `problem`."""
         self.broken, self.gone = problem, problem is None
+        if problem is not None:
+            forget_frames(problem)
         self.task.cancel()
 
     def _probe(self) -> None:
