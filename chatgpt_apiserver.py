@@ -6204,7 +6204,7 @@ class UpstreamPool:
         self.serving.clear()
         for waiter in [waiter for line in self.lines.values() for waiter in line if not waiter.future.done()]:
             try:
-                waiter.seats = self.seats(waiter.request.model)
+                waiter.seats = self.seats_for(waiter.request, waiter.request.model)
             except ProxyError as problem:
                 waiter.future.set_exception(problem)
         if self.lines:
@@ -6234,6 +6234,18 @@ class UpstreamPool:
             message = "The model %r is served by no controller here. Served: %s." % told
             raise ProxyError(404, message, "model_not_found", param="model")
         return found
+
+    def seats_for(self, request: ApiRequest, model: str) -> "list[Seat]":
+        """The controllers that serve `model` and can take the request. Raises ProxyError (404)."""
+        seats = self.seats(model)
+        if request.path == CHAT_PATH:
+            return seats
+        seats = [seat for seat in seats if not seat.upstream.controller.chat_only]
+        if request.pinned:
+            seats = [seat for seat in seats if seat.upstream.name == request.pinned]
+        if not seats:
+            raise ProxyError(404, "No controller here can take %s for this model." % request.path[:200], "unknown_url")
+        return seats
 
     def estimate(self, request: ApiRequest) -> None:
         """Sets what the request is taken to need, by its own limit or by what answers of its model had of late."""
@@ -6917,23 +6929,11 @@ class Relay:
             request.substitute(pool.aliases[request.model])
         trip.spare = request.model in pool.fallbacks
         try:
-            trip.seats = self._seats(request, request.model)
+            trip.seats = pool.seats_for(request, request.model)
         except ProxyError as problem:
             if not trip.spare:
                 raise
             trip.unfit = problem
-
-    def _seats(self, request: ApiRequest, model: str) -> "list[Seat]":
-        """The controllers that serve `model` and can take the request. Raises ProxyError (404)."""
-        seats = self.pool.seats(model)
-        if request.path == CHAT_PATH:
-            return seats
-        seats = [seat for seat in seats if not seat.upstream.controller.chat_only]
-        if request.pinned:
-            seats = [seat for seat in seats if seat.upstream.name == request.pinned]
-        if not seats:
-            raise ProxyError(404, "No controller here can take %s for this model." % request.path[:200], "unknown_url")
-        return seats
 
     def _turn(self, trip: Trip, verdict: Verdict) -> bool:
         """Turns a trip that came to nothing to the next model that may stand in; whether there is one.
@@ -6952,7 +6952,7 @@ class Relay:
             trip.models = iter(known.get(request.model, ()))
         for model in trip.models:
             try:
-                trip.seats = self._seats(request, model)
+                trip.seats = pool.seats_for(request, model)
             except ProxyError:
                 continue  # configured, but served by nobody
             request.substitute(model)

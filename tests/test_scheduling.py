@@ -605,6 +605,26 @@ async def test_row_sighup_ends_the_waiting_for_a_model_that_is_gone() -> None:
         await until(home.idle)
 
 
+async def test_row_sighup_leaves_a_conversation_with_the_account_that_has_it() -> None:
+    """Who waits for the account that made its last response goes on waiting for that one, not for whoever has room."""
+    made = json_reply(200, {"id": "resp_1", "object": "response"})
+    async with house(answers(made, limited("5"), made), answers(made), pool={"type": "priority"}) as home:
+
+        async def ask(**more: str) -> Message:
+            client = await home.server.open()
+            body = json.dumps({"model": "m", "input": "hi", **more}).encode()
+            await client.send(request(body, target="/v1/responses"))
+            found = await client.read()
+            client.close()
+            return found
+
+        await ask()
+        waiter = asyncio.get_running_loop().create_task(ask(previous_response_id="resp_1"))
+        await until(lambda: home.pool.waiting)
+        home.server.server.reconfigure(home.server.config)
+        assert (await waiter).headers["x-apiserver-controller"] == "a" and home.calls == [3, 0]
+
+
 # -- rounds and the last resort
 
 
