@@ -23,6 +23,7 @@ from .support import (
     request,
     sse_reply,
 )
+from .test_bounds import pause
 from .wirefeed import turns
 
 GOOD = json_reply(200, ANSWER)
@@ -224,7 +225,7 @@ async def test_what_http_1_0_gets_of_an_answer_never_looks_whole(why: str) -> No
         stopping = asyncio.ensure_future(server.server.stop()) if why == "stop" else None
         if why == "unread":  # the reader stops at its limit
             while server.server.connections:
-                await asyncio.sleep(0.5)
+                await pause(0.5)
         with pytest.raises(ConnectionResetError):
             await client.reader.read()
         client.close()
