@@ -3351,11 +3351,13 @@ class NetworkExchange:
         assert decoder is not None and connection is not None
         self.piped, self.ends_at = (decoder, connection, outlet), self._ends_at(connection)
         data, self.rest = self.rest, b""
-        if not (self._arrived(data) if data else decoder.done):
-            try:
+        try:
+            if not (self._arrived(data) if data else decoder.done):
                 await connection.reader.divert(self._arrived)
-            except ConnectionError as problem:
-                raise UpstreamClosed("the upstream reset the connection in its reply") from problem
+        except ConnectionError as problem:
+            raise UpstreamClosed("the upstream reset the connection in its reply") from problem
+        finally:
+            del self.piped  # a translation is its exchange's outlet: each would have the other
         if self.broken is not None:
             raise BadReply("the upstream's reply is malformed: %s" % self.broken)
         self._check_end(decoder)

@@ -678,8 +678,8 @@ async def test_an_upload_that_ended_is_no_garbage(end: bytes) -> None:
     await check_no_garbage(answers(json_reply(200, ANSWER)), raw[: None if b"--b--" in end else -10])
 
 
-async def check_no_garbage(script: Script, raw: bytes) -> None:
-    """Send `raw` to a server with two controllers of that script, which closes the connection, a few times."""
+async def check_no_garbage(script: Script, raw: bytes, kind: str = "openai") -> None:
+    """Send `raw` to a server with two controllers of that kind and script, which closes the connection, a few times."""
     errors = (app.ProxyError, app.UpstreamError, app.NoRoom, app.Refused)
     wires = (app.ClientConnection, app.ClientUpload, app.UpstreamConnection, app.NetworkExchange, app.Fiber, app.Deadline)
     kinds = (app.Trip, app.Lease, app.ApiRequest, *wires, *errors)
@@ -688,7 +688,7 @@ async def check_no_garbage(script: Script, raw: bytes) -> None:
     gc.disable()
     try:
         async with Upstream(script) as one, Upstream(script) as two:
-            both = [controller(name, upstream.url) for name, upstream in (("a", one), ("b", two))]
+            both = [{**controller(name, upstream.url), "type": kind} for name, upstream in (("a", one), ("b", two))]
             async with Running(*both, pool={"max_wait": 0}, limits={"body_timeout": 0.02}) as server:
                 for _ in range(4):
                     client = await server.open()
