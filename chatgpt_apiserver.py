@@ -7643,7 +7643,8 @@ class ClientConnection:
 
     `reserve`: it came above the bound on connections and may ask for /status only. `raw`: the transport below TLS.
     `broken`: what is wrong with a body of which a part has gone upstream. `skipped`: a body that nobody wants was read.
-    `held`: bytes of the body that count towards bodies_bytes. `close_after`: no request follows this one.
+    `held`: bytes of the body that count towards bodies_bytes. `close_after`: no request follows this one. `unread`: it
+    was refused before its end.
 
     Of a stream that is written: `scrubs`: it may tell of an error; `last`: the end of what left last; `telling`: the
     event under way does tell of one, and waits in `pending` for its end; `failed`: see `Sink`.
@@ -7652,7 +7653,7 @@ class ClientConnection:
     __slots__ = (
         "body broken chunked close_after deadline failed gone head head_sent held key last last_head loop on_ready"
         " origin outbox parsed_head peer pending phase probes protocol raw reader record reserve scrubs server skipped"
-        " task telling transport upload"
+        " task telling transport unread upload"
     ).split()
 
     def __init__(
@@ -7667,6 +7668,7 @@ class ClientConnection:
         self.deadline = Deadline(self.loop, self._expired)
         self.phase, self.probes, self.held = IDLE, 0, 0
         self.gone = self.close_after = self.head_sent = self.chunked = self.scrubs = self.telling = self.skipped = False
+        self.unread = reserve
         # For one request, set anew by `_one` and by `open`.
         self.head: "RequestHead | None" = None
         self.parsed_head: "RequestHead | None" = None
@@ -7770,7 +7772,8 @@ class ClientConnection:
                 self.body = await self._read_body(head, decoder)
         except ProxyError as error:
             problem = error
-            self.close_after = self.close_after or not self.skipped  # or what follows it could not be trusted
+            self.unread = not self.skipped
+            self.close_after = self.close_after or self.unread  # or what follows it could not be trusted
             self._release()
         except EOFError:
             return False
@@ -7790,8 +7793,10 @@ class ClientConnection:
         if self.reader.ended or self.server.stopping:
             return
         self.outbox.flush()
-        if self.transport.can_write_eof():  # TLS cannot close one way only
+        if self.transport.can_write_eof():
             self.transport.write_eof()
+        elif not (self.unread or self.reader.data or (self.upload is not None and not self.upload.done)):
+            return  # TLS cannot close one way only, and a client may wait for that as the end of its answer
         self.deadline.set(self.loop.time() + LINGER_S)
         budget = LINGER_BYTES
         try:
