@@ -6737,6 +6737,11 @@ def more_useful(one: "Reply | None", other: Reply) -> Reply:
     return other if better else one
 
 
+def is_packed(index: Index) -> bool:
+    """Whether a reply came compressed, which nobody had asked for."""
+    return index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
+
+
 def inflate(data: bytes, coding: bytes) -> "bytes | None":
     """The plain bytes of a content coding (RFC 9110, 8.4.1), if they are whole and at most HOLD_BYTES."""
     import zlib  # 1 ms that only such errors need
@@ -6757,9 +6762,10 @@ def unpack_error(reply: Reply) -> None:
 
     What cannot be unpacked, or only to more than HOLD_BYTES (a bomb), gives way to an error of our own.
     """
-    head, coding = reply.head, reply.head.index[b"content-encoding"].strip().lower()
-    if coding in (b"identity", b""):
+    head = reply.head
+    if not is_packed(head.index):
         return
+    coding = head.index[b"content-encoding"].strip().lower()
     plain, lines = inflate(reply.held, coding), without(head.lines, (b"content-encoding",))
     if plain is None:
         message = "The upstream's error, of status %d, came in a compression that nobody asked for." % head.status
@@ -7091,7 +7097,7 @@ class Relay:
         head = reply.head
         if head.status < 300 and head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
             reply.stream = True
-            await self._hold(reply, others)
+            await self._hold(reply, others and not is_packed(head.index))  # then no event can be told from another
             reply.at = self.loop.time()
             return
         # Silence ends with the head; how long the body takes is up to the length of the answer, and no suspicion.
@@ -7237,7 +7243,8 @@ class Relay:
         except UpstreamError as error:
             record.outcomes[-1] = (lease.upstream.name, "cut", self.loop.time() - lease.since)
             log.warning("%s: answer of %s cut: %s", request.request_id, lease.upstream.name, error)
-            sink.cut(error_event("The upstream's answer was cut: %s." % error, error.code) if reply.stream else b"")
+            told = reply.stream and not is_packed(reply.head.index)
+            sink.cut(error_event("The upstream's answer was cut: %s." % error, error.code) if told else b"")
             return Verdict(Outcome.CUT, 0, str(error))
         finally:
             exchange.abort()

@@ -1,6 +1,7 @@
 """Relay: attempts, failover, the commit point, cuts, vanished clients; real sockets on both sides."""
 
 import asyncio
+import gzip
 import json
 
 import pytest
@@ -134,6 +135,32 @@ async def test_a_stream_cut_into_any_pieces_relays_identically(cut: int) -> None
 
     async with Upstream(script) as one, Running(controller("a", one.url)) as server:
         assert (await server.post(stream=True)).body == body
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_a_compressed_stream_passes_as_it_comes(cut: bool) -> None:
+    """It has no events that could be waited for, so nobody else is asked; nor are words written into one that was cut."""
+    step, packed = asyncio.Event(), gzip.compress(event("a"))
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD.replace(b"Transfer", b"Content-Encoding: gzip\r\nTransfer"))
+        await peer.chunk(packed[:20])
+        await step.wait()
+        await peer.chunk(packed[20:])
+        await peer.send(b"" if cut else b"0\r\n\r\n")
+        peer.close()
+
+    async with Upstream(script) as one, Upstream(script) as two:
+        async with Running(controller("a", one.url), controller("b", two.url)) as server:
+            client = await server.open()
+            await client.post("m", stream=True)
+            assert b"Content-Encoding: gzip" in await client.reader.readuntil(b"\r\n\r\n")
+            assert await client.reader.readuntil(packed[:20] + b"\r\n")
+            step.set()
+            found = await client.reader.read() if cut else await client.reader.readuntil(b"0\r\n\r\n")
+            assert found == chunk(packed[20:]) + (b"" if cut else b"0\r\n\r\n")
+            assert server.server.pool.upstreams[0].failures == cut and not two.seen
+            client.close()
 
 
 async def test_a_cut_stream_is_told_honestly() -> None:
