@@ -2511,7 +2511,7 @@ class Fiber:
     def __init__(self, coro: "Coroutine[Any, Any, None]", loop: asyncio.AbstractEventLoop) -> None:
         self.coro, self.loop = coro, loop
         self.ended: "asyncio.Future[None]" = loop.create_future()
-        self.waits_for: "asyncio.Future[Any] | None" = None  # that it waits for, if it is no PAUSE
+        self.waits_for: "asyncio.Future[Any] | asyncio.Handle | None" = None  # if it is no PAUSE
         loop.call_soon(self.resume)
 
     def resume(self, error: "BaseException | None" = None) -> None:
@@ -2537,8 +2537,8 @@ class Fiber:
         self.loop.call_soon(self._cancel)
 
     def _wait(self, future: "asyncio.Future[Any] | None") -> None:
-        if future is None:  # asyncio.sleep(0)
-            self.loop.call_soon(self.resume)
+        if future is None:  # asyncio.sleep(0); kept, as a cancellation must take back the waking
+            self.waits_for = self.loop.call_soon(self.resume)
         else:
             self.waits_for = future
             future._asyncio_future_blocking = False  # as asyncio.Task does with what it is handed
@@ -2558,6 +2558,7 @@ class Fiber:
             self.resume(asyncio.CancelledError())
 
     def _end(self) -> None:
+        self.waits_for = None
         if not self.ended.done():
             self.ended.set_result(None)
 
