@@ -5244,7 +5244,7 @@ EDGE_S = 0.005  # a bucket is taken to refill this much later than computed: a r
 SLACK_S = 0.25  # a request may reach the upstream this much later than another; then it is counted later too
 CLOSED_MAX_S = 600.0  # no 429 closes for longer without a probe
 CLOSED_S = (1.0, 30.0)  # for a 429 that names no time: the first one's, and what doubling ends at
-CLOSED_MIN_S = 0.01  # a 429 that says "now" is not believed to the letter
+CLOSED_MIN_S = 0.01  # for a 429 that says "now": not believed to the letter, and doubling while it is all that comes
 SLOW_PERIOD_S = 600.0  # a limit that takes longer than this to refill counts hours or days
 # Of health.
 BREAKER_OUTCOMES, BREAKER_FAILURES, BREAKER_WITHIN_S = 20, 5, 30.0
@@ -5435,7 +5435,8 @@ class Ledger:
     """What may still be sent to one quota for one model: by replies, by configuration, by its last 429s.
 
     `requests` and `tokens` are the buckets; `windows` those of the configuration, each with whether it counts tokens.
-    `closed`: until when, for requests of at least so many tokens. `open`: its leases, in the order of their charges.
+    `closed`: until when, for requests of at least so many tokens; `closed_at`: when it last was, `closed_for`: for how
+    long at least, until an answer comes. `open`: its leases, in the order of their charges.
 
     `easy` spares most decisions the arithmetic: a request of no more tokens than that surely goes. What is charged or
     learned since it was computed is taken from it, and from `few`, the requests that surely go; refills are not added.
@@ -5444,14 +5445,15 @@ class Ledger:
     """
 
     __slots__ = (
-        "buckets burst_s closed closed_for easy few limited limits name open requests serial tokens used_at windows"
+        "buckets burst_s closed closed_at closed_for easy few limited limits name open requests serial tokens used_at"
+        " windows"
     ).split()
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
         self.name, self.limits, self.burst_s = name, limits, limits.burst_s
         self.requests, self.tokens = self.buckets = Bucket(), Bucket()
         self.closed: "list[tuple[float, float]]" = []
-        self.closed_for = self.used_at = 0.0
+        self.closed_at = self.closed_for = self.used_at = 0.0
         self.serial = 0
         self.open: "dict[Lease, None]" = {}
         rates = (limits.rpm, limits.tpm)
@@ -5533,22 +5535,25 @@ class Ledger:
         known += [window.limit for by_tokens, window in self.windows if by_tokens and not window.rate]
         return min(known, default=0.0)
 
-    def close(self, verdict: Verdict, need: float, now: float) -> None:
+    def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
         """Takes a 429: closed until the time it named, else until what is lacking is back, else 1 s, doubling.
 
-        One about tokens closes for requests at least as large as the one it refused: smaller ones may fit.
+        One about tokens closes for requests at least as large as the one it refused: smaller ones may fit. `under_way`:
+        its request was, at the last 429, so that this one is no second refusal: a burst that is refused doubles once.
         """
         # A named time is obeyed to the letter. Who forgets it where there are several keys, or sleeps half a second in
         # spite of it, burns all its retries while the window is shut.
         after_s, bucket = verdict.after_s, self.buckets[verdict.by_tokens]
         if after_s is None and bucket.limit:
             after_s = max(0.0, bucket.opens_at(need if verdict.by_tokens else 1.0, now) - now) or None
-        if after_s is None:
-            after_s = self.closed_for = longer(self.closed_for, CLOSED_S)
-        until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
+        # "Now" (0, or a date that has passed, by our clock) may be rounded down once; again and again it is no time.
+        if not (under_way and self.closed_for):
+            self.closed_for = longer(self.closed_for, CLOSED_S if after_s is None else (CLOSED_MIN_S, CLOSED_S[0]))
+        after_s = max(after_s or 0.0, self.closed_for)
+        until, self.closed_at = now + min(after_s, CLOSED_MAX_S), now
         if not self.limited:
             self.begin(now)
-        if not (self.windows or self.requests.limit):
+        if not (self.windows or self.requests.limit or under_way):
             self.requests.guess(after_s, now)
         # What another 429 said of larger requests, or until later, still holds; what this one covers is forgotten.
         least = need if verdict.by_tokens else 0.0
@@ -6372,9 +6377,10 @@ class UpstreamPool:
                 for one in upstream.seats.values() if upstream.quota is quota else ():
                     if one.limited_as == seat.limited_as:
                         one.ledger = quota.ledger(one.limited_as)
-        if lease.was_early(verdict):
+        under_way = lease.sent_at <= seat.ledger.closed_at
+        if not under_way and lease.was_early(verdict):
             seat.ledger.halve_burst()
-        seat.ledger.close(verdict, lease.need, now)
+        seat.ledger.close(verdict, lease.need, now, under_way)
 
     def answered(self, lease: Lease, good: bool, now: float) -> None:
         """A reply began to make sense: its controller is alive, and whoever waits for that may go on."""

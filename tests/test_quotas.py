@@ -597,6 +597,21 @@ def test_a_429_without_a_time() -> None:
     assert closed_for(two, now=now) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.003])
+def test_a_429_that_says_now_again_and_again(after_s: float) -> None:
+    """It is believed less each time, up to a second, and anew once an answer came; a longer time is always obeyed."""
+    one, now = seat(), T0
+    for expected in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0):
+        one.ledger.close(verdict("rate", 429, after_s=after_s), 1, now)
+        assert max(until for _, until in one.ledger.closed) - now == pytest.approx(expected)
+        now += expected
+    one.ledger.close(verdict("rate", 429, after_s=7.0), 1, now)
+    assert closed_for(one, now=now) == pytest.approx(7.0)
+    lease(one, now).answered(now + 7, True)
+    one.ledger.close(verdict("rate", 429, after_s=after_s), 1, now + 7)
+    assert max(until for _, until in one.ledger.closed) - now - 7 == pytest.approx(0.01)
+
+
 def test_a_token_429_closes_only_for_requests_at_least_that_large() -> None:
     """Smaller requests still go; a smaller one that was refused too closes for its own time, not for the larger one's."""
     one = seat()

@@ -266,6 +266,27 @@ async def test_row_429_rate_limit() -> None:
 TOO_LARGE = limited("", "Request too large for m on tokens per min (TPM): Limit 10000, Requested 12000.", "tokens")
 
 
+@pytest.mark.parametrize("limits", [{}, {"rpm": 600, "burst_s": 40}])
+async def test_row_429_a_burst_that_is_refused_is_one_refusal(limits: "dict[str, int]") -> None:
+    """What was under way at the first 429 is refused with it: the time does not double, nor the burst halve, for each."""
+    gate, count = asyncio.Event(), 8
+
+    async def script(peer: Peer, _: Message) -> None:
+        if len(home.ups[0].times) > count:
+            await peer.send(GOOD)
+            return
+        if len(home.ups[0].times) == count:
+            gate.set()
+        await gate.wait()
+        await peer.send(limited())
+
+    async with house(script, each=[{"limits": limits}]) as home:
+        started = now()
+        found = await asyncio.gather(*(home.post() for _ in range(count)))
+        assert {one.status for one in found} == {200} and now() - started < 3
+        assert home.pool.upstreams[0].seat("m").ledger.burst_s == (20 if limits else 60)
+
+
 async def test_row_429_request_too_large_with_a_larger_account() -> None:
     """Only controllers whose known limit is large enough are asked; the small one learns nothing."""
     small, large = {"limits": {"tpm": 11_000}}, {"limits": {"tpm": 50_000}}
