@@ -6864,7 +6864,8 @@ class Trip:
 class Meter:
     """Passes bytes on, and remembers the last of them, where `usage` stands. See `Outlet`.
 
-    It stands between only where the client asked for usage: without `stream_options` no event has any.
+    It stands between only where there is some: in a chat where the client asked for it by `stream_options`, and always
+    at the end of a response.
     """
 
     __slots__ = ("sink", "tail")
@@ -7227,7 +7228,10 @@ class Relay:
         """Sends an answer on as it comes; nothing of it can be replayed. What came of it: OK or CUT."""
         exchange, record, request = reply.exchange, trip.record, trip.request
         try:
-            outlet: "Meter | Sink" = Meter(sink, reply.held) if "stream_options" in request.data else sink
+            metered = "stream_options" in request.data or (
+                request.path == "/responses" and not reply.told and lease.ledger.counts_tokens
+            )
+            outlet: "Meter | Sink" = Meter(sink, reply.held) if metered else sink
             # Nobody will be asked again: a thousand open streams need not keep a thousand long prompts.
             request.body, request.data = b"", {}
             length = None if reply.stream else reply.head.index.get(b"content-length")
