@@ -7059,7 +7059,7 @@ class Relay:
                 reply.held, reply.whole = exchange.take(), True
             else:
                 self._learn(reply, lease)
-                await self._collect(reply, lease, others)
+                await self._collect(reply, lease, others, request.stateful)
             if others and not reply.held and reply.head.status < 300 and request.path == CHAT_PATH:
                 raise UpstreamClosed("the upstream's answer is empty")
             # An error in a 200 has the word as its first key; to parse each answer would cost as much as all the rest.
@@ -7100,12 +7100,13 @@ class Relay:
             reply.exchange.finish()
             raise refused_in_200(reply, event)
 
-    async def _collect(self, reply: Reply, lease: Lease, others: bool) -> None:
+    async def _collect(self, reply: Reply, lease: Lease, others: bool, stateful: bool) -> None:
         """Reads a stream up to its first real event, anything else up to its end or to WHOLE_BYTES."""
         head = reply.head
         if head.status < 300 and head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
             reply.stream = True
-            await self._hold(reply, others and not is_packed(head.index))  # then no event can be told from another
+            plain = not is_packed(head.index)  # else no event can be told from another
+            await self._hold(reply, others and plain, stateful and plain)
             reply.at = self.loop.time()
             return
         # Silence ends with the head; how long the body takes is up to the length of the answer, and no suspicion.
@@ -7120,8 +7121,12 @@ class Relay:
             size += len(piece)
         reply.held = pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def _hold(self, reply: Reply, others: bool) -> None:
-        """Reads a stream up to its first real event; at once through when there is nothing to fail over to."""
+    async def _hold(self, reply: Reply, others: bool, stateful: bool) -> None:
+        """Reads a stream up to its first real event; at once through when there is nothing to fail over to.
+
+        At once is behind the id of what is made in the account, as `_commit` remembers where that lives: a read may end
+        before it.
+        """
         # Upstreams that are about to fail often say 200 first: Azure an empty-choices chunk, others comments while a
         # queue lasts (OpenRouter, DeepSeek), the Responses API three events before the first word.
         exchange, splitter = reply.exchange, EventSplitter()
@@ -7134,7 +7139,12 @@ class Relay:
                     reply.whole = True
                     if not reply.held or others:
                         raise UpstreamClosed("the upstream ended its stream before the first event")
-                if not others or self._decides(reply, splitter.feed(piece)) or len(reply.held) > HOLD_BYTES:
+                    return
+                if not others:
+                    decided = not stateful or bool(made_id(reply.held) or _EVENT_END.search(reply.held))
+                else:
+                    decided = self._decides(reply, splitter.feed(piece))
+                if decided or len(reply.held) > HOLD_BYTES:
                     return
                 # Not from the start on: the time to the first byte has a limit of its own.
                 timer = timer or self.loop.call_later(HOLD_S, exchange.interrupt, HeldLongEnough())

@@ -113,6 +113,27 @@ async def test_a_responses_stream_commits_on_its_first_real_event() -> None:
             assert found.body == created + delta and found.headers["x-apiserver-attempts"] == "2"
 
 
+@pytest.mark.parametrize("cut", [8, 60, 78, 200])
+async def test_a_streamed_response_is_found_again_wherever_its_reads_end(cut: int) -> None:
+    """Who made it is remembered, also where its first read ends before its id or within."""
+    created = b'event: response.created\ndata: {"type":"response.created","response":{"id":"resp_12345","object":"response"}}\n\n'
+
+    async def script(peer: Peer, message: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(created[:cut])
+        await turns()
+        await peer.send(app.chunk(created[cut:]) if created[cut:] else b"", b"0\r\n\r\n")
+
+    async with Upstream(script) as one, Upstream(script) as two:
+        async with Running(controller("a", one.url), controller("b", two.url)) as server:
+            data = {"model": "r", "input": "x", "stream": True}
+            found = await ask(server, "POST", "/v1/responses", data)
+            assert found.body == created and found.headers["x-apiserver-controller"] == "a"
+            for _ in range(3):
+                found = await ask(server, "POST", "/v1/responses", {**data, "previous_response_id": "resp_12345"})
+                assert found.headers["x-apiserver-controller"] == "a"
+
+
 @pytest.mark.parametrize("streams", [False, True])
 async def test_what_a_response_cost_is_counted(streams: bool) -> None:
     """Streamed or not, its usage takes the place of the estimate in a configured limit of tokens."""
