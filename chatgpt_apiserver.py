@@ -5138,13 +5138,18 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
 # -- what a reply tells of the quota
 
 
+RESET_MAX_S = 32 * 86_400.0  # no limit counts more than a month
+
+
 class Allowance:
     """What one reply says of one limit: its size, what is left, seconds until it is full (None: not said)."""
 
     __slots__ = ("limit", "remaining", "reset_s")
 
     def __init__(self, limit: float, remaining: float, reset_s: "float | None") -> None:
-        self.limit, self.remaining, self.reset_s = limit, remaining, reset_s
+        # More is a time since 1970: as a duration it would leave an account that is empty once alone for decades.
+        self.limit, self.remaining = limit, remaining
+        self.reset_s = reset_s if reset_s is not None and reset_s <= RESET_MAX_S else None
 
 
 # Limit, remaining and reset: OpenAI's names, which most vendors share; Anthropic's; Cerebras' of the day; Mistral's.
