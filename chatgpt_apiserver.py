@@ -2387,8 +2387,9 @@ class EventKind(enum.Enum):
     ERROR = "error"
 
 
-# The Responses API says these before anything is generated: an error that comes after them can still go elsewhere.
-_PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress")
+# The Responses API says these before anything is generated: an error that comes after them can still go elsewhere. The
+# last two keep a connection open while a model thinks, there and where an API is translated from Anthropic's.
+_PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress", "keepalive", "ping")
 
 
 def judge_event(event: bytes) -> EventKind:
