@@ -4887,8 +4887,10 @@ ANSWERED = frozenset((Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RA
 # these for rate limits hammer a dead key all day.
 QUOTA_CODES = frozenset(
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
-    " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached".split()
+    " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached"
+    " billing_not_active 1113".split()  # the number is Zhipu's
 )
+SPENDING_CAP = "monthly spending cap"  # Google's words, beside the code that it has for all 429s
 TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 MISSING_CODES = frozenset(("model_not_found", "DeploymentNotFound", "not_found_error"))
 # The answer shown when every controller failed: what tells the client most comes first.
@@ -5010,7 +5012,7 @@ def error_words(body: bytes) -> "tuple[str, str]":
         return "", str(error)
     code, kind = str(error.get("code") or ""), str(error.get("type") or "")
     # Some put the status in `code`; and a billing type says more than a general code.
-    named = kind if not code or code.isdigit() or kind in QUOTA_CODES else code
+    named = kind if not code or kind in QUOTA_CODES or (code.isdigit() and code not in QUOTA_CODES) else code
     return named, str(error.get("message") or error.get("detail") or "")
 
 
@@ -5022,7 +5024,8 @@ def is_too_long(body: bytes) -> bool:
 
 def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str]" = ()) -> Outcome:
     """The class of an error reply (PROVIDERS, neutral outcome classes)."""
-    if status == 402 or (status == 429 and code in QUOTA_CODES and code not in rate_codes):
+    spent = (code in QUOTA_CODES and code not in rate_codes) or SPENDING_CAP in message
+    if status == 402 or (status == 429 and spent):
         return Outcome.QUOTA
     if status in (429, 498):  # 498: Groq's flex tier has no capacity left
         return Outcome.RATE
