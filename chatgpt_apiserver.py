@@ -7148,7 +7148,8 @@ class Relay:
                 reply.held = reply.held + piece if reply.held else piece
                 if not piece:
                     reply.whole = True
-                    if not reply.held or others:
+                    # Some end their last event with their connection.
+                    if not reply.held or (others and not self._decides(reply, splitter.feed(b"\n\n"))):
                         raise UpstreamClosed("the upstream ended its stream before the first event")
                     return
                 if not others:

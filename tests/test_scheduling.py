@@ -1150,6 +1150,18 @@ async def test_a_responses_stream_commits_after_its_preface() -> None:
         assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
 
 
+@pytest.mark.parametrize(
+    ("last", "calls", "state"),
+    [(event("a")[:-2], [1, 0], "open"), (b'data: {"error":{"message":"no","code":"insufficient_quota"}}', [1, 1], "parked")],
+)
+async def test_a_first_event_may_end_with_its_stream(last: bytes, calls: "list[int]", state: str) -> None:
+    """Without its blank line it still is an answer, which is not thrown away, or an error, which is judged."""
+    async with house(answers(sse_reply(last)), both, pool={"type": "priority"}) as home:
+        found = await home.post(stream=True)
+        assert found.status == 200 and home.calls == calls and home.state()["state"] == state
+        assert (last in found.body) is (calls == [1, 0])
+
+
 # -- suspicion and rescue
 
 
