@@ -2906,6 +2906,32 @@ async def unless_cancelled(dialling: "asyncio.Task[tuple[asyncio.Transport, Wire
         raise
 
 
+class Lookups:
+    """Looks a name up once for all who ask at the same time.
+
+    asyncio gives each lookup a thread, and has six of them where there are two processors: a name that no resolver
+    answers for would take them all, and no other account could be connected to.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop, self.look_up = loop, loop.getaddrinfo
+        self.under_way: "dict[Any, asyncio.Task[Any]]" = {}
+
+    async def getaddrinfo(self, host: "Any", port: "Any", **more: "Any") -> "Any":
+        """As the loop's own, in whose place it stands."""
+        asked = (host, port, *sorted(more.items()))
+        task = self.under_way.get(asked)
+        if task is None:
+            task = self.under_way[asked] = self.loop.create_task(self.look_up(host, port, **more))
+            task.add_done_callback(functools.partial(self._end, asked))
+        return await asyncio.shield(task)  # who gives up ends the lookup for nobody else
+
+    def _end(self, asked: "Any", task: "asyncio.Task[Any]") -> None:
+        del self.under_way[asked]
+        if not task.cancelled():
+            task.exception()  # or asyncio would log one for which nobody waits any more
+
+
 async def open_link(host: str, port: int, tls: "ssl.SSLContext | None" = None, name: "str | None" = None) -> Link:
     """A TCP or TLS connection as a pair of streams; IPv6 and IPv4 race as RFC 8305 says."""
     loop = asyncio.get_running_loop()
@@ -8374,6 +8400,7 @@ class Server:
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
         self.loop, self.outbox = loop, Outbox(loop)
+        loop.getaddrinfo = Lookups(loop).getaddrinfo  # type: ignore[method-assign]
         self.links = ConnectionPool(self.outbox, dial)
         self.connections: "set[ClientConnection]" = set()
         self.per_peer: "dict[str, int]" = {}
