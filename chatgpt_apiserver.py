@@ -7097,10 +7097,11 @@ class Relay:
             else:
                 self._learn(reply, lease)
                 await self._collect(reply, lease, others, request.stateful)
-            if others and not reply.held and reply.head.status < 300 and request.path == CHAT_PATH:
+            said = reply.held.lstrip()  # DeepSeek sends blank lines while a request waits
+            if others and reply.whole and not said and reply.head.status < 300 and request.path == CHAT_PATH:
                 raise UpstreamClosed("the upstream's answer is empty")
             # An error in a 200 has the word as its first key; to parse each answer would cost as much as all the rest.
-            if reply.head.status >= 300 or reply.held.find(b'"error"', 0, 24) >= 0:
+            if reply.head.status >= 300 or said.find(b'"error"', 0, 24) >= 0:
                 self._learn(reply, lease)
                 self._check_refusal(reply, request)
         except BaseException:  # a cancellation too: the upstream has to hear at once that nobody listens

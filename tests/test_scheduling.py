@@ -443,6 +443,8 @@ def in_stream(code: str, kind: str = "") -> bytes:
         (sse_reply(), "open"),
         (reply(200, b'{"error":{"message":"x","type":"server_error","code":null}}'), "open"),
         (reply(200, b'{\n  "error": {\n    "message": "x", "code": 502}\n}'), "open"),
+        (reply(200, b"\n" * 40 + b'{"error":{"message":"x","type":"insufficient_quota"}}'), "parked"),
+        (reply(200, b"\n" * 40), "open"),
     ],
 )
 async def test_row_200_whose_first_event_is_an_error(first: bytes, state: str) -> None:
