@@ -7096,7 +7096,7 @@ class Relay:
                 reply.held, reply.whole = exchange.take(), True
             else:
                 self._learn(reply, lease)
-                await self._collect(reply, lease, others, request.stateful)
+                await self._collect(reply, lease, others, request)
             said = reply.held.lstrip()  # DeepSeek sends blank lines while a request waits
             if others and reply.whole and not said and reply.head.status < 300 and request.path == CHAT_PATH:
                 raise UpstreamClosed("the upstream's answer is empty")
@@ -7138,13 +7138,16 @@ class Relay:
             reply.exchange.finish()
             raise refused_in_200(reply, event)
 
-    async def _collect(self, reply: Reply, lease: Lease, others: bool, stateful: bool) -> None:
+    async def _collect(self, reply: Reply, lease: Lease, others: bool, request: ApiRequest) -> None:
         """Reads a stream up to its first real event, anything else up to its end or to WHOLE_BYTES."""
         head = reply.head
-        if head.status < 300 and head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
+        kind = head.index.get(b"content-type", b"").lower()
+        # Some servers give no type, or text/plain, to what they stream: collected, it would come all at once.
+        untyped = request.stream and request.path == CHAT_PATH and b"json" not in kind
+        if head.status < 300 and (untyped or kind[:17] == b"text/event-stream"):
             reply.stream = True
             plain = not is_packed(head.index)  # else no event can be told from another
-            await self._hold(reply, others and plain, stateful and plain)
+            await self._hold(reply, others and plain, request.stateful and plain)
             reply.at = self.loop.time()
             return
         # Silence ends with the head; how long the body takes is up to the length of the answer, and no suspicion.
@@ -7175,6 +7178,9 @@ class Relay:
                 reply.held = reply.held + piece if reply.held else piece
                 if not piece:
                     reply.whole = True
+                    if reply.held.lstrip()[:1] == b"{":  # no stream, whatever its type says
+                        reply.stream = False
+                        return
                     # Some end their last event with their connection.
                     if not reply.held or (others and not self._decides(reply, splitter.feed(b"\n\n"))):
                         raise UpstreamClosed("the upstream ended its stream before the first event")

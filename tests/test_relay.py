@@ -163,6 +163,35 @@ async def test_a_compressed_stream_passes_as_it_comes(cut: bool) -> None:
             client.close()
 
 
+@pytest.mark.parametrize("kind", [b"", b"Content-Type: text/plain\r\n", b"Content-Type: Text/Event-Stream\r\n"])
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_stream_is_one_whatever_its_type_says(kind: bytes, count: int) -> None:
+    """Each event leaves as it comes; and what is no stream stays a whole answer, or an error that is judged."""
+    step = asyncio.Event()
+    head = SSE_HEAD.replace(b"Content-Type: text/event-stream\r\n", kind)
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(head, chunk(event("a")))
+        await step.wait()
+        await peer.send(chunk(event("b")), b"0\r\n\r\n")
+
+    async with Upstream(script) as one:
+        async with Running(*(controller(name, one.url) for name in "ab"[:count])) as server:
+            client = await server.open()
+            await client.post("m", stream=True)
+            assert await client.reader.readuntil(chunk(event("a")))
+            step.set()
+            assert (await client.reader.readuntil(b"0\r\n\r\n")).startswith(chunk(event("b")))
+            client.close()
+    for body, calls in ((json.dumps(ANSWER).encode(), 1), (b'{"error":{"message":"no","code":"insufficient_quota"}}', 2)):
+        bad = head.replace(b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(body)) + body
+        async with Upstream(answers(bad)) as one, Upstream(answers(GOOD)) as two:
+            async with Running(*(controller(name, up.url) for name, up in (("a", one), ("b", two))), pool={"type": "priority"}) as server:
+                found = await server.post(stream=True)
+                assert found.json() == ANSWER and len(one.seen) + len(two.seen) == calls
+                assert bool(server.server.pool.upstreams[0].quota.park_s) is (calls == 2)
+
+
 async def test_a_cut_stream_is_told_honestly() -> None:
     """After the first event a cut ends in an error event, without the final chunk and without [DONE]."""
 
