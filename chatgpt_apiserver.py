@@ -64,6 +64,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import time
 import traceback
 import urllib.parse
@@ -2484,8 +2485,9 @@ class EventKind(enum.Enum):
     ERROR = "error"
 
 
-# The Responses API says these before anything is generated: an error that comes after them can still go elsewhere.
-_PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress")
+# The Responses API says these before anything is generated: an error that comes after them can still go elsewhere. The
+# last two keep a connection open while a model thinks, there and where an API is translated from Anthropic's.
+_PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress", "keepalive", "ping")
 
 
 def judge_event(event: bytes) -> EventKind:
@@ -2606,7 +2608,7 @@ class Fiber:
     def __init__(self, coro: "Coroutine[Any, Any, None]", loop: asyncio.AbstractEventLoop) -> None:
         self.coro, self.loop = coro, loop
         self.ended: "asyncio.Future[None]" = loop.create_future()
-        self.waits_for: "asyncio.Future[Any] | None" = None  # that it waits for, if it is no PAUSE
+        self.waits_for: "asyncio.Future[Any] | asyncio.Handle | None" = None  # if it is no PAUSE
         loop.call_soon(self.resume)
 
     def resume(self, error: "BaseException | None" = None) -> None:
@@ -2632,8 +2634,8 @@ class Fiber:
         self.loop.call_soon(self._cancel)
 
     def _wait(self, future: "asyncio.Future[Any] | None") -> None:
-        if future is None:  # asyncio.sleep(0)
-            self.loop.call_soon(self.resume)
+        if future is None:  # asyncio.sleep(0); kept, as a cancellation must take back the waking
+            self.waits_for = self.loop.call_soon(self.resume)
         else:
             self.waits_for = future
             future._asyncio_future_blocking = False  # as asyncio.Task does with what it is handed
@@ -2653,6 +2655,7 @@ class Fiber:
             self.resume(asyncio.CancelledError())
 
     def _end(self) -> None:
+        self.waits_for = None
         if not self.ended.done():
             self.ended.set_result(None)
 
@@ -2997,6 +3000,32 @@ async def unless_cancelled(dialling: "asyncio.Task[tuple[asyncio.Transport, Wire
         dialling.add_done_callback(abort_unwanted)
         dialling.get_loop().call_later(UNWANTED_S, dialling.cancel)
         raise
+
+
+class Lookups:
+    """Looks a name up once for all who ask at the same time.
+
+    asyncio gives each lookup a thread, and has six of them where there are two processors: a name that no resolver
+    answers for would take them all, and no other account could be connected to.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop, self.look_up = loop, loop.getaddrinfo
+        self.under_way: "dict[Any, asyncio.Task[Any]]" = {}
+
+    async def getaddrinfo(self, host: "Any", port: "Any", **more: "Any") -> "Any":
+        """As the loop's own, in whose place it stands."""
+        asked = (host, port, *sorted(more.items()))
+        task = self.under_way.get(asked)
+        if task is None:
+            task = self.under_way[asked] = self.loop.create_task(self.look_up(host, port, **more))
+            task.add_done_callback(functools.partial(self._end, asked))
+        return await asyncio.shield(task)  # who gives up ends the lookup for nobody else
+
+    def _end(self, asked: "Any", task: "asyncio.Task[Any]") -> None:
+        del self.under_way[asked]
+        if not task.cancelled():
+            task.exception()  # or asyncio would log one for which nobody waits any more
 
 
 async def open_link(host: str, port: int, tls: "ssl.SSLContext | None" = None, name: "str | None" = None) -> Link:
@@ -3398,7 +3427,7 @@ class NetworkExchange:
             # Upstreams close idle connections, and their FIN may cross our request: then it was never read, and goes
             # out once more. This is the one replay that no table of outcomes decides.
             if not connection.was_stale(error) or (self.upload is not None and self.upload.tapped):
-                raise error from problem
+                raise error from None if error is problem else problem  # an error that is its own cause is never freed
             self.abort()
             connection = await self.pool.connect(self.origin, self.timeouts.connect)
             self._send(connection)
@@ -3450,11 +3479,13 @@ class NetworkExchange:
         assert decoder is not None and connection is not None
         self.piped, self.ends_at = (decoder, connection, outlet), self._ends_at(connection)
         data, self.rest = self.rest, b""
-        if not (self._arrived(data) if data else decoder.done):
-            try:
+        try:
+            if not (self._arrived(data) if data else decoder.done):
                 await connection.reader.divert(self._arrived)
-            except ConnectionError as problem:
-                raise UpstreamClosed("the upstream reset the connection in its reply") from problem
+        except ConnectionError as problem:
+            raise UpstreamClosed("the upstream reset the connection in its reply") from problem
+        finally:
+            del self.piped  # a translation is its exchange's outlet: each would have the other
         if self.broken is not None:
             raise BadReply("the upstream's reply is malformed: %s" % self.broken)
         self._check_end(decoder)
@@ -3466,7 +3497,7 @@ class NetworkExchange:
         try:
             payload = decoder.feed(data)
         except ValueError as problem:  # kept, not raised: above a callback there is nobody who could take it
-            self.broken = problem
+            self.broken = problem.with_traceback(None)  # whose frame has us
             return True
         deadline, silent_at = connection.deadline, connection.loop.time() + self.idle_s
         # Only ever later: the timer looks when it fires.
@@ -4994,8 +5025,10 @@ ANSWERED = frozenset((Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RA
 # these for rate limits hammer a dead key all day.
 QUOTA_CODES = frozenset(
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
-    " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached".split()
+    " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached"
+    " billing_not_active 1113".split()  # the number is Zhipu's
 )
+SPENDING_CAP = "monthly spending cap"  # Google's words, beside the code that it has for all 429s
 TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 MISSING_CODES = frozenset(("model_not_found", "DeploymentNotFound", "not_found_error"))
 # The answer shown when every controller failed: what tells the client most comes first.
@@ -5120,7 +5153,7 @@ def error_words(body: bytes) -> "tuple[str, str]":
         return "", str(error)
     code, kind = str(error.get("code") or ""), str(error.get("type") or "")
     # Some put the status in `code`; and a billing type says more than a general code.
-    named = kind if not code or code.isdigit() or kind in QUOTA_CODES else code
+    named = kind if not code or kind in QUOTA_CODES or (code.isdigit() and code not in QUOTA_CODES) else code
     return named, str(error.get("message") or error.get("detail") or "")
 
 
@@ -5132,12 +5165,15 @@ def is_too_long(body: bytes) -> bool:
 
 def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str]" = ()) -> Outcome:
     """The class of an error reply (PROVIDERS, neutral outcome classes)."""
-    if status == 402 or (status == 429 and code in QUOTA_CODES and code not in rate_codes):
+    spent = (code in QUOTA_CODES and code not in rate_codes) or SPENDING_CAP in message
+    if status == 402 or (status == 429 and spent):
         return Outcome.QUOTA
     if status in (429, 498):  # 498: Groq's flex tier has no capacity left
         return Outcome.RATE
     if status == 401 or (status == 400 and code == "API_KEY_INVALID"):  # Google's word for a 401
         return Outcome.AUTH
+    if status == 403 and ("flagged" in message or "moderation" in message):
+        return Outcome.CLIENT  # OpenRouter's word for a prompt that it does not pass on, to any account
     if status in (403, 404):
         # A project may be barred from one model (403), a key from all: only the words tell.
         if code in MISSING_CODES or "model" in message:
@@ -5250,13 +5286,18 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
 # -- what a reply tells of the quota
 
 
+RESET_MAX_S = 32 * 86_400.0  # no limit counts more than a month
+
+
 class Allowance:
     """What one reply says of one limit: its size, what is left, seconds until it is full (None: not said)."""
 
     __slots__ = ("limit", "remaining", "reset_s")
 
     def __init__(self, limit: float, remaining: float, reset_s: "float | None") -> None:
-        self.limit, self.remaining, self.reset_s = limit, remaining, reset_s
+        # More is a time since 1970: as a duration it would leave an account that is empty once alone for decades.
+        self.limit, self.remaining = limit, remaining
+        self.reset_s = reset_s if reset_s is not None and reset_s <= RESET_MAX_S else None
 
 
 # Limit, remaining and reset: OpenAI's names, which most vendors share; Anthropic's; Cerebras' of the day; Mistral's.
@@ -5366,7 +5407,7 @@ EDGE_S = 0.005  # a bucket is taken to refill this much later than computed: a r
 SLACK_S = 0.25  # a request may reach the upstream this much later than another; then it is counted later too
 CLOSED_MAX_S = 600.0  # no 429 closes for longer without a probe
 CLOSED_S = (1.0, 30.0)  # for a 429 that names no time: the first one's, and what doubling ends at
-CLOSED_MIN_S = 0.01  # a 429 that says "now" is not believed to the letter
+CLOSED_MIN_S = 0.01  # for a 429 that says "now": not believed to the letter, and doubling while it is all that comes
 SLOW_PERIOD_S = 600.0  # a limit that takes longer than this to refill counts hours or days
 # Of health.
 BREAKER_OUTCOMES, BREAKER_FAILURES, BREAKER_WITHIN_S = 20, 5, 30.0
@@ -5557,7 +5598,8 @@ class Ledger:
     """What may still be sent to one quota for one model: by replies, by configuration, by its last 429s.
 
     `requests` and `tokens` are the buckets; `windows` those of the configuration, each with whether it counts tokens.
-    `closed`: until when, for requests of at least so many tokens. `open`: its leases, in the order of their charges.
+    `closed`: until when, for requests of at least so many tokens; `closed_at`: when it last was, `closed_for`: for how
+    long at least, until an answer comes. `open`: its leases, in the order of their charges.
 
     `easy` spares most decisions the arithmetic: a request of no more tokens than that surely goes. What is charged or
     learned since it was computed is taken from it, and from `few`, the requests that surely go; refills are not added.
@@ -5566,14 +5608,15 @@ class Ledger:
     """
 
     __slots__ = (
-        "buckets burst_s closed closed_for easy few limited limits name open requests serial tokens used_at windows"
+        "buckets burst_s closed closed_at closed_for easy few limited limits name open requests serial tokens used_at"
+        " windows"
     ).split()
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
         self.name, self.limits, self.burst_s = name, limits, limits.burst_s
         self.requests, self.tokens = self.buckets = Bucket(), Bucket()
         self.closed: "list[tuple[float, float]]" = []
-        self.closed_for = self.used_at = 0.0
+        self.closed_at = self.closed_for = self.used_at = 0.0
         self.serial = 0
         self.open: "dict[Lease, None]" = {}
         rates = (limits.rpm, limits.tpm)
@@ -5655,22 +5698,25 @@ class Ledger:
         known += [window.limit for by_tokens, window in self.windows if by_tokens and not window.rate]
         return min(known, default=0.0)
 
-    def close(self, verdict: Verdict, need: float, now: float) -> None:
+    def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
         """Takes a 429: closed until the time it named, else until what is lacking is back, else 1 s, doubling.
 
-        One about tokens closes for requests at least as large as the one it refused: smaller ones may fit.
+        One about tokens closes for requests at least as large as the one it refused: smaller ones may fit. `under_way`:
+        its request was, at the last 429, so that this one is no second refusal: a burst that is refused doubles once.
         """
         # A named time is obeyed to the letter. Who forgets it where there are several keys, or sleeps half a second in
         # spite of it, burns all its retries while the window is shut.
         after_s, bucket = verdict.after_s, self.buckets[verdict.by_tokens]
         if after_s is None and bucket.limit:
             after_s = max(0.0, bucket.opens_at(need if verdict.by_tokens else 1.0, now) - now) or None
-        if after_s is None:
-            after_s = self.closed_for = longer(self.closed_for, CLOSED_S)
-        until = now + min(max(after_s, CLOSED_MIN_S), CLOSED_MAX_S)
+        # "Now" (0, or a date that has passed, by our clock) may be rounded down once; again and again it is no time.
+        if not (under_way and self.closed_for):
+            self.closed_for = longer(self.closed_for, CLOSED_S if after_s is None else (CLOSED_MIN_S, CLOSED_S[0]))
+        after_s = max(after_s or 0.0, self.closed_for)
+        until, self.closed_at = now + min(after_s, CLOSED_MAX_S), now
         if not self.limited:
             self.begin(now)
-        if not (self.windows or self.requests.limit):
+        if not (self.windows or self.requests.limit or under_way):
             self.requests.guess(after_s, now)
         # What another 429 said of larger requests, or until later, still holds; what this one covers is forgotten.
         least = need if verdict.by_tokens else 0.0
@@ -6332,7 +6378,7 @@ class UpstreamPool:
         self.serving.clear()
         for waiter in [waiter for line in self.lines.values() for waiter in line if not waiter.future.done()]:
             try:
-                waiter.seats = self.seats(waiter.request.model)
+                waiter.seats = self.seats_for(waiter.request, waiter.request.model)
             except ProxyError as problem:
                 waiter.future.set_exception(problem)
         if self.lines:
@@ -6362,6 +6408,18 @@ class UpstreamPool:
             message = "The model %r is served by no controller here. Served: %s." % told
             raise ProxyError(404, message, "model_not_found", param="model")
         return found
+
+    def seats_for(self, request: ApiRequest, model: str) -> "list[Seat]":
+        """The controllers that serve `model` and can take the request. Raises ProxyError (404)."""
+        seats = self.seats(model)
+        if request.path == CHAT_PATH:
+            return seats
+        seats = [seat for seat in seats if not seat.upstream.controller.chat_only]
+        if request.pinned:
+            seats = [seat for seat in seats if seat.upstream.name == request.pinned]
+        if not seats:
+            raise ProxyError(404, "No controller here can take %s for this model." % request.path[:200], "unknown_url")
+        return seats
 
     def estimate(self, request: ApiRequest) -> None:
         """Sets what the request is taken to need, by its own limit or by what answers of its model had of late."""
@@ -6485,9 +6543,10 @@ class UpstreamPool:
                 for one in upstream.seats.values() if upstream.quota is quota else ():
                     if one.limited_as == seat.limited_as:
                         one.ledger = quota.ledger(one.limited_as)
-        if lease.was_early(verdict):
+        under_way = lease.sent_at <= seat.ledger.closed_at
+        if not under_way and lease.was_early(verdict):
             seat.ledger.halve_burst()
-        seat.ledger.close(verdict, lease.need, now)
+        seat.ledger.close(verdict, lease.need, now, under_way)
 
     def answered(self, lease: Lease, good: bool, now: float) -> None:
         """A reply began to make sense: its controller is alive, and whoever waits for that may go on."""
@@ -6851,6 +6910,11 @@ def more_useful(one: "Reply | None", other: Reply) -> Reply:
     return other if better else one
 
 
+def is_packed(index: Index) -> bool:
+    """Whether a reply came compressed, which nobody had asked for."""
+    return index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
+
+
 def inflate(data: bytes, coding: bytes) -> "bytes | None":
     """The plain bytes of a content coding (RFC 9110, 8.4.1), if they are whole and at most HOLD_BYTES."""
     import zlib  # 1 ms that only such errors need
@@ -6871,9 +6935,10 @@ def unpack_error(reply: Reply) -> None:
 
     What cannot be unpacked, or only to more than HOLD_BYTES (a bomb), gives way to an error of our own.
     """
-    head, coding = reply.head, reply.head.index[b"content-encoding"].strip().lower()
-    if coding in (b"identity", b""):
+    head = reply.head
+    if not is_packed(head.index):
         return
+    coding = head.index[b"content-encoding"].strip().lower()
     plain, lines = inflate(reply.held, coding), without(head.lines, (b"content-encoding",))
     if plain is None:
         message = "The upstream's error, of status %d, came in a compression that nobody asked for." % head.status
@@ -6965,7 +7030,8 @@ class Trip:
 class Meter:
     """Passes bytes on, and remembers the last of them, where `usage` stands. See `Outlet`.
 
-    It stands between only where the client asked for usage: without `stream_options` no event has any.
+    It stands between only where there is some: in a chat where the client asked for it by `stream_options`, and always
+    at the end of a response.
     """
 
     __slots__ = ("sink", "tail")
@@ -7045,23 +7111,11 @@ class Relay:
             request.substitute(pool.aliases[request.model])
         trip.spare = request.model in pool.fallbacks
         try:
-            trip.seats = self._seats(request, request.model)
+            trip.seats = pool.seats_for(request, request.model)
         except ProxyError as problem:
             if not trip.spare:
                 raise
             trip.unfit = problem
-
-    def _seats(self, request: ApiRequest, model: str) -> "list[Seat]":
-        """The controllers that serve `model` and can take the request. Raises ProxyError (404)."""
-        seats = self.pool.seats(model)
-        if request.path == CHAT_PATH:
-            return seats
-        seats = [seat for seat in seats if not seat.upstream.controller.chat_only]
-        if request.pinned:
-            seats = [seat for seat in seats if seat.upstream.name == request.pinned]
-        if not seats:
-            raise ProxyError(404, "No controller here can take %s for this model." % request.path[:200], "unknown_url")
-        return seats
 
     def _turn(self, trip: Trip, verdict: Verdict) -> bool:
         """Turns a trip that came to nothing to the next model that may stand in; whether there is one.
@@ -7080,7 +7134,7 @@ class Relay:
             trip.models = iter(known.get(request.model, ()))
         for model in trip.models:
             try:
-                trip.seats = self._seats(request, model)
+                trip.seats = pool.seats_for(request, model)
             except ProxyError:
                 continue  # configured, but served by nobody
             request.substitute(model)
@@ -7095,6 +7149,7 @@ class Relay:
             lease = await self.pool.wait(trip.request, trip.seats, trip.tried) if trip.seats else None
         except NoRoom as problem:
             trip.line, lease = problem, None
+            forget_frames(problem)
         finally:  # a client that leaves while it waits has waited too, and the access line says how long
             trip.record.waited_s += self.loop.time() - since
         if lease is not None:
@@ -7170,17 +7225,19 @@ class Relay:
                 reply.held, reply.whole = exchange.take(), True
             else:
                 self._learn(reply, lease)
-                await self._collect(reply, lease, others)
-            if others and not reply.held and reply.head.status < 300 and request.path == CHAT_PATH:
+                await self._collect(reply, lease, others, request)
+            said = reply.held.lstrip()  # DeepSeek sends blank lines while a request waits
+            if others and reply.whole and not said and reply.head.status < 300 and request.path == CHAT_PATH:
                 raise UpstreamClosed("the upstream's answer is empty")
             # An error in a 200 has the word as its first key; to parse each answer would cost as much as all the rest.
-            if reply.head.status >= 300 or reply.held.find(b'"error"', 0, 24) >= 0:
+            if reply.head.status >= 300 or said.find(b'"error"', 0, 24) >= 0:
                 self._learn(reply, lease)
                 self._check_refusal(reply, request)
         except BaseException:  # a cancellation too: the upstream has to hear at once that nobody listens
             exchange.abort()
             raise
-        lease.stuck = None
+        finally:
+            lease.stuck = None  # which has the lease in it
         return reply
 
     def _learn(self, reply: Reply, lease: Lease) -> None:
@@ -7210,12 +7267,16 @@ class Relay:
             reply.exchange.finish()
             raise refused_in_200(reply, event)
 
-    async def _collect(self, reply: Reply, lease: Lease, others: bool) -> None:
+    async def _collect(self, reply: Reply, lease: Lease, others: bool, request: ApiRequest) -> None:
         """Reads a stream up to its first real event, anything else up to its end or to WHOLE_BYTES."""
         head = reply.head
-        if head.status < 300 and head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
+        kind = head.index.get(b"content-type", b"").lower()
+        # Some servers give no type, or text/plain, to what they stream: collected, it would come all at once.
+        untyped = request.stream and request.path == CHAT_PATH and b"json" not in kind
+        if head.status < 300 and (untyped or kind[:17] == b"text/event-stream"):
             reply.stream = True
-            await self._hold(reply, others)
+            plain = not is_packed(head.index)  # else no event can be told from another
+            await self._hold(reply, others and plain, request.stateful and plain)
             reply.at = self.loop.time()
             return
         # Silence ends with the head; how long the body takes is up to the length of the answer, and no suspicion.
@@ -7230,8 +7291,12 @@ class Relay:
             size += len(piece)
         reply.held = pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def _hold(self, reply: Reply, others: bool) -> None:
-        """Reads a stream up to its first real event; at once through when there is nothing to fail over to."""
+    async def _hold(self, reply: Reply, others: bool, stateful: bool) -> None:
+        """Reads a stream up to its first real event; at once through when there is nothing to fail over to.
+
+        At once is behind the id of what is made in the account, as `_commit` remembers where that lives: a read may end
+        before it.
+        """
         # Upstreams that are about to fail often say 200 first: Azure an empty-choices chunk, others comments while a
         # queue lasts (OpenRouter, DeepSeek), the Responses API three events before the first word.
         exchange, splitter = reply.exchange, EventSplitter()
@@ -7242,9 +7307,18 @@ class Relay:
                 reply.held = reply.held + piece if reply.held else piece
                 if not piece:
                     reply.whole = True
-                    if not reply.held or others:
+                    if reply.held.lstrip()[:1] == b"{":  # no stream, whatever its type says
+                        reply.stream = False
+                        return
+                    # Some end their last event with their connection.
+                    if not reply.held or (others and not self._decides(reply, splitter.feed(b"\n\n"))):
                         raise UpstreamClosed("the upstream ended its stream before the first event")
-                if not others or self._decides(reply, splitter.feed(piece)) or len(reply.held) > HOLD_BYTES:
+                    return
+                if not others:
+                    decided = not stateful or bool(made_id(reply.held) or _EVENT_END.search(reply.held))
+                else:
+                    decided = self._decides(reply, splitter.feed(piece))
+                if decided or len(reply.held) > HOLD_BYTES:
                     return
                 # Not from the start on: the time to the first byte has a limit of its own.
                 timer = timer or self.loop.call_later(HOLD_S, exchange.interrupt, HeldLongEnough())
@@ -7338,7 +7412,10 @@ class Relay:
         """Sends an answer on as it comes; nothing of it can be replayed. What came of it: OK or CUT."""
         exchange, record, request = reply.exchange, trip.record, trip.request
         try:
-            outlet: "Meter | Sink" = Meter(sink, reply.held) if "stream_options" in request.data else sink
+            metered = "stream_options" in request.data or (
+                request.path == "/responses" and not reply.told and lease.ledger.counts_tokens
+            )
+            outlet: "Meter | Sink" = Meter(sink, reply.held) if metered else sink
             # Nobody will be asked again: a thousand open streams need not keep a thousand long prompts.
             request.body, request.data = b"", {}
             length = None if reply.stream else reply.head.index.get(b"content-length")
@@ -7361,7 +7438,8 @@ class Relay:
         except UpstreamError as error:
             record.outcomes[-1] = (lease.upstream.name, "cut", self.loop.time() - lease.since)
             log.warning("%s: answer of %s cut: %s", request.request_id, lease.upstream.name, error)
-            sink.cut(error_event("The upstream's answer was cut: %s." % error, error.code) if reply.stream else b"")
+            told = reply.stream and not is_packed(reply.head.index)
+            sink.cut(error_event("The upstream's answer was cut: %s." % error, error.code) if told else b"")
             return Verdict(Outcome.CUT, 0, str(error))
         finally:
             exchange.abort()
@@ -7451,6 +7529,7 @@ ROUTES = {
     "/models/*": ("GET, HEAD", "_model"),
     "/status": ("GET, HEAD", "_status"),
 }
+RESETS = struct.pack("ii", 1, 0)  # SO_LINGER: a close is a reset, at once
 AGAIN = b"Retry-After: 1\r\n"
 ASK = b"WWW-Authenticate: Bearer\r\n"  # RFC 9110, 15.5.2
 TAKEN = (503, "All connections are taken; try again.", "too_many_connections")
@@ -7760,7 +7839,8 @@ class ClientConnection:
 
     `reserve`: it came above the bound on connections and may ask for /status only. `raw`: the transport below TLS.
     `broken`: what is wrong with a body of which a part has gone upstream. `skipped`: a body that nobody wants was read.
-    `held`: bytes of the body that count towards bodies_bytes. `close_after`: no request follows this one.
+    `held`: bytes of the body that count towards bodies_bytes. `close_after`: no request follows this one. `unread`: it
+    was refused before its end.
 
     Of a stream that is written: `scrubs`: it may tell of an error; `last`: the end of what left last; `telling`: the
     event under way does tell of one, and waits in `pending` for its end; `failed`: see `Sink`.
@@ -7769,7 +7849,7 @@ class ClientConnection:
     __slots__ = (
         "body broken chunked close_after deadline failed framed framed_bytes gone head head_sent heads held key last"
         " loop on_ready origin outbox peer pending phase probes protocol raw reader record reserve scrubs server"
-        " skipped task telling transport upload"
+        " skipped task telling transport unread upload"
     ).split()
 
     def __init__(
@@ -7784,6 +7864,7 @@ class ClientConnection:
         self.deadline = Deadline(self.loop, self._expired)
         self.phase, self.probes, self.held = IDLE, 0, 0
         self.gone = self.close_after = self.head_sent = self.chunked = self.scrubs = self.telling = self.skipped = False
+        self.unread = reserve
         # For one request, set anew by `_one` and by `open`.
         self.head: "RequestHead | None" = None
         self.heads = HeadMemory()
@@ -7806,7 +7887,11 @@ class ClientConnection:
         """The server is about to stop: an idle connection closes, a busy one after its answer."""
         self.close_after = True
         if self.phase is IDLE:
-            self.task.cancel()
+            self.outbox.flush()
+            if self._unsent():  # the end of an answer that its client reads slowly: `_flush` comes next
+                self.reader.interrupt(EOFError())
+            else:
+                self.task.cancel()
 
     # -- the connection's life
 
@@ -7818,27 +7903,31 @@ class ClientConnection:
             while not self.close_after and await self._one():
                 pass
             self.phase = Phase.CLOSING
-            await self._linger()
-            await self._flush()
-        except asyncio.CancelledError:
-            pass  # the client left, or the server stops; asyncio 3.11 prints a traceback for a cancelled stream task
+            if not self.gone:
+                await self._linger()
+                await self._flush()
+        except asyncio.CancelledError:  # the client left, or the server stops, maybe in the midst of an answer
+            self.gone = self.gone or (self.phase is ANSWER and self.head_sent)
         except (OSError, ClientGone):  # OSError: TimeoutError, ConnectionError, and ENOTCONN of a shutdown come late
             self.gone = True
         finally:
             self.phase = Phase.CLOSING
             self._release()
             self.deadline.cancel()
-            self.reader.on_end = self.protocol.on_writable = self.on_ready = None
+            self.reader.on_end = self.protocol.on_writable = self.on_ready = self.upload = None
             self._close()
             self.server.forget(self)
 
     def _close(self) -> None:
         """Closes; whoever has not taken the rest of its answer by now is cut off."""
         self.outbox.flush()  # a transport that is closed takes nothing more
-        if self.gone or self._unsent():
-            self.transport.abort()
-        else:
+        if not (self.gone or self._unsent()):
             self.transport.close()
+            return
+        # To HTTP/1.0 a FIN is the end of an answer without a length: what was cut would look whole.
+        if self.head_sent and self.head is not None and not self.head.minor and not self.raw.is_closing():
+            self.raw.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESETS)
+        self.transport.abort()
 
     def _unsent(self) -> int:
         """How many bytes of the answers the kernel has not taken yet."""
@@ -7885,7 +7974,8 @@ class ClientConnection:
                     self.body = await self._read_body(head, decoder)
         except ProxyError as error:
             problem = error
-            self.close_after = self.close_after or not self.skipped  # or what follows it could not be trusted
+            self.unread = not self.skipped
+            self.close_after = self.close_after or self.unread  # or what follows it could not be trusted
             self._release()
         except EOFError:
             return False
@@ -7905,8 +7995,10 @@ class ClientConnection:
         if self.reader.ended or self.server.stopping:
             return
         self.outbox.flush()
-        if self.transport.can_write_eof():  # TLS cannot close one way only
+        if self.transport.can_write_eof():
             self.transport.write_eof()
+        elif not (self.unread or self.reader.data or (self.upload is not None and not self.upload.done)):
+            return  # TLS cannot close one way only, and a client may wait for that as the end of its answer
         self.deadline.set(self.loop.time() + LINGER_S)
         budget = LINGER_BYTES
         try:
@@ -8094,6 +8186,7 @@ class ClientConnection:
                 self.origin = server.check_doors(head)
             await server.handle(self, head)
         except (ProxyError, UpstreamError) as error:
+            forget_frames(error)  # ours and the relay's, which have it too
             if self.head_sent:  # nothing honest can be said behind half an answer
                 raise ClientGone from error
             await self._fail(error)
@@ -8281,8 +8374,7 @@ class ClientConnection:
             self.reader.interrupt(BadMessage(408, "The request did not arrive in time."))
         elif self.upload is not None and self.upload.push is not None:
             self.leave(BadMessage(408, "The request did not arrive in time."))
-        else:  # it does not read: a close would wait for that
-            self.transport.abort()
+        else:  # it does not read
             self.leave()
 
     def _ended(self, error: "BaseException | None") -> None:
@@ -8300,6 +8392,8 @@ class ClientConnection:
     def leave(self, problem: "ProxyError | None" = None) -> None:
         """Ends the answer under way: the client is gone, or its body, part of which is upstream, has a `problem`."""
         self.broken, self.gone = problem, problem is None
+        if problem is not None:
+            forget_frames(problem)
         self.task.cancel()
 
     def _probe(self) -> None:
@@ -8439,6 +8533,7 @@ class Server:
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
         self.loop, self.outbox = loop, Outbox(loop)
+        loop.getaddrinfo = Lookups(loop).getaddrinfo  # type: ignore[method-assign]
         self.links = ConnectionPool(self.outbox, dial)
         self.connections: "set[ClientConnection]" = set()
         self.per_peer: "dict[str, int]" = {}

@@ -12,6 +12,7 @@ import chatgpt_apiserver as app
 
 from .support import (
     ANSWER,
+    MESSAGES,
     SSE_HEAD,
     Message,
     Peer,
@@ -23,6 +24,8 @@ from .support import (
     request,
     sse_reply,
 )
+from .test_bounds import check_no_garbage
+from .wirefeed import turns
 
 STREAMS = Path(__file__).parent / "golden" / "anthropic" / "streams"
 REPLY = {
@@ -409,6 +412,19 @@ async def test_a_rescue_that_cannot_be_said(caplog: pytest.LogCaptureFixture) ->
                 server.server.access.flush()
                 assert "b:unfit" in "".join(server.lines)
         assert "a rescue failed" not in caplog.text
+
+
+async def test_a_stream_that_ended_is_no_garbage() -> None:
+    """A translated stream keeps nothing alive, neither itself nor its connections."""
+    wire = sse_reply(START, text("a"), STOP)
+
+    async def script(peer: Peer, _: Message) -> None:
+        for piece in (wire[:-40], wire[-40:]):  # the first event alone would be no stream that is piped
+            await peer.send(piece)
+            await turns()
+
+    body = json.dumps({"model": "m", "stream": True, "messages": MESSAGES}).encode()
+    await check_no_garbage(script, request(body, "Connection: close"), "anthropic")
 
 
 async def test_a_client_that_reads_slowly() -> None:

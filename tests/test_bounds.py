@@ -18,9 +18,11 @@ from .support import (
     Message,
     Peer,
     Running,
+    Script,
     Upstream,
     answers,
     controller,
+    error_reply,
     event,
     json_reply,
     request,
@@ -121,24 +123,24 @@ async def test_a_reader_that_stops_at_the_end_is_counted_until_it_is_dropped(end
 
 
 @pytest.mark.virtual_time
-async def test_a_slow_reader_gets_the_end_of_its_answer() -> None:
-    """A connection that is about to close, by the idle timeout or at a stop, first sends what is left."""
+@pytest.mark.parametrize(("after_s", "stop"), [(5, False), (1, True), (5, True)])
+async def test_a_slow_reader_gets_the_end_of_its_answer(after_s: int, stop: bool) -> None:
+    """A connection that is about to close, by the idle timeout, at a stop or by both, first sends what is left."""
     limits = {"write_timeout": 30, "idle_timeout": 2}
     answer = json_reply(200, {"pad": "x" * 40_000})
     async with Upstream(answers(answer)) as one:
         async with Running(controller("a", one.url), limits=limits) as server:
-            for stop in (False, True):
-                client = await open_stalled(server)
-                await client.post("m")
-                await pause(5)
-                stopping = asyncio.ensure_future(server.server.stop()) if stop else None
-                await pause(1)
-                client.writer.transport.resume_reading()  # type: ignore[attr-defined]
-                assert (await client.read()).body == answer.partition(b"\r\n\r\n")[2]
-                assert await client.closed() == b""
-                client.close()
-                if stopping:
-                    await stopping
+            client = await open_stalled(server)
+            await client.post("m")
+            await pause(after_s)
+            stopping = asyncio.ensure_future(server.server.stop()) if stop else None
+            await pause(1)
+            client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            assert (await client.read()).body == answer.partition(b"\r\n\r\n")[2]
+            assert await client.closed() == b""
+            client.close()
+            if stopping:
+                await stopping
 
 
 @pytest.mark.virtual_time
@@ -628,5 +630,87 @@ async def test_a_connection_that_ended_is_no_garbage(stream: bool) -> None:
                 assert (await server.post(stream=stream)).status == 200
         await turns()
         assert sum(type(one) in kinds for one in gc.get_objects()) <= before
+    finally:
+        gc.enable()
+
+
+CLOSES = "Connection: close"
+BEGUN = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("raw", "ends"),
+    [
+        (b"", "fin"),
+        (b"", "reset"),
+        (b"HTTP/1.1 2", "fin"),
+        (b"HTTP/9 what\r\n\r\n", "stays"),
+        (BEGUN + b"Content-Length: 90\r\n\r\n{", "fin"),
+        (BEGUN + b"Content-Length: 90\r\n\r\n{", "reset"),
+        (SSE_HEAD + app.chunk(event("a")), "fin"),
+        (SSE_HEAD + app.chunk(event("a")), "reset"),
+        (SSE_HEAD + app.chunk(event("a")) + b"zz\r\n", "stays"),
+        (error_reply(500), "stays"),
+        (error_reply(429, None, "no", "retry-after: 99"), "stays"),
+        (json_reply(200, {"error": {"message": "no"}}), "stays"),
+    ],
+)
+async def test_what_failed_is_no_garbage(raw: bytes, ends: str, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that failed or was cut keeps nothing alive: neither errors and their frames, nor its request."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        head, mark, rest = raw.partition(b"zz\r\n")
+        await peer.send(head)
+        if mark:  # by itself, as it is told in another place than what comes with the first event
+            await turns()
+            await peer.send(mark + rest)
+        if ends != "stays":
+            await turns()
+            peer.close() if ends == "fin" else peer.reset()
+
+    monkeypatch.setattr(app.log, "disabled", True)  # pytest keeps the errors that a warning speaks of
+    body = json.dumps({"model": "m", "stream": stream, "messages": MESSAGES}).encode()
+    await check_no_garbage(script, request(body, CLOSES))
+
+
+@pytest.mark.parametrize("raw", [b"BAD\r\n\r\n", request(b"{", CLOSES), request(b"", CLOSES, target="/v1/x"), request(b"xyz")[:-1]])
+async def test_what_was_refused_is_no_garbage(raw: bytes) -> None:
+    """A request that was refused, or did not come whole, keeps nothing alive."""
+    await check_no_garbage(answers(json_reply(200, ANSWER)), raw)
+
+
+@pytest.mark.parametrize("end", [b"\r\n--b--\r\n", b"", b'\r\n--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n'])
+async def test_an_upload_that_ended_is_no_garbage(end: bytes) -> None:
+    """An upload, whole or not or refused on its way, keeps nothing alive."""
+    part = b'--b\r\nContent-Disposition: form-data; name="'
+    form = part + b'model"\r\n\r\nm\r\n' + part + b'file"; filename="f"\r\n\r\n' + b"x" * 1_200_000 + end
+    raw = request(form + bytes(10), "Content-Type: multipart/form-data; boundary=b", CLOSES, target="/v1/audio/transcriptions")
+    await check_no_garbage(answers(json_reply(200, ANSWER)), raw[: None if b"--b--" in end else -10])
+
+
+async def check_no_garbage(script: Script, raw: bytes, kind: str = "openai") -> None:
+    """Send `raw` to a server with two controllers of that kind and script, which closes the connection, a few times."""
+    errors = (app.ProxyError, app.UpstreamError, app.NoRoom, app.Refused)
+    wires = (app.ClientConnection, app.ClientUpload, app.UpstreamConnection, app.NetworkExchange, app.Fiber, app.Deadline)
+    kinds = (app.Trip, app.Lease, app.ApiRequest, *wires, *errors)
+    gc.collect()
+    before = sum(isinstance(one, kinds) for one in gc.get_objects())
+    gc.disable()
+    try:
+        async with Upstream(script) as one, Upstream(script) as two:
+            both = [{**controller(name, upstream.url), "type": kind} for name, upstream in (("a", one), ("b", two))]
+            async with Running(*both, pool={"max_wait": 0}, limits={"body_timeout": 0.02}) as server:
+                for _ in range(4):
+                    client = await server.open()
+                    await client.send(raw)
+                    await client.closed()
+                    client.close()
+                one.seen.clear()
+                two.seen.clear()
+            await turns()
+            del server
+        left = [one for one in gc.get_objects() if isinstance(one, kinds)]
+        assert len(left) <= before, left
     finally:
         gc.enable()

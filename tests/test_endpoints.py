@@ -9,6 +9,7 @@ import chatgpt_apiserver as app
 
 from .support import (
     ANSWER,
+    SSE_HEAD,
     Message,
     Peer,
     Running,
@@ -20,6 +21,7 @@ from .support import (
     json_reply,
     request,
 )
+from .wirefeed import turns
 
 LISTED = {"object": "list", "data": []}
 
@@ -109,6 +111,49 @@ async def test_a_responses_stream_commits_on_its_first_real_event() -> None:
                 server, "POST", "/v1/responses", {"model": "r", "input": "x", "stream": True, "store": False}
             )
             assert found.body == created + delta and found.headers["x-apiserver-attempts"] == "2"
+
+
+@pytest.mark.parametrize("cut", [8, 60, 78, 200])
+async def test_a_streamed_response_is_found_again_wherever_its_reads_end(cut: int) -> None:
+    """Who made it is remembered, also where its first read ends before its id or within."""
+    created = b'event: response.created\ndata: {"type":"response.created","response":{"id":"resp_12345","object":"response"}}\n\n'
+
+    async def script(peer: Peer, message: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(created[:cut])
+        await turns()
+        await peer.send(app.chunk(created[cut:]) if created[cut:] else b"", b"0\r\n\r\n")
+
+    async with Upstream(script) as one, Upstream(script) as two:
+        async with Running(controller("a", one.url), controller("b", two.url)) as server:
+            data = {"model": "r", "input": "x", "stream": True}
+            found = await ask(server, "POST", "/v1/responses", data)
+            assert found.body == created and found.headers["x-apiserver-controller"] == "a"
+            for _ in range(3):
+                found = await ask(server, "POST", "/v1/responses", {**data, "previous_response_id": "resp_12345"})
+                assert found.headers["x-apiserver-controller"] == "a"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_what_a_response_cost_is_counted(streams: bool) -> None:
+    """Streamed or not, its usage takes the place of the estimate in a configured limit of tokens."""
+    end = {"id": "resp_1", "usage": {"input_tokens": 1000, "output_tokens": 4000, "total_tokens": 5000}}
+    told = [{"type": "response.output_text.delta", "delta": "hi"}, {"type": "response.completed", "response": end}]
+
+    async def script(peer: Peer, _: Message) -> None:
+        if not streams:
+            await peer.send(json_reply(200, end))
+            return
+        await peer.send(SSE_HEAD)
+        for what in told:
+            await peer.chunk(b"data: %b\n\n" % json.dumps(what).encode())
+            await turns()
+        await peer.send(b"0\r\n\r\n")
+
+    async with Upstream(script) as one, Running(controller("a", one.url, limits={"tpm": 100_000})) as server:
+        await ask(server, "POST", "/v1/responses", {"model": "r", "input": "x", "stream": streams})
+        ((_, window),) = server.server.pool.upstreams[0].seat("r").ledger.windows
+        assert window.total == 5000
 
 
 async def test_a_follow_up_goes_where_the_first_response_lives() -> None:

@@ -164,6 +164,9 @@ def fields(kind: bytes = b"requests", **values: bytes) -> "dict[bytes, bytes]":
         (fields(limit=b"500", remaining=b"900", reset=b"1s"), (500, 500, 1.0)),
         (fields(limit=b"500", remaining=b"499", reset=b"-1"), (500, 499, None)),
         (fields(limit=b"500", remaining=b"499", reset=b"soon"), (500, 499, None)),
+        (fields(limit=b"500", remaining=b"499", reset=b"720h"), (500, 499, 2_592_000.0)),
+        (fields(limit=b"500", remaining=b"499", reset=b"1795800000"), (500, 499, None)),
+        (fields(limit=b"500", remaining=b"499", reset=b"9999-01-01T00:00:00Z"), (500, 499, None)),
         (fields(limit=b"0", remaining=b"0", reset=b"0"), None),
         (fields(limit=b"-1", remaining=b"-1"), None),
         (fields(limit=b"500", remaining=b"-1"), None),
@@ -595,6 +598,21 @@ def test_a_429_without_a_time() -> None:
     made.answered(now, True)
     two.ledger.close(verdict("rate", 429), 1, now)
     assert closed_for(two, now=now) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.003])
+def test_a_429_that_says_now_again_and_again(after_s: float) -> None:
+    """It is believed less each time, up to a second, and anew once an answer came; a longer time is always obeyed."""
+    one, now = seat(), T0
+    for expected in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0):
+        one.ledger.close(verdict("rate", 429, after_s=after_s), 1, now)
+        assert max(until for _, until in one.ledger.closed) - now == pytest.approx(expected)
+        now += expected
+    one.ledger.close(verdict("rate", 429, after_s=7.0), 1, now)
+    assert closed_for(one, now=now) == pytest.approx(7.0)
+    lease(one, now).answered(now + 7, True)
+    one.ledger.close(verdict("rate", 429, after_s=after_s), 1, now + 7)
+    assert max(until for _, until in one.ledger.closed) - now - 7 == pytest.approx(0.01)
 
 
 def test_a_token_429_closes_only_for_requests_at_least_that_large() -> None:

@@ -1,6 +1,7 @@
 """Relay: attempts, failover, the commit point, cuts, vanished clients; real sockets on both sides."""
 
 import asyncio
+import gzip
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from chatgpt_apiserver import chunk
 
 from .support import (
     ANSWER,
+    MESSAGES,
     SSE_HEAD,
     Message,
     Peer,
@@ -19,8 +21,10 @@ from .support import (
     error_reply,
     event,
     json_reply,
+    request,
     sse_reply,
 )
+from .test_bounds import pause
 from .wirefeed import turns
 
 GOOD = json_reply(200, ANSWER)
@@ -133,6 +137,61 @@ async def test_a_stream_cut_into_any_pieces_relays_identically(cut: int) -> None
         assert (await server.post(stream=True)).body == body
 
 
+@pytest.mark.parametrize("cut", [False, True])
+async def test_a_compressed_stream_passes_as_it_comes(cut: bool) -> None:
+    """It has no events that could be waited for, so nobody else is asked; nor are words written into one that was cut."""
+    step, packed = asyncio.Event(), gzip.compress(event("a"))
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD.replace(b"Transfer", b"Content-Encoding: gzip\r\nTransfer"))
+        await peer.chunk(packed[:20])
+        await step.wait()
+        await peer.chunk(packed[20:])
+        await peer.send(b"" if cut else b"0\r\n\r\n")
+        peer.close()
+
+    async with Upstream(script) as one, Upstream(script) as two:
+        async with Running(controller("a", one.url), controller("b", two.url)) as server:
+            client = await server.open()
+            await client.post("m", stream=True)
+            assert b"Content-Encoding: gzip" in await client.reader.readuntil(b"\r\n\r\n")
+            assert await client.reader.readuntil(packed[:20] + b"\r\n")
+            step.set()
+            found = await client.reader.read() if cut else await client.reader.readuntil(b"0\r\n\r\n")
+            assert found == chunk(packed[20:]) + (b"" if cut else b"0\r\n\r\n")
+            assert server.server.pool.upstreams[0].failures == cut and not two.seen
+            client.close()
+
+
+@pytest.mark.parametrize("kind", [b"", b"Content-Type: text/plain\r\n", b"Content-Type: Text/Event-Stream\r\n"])
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_stream_is_one_whatever_its_type_says(kind: bytes, count: int) -> None:
+    """Each event leaves as it comes; and what is no stream stays a whole answer, or an error that is judged."""
+    step = asyncio.Event()
+    head = SSE_HEAD.replace(b"Content-Type: text/event-stream\r\n", kind)
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(head, chunk(event("a")))
+        await step.wait()
+        await peer.send(chunk(event("b")), b"0\r\n\r\n")
+
+    async with Upstream(script) as one:
+        async with Running(*(controller(name, one.url) for name in "ab"[:count])) as server:
+            client = await server.open()
+            await client.post("m", stream=True)
+            assert await client.reader.readuntil(chunk(event("a")))
+            step.set()
+            assert (await client.reader.readuntil(b"0\r\n\r\n")).startswith(chunk(event("b")))
+            client.close()
+    for body, calls in ((json.dumps(ANSWER).encode(), 1), (b'{"error":{"message":"no","code":"insufficient_quota"}}', 2)):
+        bad = head.replace(b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(body)) + body
+        async with Upstream(answers(bad)) as one, Upstream(answers(GOOD)) as two:
+            async with Running(*(controller(name, up.url) for name, up in (("a", one), ("b", two))), pool={"type": "priority"}) as server:
+                found = await server.post(stream=True)
+                assert found.json() == ANSWER and len(one.seen) + len(two.seen) == calls
+                assert bool(server.server.pool.upstreams[0].quota.park_s) is (calls == 2)
+
+
 async def test_a_cut_stream_is_told_honestly() -> None:
     """After the first event a cut ends in an error event, without the final chunk and without [DONE]."""
 
@@ -197,6 +256,37 @@ async def test_a_large_answer_streams_through_and_a_cut_aborts_it() -> None:
         assert (await client.read(head_only=True)).headers["content-length"] == str(size)
         assert len(await client.closed()) < size
         client.close()
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("why", ["cut", "stop", "unread"])
+async def test_what_http_1_0_gets_of_an_answer_never_looks_whole(why: str) -> None:
+    """Where only the end of the connection ends an answer, one that was cut, by whomever, ends in a reset."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(80 if why == "unread" else 20):
+            await peer.chunk(b"x" * 100_000)
+        if why == "cut":
+            peer.close()
+        else:
+            await peer.gone()
+
+    more = {"drain_timeout": 2, "limits": {"write_timeout": 5}}
+    async with Upstream(script) as one, Running(controller("a", one.url), **more) as server:
+        client = await server.open()
+        body = json.dumps({"model": "m", "messages": MESSAGES}).encode()
+        await client.send(request(body).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert b"200 OK" in await client.reader.readuntil(b"\r\n\r\n")
+        stopping = asyncio.ensure_future(server.server.stop()) if why == "stop" else None
+        if why == "unread":  # the reader stops at its limit
+            while server.server.connections:
+                await pause(0.5)
+        with pytest.raises(ConnectionResetError):
+            await client.reader.read()
+        client.close()
+        if stopping:
+            await stopping
 
 
 @pytest.mark.parametrize("phase", ["before the head", "in the stream"])

@@ -266,6 +266,27 @@ async def test_row_429_rate_limit() -> None:
 TOO_LARGE = limited("", "Request too large for m on tokens per min (TPM): Limit 10000, Requested 12000.", "tokens")
 
 
+@pytest.mark.parametrize("limits", [{}, {"rpm": 600, "burst_s": 40}])
+async def test_row_429_a_burst_that_is_refused_is_one_refusal(limits: "dict[str, int]") -> None:
+    """What was under way at the first 429 is refused with it: the time does not double, nor the burst halve, for each."""
+    gate, count = asyncio.Event(), 8
+
+    async def script(peer: Peer, _: Message) -> None:
+        if len(home.ups[0].times) > count:
+            await peer.send(GOOD)
+            return
+        if len(home.ups[0].times) == count:
+            gate.set()
+        await gate.wait()
+        await peer.send(limited())
+
+    async with house(script, each=[{"limits": limits}]) as home:
+        started = now()
+        found = await asyncio.gather(*(home.post() for _ in range(count)))
+        assert {one.status for one in found} == {200} and now() - started < 3
+        assert home.pool.upstreams[0].seat("m").ledger.burst_s == (20 if limits else 60)
+
+
 async def test_row_429_request_too_large_with_a_larger_account() -> None:
     """Only controllers whose known limit is large enough are asked; the small one learns nothing."""
     small, large = {"limits": {"tpm": 11_000}}, {"limits": {"tpm": 50_000}}
@@ -422,6 +443,8 @@ def in_stream(code: str, kind: str = "") -> bytes:
         (sse_reply(), "open"),
         (reply(200, b'{"error":{"message":"x","type":"server_error","code":null}}'), "open"),
         (reply(200, b'{\n  "error": {\n    "message": "x", "code": 502}\n}'), "open"),
+        (reply(200, b"\n" * 40 + b'{"error":{"message":"x","type":"insufficient_quota"}}'), "parked"),
+        (reply(200, b"\n" * 40), "open"),
     ],
 )
 async def test_row_200_whose_first_event_is_an_error(first: bytes, state: str) -> None:
@@ -603,6 +626,26 @@ async def test_row_sighup_ends_the_waiting_for_a_model_that_is_gone() -> None:
         home.server.server.reconfigure(app.parse_config(data, "test", {}))
         assert (await waiter).status == 404
         await until(home.idle)
+
+
+async def test_row_sighup_leaves_a_conversation_with_the_account_that_has_it() -> None:
+    """Who waits for the account that made its last response goes on waiting for that one, not for whoever has room."""
+    made = json_reply(200, {"id": "resp_1", "object": "response"})
+    async with house(answers(made, limited("5"), made), answers(made), pool={"type": "priority"}) as home:
+
+        async def ask(**more: str) -> Message:
+            client = await home.server.open()
+            body = json.dumps({"model": "m", "input": "hi", **more}).encode()
+            await client.send(request(body, target="/v1/responses"))
+            found = await client.read()
+            client.close()
+            return found
+
+        await ask()
+        waiter = asyncio.get_running_loop().create_task(ask(previous_response_id="resp_1"))
+        await until(lambda: home.pool.waiting)
+        home.server.server.reconfigure(home.server.config)
+        assert (await waiter).headers["x-apiserver-controller"] == "a" and home.calls == [3, 0]
 
 
 # -- rounds and the last resort
@@ -1117,6 +1160,18 @@ async def test_a_responses_stream_commits_after_its_preface() -> None:
     failed = b'event: response.failed\ndata: {"type":"response.failed","response":{"error":{"code":"server_error"}}}\n\n'
     async with house(answers(sse_reply(preface, failed)), both) as home:
         assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("last", "calls", "state"),
+    [(event("a")[:-2], [1, 0], "open"), (b'data: {"error":{"message":"no","code":"insufficient_quota"}}', [1, 1], "parked")],
+)
+async def test_a_first_event_may_end_with_its_stream(last: bytes, calls: "list[int]", state: str) -> None:
+    """Without its blank line it still is an answer, which is not thrown away, or an error, which is judged."""
+    async with house(answers(sse_reply(last)), both, pool={"type": "priority"}) as home:
+        found = await home.post(stream=True)
+        assert found.status == 200 and home.calls == calls and home.state()["state"] == state
+        assert (last in found.body) is (calls == [1, 0])
 
 
 # -- suspicion and rescue

@@ -10,6 +10,7 @@ import pytest
 import chatgpt_apiserver as app
 
 from .support import ANSWER, MESSAGES, Message, Peer, Running, Upstream, answers, controller, json_reply, request
+from .wirefeed import turns
 
 CHAT = json.dumps({"model": "echo", "messages": MESSAGES}).encode()
 
@@ -217,6 +218,37 @@ async def test_drain_lets_answers_finish() -> None:
         await stopping
         idle.close()
         busy.close()
+
+
+@pytest.mark.parametrize("waits", ["a turn", "a future", "a pause"])
+async def test_a_fiber_is_cancelled_once_wherever_it_waits(waits: str) -> None:
+    """What would have woken it wakes nobody any more, neither when it has ended nor when it waits for something else."""
+    loop, seen = asyncio.get_running_loop(), []
+    first, second = loop.create_future(), loop.create_future()
+
+    async def life() -> None:
+        try:
+            while waits == "a turn":
+                await asyncio.sleep(0)
+            await (first if waits == "a future" else app.PAUSE)
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            first.cancel()
+        await app.PAUSE
+        seen.append("woken")
+        await second
+
+    fiber = app.Fiber(life(), loop)
+    await turns(3)
+    fiber.cancel()
+    await turns(3)
+    assert seen == ["cancelled"]
+    fiber.resume()
+    assert seen == ["cancelled", "woken"]
+    fiber.cancel()
+    await fiber.ended
+    assert second.cancelled()
+    await turns(3)  # an error of the coroutine would reach the exception handler, and fail this test
 
 
 async def test_the_access_line_tells_the_story() -> None:

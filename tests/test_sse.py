@@ -28,6 +28,8 @@ def test_fields_of_an_event() -> None:
         (b": keep-alive\n\n", "preface"),
         (b'data: {"choices":[],"prompt_filter_results":[]}\n\n', "preface"),
         (b'event: response.created\ndata: {"type":"response.created"}\n\n', "preface"),
+        (b'event: keepalive\ndata: {"type":"keepalive","sequence_number":3}\n\n', "preface"),
+        (b'event: ping\ndata: {"type": "ping"}\n\n', "preface"),
         (b'data: {"choices":[{"delta":{}}]}\n\n', "real"),
         (b"data: [DONE]\n\n", "real"),
         (b"data: not json\n\n", "real"),

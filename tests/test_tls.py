@@ -1,12 +1,13 @@
 """The TLS listener: its versions, how handshakes are bounded, what a refused client still gets to read."""
 
 import asyncio
+import json
 import ssl
 import warnings
 
 import pytest
 
-from .support import CERT, KEY, SSE_HEAD, Client, Message, Peer, Running, Upstream, controller, event, request
+from .support import CERT, KEY, MESSAGES, SSE_HEAD, Client, Message, Peer, Running, Upstream, controller, event, request
 from .test_bounds import end_of_all, pause
 
 TLS = {"cert": CERT, "key": KEY}
@@ -66,6 +67,18 @@ async def test_a_large_request_that_is_refused_reads_why() -> None:
         assert (await client.read()).status == 413
         client.writer.close()
         await client.writer.wait_closed()
+
+
+@pytest.mark.virtual_time
+async def test_the_end_of_a_connection_comes_at_once() -> None:
+    """To HTTP/1.0 it is the end of a stream: it comes behind the last byte, and waits for nothing that a client may send."""
+    body = json.dumps({"model": "m", "messages": MESSAGES, "stream": True}).encode()
+    async with Running({"type": "echo", "models": ["m"]}, tls=TLS) as server:
+        client, since = await open_tls(server), asyncio.get_running_loop().time()
+        await client.send(request(body).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert (await client.reader.read()).endswith(b"data: [DONE]\n\n")
+        assert asyncio.get_running_loop().time() - since < 1
+        client.close()
 
 
 @pytest.mark.parametrize("raw", [b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b"\x00" * 50])

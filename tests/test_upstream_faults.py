@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
+from .conftest import GUARD_S
 from .support import (
     ANSWER,
     CERT,
@@ -446,6 +448,28 @@ async def check_a_reply_before_the_request_is_sent_whole(status: int, then: str)
         await turns()
         assert repr(server.server.links) == "<ConnectionPool idle=0 active=0>"
         assert (await server.post("m")).status == status and len(asked) == 2
+
+
+async def test_a_name_that_nobody_answers_for_takes_no_other_accounts_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lookup that hangs is waited for by all who ask for that name, in one thread; the other names have theirs."""
+    over, look_up = threading.Event(), socket.getaddrinfo
+
+    def hang_for_one(host: Any, *rest: Any, **more: Any) -> Any:
+        if host == "dead.example":
+            over.wait(GUARD_S)
+            raise socket.gaierror(socket.EAI_AGAIN, "nobody answers")
+        return look_up(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang_for_one)
+    async with Upstream(answers(GOOD)) as one:
+        dead = controller("a", "http://dead.example/v1", timeouts={"connect": 0.3})
+        async with Running(dead, controller("b", one.url.replace("127.0.0.1", "localhost"))) as server:
+            try:
+                found = await asyncio.gather(*(server.post("m") for _ in range(50)))
+            finally:
+                over.set()
+            assert {message.status for message in found} == {200}
+            assert [upstream.failures > 0 for upstream in server.server.pool.upstreams] == [True, False]
 
 
 # ---- a client that leaves at any moment
