@@ -46,17 +46,22 @@ Link = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Case(NamedTuple):
-    """A kind of load; a gap is the time between the events of a stream, without one answers are whole."""
+    """A kind of load; a gap is the time between the events of a stream, without one answers are whole.
+
+    `sdk`: heads are as long as those of the openai package and of OpenAI, lengths differ, and there are ten accounts.
+    """
 
     unit: str
     clients: int
     prompt: int = 400
     gap_ms: int | None = None
     tls: bool = False
+    sdk: bool = False
 
 
 CASES = {
     "json": Case("request", 32),
+    "sdk": Case("request", 32, sdk=True),
     "json-tls": Case("request", 32, tls=True),
     "big": Case("request", 8, prompt=100_000),
     "one": Case("request", 1),
@@ -81,6 +86,56 @@ WHOLE = (
 )
 
 
+SDK = """Accept: application/json\r
+User-Agent: OpenAI/Python 3.57.0\r
+X-Stainless-Lang: python\r
+X-Stainless-Package-Version: 3.57.0\r
+X-Stainless-OS: Linux\r
+X-Stainless-Arch: x64\r
+X-Stainless-Runtime: CPython\r
+X-Stainless-Runtime-Version: 3.12.1\r
+X-Stainless-Async: false\r
+x-stainless-retry-count: 0\r
+x-stainless-read-timeout: 600\r
+Authorization: Bearer sk-bench\r
+Accept-Encoding: gzip, deflate\r
+Connection: keep-alive\r
+"""
+OPENAI = b"""HTTP/1.1 200 OK\r
+Date: Fri, 27 Nov 2026 08:15:%02d GMT\r
+Content-Type: application/json\r
+Content-Length: %d\r
+Connection: keep-alive\r
+access-control-expose-headers: X-Request-ID\r
+openai-organization: org-bench\r
+openai-processing-ms: %d\r
+openai-project: proj_bench\r
+openai-version: 2020-10-01\r
+x-envoy-upstream-service-time: %d\r
+x-ratelimit-limit-requests: 10000\r
+x-ratelimit-limit-tokens: 30000000\r
+x-ratelimit-remaining-requests: 9999\r
+x-ratelimit-remaining-tokens: %d\r
+x-ratelimit-reset-requests: 6ms\r
+x-ratelimit-reset-tokens: 0s\r
+x-request-id: req_9f8d7c6b5a4f3e2d1c0b%08x\r
+cf-cache-status: DYNAMIC\r
+Set-Cookie: __cf_bm=%032x; path=/; expires=Fri, 27-Nov-26 08:45:22 GMT; domain=.api.openai.com; HttpOnly; Secure\r
+Strict-Transport-Security: max-age=31536000; includeSubDomains; preload\r
+X-Content-Type-Options: nosniff\r
+Server: cloudflare\r
+CF-RAY: 8f2b%08x-FRA\r
+alt-svc: h3=":443"; ma=86400\r
+\r
+"""
+
+
+def openai_answer(number: int) -> bytes:
+    """With the lines that differ in each of OpenAI's."""
+    took, left = number * 7 % 1500, 30_000_000 - number * 13 % 90_000
+    return OPENAI % (number // 1000 % 60, len(WHOLE), took, took + 3, left, number, number, number) + WHOLE
+
+
 def chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
@@ -96,14 +151,16 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
 
 
 async def upstream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers whole; a request whose `user` names a gap gets events, that far apart."""
+    """Answers whole, if its `user` is sdk as OpenAI does; a request whose `user` names a gap gets events, that far
+    apart."""
     whole = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(WHOLE), WHOLE)
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     try:
-        while True:
-            gap = re.search(rb"gap=(\d+)", await read_request(reader))
+        for answer in itertools.count(random.randrange(10**6)):
+            request = await read_request(reader)
+            gap = re.search(rb"gap=(\d+)", request)
             if gap is None:
-                writer.write(whole)
+                writer.write(openai_answer(answer) if b'"sdk"' in request else whole)
                 continue
             writer.write(head)
             for number in range(EVENTS):
@@ -154,13 +211,19 @@ async def serve(handler: Callable[..., Any], port: int, tls: ssl.SSLContext | No
 class Load:
     """Keep-alive clients in a closed loop, and what they saw."""
 
-    def __init__(self, port: int, clients: int, seconds: float, prompt: int, gap_ms: int | None, headers: str) -> None:
+    def __init__(
+        self, port: int, clients: int, seconds: float, prompt: int, gap_ms: int | None, sdk: bool, headers: str
+    ) -> None:
         self.port, self.clients, self.gap_ms, self.end = port, clients, gap_ms, time.monotonic() + seconds
-        more = {} if gap_ms is None else {"stream": True, "user": f"gap={gap_ms}"}
-        message = {"role": "user", "content": "abcdef " * (prompt // 7)}
-        body = json.dumps({"model": "gpt-4.1", **more, "messages": [message]})
+        more = {"user": "sdk"} if sdk else {} if gap_ms is None else {"stream": True, "user": f"gap={gap_ms}"}
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + headers
-        self.wire = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        lines = "".join(line for line in SDK.splitlines(True) if sdk and line.split(":")[0] not in headers)
+        wires = []
+        for extra in range(100 if sdk else 1):
+            message = {"role": "user", "content": "abcdef " * (prompt // 7) + "x" * extra}
+            body = json.dumps({"model": "gpt-4.1", **more, "messages": [message]})
+            wires.append(f"{head}{lines}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        self.wires = itertools.cycle(wires)
         self.times: list[float] = []
         self.gaps: list[float] = []
         self.errors: Counter[str] = Counter()
@@ -191,7 +254,7 @@ class Load:
     async def ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request; only a complete answer with status 200 counts."""
         since = time.monotonic()
-        writer.write(self.wire)
+        writer.write(next(self.wires))
         head = await reader.readuntil(b"\r\n\r\n")
         length = content_length(head)
         body = await (self.chunks(reader) if length is None else reader.readexactly(length))
@@ -293,11 +356,12 @@ class Gateway(NamedTuple):
     headers: str = ""  # what its clients send in addition
 
 
-def this_server(name: str, url: str, folder: Path, command: list[str]) -> Gateway:
-    """Two accounts; everything else as it is by default, with the access log."""
+def this_server(name: str, url: str, folder: Path, command: list[str], accounts: int = 2) -> Gateway:
+    """Some accounts; everything else as it is by default, with the access log."""
     path, port = folder / f"{name}.json", free_port()
-    account = {"api_key": "sk-bench", "base_url": url + "/v1", **({"ca_file": CERT} if "https" in url else {})}
-    path.write_text(json.dumps({"port": port, "controllers": [{"name": one, "config": account} for one in "ab"]}))
+    account = {"base_url": url + "/v1", **({"ca_file": CERT} if "https" in url else {})}
+    controllers = [{"name": one, "config": {**account, "api_key": "sk-" + one * 48}} for one in "abcdefghij"[:accounts]]
+    path.write_text(json.dumps({"port": port, "controllers": controllers}))
     return Gateway(name, port, [*command, "--config_file", str(path)], {"PYTHONPATH": str(ROOT)})
 
 
@@ -372,11 +436,11 @@ class Bench:
         shown = [f"{self.notes.get(name) or cells.get(name, ''):14}" for name in COLUMNS]
         print(f"| {case:9} | {what:25} | {' | '.join(shown)} | {last:10} |", flush=True)
 
-    def gateways(self, url: str = NOWHERE) -> list[Gateway]:
+    def gateways(self, url: str = NOWHERE, accounts: int = 2) -> list[Gateway]:
         """All that are there, on ports of their own, in front of an upstream."""
         args, folder, port = self.args, self.folder, free_port()
         return [
-            this_server(THIS, url, folder, [args.python, "-m", "chatgpt_apiserver"]),
+            this_server(THIS, url, folder, [args.python, "-m", "chatgpt_apiserver"], accounts),
             Gateway(RAW, port, [args.python, __file__, "raw", str(port), url]),
             *([nginx(url, folder)] if shutil.which("nginx") else []),
             *([litellm(url, folder, args.litellm)] if args.litellm else []),
@@ -406,7 +470,7 @@ class Bench:
 
     def load(self, case: Case, gateway: Gateway, pid: int, seconds: float, clients: int) -> dict[str, Any]:
         """What the load saw, and the most memory that the gateway took meanwhile."""
-        spec = json.dumps([gateway.port, clients, seconds, case.prompt, case.gap_ms, gateway.headers])
+        spec = json.dumps([gateway.port, clients, seconds, case.prompt, case.gap_ms, case.sdk, gateway.headers])
         process = self.processes.start([sys.executable, __file__, "load", spec], out=subprocess.PIPE)
         deadline = time.monotonic() + seconds + 2 * EVENTS * (case.gap_ms or 0) / 1000 + SLACK_S
         peak = 0.0
@@ -439,7 +503,7 @@ class Bench:
         """One case: everything starts afresh, is warmed up, then measured in turn."""
         case, port, rounds = CASES[name], free_port(), []
         self.open(Gateway("upstream", port, [sys.executable, __file__, "upstream", str(port), "tls" * case.tls]))
-        gateways = self.gateways(f"http{'s' * case.tls}://127.0.0.1:{port}")
+        gateways = self.gateways(f"http{'s' * case.tls}://127.0.0.1:{port}", 10 if case.sdk else 2)
         pids = {one.name: self.attempt(one.name, self.open, one) for one in gateways}
         kb = {one.name: self.attempt(one.name, self.warm, case, one, pids[one.name]) for one in gateways}
         for turn in range(self.args.rounds):
