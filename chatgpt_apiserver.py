@@ -1799,8 +1799,8 @@ def tokens(value: bytes) -> "set[bytes]":
 def keeps_alive(index: Index, minor: int) -> bool:
     """Whether a message leaves its connection open (RFC 9112, 9.3)."""
     found = index.get(b"connection")
-    if found is None:
-        return minor >= 1
+    if found is None or found == b"keep-alive":
+        return minor >= 1 or found is not None
     options = tokens(found)
     return b"close" not in options and (minor >= 1 or b"keep-alive" in options)
 
@@ -7634,18 +7634,27 @@ def subscriber_of(peer: str) -> "tuple[str, int]":
     return str(address), PEER_CONNECTIONS
 
 
+@functools.lru_cache(maxsize=1024)
+def patience_of(asked: "bytes | None", timeout: "bytes | None", most: float) -> float:
+    """`longest_wait` of what its two fields say."""
+    for said, spare_s in ((asked, 0.0), (timeout, PATIENCE_S)):
+        seconds = parse_duration(said.decode("latin-1")) if said is not None else None
+        if seconds is not None:
+            most = max(0.0, min(most, seconds - spare_s))
+    return most
+
+
 def longest_wait(index: Index, most: float) -> float:
     """How long a request may stand in line, in seconds: `most`, or less by its own wish or its client's patience.
 
     The SDKs send their read timeout. Who waits beyond it is answered to nobody, and comes again: a place in line lost.
     """
-    if b"x-apiserver-max-wait" not in index and b"x-stainless-read-timeout" not in index:
+    asked, timeout = index.get(b"x-apiserver-max-wait"), index.get(b"x-stainless-read-timeout")
+    if asked is None and timeout is None:
         return most
-    for name, spare_s in ((b"x-apiserver-max-wait", 0.0), (b"x-stainless-read-timeout", PATIENCE_S)):
-        said = parse_duration(index[name].decode("latin-1")) if name in index else None
-        if said is not None:
-            most = max(0.0, min(most, said - spare_s))
-    return most
+    if len(asked or b"") + len(timeout or b"") > 100:  # what is remembered must be short
+        return most
+    return patience_of(asked, timeout, most)
 
 
 def is_json(content_type: bytes) -> bool:
