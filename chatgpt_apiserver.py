@@ -1885,20 +1885,11 @@ class FieldLines(dict[bytes, tuple[tuple[bytes, bytes], bytes]]):
     def __missing__(self, line: bytes) -> "tuple[tuple[bytes, bytes], bytes]":
         spelled, _, value = line.partition(b": ")
         known = self.names.get(spelled)
-        # Of a known name a number needs no look, nor does what is printable an expression: half of the cost, and less.
-        if known is not None and value.isdigit():
+        if known is not None and value.isdigit():  # half of the cost, and it cannot be anything else
             name, passes = known
             line_on = line + b"\r\n" if passes else b""
         else:
-            if known is not None and value.isascii() and value.decode().isprintable() and value.strip() == value != b"":
-                name, passes = known
-            else:
-                found = _FIELD.match(line)
-                if found is None:
-                    raise ValueError("a header line is malformed")
-                spelled, value = found.group(1), found.group(2).rstrip(b" \t")
-                name, passes = self._learn_name(spelled)
-            line_on = b"%b: %b\r\n" % (spelled, self.clean(value)) if passes else b""
+            name, value, line_on = self._parse_line(line, spelled, value)
         entry = ((name, value), line_on)
         if len(line) <= KNOWN_LINE_BYTES and name not in NOT_KEPT_FIELDS:
             # Emptied when full: keeping the most used ones would cost more than to learn the common dozen again, and
@@ -1907,6 +1898,19 @@ class FieldLines(dict[bytes, tuple[tuple[bytes, bytes], bytes]]):
                 self.clear()
             self[line] = entry
         return entry
+
+    def _parse_line(self, line: bytes, spelled: bytes, value: bytes) -> "tuple[bytes, bytes, bytes]":
+        """Lower-case name, value, and the line to pass on. Raises ValueError."""
+        known = self.names.get(spelled)
+        # A known name and a printable value without blanks around it need no expression, which costs three times that.
+        if known is None or not (value.isascii() and value.decode().isprintable() and value.strip() == value != b""):
+            found = _FIELD.match(line)
+            if found is None:
+                raise ValueError("a header line is malformed")
+            spelled, value = found.group(1), found.group(2).rstrip(b" \t")
+            known = self._learn_name(spelled)
+        name, passes = known
+        return name, value, b"%b: %b\r\n" % (spelled, self.clean(value)) if passes else b""
 
     def _learn_name(self, spelled: bytes) -> "tuple[bytes, bool]":
         """Lower-case name, and whether the field passes."""
@@ -6447,7 +6451,7 @@ class UpstreamPool:
         return lease if lease is not None or not resort else self._last_resort(request, seats, tried, now)
 
     def _grant(self, request: ApiRequest, seats: "list[Seat]", tried: "set[Upstream]", now: float) -> "Lease | None":
-        need = request.need
+        need = float(request.need)  # as what it is compared with
         ready = [seat for seat in seats if seat.ready(need, now)]
         if tried:
             ready = [seat for seat in ready if seat.upstream not in tried]
