@@ -5179,7 +5179,7 @@ def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str
         return Outcome.RATE
     if status == 401 or (status == 400 and code == "API_KEY_INVALID"):  # Google's word for a 401
         return Outcome.AUTH
-    if status == 403 and ("flagged" in message or "moderation" in message):
+    if status == 403 and "flagged" in message:
         return Outcome.CLIENT  # OpenRouter's word for a prompt that it does not pass on, to any account
     if status in (403, 404):
         # A project may be barred from one model (403), a key from all: only the words tell.
