@@ -8744,8 +8744,10 @@ class Server:
         client.record.status = 204
         fields = b"Allow: GET, HEAD, POST, OPTIONS\r\n"
         if client.origin:
+            # Whatever is asked for: the page may come in, and the routes say what is open (DELETE of a file, say).
+            method = head.index.get(b"access-control-request-method", b"GET, POST")
             asked = head.index.get(b"access-control-request-headers", b"*")
-            fields += b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\nAccess-Control-Max-Age: 600\r\n"
+            fields += b"Access-Control-Allow-Methods: %b\r\nAccess-Control-Max-Age: 600\r\n" % method
             fields += b"Access-Control-Allow-Headers: %b\r\n" % asked
         client.whole(204, fields, b"")
 
