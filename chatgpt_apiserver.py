@@ -3684,6 +3684,12 @@ def _arguments(found: "Any") -> "dict[str, Any] | None":
     return given if isinstance(given, dict) else None
 
 
+def _call_id(found: "Any") -> "str | None":
+    """The id of a call. The API takes letters, digits, - and _ only; other vendors' (functions.f:0) become the same
+    wherever they stand, so that a call and its result stay together."""
+    return re.sub(r"[^A-Za-z0-9_\-]", "_", found) or None
+
+
 def _inline(url: str, kinds: str) -> "dict[str, str]":
     """The source that a data URL of one of these media types becomes. Raises IndexError for anything else.
 
@@ -3733,6 +3739,7 @@ def _content(*kinds: str) -> Form:
     return lambda found: str if isinstance(found, str) else [("type", parts)]
 
 
+_CALL_ID: Form = (_call_id, "must be a string that is not empty.")
 # What Anthropic takes in each place. An assistant's pictures and a name for a speaker are nowhere among it.
 _SYSTEM: "dict[str, Form]" = {"content": _content("text")}
 _MESSAGES: "dict[str, dict[str, Form]]" = {
@@ -3746,7 +3753,7 @@ _MESSAGES: "dict[str, dict[str, Form]]" = {
         "tool_calls": [
             {
                 "": ("id", "function"),
-                "id": str,
+                "id": _CALL_ID,
                 "type": None,
                 "function": {
                     "": ("name",),
@@ -3761,7 +3768,12 @@ _MESSAGES: "dict[str, dict[str, Form]]" = {
         # Thinking without its signature is passed over: the API would not believe it.
         **dict.fromkeys(("annotations", "parsed", "reasoning_content", "reasoning", "reasoning_details")),
     },
-    "tool": {"": ("tool_call_id",), "tool_call_id": str, "content": _content("text", "image_url", "file")},
+    "tool": {
+        "": ("tool_call_id",),
+        "tool_call_id": _CALL_ID,
+        "name": None,  # the call's, which the id names already
+        "content": _content("text", "image_url", "file"),
+    },
 }
 _NAMED: Form = {"": ("function",), "function": {"": ("name",), "name": str}}
 _CHOICE_WORDS: Form = (_TOOL_CHOICES.get, "must be none, auto, required or a function for Anthropic's Messages API.")
