@@ -7517,6 +7517,7 @@ class Relay:
 # Path, and the model that counts where none is named (the API reference's defaults).
 INFERENCE = {
     **dict.fromkeys(("/completions", "/embeddings", "/responses", "/audio/speech"), ""),
+    **dict.fromkeys(("/responses/input_tokens", "/responses/compact"), ""),
     **dict.fromkeys(("/audio/transcriptions", "/audio/translations"), ""),
     **dict.fromkeys(("/images/generations", "/images/edits", "/images/variations"), "dall-e-2"),
     "/moderations": "omni-moderation-latest",
@@ -7673,7 +7674,7 @@ def read_input(request: ApiRequest, model: str, depth: int) -> None:
     """
     data = request.data = parse_object(request.body, depth)
     request.model = data.get("model") or model
-    stored = request.path == "/responses" and "model" not in data  # a stored prompt may name it
+    stored = request.path.startswith("/responses") and "model" not in data  # a stored prompt may name it
     if not stored and (not isinstance(request.model, str) or not request.model):
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     request.stream = data.get("stream") is True

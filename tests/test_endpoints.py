@@ -52,6 +52,8 @@ async def ask(server: Running, method: str, path: str, data: object = None, **mo
         ("/v1/images/generations", {"prompt": "a cat"}),
         ("/v1/responses", {"model": "r", "input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]}),
         ("/v1/audio/speech", {"model": "t", "input": "x", "voice": "v"}),
+        ("/v1/responses/input_tokens", {"model": "r", "input": "x"}),
+        ("/v1/responses/compact", {"input": [{"type": "message", "role": "user", "content": "x"}]}),
     ],
 )
 async def test_inference_goes_through_the_scheduler(path: str, data: "dict[str, object]") -> None:
