@@ -7529,6 +7529,8 @@ OBJECTS = frozenset(
     "files uploads batches responses conversations vector_stores fine_tuning assistants threads containers evals videos"
     " chat".split()
 )
+# Where none of these words stands, a response needs nothing that lives in one account; to look for names costs more.
+TIES = (b'"conversation"', b'"container"', b"file_id", b"vector_store_id")
 # What each account has a list of, and the order where none is asked for (API reference, `order`).
 LISTS = {
     **dict.fromkeys("/files /batches /vector_stores /fine_tuning/jobs /assistants /containers /videos".split(), "desc"),
@@ -8792,10 +8794,12 @@ class Server:
             return self._go(client, head, request)
         request.lines = json_lines(head)
         read_input(request, INFERENCE[request.path], self.config.limits.json_depth)
-        # The account that made the one before has the conversation.
-        previous = request.data.get("previous_response_id")
-        if isinstance(previous, str):
-            request.pinned = self._maker(previous)
+        if request.path.startswith("/responses"):
+            previous = request.data.get("previous_response_id")
+            if isinstance(previous, str):  # the account that made the one before has the conversation
+                request.pinned = self._maker(previous)
+            elif any(request.body.find(word) >= 0 for word in TIES):
+                request.pinned = self._owner(request, ())
         return self._go(client, head, request, request.body)
 
     def _object(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
@@ -8806,16 +8810,19 @@ class Server:
         if reads and request.path in LISTS and "before=" not in request.query:
             return self._go(client, head, request, answer=self._merge)
         request.stateful = not reads
-        # Ids in the path, and those that the body speaks of: a batch's file has to be in the account of the batch.
         names = list(map(urllib.parse.unquote, parts))
-        names += re.findall(r'"([\w\-]{4,128})"', request.body[:WHOLE_BYTES].decode("latin-1"))
-        known = [self.relay.makers[name] for name in names if name in self.relay.makers]
-        if known:
-            request.pinned = known[0]
-        elif not reads and parts and group in OBJECTS:
-            request.pinned = self._maker(parts[0])
-        request.seeks = reads and not known
+        request.pinned = self._owner(request, names)
+        request.seeks = reads and not request.pinned
+        if names and group in OBJECTS and not (reads or request.pinned):
+            request.pinned = self._maker(names[0])
         return self._go(client, head, request)
+
+    def _owner(self, request: ApiRequest, names: "Iterable[str]") -> str:
+        """The controller that made the first known one of these objects, and of those that the body speaks of; else "":
+        a batch's file has to be in the account of the batch."""
+        makers = self.relay.makers
+        spoken = re.findall(r'"([\w\-]{4,128})"', request.body[:WHOLE_BYTES].decode("latin-1")) if makers else ()
+        return next((makers[name] for name in (*names, *spoken) if name in makers), "")
 
     def _maker(self, made: str) -> str:
         """The controller that made an object; any, where there is only one. Raises ProxyError (404)."""

@@ -180,6 +180,29 @@ async def test_a_follow_up_goes_where_the_first_response_lives() -> None:
             assert (await ask(server, "DELETE", "/v1/files/file-lost")).status == 404
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"conversation": "conv_b1"},
+        {"conversation": {"id": "conv_b1"}},
+        {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-b1"}]}]},
+        {"tools": [{"type": "file_search", "vector_store_ids": ["vs_elsewhere", "vs_b1"]}]},
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/input_tokens"])
+async def test_a_response_goes_where_lies_what_it_speaks_of(path: str, data: "dict[str, object]") -> None:
+    """A conversation, a file or a store of one account is in no other; what nobody remembers ties a request to none."""
+    async with Upstream(answers(json_reply(200, {"id": "resp_1"}))) as one:
+        async with Running(controller("a", one.url), controller("b", one.url)) as server:
+            asked = {"model": "r", "input": "x", **data}
+            names = [(await ask(server, "POST", path, asked)).headers["x-apiserver-controller"] for _ in range(4)]
+            assert sorted(names) == ["a", "a", "b", "b"]
+            for made in ("conv_b1", "file-b1", "vs_b1"):
+                server.server.relay.remember(made, "b")
+            for _ in range(3):
+                assert (await ask(server, "POST", path, asked)).headers["x-apiserver-controller"] == "b"
+
+
 async def test_objects_are_found_in_the_account_that_has_them() -> None:
     """A file that nobody remembers is asked for in turn; one that was made here is known, also inside another request."""
 
