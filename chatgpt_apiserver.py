@@ -7529,6 +7529,8 @@ OBJECTS = frozenset(
     "files uploads batches responses conversations vector_stores fine_tuning assistants threads containers evals videos"
     " chat".split()
 )
+# What stands in their paths where elsewhere an id does.
+NO_IDS = frozenset("alpha characters checkpoints edits extensions graders jobs run runs validate".split())
 # Where none of these words stands, a response needs nothing that lives in one account; to look for names costs more.
 TIES = (b'"conversation"', b'"container"', b"file_id", b"vector_store_id")
 # What each account has a list of, and the order where none is asked for (API reference, `order`).
@@ -8813,8 +8815,9 @@ class Server:
         names = list(map(urllib.parse.unquote, parts))
         request.pinned = self._owner(request, names)
         request.seeks = reads and not request.pinned
-        if names and group in OBJECTS and not (reads or request.pinned):
-            request.pinned = self._maker(names[0])
+        ids = [name for name in names if name not in NO_IDS]
+        if ids and group in OBJECTS and not (reads or request.pinned):
+            request.pinned = self._maker(ids[0])
         return self._go(client, head, request)
 
     def _owner(self, request: ApiRequest, names: "Iterable[str]") -> str:

@@ -203,6 +203,16 @@ async def test_a_response_goes_where_lies_what_it_speaks_of(path: str, data: "di
                 assert (await ask(server, "POST", path, asked)).headers["x-apiserver-controller"] == "b"
 
 
+@pytest.mark.parametrize("path", ["fine_tuning/jobs", "fine_tuning/alpha/graders/run", "threads/runs", "videos/edits"])
+async def test_words_of_a_path_are_no_objects(path: str) -> None:
+    """What is made below such a word may be made in any account; where an object follows, it is that which is unknown."""
+    async with Upstream(answers(json_reply(200, {"id": "new_1"}))) as one:
+        async with Running(controller("a", one.url), controller("b", one.url), endpoints=["objects"]) as server:
+            assert (await ask(server, "POST", "/v1/" + path, {"model": "m"})).status == 200
+            found = await ask(server, "POST", "/v1/%s/lost_1/cancel" % path)
+            assert found.status == 404 and found.json()["error"]["message"].startswith("'lost_1' lives in one account")
+
+
 async def test_objects_are_found_in_the_account_that_has_them() -> None:
     """A file that nobody remembers is asked for in turn; one that was made here is known, also inside another request."""
 
