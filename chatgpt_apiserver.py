@@ -7522,7 +7522,7 @@ INFERENCE = {
     **dict.fromkeys(("/images/generations", "/images/edits", "/images/variations"), "dall-e-2"),
     "/moderations": "omni-moderation-latest",
 }
-# Those whose body is multipart/form-data, with a file in it.
+# Those whose body is multipart/form-data, with a file in it; an edit may name its pictures in JSON instead.
 FORMS = frozenset(("/images/edits", "/images/variations", "/audio/transcriptions", "/audio/translations"))
 # First words of paths below which things live in one account: what is made there exists nowhere else.
 OBJECTS = frozenset(
@@ -8752,9 +8752,11 @@ class Server:
         handler, path, _ = find_route(head.method, head.target, self.config.endpoints)
         self._admit(client, head, handler, path)
         kind = head.index.get(b"content-type", b"")
+        if is_json(kind):
+            return False, None
         if path in FORMS and handler == "_infer":
             return True, FormScanner(kind)
-        return handler == "_object" and not is_json(kind), None
+        return handler == "_object", None
 
     async def _options(self, client: ClientConnection, head: RequestHead) -> None:
         """A CORS preflight, or the plain question what is allowed."""
@@ -8791,8 +8793,9 @@ class Server:
 
     def _infer(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Completions, embeddings, responses, moderations, images, audio: through the same scheduler as chats."""
-        if request.path in FORMS:
-            read_form(request, head.index.get(b"content-type", b""), INFERENCE[request.path])
+        kind = head.index.get(b"content-type", b"")
+        if request.path in FORMS and not is_json(kind):
+            read_form(request, kind, INFERENCE[request.path])
             return self._go(client, head, request)
         request.lines = json_lines(head)
         read_input(request, INFERENCE[request.path], self.config.limits.json_depth)

@@ -97,6 +97,24 @@ async def test_a_form_goes_by_its_model_field() -> None:
             assert (await ask(server, "POST", "/v1/audio/transcriptions", FORM)).status == 400
 
 
+@pytest.mark.parametrize("whole", [True, False])
+async def test_an_edit_of_pictures_may_come_as_json(whole: bool) -> None:
+    """Pictures that an address or a file's id names need no form (API reference, images/edits), however the body comes."""
+    data = {"model": "draw", "images": [{"image_url": "https://x.example/a.png"}], "prompt": "a hat"}
+    async with Upstream(answers(json_reply(200, {"data": []}))) as one:
+        mapped = controller("b", one.url, models=["draw"], model_map={"draw": "gpt-image-1.5"})
+        async with Running(controller("a", one.url, models=["other"]), mapped) as server:
+            client = await server.open()
+            raw = wire("POST", "/v1/images/edits", json.dumps(data).encode())
+            await client.send(raw if whole else raw[:-5])
+            if not whole:
+                await turns(3)
+                await client.send(raw[-5:])
+            assert (await client.read()).json() == {"data": []}
+            assert one.seen[0].json() == dict(data, model="gpt-image-1.5")
+            client.close()
+
+
 async def test_a_responses_stream_commits_on_its_first_real_event() -> None:
     """response.created is held while another controller could take over; an error then moves on."""
     created = b'event: response.created\ndata: {"type":"response.created","response":{"id":"resp_1"}}\n\n'
