@@ -7280,7 +7280,8 @@ class Relay:
             raise refused_in_200(reply, event)
 
     async def _collect(self, reply: Reply, lease: Lease, others: bool, request: ApiRequest) -> None:
-        """Reads a stream up to its first real event, anything else up to its end or to WHOLE_BYTES."""
+        """Reads a stream up to its first real event, speech up to its first byte, all else up to its end or to
+        WHOLE_BYTES."""
         head = reply.head
         kind = head.index.get(b"content-type", b"").lower()
         # Some servers give no type, or text/plain, to what they stream: collected, it would come all at once.
@@ -7293,8 +7294,10 @@ class Relay:
             return
         # Silence ends with the head; how long the body takes is up to the length of the answer, and no suspicion.
         lease.heard(reply.at)
+        # Speech is played while it is made (OpenAI's guide to it): from its first byte on it goes out.
+        most = 0 if kind[:6] == b"audio/" and head.status < 300 else WHOLE_BYTES
         pieces, size = [], 0
-        while size <= WHOLE_BYTES:
+        while size <= most:
             piece = await reply.exchange.read()
             if not piece:
                 reply.whole = True

@@ -1,5 +1,6 @@
 """Endpoints beyond chat: the same scheduler, the body as it came, and what lives in one account."""
 
+import asyncio
 import json
 from urllib.parse import parse_qsl
 
@@ -359,6 +360,32 @@ async def test_binary_answers_come_back_as_they_are() -> None:
     async with Upstream(answers(raw)) as one, Running(controller("a", one.url)) as server:
         found = await ask(server, "POST", "/v1/audio/speech", {"model": "tts", "input": "x", "voice": "v"})
         assert found.body == sound and found.headers["content-type"] == "audio/mpeg"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_speech_is_heard_while_it_is_made(ends: bool) -> None:
+    """Its first bytes leave at once, as players begin with them; one that breaks off ends without its last chunk."""
+    go = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await peer.chunk(b"hello")
+        await go.wait()
+        await peer.send(b"5\r\nworld\r\n0\r\n\r\n" if ends else b"5\r\nwor")
+        peer.close()
+
+    async with Upstream(script) as one, Running(controller("a", one.url), controller("b", one.url)) as server:
+        client = await server.open()
+        await client.send(wire("POST", "/v1/audio/speech", json.dumps({"model": "tts", "input": "x"}).encode()))
+        assert (await client.read(head_only=True)).headers["content-type"] == "audio/mpeg"
+        assert await client.reader.readexactly(10) == b"5\r\nhello\r\n"
+        go.set()
+        if ends:
+            assert await client.reader.readexactly(15) == b"5\r\nworld\r\n0\r\n\r\n"
+        else:
+            assert not (await client.closed()).endswith(b"0\r\n\r\n")
+            assert len(one.seen) == 1
+        client.close()
 
 
 async def test_controllers_that_only_chat_are_passed_over() -> None:
