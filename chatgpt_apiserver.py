@@ -5041,6 +5041,8 @@ QUOTA_CODES = frozenset(
     " billing_not_active 1113".split()  # the number is Zhipu's
 )
 SPENDING_CAP = "monthly spending cap"  # Google's words, beside the code that it has for all 429s
+# 403s about a prompt, which no account would take: OpenRouter's words and xAI's. One about a flagged account is none.
+PROMPT_REFUSED = ("input was flagged", "requires moderation", "violates usage guidelines")
 TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 MISSING_CODES = frozenset(("model_not_found", "DeploymentNotFound", "not_found_error"))
 # The answer shown when every controller failed: what tells the client most comes first.
@@ -5184,8 +5186,8 @@ def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str
         return Outcome.RATE
     if status == 401 or (status == 400 and code == "API_KEY_INVALID"):  # Google's word for a 401
         return Outcome.AUTH
-    if status == 403 and ("flagged" in message or "moderation" in message):
-        return Outcome.CLIENT  # OpenRouter's word for a prompt that it does not pass on, to any account
+    if status == 403 and any(words in message for words in PROMPT_REFUSED):
+        return Outcome.CLIENT
     if status in (403, 404):
         # A project may be barred from one model (403), a key from all: only the words tell.
         if code in MISSING_CODES or "model" in message:
