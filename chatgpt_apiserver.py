@@ -8824,9 +8824,17 @@ class Server:
         request.pinned = self._owner(request, names)
         request.seeks = reads and not request.pinned
         ids = [name for name in names if name not in NO_IDS]
-        if ids and group in OBJECTS and not (reads or request.pinned):
+        if ids and group in OBJECTS and not request.pinned:
+            if reads:
+                return self._go(client, head, request, answer=functools.partial(self._seek, ids[0][:128]))
             request.pinned = self._maker(ids[0])
         return self._go(client, head, request)
+
+    async def _seek(self, made: str, request: ApiRequest, client: ClientConnection, record: AccessRecord) -> None:
+        """Answers with what one account has, and remembers which: a client that has read an object may change it."""
+        await self.relay.run(request, client, record)
+        if record.status < 300:
+            self.relay.remember(made, record.controller)
 
     def _owner(self, request: ApiRequest, names: "Iterable[str]") -> str:
         """The controller that made the first known one of these objects, and of those that the body speaks of; else "":

@@ -254,6 +254,23 @@ async def test_objects_are_found_in_the_account_that_has_them() -> None:
             assert len(one.seen) == before
 
 
+@pytest.mark.parametrize("read", ["/v1/files/file-out1", "/v1/files/file-out1/content"])
+async def test_who_has_read_an_object_may_change_it(read: str) -> None:
+    """A batch's output was made by no request; once an account has shown it, it is known where it can be deleted."""
+    kept = json_reply(200, {"custom_id": "1", "id": "batch_req_1"})
+    async with Upstream(answers(error_reply(404))) as one, Upstream(answers(kept)) as other:
+        async with Running(controller("a", one.url), controller("b", other.url), endpoints=["objects"]) as server:
+            assert (await ask(server, "DELETE", "/v1/files/file-out1")).status == 404
+            assert (await ask(server, "GET", "/v1/files/file-lost")).status == 200
+            assert (await ask(server, "GET", read)).status == 200
+            before = len(one.seen)
+            assert (await ask(server, "DELETE", "/v1/files/file-out1")).status == 200
+            assert len(one.seen) == before and other.seen[-1].start == "DELETE /v1/files/file-out1 HTTP/1.1"
+        async with Running(controller("a", one.url), controller("c", one.url), endpoints=["objects"]) as server:
+            assert (await ask(server, "GET", read)).status == 404
+            assert not server.server.relay.makers
+
+
 async def test_a_stateful_request_is_not_replayed_where_it_may_have_run() -> None:
     """A 500 to an upload is the answer; a 429 is not."""
     async with Upstream(answers(error_reply(500))) as bad, Upstream(answers(json_reply(200, {"id": "file-1"}))) as good:
