@@ -3302,7 +3302,8 @@ class ConnectionPool:
         except TimeoutError:
             raise ConnectFailed("no connection to %s within %g s" % (origin.authority, within_s)) from None
         except (OSError, UnicodeError, UpstreamError) as problem:
-            raise ConnectFailed("no connection to %s: %s" % (origin.authority, problem)) from problem
+            why = str(problem) or "closed during the handshake"  # asyncio's word for that end is an error without one
+            raise ConnectFailed("no connection to %s: %s" % (origin.authority, why)) from problem
         finally:
             self.dialling -= 1
         connection = UpstreamConnection(origin, link, self)
