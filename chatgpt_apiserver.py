@@ -5042,6 +5042,8 @@ QUOTA_CODES = frozenset(
     " billing_not_active 1113".split()  # the number is Zhipu's
 )
 SPENDING_CAP = "monthly spending cap"  # Google's words, beside the code that it has for all 429s
+# How a 400 begins that elsewhere were a 401: Google's words and xAI's. Not what it holds, as it may quote the request.
+BAD_KEY = ("API key not valid", "API key expired", "API Key not found", "Incorrect API key provided")
 # 403s about a prompt, which no account would take: OpenRouter's words and xAI's. One about a flagged account is none.
 PROMPT_REFUSED = ("input was flagged", "requires moderation", "violates usage guidelines")
 TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
@@ -5185,7 +5187,7 @@ def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str
         return Outcome.QUOTA
     if status in (429, 498):  # 498: Groq's flex tier has no capacity left
         return Outcome.RATE
-    if status == 401 or (status == 400 and code == "API_KEY_INVALID"):  # Google's word for a 401
+    if status == 401 or (status == 400 and message.startswith(BAD_KEY)):
         return Outcome.AUTH
     if status == 403 and any(words in message for words in PROMPT_REFUSED):
         return Outcome.CLIENT
