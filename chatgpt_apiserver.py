@@ -5044,8 +5044,9 @@ QUOTA_CODES = frozenset(
 SPENDING_CAP = "monthly spending cap"  # Google's words, beside the code that it has for all 429s
 # How a 400 begins that elsewhere were a 401: Google's words and xAI's. Not what it holds, as it may quote the request.
 BAD_KEY = ("API key not valid", "API key expired", "API Key not found", "Incorrect API key provided")
-# 403s about a prompt, which no account would take: OpenRouter's words and xAI's. One about a flagged account is none.
-PROMPT_REFUSED = ("input was flagged", "requires moderation", "violates usage guidelines")
+# 403s about a prompt, which no account would take: the words of OpenRouter, xAI and, where it is too long, Together.
+# One about a flagged account is none.
+PROMPT_REFUSED = ("input was flagged", "requires moderation", "violates usage guidelines", "context length")
 TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 MISSING_CODES = frozenset(("model_not_found", "DeploymentNotFound", "not_found_error"))
 # The answer shown when every controller failed: what tells the client most comes first.

@@ -34,6 +34,7 @@ def error(code: str = "", message: str = "", kind: str = "") -> bytes:
         (403, error("", "Project has no access to model x"), "missing"),
         (403, error("403", "Your chosen model requires moderation and your input was flagged."), "client"),
         (403, b'{"code":"The caller ...","error":"Content violates usage guidelines. Failed check: SAFETY_BIO"}', "client"),
+        (403, error("", "Input token count must be less than the context length of the model being queried."), "client"),
         (403, error("", "Your account has been flagged; contact support."), "forbidden"),
         (404, error("model_not_found"), "missing"),
         (404, error("DeploymentNotFound"), "missing"),
