@@ -5048,6 +5048,16 @@ BAD_KEY = ("API key not valid", "API key expired", "API Key not found", "Incorre
 # One about a flagged account is none.
 PROMPT_REFUSED = ("input was flagged", "requires moderation", "violates usage guidelines", "context length")
 TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
+# Those without such a code: the first of nearly all, then xAI, Google, Moonshot, DashScope, Bedrock, Zhipu.
+TOO_LONG_WORDS = (
+    "context length",
+    "maximum prompt length",
+    "maximum number of tokens allowed",
+    "model token limit",
+    "Range of input length",
+    "too long for requested model",
+    "Prompt exceeds max length",
+)
 MISSING_CODES = frozenset(("model_not_found", "DeploymentNotFound", "not_found_error"))
 # The answer shown when every controller failed: what tells the client most comes first.
 USEFULNESS = (
@@ -5178,7 +5188,7 @@ def error_words(body: bytes) -> "tuple[str, str]":
 def is_too_long(body: bytes) -> bool:
     """Whether an error says that the prompt is longer than the model can take."""
     code, message = error_words(body)
-    return code in TOO_LONG_CODES or "maximum context length" in message
+    return code in TOO_LONG_CODES or any(words in message for words in TOO_LONG_WORDS)
 
 
 def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str]" = ()) -> Outcome:
