@@ -5039,9 +5039,10 @@ ANSWERED = frozenset((Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RA
 QUOTA_CODES = frozenset(
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached"
-    " billing_not_active 1113".split()  # the number is Zhipu's
+    " billing_not_active 1113 Arrearage".split()  # the last are Zhipu's and DashScope's
 )
-SPENDING_CAP = "monthly spending cap"  # Google's words, beside the code that it has for all 429s
+# Of Google, Fireworks and xAI, whose codes say nothing of it, in a 403, 412 or 429: a 400 may quote the request.
+SPENT_WORDS = ("monthly spending cap", "monthly spending limit", "have any credits or licenses")
 # How a 400 begins that elsewhere were a 401: Google's words and xAI's. Not what it holds, as it may quote the request.
 BAD_KEY = ("API key not valid", "API key expired", "API Key not found", "Incorrect API key provided")
 # 403s about a prompt, which no account would take: the words of OpenRouter, xAI and, where it is too long, Together.
@@ -5193,8 +5194,9 @@ def is_too_long(body: bytes) -> bool:
 
 def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str]" = ()) -> Outcome:
     """The class of an error reply (PROVIDERS, neutral outcome classes)."""
-    spent = (code in QUOTA_CODES and code not in rate_codes) or SPENDING_CAP in message
-    if status == 402 or (status == 429 and spent):
+    spent = code in QUOTA_CODES and code not in rate_codes  # a 400 at DashScope, and for OpenAI's images
+    told = status in (403, 412, 429) and any(words in message for words in SPENT_WORDS)
+    if status == 402 or (spent and status in (400, 429)) or told:
         return Outcome.QUOTA
     if status in (429, 498):  # 498: Groq's flex tier has no capacity left
         return Outcome.RATE
