@@ -5043,8 +5043,15 @@ QUOTA_CODES = frozenset(
 )
 # Of Google, Fireworks and xAI, whose codes say nothing of it, in a 403, 412 or 429: a 400 may quote the request.
 SPENT_WORDS = ("monthly spending cap", "monthly spending limit", "have any credits or licenses")
-# How a 400 begins that elsewhere were a 401: Google's words and xAI's. Not what it holds, as it may quote the request.
-BAD_KEY = ("API key not valid", "API key expired", "API Key not found", "Incorrect API key provided")
+# How a 400 begins that elsewhere were a 401 or 403: Google's words and xAI's. Not what it holds, as it may quote the
+# request.
+BAD_ACCOUNT = (
+    "API key not valid",
+    "API key expired",
+    "API Key not found",
+    "User location is not supported",
+    "Incorrect API key provided",
+)
 # 403s about a prompt, which no account would take: the words of OpenRouter, xAI and, where it is too long, Together.
 # One about a flagged account is none.
 PROMPT_REFUSED = ("input was flagged", "requires moderation", "violates usage guidelines", "context length")
@@ -5200,8 +5207,8 @@ def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str
         return Outcome.QUOTA
     if status in (429, 498):  # 498: Groq's flex tier has no capacity left
         return Outcome.RATE
-    if status == 401 or (status == 400 and message.startswith(BAD_KEY)):
-        return Outcome.AUTH
+    if status == 401 or (status == 400 and (code == "organization_restricted" or message.startswith(BAD_ACCOUNT))):
+        return Outcome.AUTH  # the code is Groq's
     if status == 403 and any(words in message for words in PROMPT_REFUSED):
         return Outcome.CLIENT
     if status in (403, 404):

@@ -30,6 +30,8 @@ def error(code: str = "", message: str = "", kind: str = "") -> bytes:
         (400, error("Arrearage", "Access denied, please make sure your account is in good standing."), "quota"),
         (400, error("billing_hard_limit_reached", kind="invalid_request_error"), "quota"),
         (400, error("", "Invalid value: 'monthly spending limit'."), "client"),
+        (400, b'[{"error":{"code":400,"message":"User location is not supported for the API use."}}]', "auth"),
+        (400, error("organization_restricted", "Organization has been restricted.", "invalid_request_error"), "auth"),
         (401, error("invalid_api_key"), "auth"),
         (402, b"", "quota"),
         (403, error(), "forbidden"),
