@@ -5205,7 +5205,8 @@ def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str
     told = status in (403, 412, 429) and any(words in message for words in SPENT_WORDS)
     if status == 402 or (spent and status in (400, 429)) or told:
         return Outcome.QUOTA
-    if status in (429, 498):  # 498: Groq's flex tier has no capacity left
+    # Groq's own: 498, its flex tier has no capacity left; 413, a request of more tokens than a minute's limit.
+    if status in (429, 498) or (status == 413 and code == "rate_limit_exceeded"):
         return Outcome.RATE
     if status == 401 or (status == 400 and (code == "organization_restricted" or message.startswith(BAD_ACCOUNT))):
         return Outcome.AUTH  # the code is Groq's

@@ -53,6 +53,7 @@ def error(code: str = "", message: str = "", kind: str = "") -> bytes:
         (412, error("", "Account x is suspended, possibly due to reaching the monthly spending limit."), "quota"),
         (412, b"", "client"),
         (413, b"", "client"),
+        (413, error("rate_limit_exceeded", "... (TPM): Limit 6000, Requested 9000, please reduce ...", "tokens"), "large"),
         (415, b"", "client"),
         (422, b"", "client"),
         (424, b"", "fault"),
