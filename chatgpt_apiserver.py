@@ -7757,7 +7757,8 @@ def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
     if top_level_count(body, "model") > 1:
         raise ProxyError(400, "model stands twice in the body.", param="model")
     if not model_patterns(key.models).fullmatch(model):
-        message = "Your key may not use the model %r; it may use: %s." % (model[:64], ", ".join(key.models))
+        what = "the model %r" % model[:64] if model else "calls that name no model"  # a file, a batch: of any model
+        message = "Your key may not use %s; it may use: %s." % (what, ", ".join(key.models))
         raise ProxyError(403, message, "model_not_allowed", param="model")
 
 
