@@ -3309,7 +3309,8 @@ class ConnectionPool:
         except TimeoutError:
             raise ConnectFailed("no connection to %s within %g s" % (origin.authority, within_s)) from None
         except (OSError, UnicodeError, UpstreamError) as problem:
-            raise ConnectFailed("no connection to %s: %s" % (origin.authority, problem)) from problem
+            why = str(problem) or "closed during the handshake"  # asyncio's word for that end is an error without one
+            raise ConnectFailed("no connection to %s: %s" % (origin.authority, why)) from problem
         finally:
             self.dialling -= 1
         connection = UpstreamConnection(origin, link, self)
@@ -3691,6 +3692,12 @@ def _arguments(found: "Any") -> "dict[str, Any] | None":
     return given if isinstance(given, dict) else None
 
 
+def _call_id(found: "Any") -> "str | None":
+    """The id of a call. The API takes letters, digits, - and _ only; other vendors' (functions.f:0) become the same
+    wherever they stand, so that a call and its result stay together."""
+    return re.sub(r"[^A-Za-z0-9_\-]", "_", found) or None
+
+
 def _inline(url: str, kinds: str) -> "dict[str, str]":
     """The source that a data URL of one of these media types becomes. Raises IndexError for anything else.
 
@@ -3740,6 +3747,7 @@ def _content(*kinds: str) -> Form:
     return lambda found: str if isinstance(found, str) else [("type", parts)]
 
 
+_CALL_ID: Form = (_call_id, "must be a string that is not empty.")
 # What Anthropic takes in each place. An assistant's pictures and a name for a speaker are nowhere among it.
 _SYSTEM: "dict[str, Form]" = {"content": _content("text")}
 _MESSAGES: "dict[str, dict[str, Form]]" = {
@@ -3753,7 +3761,7 @@ _MESSAGES: "dict[str, dict[str, Form]]" = {
         "tool_calls": [
             {
                 "": ("id", "function"),
-                "id": str,
+                "id": _CALL_ID,
                 "type": None,
                 "function": {
                     "": ("name",),
@@ -3768,7 +3776,12 @@ _MESSAGES: "dict[str, dict[str, Form]]" = {
         # Thinking without its signature is passed over: the API would not believe it.
         **dict.fromkeys(("annotations", "parsed", "reasoning_content", "reasoning", "reasoning_details")),
     },
-    "tool": {"": ("tool_call_id",), "tool_call_id": str, "content": _content("text", "image_url", "file")},
+    "tool": {
+        "": ("tool_call_id",),
+        "tool_call_id": _CALL_ID,
+        "name": None,  # the call's, which the id names already
+        "content": _content("text", "image_url", "file"),
+    },
 }
 _NAMED: Form = {"": ("function",), "function": {"": ("name",), "name": str}}
 _CHOICE_WORDS: Form = (_TOOL_CHOICES.get, "must be none, auto, required or a function for Anthropic's Messages API.")
@@ -5033,10 +5046,33 @@ ANSWERED = frozenset((Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RA
 QUOTA_CODES = frozenset(
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached"
-    " billing_not_active 1113".split()  # the number is Zhipu's
+    " billing_not_active 1113 Arrearage".split()  # the last are Zhipu's and DashScope's
 )
-SPENDING_CAP = "monthly spending cap"  # Google's words, beside the code that it has for all 429s
+# Of Google, Fireworks and xAI, whose codes say nothing of it, in a 403, 412 or 429: a 400 may quote the request.
+SPENT_WORDS = ("monthly spending cap", "monthly spending limit", "have any credits or licenses")
+# How a 400 begins that elsewhere were a 401 or 403: Google's words and xAI's. Not what it holds, as it may quote the
+# request.
+BAD_ACCOUNT = (
+    "API key not valid",
+    "API key expired",
+    "API Key not found",
+    "User location is not supported",
+    "Incorrect API key provided",
+)
+# 403s about a prompt, which no account would take: the words of OpenRouter, xAI and, where it is too long, Together.
+# One about a flagged account is none.
+PROMPT_REFUSED = ("input was flagged", "requires moderation", "violates usage guidelines", "context length")
 TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
+# Those without such a code: the first of nearly all, then xAI, Google, Moonshot, DashScope, Bedrock, Zhipu.
+TOO_LONG_WORDS = (
+    "context length",
+    "maximum prompt length",
+    "maximum number of tokens allowed",
+    "model token limit",
+    "Range of input length",
+    "too long for requested model",
+    "Prompt exceeds max length",
+)
 MISSING_CODES = frozenset(("model_not_found", "DeploymentNotFound", "not_found_error"))
 # The answer shown when every controller failed: what tells the client most comes first.
 USEFULNESS = (
@@ -5167,20 +5203,22 @@ def error_words(body: bytes) -> "tuple[str, str]":
 def is_too_long(body: bytes) -> bool:
     """Whether an error says that the prompt is longer than the model can take."""
     code, message = error_words(body)
-    return code in TOO_LONG_CODES or "maximum context length" in message
+    return code in TOO_LONG_CODES or any(words in message for words in TOO_LONG_WORDS)
 
 
 def outcome_of(status: int, code: str, message: str, rate_codes: "Collection[str]" = ()) -> Outcome:
     """The class of an error reply (PROVIDERS, neutral outcome classes)."""
-    spent = (code in QUOTA_CODES and code not in rate_codes) or SPENDING_CAP in message
-    if status == 402 or (status == 429 and spent):
+    spent = code in QUOTA_CODES and code not in rate_codes  # a 400 at DashScope, and for OpenAI's images
+    told = status in (403, 412, 429) and any(words in message for words in SPENT_WORDS)
+    if status == 402 or (spent and status in (400, 429)) or told:
         return Outcome.QUOTA
-    if status in (429, 498):  # 498: Groq's flex tier has no capacity left
+    # Groq's own: 498, its flex tier has no capacity left; 413, a request of more tokens than a minute's limit.
+    if status in (429, 498) or (status == 413 and code == "rate_limit_exceeded"):
         return Outcome.RATE
-    if status == 401 or (status == 400 and code == "API_KEY_INVALID"):  # Google's word for a 401
-        return Outcome.AUTH
-    if status == 403 and "flagged" in message:
-        return Outcome.CLIENT  # OpenRouter's word for a prompt that it does not pass on, to any account
+    if status == 401 or (status == 400 and (code == "organization_restricted" or message.startswith(BAD_ACCOUNT))):
+        return Outcome.AUTH  # the code is Groq's
+    if status == 403 and any(words in message for words in PROMPT_REFUSED):
+        return Outcome.CLIENT
     if status in (403, 404):
         # A project may be barred from one model (403), a key from all: only the words tell.
         if code in MISSING_CODES or "model" in message:
@@ -7278,7 +7316,8 @@ class Relay:
             raise refused_in_200(reply, event)
 
     async def _collect(self, reply: Reply, lease: Lease, others: bool, request: ApiRequest) -> None:
-        """Reads a stream up to its first real event, anything else up to its end or to WHOLE_BYTES."""
+        """Reads a stream up to its first real event, speech up to its first byte, all else up to its end or to
+        WHOLE_BYTES."""
         head = reply.head
         kind = head.index.get(b"content-type", b"").lower()
         # Some servers give no type, or text/plain, to what they stream: collected, it would come all at once.
@@ -7291,8 +7330,10 @@ class Relay:
             return
         # Silence ends with the head; how long the body takes is up to the length of the answer, and no suspicion.
         lease.heard(reply.at)
+        # Speech is played while it is made (OpenAI's guide to it): from its first byte on it goes out.
+        most = 0 if kind[:6] == b"audio/" and head.status < 300 else WHOLE_BYTES
         pieces, size = [], 0
-        while size <= WHOLE_BYTES:
+        while size <= most:
             piece = await reply.exchange.read()
             if not piece:
                 reply.whole = True
@@ -7515,17 +7556,22 @@ class Relay:
 # Path, and the model that counts where none is named (the API reference's defaults).
 INFERENCE = {
     **dict.fromkeys(("/completions", "/embeddings", "/responses", "/audio/speech"), ""),
+    **dict.fromkeys(("/responses/input_tokens", "/responses/compact"), ""),
     **dict.fromkeys(("/audio/transcriptions", "/audio/translations"), ""),
     **dict.fromkeys(("/images/generations", "/images/edits", "/images/variations"), "dall-e-2"),
     "/moderations": "omni-moderation-latest",
 }
-# Those whose body is multipart/form-data, with a file in it.
+# Those whose body is multipart/form-data, with a file in it; an edit may name its pictures in JSON instead.
 FORMS = frozenset(("/images/edits", "/images/variations", "/audio/transcriptions", "/audio/translations"))
 # First words of paths below which things live in one account: what is made there exists nowhere else.
 OBJECTS = frozenset(
     "files uploads batches responses conversations vector_stores fine_tuning assistants threads containers evals videos"
     " chat".split()
 )
+# What stands in their paths where elsewhere an id does.
+NO_IDS = frozenset("alpha characters checkpoints edits extensions graders jobs run runs validate".split())
+# Where none of these words stands, a response needs nothing that lives in one account; to look for names costs more.
+TIES = (b'"conversation"', b'"container"', b"file_id", b"vector_store_id")
 # What each account has a list of, and the order where none is asked for (API reference, `order`).
 LISTS = {
     **dict.fromkeys("/files /batches /vector_stores /fine_tuning/jobs /assistants /containers /videos".split(), "desc"),
@@ -7680,7 +7726,7 @@ def read_input(request: ApiRequest, model: str, depth: int) -> None:
     """
     data = request.data = parse_object(request.body, depth)
     request.model = data.get("model") or model
-    stored = request.path == "/responses" and "model" not in data  # a stored prompt may name it
+    stored = request.path.startswith("/responses") and "model" not in data  # a stored prompt may name it
     if not stored and (not isinstance(request.model, str) or not request.model):
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     request.stream = data.get("stream") is True
@@ -7730,7 +7776,8 @@ def check_model_allowed(key: ClientKey, model: str, body: bytes) -> None:
     if top_level_count(body, "model") > 1:
         raise ProxyError(400, "model stands twice in the body.", param="model")
     if not model_patterns(key.models).fullmatch(model):
-        message = "Your key may not use the model %r; it may use: %s." % (model[:64], ", ".join(key.models))
+        what = "the model %r" % model[:64] if model else "calls that name no model"  # a file, a batch: of any model
+        message = "Your key may not use %s; it may use: %s." % (what, ", ".join(key.models))
         raise ProxyError(403, message, "model_not_allowed", param="model")
 
 
@@ -8754,17 +8801,21 @@ class Server:
         handler, path, _ = find_route(head.method, head.target, self.config.endpoints)
         self._admit(client, head, handler, path)
         kind = head.index.get(b"content-type", b"")
+        if is_json(kind):
+            return False, None
         if path in FORMS and handler == "_infer":
             return True, FormScanner(kind)
-        return handler == "_object" and not is_json(kind), None
+        return handler == "_object", None
 
     async def _options(self, client: ClientConnection, head: RequestHead) -> None:
         """A CORS preflight, or the plain question what is allowed."""
         client.record.status = 204
         fields = b"Allow: GET, HEAD, POST, OPTIONS\r\n"
         if client.origin:
+            # Whatever is asked for: the page may come in, and the routes say what is open (DELETE of a file, say).
+            method = head.index.get(b"access-control-request-method", b"GET, POST")
             asked = head.index.get(b"access-control-request-headers", b"*")
-            fields += b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\nAccess-Control-Max-Age: 600\r\n"
+            fields += b"Access-Control-Allow-Methods: %b\r\nAccess-Control-Max-Age: 600\r\n" % method
             fields += b"Access-Control-Allow-Headers: %b\r\n" % asked
         client.whole(204, fields, b"")
 
@@ -8791,15 +8842,18 @@ class Server:
 
     def _infer(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
         """Completions, embeddings, responses, moderations, images, audio: through the same scheduler as chats."""
-        if request.path in FORMS:
-            read_form(request, head.index.get(b"content-type", b""), INFERENCE[request.path])
+        kind = head.index.get(b"content-type", b"")
+        if request.path in FORMS and not is_json(kind):
+            read_form(request, kind, INFERENCE[request.path])
             return self._go(client, head, request)
         request.lines = json_lines(head)
         read_input(request, INFERENCE[request.path], self.config.limits.json_depth)
-        # The account that made the one before has the conversation.
-        previous = request.data.get("previous_response_id")
-        if isinstance(previous, str):
-            request.pinned = self._maker(previous)
+        if request.path.startswith("/responses"):
+            previous = request.data.get("previous_response_id")
+            if isinstance(previous, str):  # the account that made the one before has the conversation
+                request.pinned = self._maker(previous)
+            elif any(request.body.find(word) >= 0 for word in TIES):
+                request.pinned = self._owner(request, ())
         return self._go(client, head, request, request.body)
 
     def _object(self, client: ClientConnection, head: RequestHead, request: ApiRequest) -> "Awaitable[None]":
@@ -8810,16 +8864,28 @@ class Server:
         if reads and request.path in LISTS and "before=" not in request.query:
             return self._go(client, head, request, answer=self._merge)
         request.stateful = not reads
-        # Ids in the path, and those that the body speaks of: a batch's file has to be in the account of the batch.
         names = list(map(urllib.parse.unquote, parts))
-        names += re.findall(r'"([\w\-]{4,128})"', request.body[:WHOLE_BYTES].decode("latin-1"))
-        known = [self.relay.makers[name] for name in names if name in self.relay.makers]
-        if known:
-            request.pinned = known[0]
-        elif not reads and parts and group in OBJECTS:
-            request.pinned = self._maker(parts[0])
-        request.seeks = reads and not known
+        request.pinned = self._owner(request, names)
+        request.seeks = reads and not request.pinned
+        ids = [name for name in names if name not in NO_IDS]
+        if ids and group in OBJECTS and not request.pinned:
+            if reads:
+                return self._go(client, head, request, answer=functools.partial(self._seek, ids[0][:128]))
+            request.pinned = self._maker(ids[0])
         return self._go(client, head, request)
+
+    async def _seek(self, made: str, request: ApiRequest, client: ClientConnection, record: AccessRecord) -> None:
+        """Answers with what one account has, and remembers which: a client that has read an object may change it."""
+        await self.relay.run(request, client, record)
+        if record.status < 300:
+            self.relay.remember(made, record.controller)
+
+    def _owner(self, request: ApiRequest, names: "Iterable[str]") -> str:
+        """The controller that made the first known one of these objects, and of those that the body speaks of; else "":
+        a batch's file has to be in the account of the batch."""
+        makers = self.relay.makers
+        spoken = re.findall(r'"([\w\-]{4,128})"', request.body[:WHOLE_BYTES].decode("latin-1")) if makers else ()
+        return next((makers[name] for name in (*names, *spoken) if name in makers), "")
 
     def _maker(self, made: str) -> str:
         """The controller that made an object; any, where there is only one. Raises ProxyError (404)."""

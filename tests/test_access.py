@@ -98,6 +98,17 @@ async def test_the_models_of_a_key() -> None:
         assert len(one.seen) == seen
 
 
+async def test_a_key_of_some_models_reads_why_it_lists_no_files() -> None:
+    """What an account keeps belongs to no model, so that such a key has no right to it; the error names none, either."""
+    async with Running(client_keys=[{"key": KEY, "models": ["gpt-*"]}], endpoints=["objects"]) as server:
+        client = await server.open()
+        await client.send(request(b"", "api-key: " + KEY, target="/v1/files", method="GET"))
+        found = await client.read()
+        assert found.status == 403
+        assert found.json()["error"]["message"] == "Your key may not use calls that name no model; it may use: gpt-*."
+        client.close()
+
+
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("limits", [{"rpm": 3}, {"tpm": 600}, {"rpm": 6, "burst_s": 30}])
 async def test_limits_of_a_key_tell_the_truth(limits: dict[str, float]) -> None:

@@ -208,6 +208,22 @@ async def test_a_proxy_is_used(tls: bool) -> None:
         assert heads[0].start == f"POST http://127.0.0.1:{one.port}/v1/chat/completions HTTP/1.1"
 
 
+async def test_a_tunnel_that_ends_at_once_is_told_as_such() -> None:
+    """A proxy may agree to a tunnel and then find nobody at its end; the error says more than that there was one."""
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+        writer.close()
+
+    proxy = await asyncio.start_server(accept, "127.0.0.1", 0)
+    account = {"proxy": "http://127.0.0.1:%d" % proxy.sockets[0].getsockname()[1]}
+    async with Running(controller("a", "https://localhost:9/v1", account=account)) as server:
+        found = await server.post()
+        assert found.status == 502 and found.json()["error"]["message"].endswith("localhost:9: closed during the handshake")
+    proxy.close()
+
+
 async def test_models_are_asked_of_the_upstream() -> None:
     """Lists are merged, kept, and an upstream that fails does not break them."""
     listed = json_reply(200, {"object": "list", "data": [{"id": "up-1", "object": "model"}]})

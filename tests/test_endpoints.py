@@ -1,5 +1,6 @@
 """Endpoints beyond chat: the same scheduler, the body as it came, and what lives in one account."""
 
+import asyncio
 import json
 from urllib.parse import parse_qsl
 
@@ -52,6 +53,8 @@ async def ask(server: Running, method: str, path: str, data: object = None, **mo
         ("/v1/images/generations", {"prompt": "a cat"}),
         ("/v1/responses", {"model": "r", "input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]}),
         ("/v1/audio/speech", {"model": "t", "input": "x", "voice": "v"}),
+        ("/v1/responses/input_tokens", {"model": "r", "input": "x"}),
+        ("/v1/responses/compact", {"input": [{"type": "message", "role": "user", "content": "x"}]}),
     ],
 )
 async def test_inference_goes_through_the_scheduler(path: str, data: "dict[str, object]") -> None:
@@ -93,6 +96,24 @@ async def test_a_form_goes_by_its_model_field() -> None:
             kind = "multipart/form-data; boundary=xx"
             assert (await ask(server, "POST", "/v1/audio/transcriptions", bare, kind=kind)).status == 400
             assert (await ask(server, "POST", "/v1/audio/transcriptions", FORM)).status == 400
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_an_edit_of_pictures_may_come_as_json(whole: bool) -> None:
+    """Pictures that an address or a file's id names need no form (API reference, images/edits), however the body comes."""
+    data = {"model": "draw", "images": [{"image_url": "https://x.example/a.png"}], "prompt": "a hat"}
+    async with Upstream(answers(json_reply(200, {"data": []}))) as one:
+        mapped = controller("b", one.url, models=["draw"], model_map={"draw": "gpt-image-1.5"})
+        async with Running(controller("a", one.url, models=["other"]), mapped) as server:
+            client = await server.open()
+            raw = wire("POST", "/v1/images/edits", json.dumps(data).encode())
+            await client.send(raw if whole else raw[:-5])
+            if not whole:
+                await turns(3)
+                await client.send(raw[-5:])
+            assert (await client.read()).json() == {"data": []}
+            assert one.seen[0].json() == dict(data, model="gpt-image-1.5")
+            client.close()
 
 
 async def test_a_responses_stream_commits_on_its_first_real_event() -> None:
@@ -178,6 +199,39 @@ async def test_a_follow_up_goes_where_the_first_response_lives() -> None:
             assert (await ask(server, "DELETE", "/v1/files/file-lost")).status == 404
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"conversation": "conv_b1"},
+        {"conversation": {"id": "conv_b1"}},
+        {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-b1"}]}]},
+        {"tools": [{"type": "file_search", "vector_store_ids": ["vs_elsewhere", "vs_b1"]}]},
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/input_tokens"])
+async def test_a_response_goes_where_lies_what_it_speaks_of(path: str, data: "dict[str, object]") -> None:
+    """A conversation, a file or a store of one account is in no other; what nobody remembers ties a request to none."""
+    async with Upstream(answers(json_reply(200, {"id": "resp_1"}))) as one:
+        async with Running(controller("a", one.url), controller("b", one.url)) as server:
+            asked = {"model": "r", "input": "x", **data}
+            names = [(await ask(server, "POST", path, asked)).headers["x-apiserver-controller"] for _ in range(4)]
+            assert sorted(names) == ["a", "a", "b", "b"]
+            for made in ("conv_b1", "file-b1", "vs_b1"):
+                server.server.relay.remember(made, "b")
+            for _ in range(3):
+                assert (await ask(server, "POST", path, asked)).headers["x-apiserver-controller"] == "b"
+
+
+@pytest.mark.parametrize("path", ["fine_tuning/jobs", "fine_tuning/alpha/graders/run", "threads/runs", "videos/edits"])
+async def test_words_of_a_path_are_no_objects(path: str) -> None:
+    """What is made below such a word may be made in any account; where an object follows, it is that which is unknown."""
+    async with Upstream(answers(json_reply(200, {"id": "new_1"}))) as one:
+        async with Running(controller("a", one.url), controller("b", one.url), endpoints=["objects"]) as server:
+            assert (await ask(server, "POST", "/v1/" + path, {"model": "m"})).status == 200
+            found = await ask(server, "POST", "/v1/%s/lost_1/cancel" % path)
+            assert found.status == 404 and found.json()["error"]["message"].startswith("'lost_1' lives in one account")
+
+
 async def test_objects_are_found_in_the_account_that_has_them() -> None:
     """A file that nobody remembers is asked for in turn; one that was made here is known, also inside another request."""
 
@@ -198,6 +252,23 @@ async def test_objects_are_found_in_the_account_that_has_them() -> None:
             before = len(one.seen)
             assert (await ask(server, "DELETE", "/v1/files/file-abc1")).headers["x-apiserver-controller"] == "b"
             assert len(one.seen) == before
+
+
+@pytest.mark.parametrize("read", ["/v1/files/file-out1", "/v1/files/file-out1/content"])
+async def test_who_has_read_an_object_may_change_it(read: str) -> None:
+    """A batch's output was made by no request; once an account has shown it, it is known where it can be deleted."""
+    kept = json_reply(200, {"custom_id": "1", "id": "batch_req_1"})
+    async with Upstream(answers(error_reply(404))) as one, Upstream(answers(kept)) as other:
+        async with Running(controller("a", one.url), controller("b", other.url), endpoints=["objects"]) as server:
+            assert (await ask(server, "DELETE", "/v1/files/file-out1")).status == 404
+            assert (await ask(server, "GET", "/v1/files/file-lost")).status == 200
+            assert (await ask(server, "GET", read)).status == 200
+            before = len(one.seen)
+            assert (await ask(server, "DELETE", "/v1/files/file-out1")).status == 200
+            assert len(one.seen) == before and other.seen[-1].start == "DELETE /v1/files/file-out1 HTTP/1.1"
+        async with Running(controller("a", one.url), controller("c", one.url), endpoints=["objects"]) as server:
+            assert (await ask(server, "GET", read)).status == 404
+            assert not server.server.relay.makers
 
 
 async def test_a_stateful_request_is_not_replayed_where_it_may_have_run() -> None:
@@ -306,6 +377,32 @@ async def test_binary_answers_come_back_as_they_are() -> None:
     async with Upstream(answers(raw)) as one, Running(controller("a", one.url)) as server:
         found = await ask(server, "POST", "/v1/audio/speech", {"model": "tts", "input": "x", "voice": "v"})
         assert found.body == sound and found.headers["content-type"] == "audio/mpeg"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_speech_is_heard_while_it_is_made(ends: bool) -> None:
+    """Its first bytes leave at once, as players begin with them; one that breaks off ends without its last chunk."""
+    go = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await peer.chunk(b"hello")
+        await go.wait()
+        await peer.send(b"5\r\nworld\r\n0\r\n\r\n" if ends else b"5\r\nwor")
+        peer.close()
+
+    async with Upstream(script) as one, Running(controller("a", one.url), controller("b", one.url)) as server:
+        client = await server.open()
+        await client.send(wire("POST", "/v1/audio/speech", json.dumps({"model": "tts", "input": "x"}).encode()))
+        assert (await client.read(head_only=True)).headers["content-type"] == "audio/mpeg"
+        assert await client.reader.readexactly(10) == b"5\r\nhello\r\n"
+        go.set()
+        if ends:
+            assert await client.reader.readexactly(15) == b"5\r\nworld\r\n0\r\n\r\n"
+        else:
+            assert not (await client.closed()).endswith(b"0\r\n\r\n")
+            assert len(one.seen) == 1
+        client.close()
 
 
 async def test_controllers_that_only_chat_are_passed_over() -> None:

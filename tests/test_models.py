@@ -198,6 +198,26 @@ async def test_prompts_that_are_too_long() -> None:
                 assert found.status == 400 and found.json()["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        [{"error": {"code": 400, "message": "The input token count (9) exceeds the maximum number of tokens allowed (8)."}}],
+        {"code": "x", "error": "This model's maximum prompt length is 8 but the request contains 9 tokens."},
+        {"error": {"message": "Invalid request: Your request exceeded model token limit: 8", "type": "invalid_request_error"}},
+        {"error": {"code": "invalid_parameter_error", "message": "Range of input length should be [1, 8]"}},
+        {"message": "Input is too long for requested model."},
+        {"error": {"code": "1261", "message": "Prompt exceeds max length"}},
+        {"object": "error", "message": "The input (9 tokens) is longer than the model's context length (8 tokens)."},
+    ],
+)
+async def test_prompts_that_are_too_long_in_each_vendors_words(body: object) -> None:
+    """Few vendors have OpenAI's code for it."""
+    async with Upstream(answers(json_reply(400, body))) as one, Upstream(answers(GOOD)) as two:
+        controllers = [sole("a", one, "m-1"), sole("b", two, "m-2")]
+        async with Running(*controllers, pool={"context_fallbacks": {"m-1": ["m-2"]}}) as server:
+            assert (await server.post("m-1")).headers["x-apiserver-model"] == "m-1 -> m-2"
+
+
 async def test_a_stream_that_fails_at_its_first_event() -> None:
     """A sole controller's stream is held until its first real event when another model may stand in."""
     bad = sse_reply(b'data: {"error":{"message":"overloaded","code":503}}\n\n')

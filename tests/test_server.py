@@ -149,6 +149,15 @@ async def test_allowed_origins_get_cors() -> None:
     assert b"Access-Control-Allow-Origin: https://app.example\r\nVary: Origin" in found
 
 
+@pytest.mark.parametrize("method", ["DELETE", "PATCH", "POST"])
+async def test_a_preflight_allows_the_method_that_it_asks_for(method: str) -> None:
+    """A page that may come in may delete what it has made: what is open is the routes' business."""
+    fields = "Origin: https://app.example", f"Access-Control-Request-Method: {method}"
+    asked = request(b"", *fields, target="/v1/files/x", method="OPTIONS")
+    found = await exchange(asked, cors={"allow_origins": ["https://app.example"]}, endpoints=["*"])
+    assert found.startswith(b"HTTP/1.1 204 ") and f"Access-Control-Allow-Methods: {method}\r\n".encode() in found
+
+
 async def test_client_keys() -> None:
     """With client_keys only their bearers come in, to the models they may use; the key is found by its hash."""
     keys = [{"name": "alice", "key": "alice-key-123456", "models": ["echo"]}]
