@@ -3382,7 +3382,7 @@ class NetworkExchange:
 
     __slots__ = (
         "broken complete connection decoder ends_at hasty head idle_s message method on_sent origin piped pool rest"
-        " timeouts upload within_s"
+        " stopped timeouts upload within_s"
     ).split()
 
     def __init__(
@@ -3404,6 +3404,7 @@ class NetworkExchange:
         self.rest = b""  # of the body, as it came with the head
         self.hasty = False  # the reply began before the request had ended
         self.complete = False
+        self.stopped: "Exception | None" = None  # by an interrupt that met no connection
         # While the body is piped: from where to where, until when at most, after how much silence, and what was wrong.
         self.piped: "tuple[Decoder, UpstreamConnection, Outlet]"
         self.ends_at, self.idle_s = math.inf, timeouts.idle or math.inf
@@ -3430,6 +3431,9 @@ class NetworkExchange:
                 raise error from None if error is problem else problem  # an error that is its own cause is never freed
             self.abort()
             connection = await self.pool.connect(self.origin, self.timeouts.connect)
+            if self.stopped is not None:
+                self.pool.give_back(connection, False)
+                raise self.stopped from None
             self._send(connection)
             try:
                 self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
@@ -3519,6 +3523,8 @@ class NetworkExchange:
         """See `Exchange`."""
         if self.connection is not None:
             self.connection.reader.interrupt(error)
+        else:  # a stale one is being replaced
+            self.stopped = error
 
     def finish(self) -> None:
         """See `Exchange`. The connection is kept when its reply was whole and nobody wants to close it."""

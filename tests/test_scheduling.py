@@ -1377,6 +1377,32 @@ async def test_the_first_one_fails_while_the_rescuer_works() -> None:
         assert found.headers["x-apiserver-controller"] == "b" and home.calls == [1, 1, 0] and home.idle()
 
 
+async def test_a_rescuer_answers_while_a_stale_connection_is_replaced() -> None:
+    """Its answer is the answer as soon as the new connection is there, and the request is not sent on that."""
+
+    async def goes_stale(peer: Peer, _: Message) -> None:
+        await pause(0.9)
+        peer.reset()
+
+    async def slow(peer: Peer, message: Message) -> None:
+        await pause(0.6)
+        await both(peer, message)
+
+    async with house(then([both, goes_stale], hang), slow, pool={"type": "priority", "rescue_after": 0.4}) as home:
+        await home.post(stream=True)
+        real = home.server.server.links.dial
+
+        async def dial(origin: app.Origin) -> app.Link:
+            await pause(0 if origin.port == home.ups[1].port else 3)
+            return await real(origin)
+
+        home.server.server.links.dial = dial
+        started = now()
+        found = await home.post(stream=True)
+        assert found.headers["x-apiserver-controller"] == "b" and now() - started == pytest.approx(3.9, abs=0.3)
+        assert home.calls == [2, 1] and home.idle()
+
+
 @pytest.mark.parametrize("how", ["reset", "fin"])
 async def test_a_client_that_leaves_during_a_rescue_ends_both(how: str) -> None:
     """Both upstream connections are closed within 100 ms, both places are free."""
