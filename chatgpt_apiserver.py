@@ -6961,6 +6961,12 @@ def refused_in_200(reply: Reply, event: bytes) -> Refused:
     return Refused(reply, verdict)
 
 
+def give_up(asked: "asyncio.Task[Reply]") -> None:
+    """Ends a second attempt that nobody waits for any more, also one whose answer has just come."""
+    if not (asked.cancel() or asked.cancelled() or asked.exception()):
+        asked.result().exchange.abort()
+
+
 @functools.lru_cache(maxsize=1024)
 def way_fields(controller: str, attempts: int, wait_ms: int) -> bytes:
     """Our own lines about the way of an answer; nearly all come from one of a few, at once."""
@@ -7194,6 +7200,8 @@ class Relay:
                 if outcomes and outcomes[-1][1] == "ok":  # in the midst of its answer, which is the same attempt
                     outcomes.pop()
                 outcomes.append((lease.upstream.name, "gone", self.loop.time() - lease.since))
+                if asked is not None:
+                    give_up(asked)
             self.pool.settle(lease, verdict)
         return verdict
 
@@ -7385,9 +7393,7 @@ class Relay:
         if trip.rescue is None:
             return
         (lease, task), trip.rescue = trip.rescue, None
-        if task.done() and not task.cancelled() and task.exception() is None:
-            task.result().exchange.abort()
-        task.cancel()
+        give_up(task)
         trip.record.outcomes.append((lease.upstream.name, Outcome.LOST.value, self.loop.time() - lease.since))
         self.pool.settle(lease, Verdict(Outcome.LOST))
 

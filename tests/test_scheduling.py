@@ -1416,6 +1416,34 @@ async def test_a_client_that_leaves_during_a_rescue_ends_both(how: str) -> None:
         assert now() - left <= 0.1
 
 
+async def test_a_client_that_leaves_in_the_turn_of_its_rescuers_answer() -> None:
+    """The rescuer's connection is closed, too, though its answer had come and nobody had taken it yet."""
+
+    async def fails(peer: Peer, _: Message) -> None:
+        await pause(3)
+        await peer.send(error_reply(500))
+
+    async def goes_on(peer: Peer, _: Message) -> None:
+        await pause(2)
+        await peer.send(SSE_HEAD + app.chunk(event("a")))
+        await peer.gone()
+
+    async with house(fails, goes_on, pool={"type": "priority", "rescue_after": 2}) as home:
+        relay, client = home.server.server.relay, await home.ask(stream=True)
+        decides = relay._decides
+
+        def leaves(*asked: Any) -> bool:
+            (served,) = home.server.server.connections
+            served.leave()  # behind what wakes it
+            return decides(*asked)
+
+        relay._decides = leaves  # type: ignore[method-assign]
+        assert await client.closed() == b""
+        await until(lambda: home.idle() and not home.server.server.links.active)
+        await until(lambda: not home.ups[1].open_connections)
+        assert home.calls == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("config", "more"),
     [({"rescue_after": 0}, {"stream": True}), ({"rescue_after": 2}, {"stream": True, "store": True}), ({"rescue_after": 2}, {})],
