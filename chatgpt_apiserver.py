@@ -7102,6 +7102,7 @@ class Relay:
                         return
                     now = self.loop.time()
                     trip.note(lease, verdict, now)
+                    self._keep_up(trip)
                     if not trip.rescued and not may_retry(verdict, request):
                         # It may have run, and made something: whatever others said before, this is the answer. A 429
                         # from before it would have the client make that a second time.
@@ -7153,6 +7154,16 @@ class Relay:
             trip.tried.clear()
             return True
         return False
+
+    def _keep_up(self, trip: Trip) -> None:
+        """Sees to it that after a reload nobody is asked who is not configured any more, or as it was before."""
+        known = self.pool.upstreams
+        if not all(seat.upstream in known for seat in trip.seats):
+            try:
+                trip.seats = self.pool.seats_for(trip.request, trip.request.model)
+            except ProxyError:
+                trip.seats = []
+            trip.tried &= {seat.upstream for seat in trip.seats}  # `has_others` counts
 
     async def _stand_in_line(self, trip: Trip) -> "Lease | None":
         """A lease from the line, which begins a new round; None when waiting is no use."""
@@ -7361,6 +7372,7 @@ class Relay:
         if trip.rescue is not None or (trip.best is not None and not may_retry(trip.best.verdict, trip.request)):
             return False
         now = self.loop.time()
+        self._keep_up(trip)
         # Only who has room right now: a rescue that would wait or probe helps nobody.
         other = self.pool.lease(trip.request, trip.seats, trip.tried | {lease.upstream}, now, resort=False)
         if other is None:

@@ -617,6 +617,34 @@ async def test_row_sighup_keeps_state_and_waiters() -> None:
         assert home.state()["ledger"]["m"]["closed_for_s"] > 15
 
 
+async def test_row_sighup_while_a_request_is_under_way() -> None:
+    """When its attempt fails only those are asked who are configured now, as they are now: with a new key, too."""
+    go = asyncio.Event()
+
+    async def denies(peer: Peer, _: Message) -> None:
+        await go.wait()
+        await peer.send(error_reply(401))
+
+    async with house(then([denies]), both, pool={"type": "priority"}) as home:
+        task = home.later()
+        await until(lambda: home.calls == [1, 0])
+        renewed = controller("a", home.ups[0].url, account={"api_key": "sk-secret-renewed"})
+        home.server.server.reconfigure(app.parse_config({"port": 0, "controllers": [renewed]}, "test", {}))
+        go.set()
+        assert (await task).status == 200 and home.calls == [2, 0]
+        assert home.ups[0].seen[1].headers["authorization"] == "Bearer sk-secret-renewed"
+
+
+async def test_row_sighup_removes_a_rescuer() -> None:
+    """Nor is one that is not configured any more asked for a second answer."""
+    async with house(hang, both, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        task = home.later(stream=True)
+        await pause(1)
+        data = {"port": 0, "controllers": [controller(name, home.ups[at].url) for name, at in (("a", 0), ("c", 2))]}
+        home.server.server.reconfigure(app.parse_config({**data, "pool": {"rescue_after": 2}}, "test", {}))
+        assert (await task).headers["x-apiserver-controller"] == "c" and home.calls == [1, 0, 1]
+
+
 async def test_row_sighup_ends_the_waiting_for_a_model_that_is_gone() -> None:
     """Who waits for what no controller serves any more is told so at once."""
     async with house(then([limited("20")])) as home:
