@@ -8557,7 +8557,8 @@ class Server:
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
         self.loop, self.outbox = loop, Outbox(loop)
-        loop.getaddrinfo = Lookups(loop).getaddrinfo  # type: ignore[method-assign]
+        self.lookups = Lookups(loop)
+        loop.getaddrinfo = self.lookups.getaddrinfo  # type: ignore[method-assign]
         self.links = ConnectionPool(self.outbox, dial)
         self.connections: "set[ClientConnection]" = set()
         self.per_peer: "dict[str, int]" = {}
@@ -9127,6 +9128,9 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
     log.info("stopping: %d connections open", len(server.connections))
     await server.stop()
     log.info("stopped")
+    if server.lookups.under_way:  # its thread cannot be ended, and Python waits for it: half a minute without a resolver
+        console.send(LOG_LAST_MS)
+        os._exit(0)
 
 
 def tell(text: str, status: int = 0) -> int:
