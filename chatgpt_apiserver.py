@@ -8584,6 +8584,8 @@ class Server:
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
             load_certificate(self.tls, config)  # first: it may raise
+        if self.listener is not None:  # which stays where it is, and its doors with it
+            config = config.replace(host=self.config.host, port=self.config.port)
         self.config, limits = config, config.limits
         self.links.head_bytes, self.links.line_bytes = limits.upstream_head_bytes, limits.chunk_line_bytes
         rebuild_pool(self.pool, config)
