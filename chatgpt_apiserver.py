@@ -9073,6 +9073,14 @@ def fit_connections(server: Server, files: float) -> None:
         log.warning("open files are limited to %d: at most %d clients at once", files, server.most)
 
 
+def warn_if_open(config: Config, host: str, port: int) -> None:
+    """Tells loudly that a listener is open to all."""
+    # Not an error: in a container every address is public, and something in front may ask for keys.
+    if not is_loopback(host) and not config.client_keys:
+        where = "%s:%d" % (without_keys(host), port)
+        log.warning("ANYONE WHO CAN REACH %s CAN SPEND THESE KEYS: no client_keys", where)
+
+
 def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
     """What `load` finds now, once it is known to be usable as a whole; None, and the log says why, when it is not."""
     # Certificates are renewed at any time, by others: whether key and certificate fit is part of being usable.
@@ -9087,6 +9095,8 @@ def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | No
     log.setLevel(new.log.level.upper())
     for line in [*diff_config(current, new)] or ["nothing changed"]:
         log.info("reload: %s", line)
+    if current.client_keys:
+        warn_if_open(new, current.host, current.port)  # the address that is listened on
     return new
 
 
@@ -9130,7 +9140,7 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
     log.info("stopping: %d connections open", len(server.connections))
     await server.stop()
     log.info("stopped")
-    if server.lookups.under_way:  # its thread cannot be ended, and Python waits for it: half a minute without a resolver
+    if server.lookups.under_way:  # Python would wait for its thread, without a resolver for half a minute
         console.send(LOG_LAST_MS)
         os._exit(0)
 
@@ -9180,10 +9190,7 @@ def main(argv: "list[str] | None" = None) -> int:
         set_up_logging(config)
         for line in describe(config)[:-1]:  # the address is told once it is open
             log.info("%s", line)
-        # Not an error: in a container every address is public, and something in front may ask for keys.
-        if not is_loopback(config.host) and not config.client_keys:
-            where = "%s:%d" % (without_keys(config.host), config.port)
-            log.warning("ANYONE WHO CAN REACH %s CAN SPEND THESE KEYS: no client_keys", where)
+        warn_if_open(config, config.host, config.port)
         return run(config, load)
     except ConfigError as error:
         return tell(str(error), 2)
