@@ -8557,7 +8557,7 @@ class Server:
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
         self.loop, self.outbox = loop, Outbox(loop)
-        self.lookups = Lookups(loop)
+        self.config, self.lookups = config, Lookups(loop)
         loop.getaddrinfo = self.lookups.getaddrinfo  # type: ignore[method-assign]
         self.links = ConnectionPool(self.outbox, dial)
         self.connections: "set[ClientConnection]" = set()
