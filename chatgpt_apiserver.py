@@ -6366,6 +6366,8 @@ class UpstreamPool:
 
     def __init__(self, upstreams: "list[Upstream]", config: PoolConfig, timers: asyncio.AbstractEventLoop) -> None:
         self.timers = timers
+        self.upstreams: "list[Upstream]" = []
+        self.leaving: "list[Upstream]" = []  # gone from the configuration, with requests still under way
         self.serving: "dict[str, list[Seat]]" = {}
         self.lines: "dict[str, deque[Waiter]]" = {}  # none is empty
         self.alarm: "asyncio.TimerHandle | None" = None  # for the soonest reopening that somebody waits for
@@ -6376,6 +6378,7 @@ class UpstreamPool:
 
     def replace(self, upstreams: "list[Upstream]", config: PoolConfig) -> None:
         """Goes on with these controllers; whoever waits now waits for them."""
+        self.leaving = [one for one in (*self.leaving, *self.upstreams) if one.in_flight and one not in upstreams]
         self.upstreams, self.config, self.policy = upstreams, config, POLICIES[config.type]
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
         self.context_fallbacks = dict(config.context_fallbacks)
@@ -6667,7 +6670,8 @@ class UpstreamPool:
     def _sweep(self) -> None:
         """Looks for controllers that fell silent and for requests stuck in them; runs while anything is under way."""
         now, self.sweeper = self.timers.time(), None
-        for upstream in [one for one in self.upstreams if one.in_flight]:  # who is connecting may be silent later
+        # Who is connecting may be silent later; and one that hangs may have been removed for that.
+        for upstream in [one for one in (*self.upstreams, *self.leaving) if one.in_flight]:
             self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
             if upstream.is_silent(now):
                 # A probe knows already that something is wrong: it need not wait for as long as the others.

@@ -635,6 +635,19 @@ async def test_row_sighup_while_a_request_is_under_way() -> None:
         assert home.ups[0].seen[1].headers["authorization"] == "Bearer sk-secret-renewed"
 
 
+async def test_row_sighup_removes_one_that_is_silent() -> None:
+    """What is stuck in a controller is rescued also when that was removed because of it."""
+    async with house(hang, both, pool={"type": "priority", "rescue_after": 3}) as home:
+        started, task = now(), home.later(stream=True)
+        await until(lambda: home.calls == [1, 0])
+        data = {"port": 0, "controllers": [controller("b", home.ups[1].url)], "pool": {"rescue_after": 3}}
+        for _ in range(2):
+            home.server.server.reconfigure(app.parse_config(data, "test", {}))
+        assert (await task).headers["x-apiserver-controller"] == "b" and now() - started < 4
+        home.server.server.reconfigure(home.server.config)
+        await until(lambda: home.idle() and not home.pool.leaving)
+
+
 async def test_row_sighup_removes_a_rescuer() -> None:
     """Nor is one that is not configured any more asked for a second answer."""
     async with house(hang, both, both, pool={"type": "priority", "rescue_after": 2}) as home:
