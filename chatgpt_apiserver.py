@@ -8522,15 +8522,16 @@ def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
     At a reload nothing else would do: fresh ledgers would send a burst to every account, and forget who is parked.
     """
     known = {upstream.name: upstream for upstream in pool.upstreams}
-    quotas = {upstream.quota.name: upstream.quota for upstream in pool.upstreams}
+    # A group may have the name of a controller that is not in it.
+    quotas = {(bool(one.config.quota_group), one.quota.name): one.quota for one in pool.upstreams}
     upstreams: "list[Upstream]" = []
     for one in config.controllers:
         same = known.get(one.name)
         if same is None or same.config != one:
-            name = one.quota_group or one.name
-            quota = quotas.get(name)
+            which = bool(one.quota_group), one.quota_group or one.name
+            quota = quotas.get(which)
             if quota is None or quota.limits != one.limits:
-                quota = quotas[name] = Quota(name, one.limits)
+                quota = quotas[which] = Quota(which[1], one.limits)
             same = Upstream(one, CONTROLLERS[one.type](one), quota)
         upstreams.append(same)
     pool.replace(upstreams, config.pool)

@@ -1067,6 +1067,18 @@ async def test_quota_groups_count_as_one() -> None:
         assert home.calls == [1, 0, 4]
 
 
+async def test_a_quota_group_may_be_called_as_a_controller_outside_it() -> None:
+    """That one has a quota of its own, with other limits, and the group's is still one, also after a reload."""
+    group = {"quota_group": "a", "limits": {"rpm": 2}}
+    async with house(both, both, both, each=[{"limits": {"rpm": 1}}, group, group]) as home:
+        for _ in range(2):
+            own, one, other = (upstream.quota for upstream in home.pool.upstreams)
+            assert one is other and one is not own and (own.limits.rpm, one.limits.rpm) == (1, 2)
+            changed = [controller("abc"[at], home.ups[at].url, weight=2, **more) for at, more in enumerate([{"limits": {"rpm": 1}}, group, group])]
+            home.server.server.reconfigure(app.parse_config({"port": 0, "controllers": changed}, "test", {}))
+            assert [upstream.quota for upstream in home.pool.upstreams] == [own, one, other]
+
+
 async def test_what_replies_tell_is_kept_to() -> None:
     """Nothing configured: after the first reply the server knows what is left and never earns a 429."""
     level, at = 10.0, 0.0
