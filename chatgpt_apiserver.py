@@ -5425,7 +5425,8 @@ DENIED_COUNT, FORBIDDEN_COUNT = 2, 3  # in a row, before a key is parked: a sing
 LACKS_S = 600.0  # how long it is remembered that an account lacks a model
 SUSPECT_COUNT = 3  # unanswered requests that make a suspicion
 SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0  # silence that makes one at least; and where nothing is known of the usual
-PACE_MIN_S, PACE_MOST = 0.02, 4.0  # slow start ends at this pace, and allows no larger bursts
+# Slow start ends at the first of these paces, a second for the last in any case, and allows no larger bursts.
+PACE_MIN_S, PACE_END, PACE_STEP, PACE_MOST = 0.02, 1e4, 1.0625, 4.0
 SAMPLES = 100  # times to the first answer that are remembered, per controller, model and kind
 RESCUE_SAMPLES, RESCUE_MIN_S = 20, 10.0  # fewer prove nothing; and nobody is asked twice for less silence
 NEVER = math.inf
@@ -5444,13 +5445,13 @@ class Bucket:
     compared with what was expected of it, and each error is corrected once.
 
     As long as no reply has told a `limit` it refuses nothing (`rate` 0) and only counts, below zero. `most`: no larger
-    `size` is believed, since 429s came early. `newest`: the serial of the latest request that a reply told of;
-    `known_at`: when the first one did.
+    `size` is believed, since 429s came early. `knee`: half of the pace that was refused last, while one is guessed.
+    `newest`: the serial of the latest request that a reply told of; `known_at`: when the first one did.
     """
 
     def __init__(self, now: float = 0.0) -> None:
         self.level = self.limit = self.rate = self.shift = 0.0
-        self.size = self.most = NEVER
+        self.size = self.most = self.knee = NEVER
         self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
 
     def level_at(self, now: float) -> float:
@@ -5530,15 +5531,23 @@ class Bucket:
     def guess(self, after_s: float, now: float) -> None:
         """At the reopening one goes, then one each time as long again, until a reply tells the limit."""
         self.charge(0.0, now - EDGE_S)
-        slower_s = 2 / self.rate if self.rate else 0.0
-        self.rate, self.size = 1 / min(max(after_s, slower_s, PACE_MIN_S), CLOSED_S[1]), 1.0
+        self.knee = self.rate / 2 or NEVER
+        self.rate, self.size = 1 / min(max(1 / self.knee or after_s, PACE_MIN_S), CLOSED_S[1]), 1.0
         self.level, self.shift = 1.0, self.shift + 1.0 - self.level
 
     def answered(self) -> None:
-        """A good answer: one more may go, and each after it twice as soon, until nothing is guessed any more."""
-        self.level, self.shift, self.rate, self.size = self.level + 1.0, self.shift + 1.0, 2 * self.rate, PACE_MOST
-        if self.rate >= 2 / PACE_MIN_S:
-            self.rate, self.size = 0.0, NEVER
+        """A good answer: one more may go, and each after it twice as soon, until nothing is guessed any more.
+
+        From half of the pace that was refused last, only a little sooner: to double there meets each limit for ever.
+        """
+        waited, self.size = self.level < 1.0, PACE_MOST
+        if self.rate < self.knee:
+            self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
+        else:
+            self.rate *= PACE_STEP
+        # While somebody waits for this pace, its end would let the whole line go at once.
+        if self.rate >= 2 / PACE_MIN_S and (not waited or self.rate > PACE_END):
+            self.rate, self.size, self.knee = 0.0, NEVER, NEVER
 
 
 class Window:
@@ -5686,11 +5695,15 @@ class Ledger:
         self.few = few
         return spare if few >= 1.0 else -1.0
 
-    def answered(self) -> None:
-        """An answer came: the next 429 without a time starts small again, and slow start goes faster."""
-        self.closed_for = 0.0
-        if self.requests.rate and not self.requests.limit:
-            self.requests.answered()
+    def answered(self, sent_at: float) -> None:
+        """An answer came: the next 429 without a time starts small again, and slow start goes faster.
+
+        What was under way at the last 429 proves nothing: it had been let in before.
+        """
+        if sent_at > self.closed_at:
+            self.closed_for = 0.0
+            if self.requests.rate and not self.requests.limit:
+                self.requests.answered()
 
     def rate(self, need: float) -> float:
         """Requests per second that it can take for long; infinite while nothing is known."""
@@ -6079,7 +6092,7 @@ class Lease:
             self.seat.times[self.stream].append(took_s)
             upstream.heard(self.stream, took_s)
             upstream.works(now)
-            self.ledger.answered()
+            self.ledger.answered(self.sent_at)
             if upstream.quota.park_s:
                 upstream.quota.pays(now)
 

@@ -1706,3 +1706,28 @@ async def test_a_hang_is_noticed_where_little_is_asked() -> None:
         assert home.state()["state"] == "suspect" and home.calls == [4, 5]
         await pause(1.5)
         assert (await home.post(stream=True)).headers["x-apiserver-attempts"] == "1" and home.calls == [4, 6]
+
+
+@pytest.mark.parametrize(("per_s", "seconds", "count"), [(10.0, 0.3, 90), (1.0, 0.3, 20), (1.0, 2.5, 20)])
+async def test_a_line_before_an_account_that_tells_nothing(per_s: float, seconds: float, count: int) -> None:
+    """Its limit is found by few refusals, though it names neither that nor a time, and nearly all of it is used."""
+    burst = 2 * per_s
+    level, at, calls, started = burst, now(), {200: 0, 429: 0}, now()
+
+    async def silent(peer: Peer, message: Message) -> None:
+        nonlocal level, at
+        level, at = min(burst, level + (now() - at) * per_s), now()
+        good = level >= 1
+        level -= good
+        calls[200 if good else 429] += 1
+        if good:
+            await pause(seconds)
+        await peer.send(GOOD if good else limited())
+
+    async with house(silent, pool={"max_wait": 60}) as home:
+        tasks = [home.later() for _ in range(count)]
+        await pause(0.5)
+        at_first = calls[429]  # of those that went before anything was known
+        assert {(await task).status for task in tasks} == {200}
+        assert calls[429] - at_first <= 0.3 * count
+        assert now() - started < 1.6 * count / per_s + seconds
