@@ -7184,14 +7184,14 @@ class Relay:
 
     async def _stand_in_line(self, trip: Trip) -> "Lease | None":
         """A lease from the line, which begins a new round; None when waiting is no use."""
-        since = self.loop.time()
+        wait_s = trip.request.wait_s  # which becomes less by what is waited, and only by that
         try:
             lease = await self.pool.wait(trip.request, trip.seats, trip.tried) if trip.seats else None
         except NoRoom as problem:
             trip.line, lease = problem, None
             forget_frames(problem)
         finally:  # a client that leaves while it waits has waited too, and the access line says how long
-            trip.record.waited_s += self.loop.time() - since
+            trip.record.waited_s += wait_s - trip.request.wait_s
         if lease is not None:
             trip.tried.clear()
         return lease
