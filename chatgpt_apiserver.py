@@ -7002,11 +7002,11 @@ def keep(memory: "dict[Any, Any]", key: "Any", value: "Any", most: int) -> None:
 class Trip:
     """One request on its way: whom it may ask, whom it asked in this round, and what came of it.
 
-    `tried`: this round's; a new round begins when waiting has reopened somebody. `best`, `failure`, `line`, `unfit`:
-    what could be told when nobody answers, a refusal of an upstream, the last error of an attempt, why the line gave
-    up, and what no account has words for; `last`: the last attempt's refusal, if it was one. `spare`: whether other
-    models may stand in for its own; `models`: those that are left, once the first did. `rescue`: the second attempt
-    beside the one that is silent.
+    `tried`: this round's, without those that were full; a new round begins when waiting has reopened somebody. `best`,
+    `failure`, `line`, `unfit`: what could be told when nobody answers, a refusal of an upstream, the last error of an
+    attempt, why the line gave up, and what no account has words for; `last`: the last attempt's refusal, if it was one.
+    `spare`: whether other models may stand in for its own; `models`: those that are left, once the first did. `rescue`:
+    the second attempt beside the one that is silent.
     """
 
     __slots__ = "best failure last line models record request rescue seats spare tried unfit".split()
@@ -7047,7 +7047,9 @@ class Trip:
         """Keeps an attempt that brought no answer."""
         self.name(lease)
         self.record.outcomes.append((lease.upstream.name, verdict.outcome.value, now - lease.since))
-        self.tried.add(lease.upstream)
+        # Who is full has room again at a time that its ledger knows, which may come while others are asked.
+        if verdict.outcome is not Outcome.RATE:
+            self.tried.add(lease.upstream)
         if verdict.outcome is Outcome.LARGE:  # only who is known to take that much
             self.seats = [seat for seat in self.seats if seat.ledger.largest() >= verdict.requested]
             self.tried &= {seat.upstream for seat in self.seats}  # `has_others` counts
@@ -7490,6 +7492,8 @@ class Relay:
         # The client's SDK obeys retry-after and x-should-retry. So these are about the pool: when somebody has room, or
         # that nothing changes soon. An upstream's own would send a client away from accounts that work.
         best, line, fields = trip.best, trip.line, b""
+        if line is None and best is not None and best.verdict.outcome is Outcome.RATE:
+            best = trip.last  # that 429 was waited out, and what came then is why there is no answer
         outcome = Outcome.RATE if best is None else best.verdict.outcome
         retried = len(trip.record.outcomes) > 1 or trip.record.waited_s > 0
         if line is not None and outcome in (Outcome.RATE, Outcome.QUOTA):

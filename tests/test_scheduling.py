@@ -692,6 +692,27 @@ async def test_row_sighup_leaves_a_conversation_with_the_account_that_has_it() -
 # -- rounds and the last resort
 
 
+async def test_who_was_full_is_asked_again_when_another_has_failed_slowly() -> None:
+    """The first one's time is over by then: its 429 would be told while it has room."""
+
+    async def fails(peer: Peer, _: Message) -> None:
+        await pause(3)
+        await peer.send(error_reply(500))
+
+    async with house(then([limited("1")]), fails, pool={"type": "priority"}) as home:
+        found = await home.post()
+        assert (found.status, found.headers["x-apiserver-attempts"]) == (200, "3") and home.calls == [2, 1]
+
+
+@pytest.mark.parametrize(("then_it", "status"), [(answers(error_reply(500)), 500), (close_at_once, 502)])
+async def test_a_429_that_was_waited_out_is_not_the_answer(then_it: Script, status: int) -> None:
+    """What the controller did when it had room again is told, and not to come again when it has."""
+    async with house(then([limited("1")], then_it), each={"limits": {"rpm": 100}}) as home:
+        found = await home.post()
+        assert found.status == status and found.headers["x-apiserver-attempts"] == "2"
+        assert "retry-after" not in found.headers
+
+
 async def test_once_per_round_and_a_new_round_only_by_waiting() -> None:
     """Each is asked once; a new round begins when waiting reopened one, and then all may be asked again."""
     async with house(answers(error_reply(500)), then([limited("2"), limited("2")]), pool={"type": "priority"}) as home:
