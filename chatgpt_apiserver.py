@@ -3390,7 +3390,7 @@ class NetworkExchange:
 
     __slots__ = (
         "broken complete connection decoder ends_at hasty head idle_s message method on_sent origin piped pool rest"
-        " timeouts upload within_s"
+        " stopped timeouts upload within_s"
     ).split()
 
     def __init__(
@@ -3412,6 +3412,7 @@ class NetworkExchange:
         self.rest = b""  # of the body, as it came with the head
         self.hasty = False  # the reply began before the request had ended
         self.complete = False
+        self.stopped: "Exception | None" = None  # by an interrupt that met no connection
         # While the body is piped: from where to where, until when at most, after how much silence, and what was wrong.
         self.piped: "tuple[Decoder, UpstreamConnection, Outlet]"
         self.ends_at, self.idle_s = math.inf, timeouts.idle or math.inf
@@ -3438,6 +3439,9 @@ class NetworkExchange:
                 raise error from None if error is problem else problem  # an error that is its own cause is never freed
             self.abort()
             connection = await self.pool.connect(self.origin, self.timeouts.connect)
+            if self.stopped is not None:
+                self.pool.give_back(connection, False)
+                raise self.stopped from None
             self._send(connection)
             try:
                 self.head, self.rest = await read_reply_head(connection.reader, self.pool.head_bytes)
@@ -3527,6 +3531,8 @@ class NetworkExchange:
         """See `Exchange`."""
         if self.connection is not None:
             self.connection.reader.interrupt(error)
+        else:  # a stale one is being replaced
+            self.stopped = error
 
     def finish(self) -> None:
         """See `Exchange`. The connection is kept when its reply was whole and nobody wants to close it."""
@@ -5464,7 +5470,8 @@ DENIED_COUNT, FORBIDDEN_COUNT = 2, 3  # in a row, before a key is parked: a sing
 LACKS_S = 600.0  # how long it is remembered that an account lacks a model
 SUSPECT_COUNT = 3  # unanswered requests that make a suspicion
 SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0  # silence that makes one at least; and where nothing is known of the usual
-PACE_MIN_S, PACE_MOST = 0.02, 4.0  # slow start ends at this pace, and allows no larger bursts
+# Slow start ends at the first of these paces, a second for the last in any case, and allows no larger bursts.
+PACE_MIN_S, PACE_END, PACE_STEP, PACE_MOST = 0.02, 1e4, 1.0625, 4.0
 SAMPLES = 100  # times to the first answer that are remembered, per controller, model and kind
 RESCUE_SAMPLES, RESCUE_MIN_S = 20, 10.0  # fewer prove nothing; and nobody is asked twice for less silence
 NEVER = math.inf
@@ -5483,13 +5490,13 @@ class Bucket:
     compared with what was expected of it, and each error is corrected once.
 
     As long as no reply has told a `limit` it refuses nothing (`rate` 0) and only counts, below zero. `most`: no larger
-    `size` is believed, since 429s came early. `newest`: the serial of the latest request that a reply told of;
-    `known_at`: when the first one did.
+    `size` is believed, since 429s came early. `knee`: half of the pace that was refused last, while one is guessed.
+    `newest`: the serial of the latest request that a reply told of; `known_at`: when the first one did.
     """
 
     def __init__(self, now: float = 0.0) -> None:
         self.level = self.limit = self.rate = self.shift = 0.0
-        self.size = self.most = NEVER
+        self.size = self.most = self.knee = NEVER
         self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
 
     def level_at(self, now: float) -> float:
@@ -5572,15 +5579,23 @@ class Bucket:
     def guess(self, after_s: float, now: float) -> None:
         """At the reopening one goes, then one each time as long again, until a reply tells the limit."""
         self.charge(0.0, now - EDGE_S)
-        slower_s = 2 / self.rate if self.rate else 0.0
-        self.rate, self.size = 1 / min(max(after_s, slower_s, PACE_MIN_S), CLOSED_S[1]), 1.0
+        self.knee = self.rate / 2 or NEVER
+        self.rate, self.size = 1 / min(max(1 / self.knee or after_s, PACE_MIN_S), CLOSED_S[1]), 1.0
         self.level, self.shift = 1.0, self.shift + 1.0 - self.level
 
     def answered(self) -> None:
-        """A good answer: one more may go, and each after it twice as soon, until nothing is guessed any more."""
-        self.level, self.shift, self.rate, self.size = self.level + 1.0, self.shift + 1.0, 2 * self.rate, PACE_MOST
-        if self.rate >= 2 / PACE_MIN_S:
-            self.rate, self.size = 0.0, NEVER
+        """A good answer: one more may go, and each after it twice as soon, until nothing is guessed any more.
+
+        From half of the pace that was refused last, only a little sooner: to double there meets each limit for ever.
+        """
+        waited, self.size = self.level < 1.0, PACE_MOST
+        if self.rate < self.knee:
+            self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
+        else:
+            self.rate *= PACE_STEP
+        # While somebody waits for this pace, its end would let the whole line go at once.
+        if self.rate >= 2 / PACE_MIN_S and (not waited or self.rate > PACE_END):
+            self.rate, self.size, self.knee = 0.0, NEVER, NEVER
 
 
 class Window:
@@ -5728,11 +5743,15 @@ class Ledger:
         self.few = few
         return spare if few >= 1.0 else -1.0
 
-    def answered(self) -> None:
-        """An answer came: the next 429 without a time starts small again, and slow start goes faster."""
-        self.closed_for = 0.0
-        if self.requests.rate and not self.requests.limit:
-            self.requests.answered()
+    def answered(self, sent_at: float) -> None:
+        """An answer came: the next 429 without a time starts small again, and slow start goes faster.
+
+        What was under way at the last 429 proves nothing: it had been let in before.
+        """
+        if sent_at > self.closed_at:
+            self.closed_for = 0.0
+            if self.requests.rate and not self.requests.limit:
+                self.requests.answered()
 
     def rate(self, need: float) -> float:
         """Requests per second that it can take for long; infinite while nothing is known."""
@@ -6121,7 +6140,7 @@ class Lease:
             self.seat.times[self.stream].append(took_s)
             upstream.heard(self.stream, took_s)
             upstream.works(now)
-            self.ledger.answered()
+            self.ledger.answered(self.sent_at)
             if upstream.quota.park_s:
                 upstream.quota.pays(now)
 
@@ -6408,6 +6427,8 @@ class UpstreamPool:
 
     def __init__(self, upstreams: "list[Upstream]", config: PoolConfig, timers: asyncio.AbstractEventLoop) -> None:
         self.timers = timers
+        self.upstreams: "list[Upstream]" = []
+        self.leaving: "list[Upstream]" = []  # gone from the configuration, with requests still under way
         self.serving: "dict[str, list[Seat]]" = {}
         self.lines: "dict[str, deque[Waiter]]" = {}  # none is empty
         self.alarm: "asyncio.TimerHandle | None" = None  # for the soonest reopening that somebody waits for
@@ -6418,6 +6439,7 @@ class UpstreamPool:
 
     def replace(self, upstreams: "list[Upstream]", config: PoolConfig) -> None:
         """Goes on with these controllers; whoever waits now waits for them."""
+        self.leaving = [one for one in (*self.leaving, *self.upstreams) if one.in_flight and one not in upstreams]
         self.upstreams, self.config, self.policy = upstreams, config, POLICIES[config.type]
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
         self.context_fallbacks = dict(config.context_fallbacks)
@@ -6709,7 +6731,8 @@ class UpstreamPool:
     def _sweep(self) -> None:
         """Looks for controllers that fell silent and for requests stuck in them; runs while anything is under way."""
         now, self.sweeper = self.timers.time(), None
-        for upstream in [one for one in self.upstreams if one.in_flight]:  # who is connecting may be silent later
+        # Who is connecting may be silent later; and one that hangs may have been removed for that.
+        for upstream in [one for one in (*self.upstreams, *self.leaving) if one.in_flight]:
             self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
             if upstream.is_silent(now):
                 # A probe knows already that something is wrong: it need not wait for as long as the others.
@@ -7003,6 +7026,12 @@ def refused_in_200(reply: Reply, event: bytes) -> Refused:
     return Refused(reply, verdict)
 
 
+def give_up(asked: "asyncio.Task[Reply]") -> None:
+    """Ends a second attempt that nobody waits for any more, also one whose answer has just come."""
+    if not (asked.cancel() or asked.cancelled() or asked.exception()):
+        asked.result().exchange.abort()
+
+
 @functools.lru_cache(maxsize=1024)
 def way_fields(controller: str, attempts: int, wait_ms: int) -> bytes:
     """Our own lines about the way of an answer; nearly all come from one of a few, at once."""
@@ -7021,11 +7050,11 @@ def keep(memory: "dict[Any, Any]", key: "Any", value: "Any", most: int) -> None:
 class Trip:
     """One request on its way: whom it may ask, whom it asked in this round, and what came of it.
 
-    `tried`: this round's; a new round begins when waiting has reopened somebody. `best`, `failure`, `line`, `unfit`:
-    what could be told when nobody answers, a refusal of an upstream, the last error of an attempt, why the line gave
-    up, and what no account has words for; `last`: the last attempt's refusal, if it was one. `spare`: whether other
-    models may stand in for its own; `models`: those that are left, once the first did. `rescue`: the second attempt
-    beside the one that is silent.
+    `tried`: this round's, without those that were full; a new round begins when waiting has reopened somebody. `best`,
+    `failure`, `line`, `unfit`: what could be told when nobody answers, a refusal of an upstream, the last error of an
+    attempt, why the line gave up, and what no account has words for; `last`: the last attempt's refusal, if it was one.
+    `spare`: whether other models may stand in for its own; `models`: those that are left, once the first did. `rescue`:
+    the second attempt beside the one that is silent.
     """
 
     __slots__ = "best failure last line models record request rescue seats spare tried unfit".split()
@@ -7066,7 +7095,9 @@ class Trip:
         """Keeps an attempt that brought no answer."""
         self.name(lease)
         self.record.outcomes.append((lease.upstream.name, verdict.outcome.value, now - lease.since))
-        self.tried.add(lease.upstream)
+        # Who is full has room again at a time that its ledger knows, which may come while others are asked.
+        if verdict.outcome is not Outcome.RATE:
+            self.tried.add(lease.upstream)
         if verdict.outcome is Outcome.LARGE:  # only who is known to take that much
             self.seats = [seat for seat in self.seats if seat.ledger.largest() >= verdict.requested]
             self.tried &= {seat.upstream for seat in self.seats}  # `has_others` counts
@@ -7138,6 +7169,7 @@ class Relay:
                         return
                     now = self.loop.time()
                     trip.note(lease, verdict, now)
+                    self._keep_up(trip)
                     if not trip.rescued and not may_retry(verdict, request):
                         # It may have run, and made something: whatever others said before, this is the answer. A 429
                         # from before it would have the client make that a second time.
@@ -7190,16 +7222,26 @@ class Relay:
             return True
         return False
 
+    def _keep_up(self, trip: Trip) -> None:
+        """Sees to it that after a reload nobody is asked who is not configured any more, or as it was before."""
+        known = self.pool.upstreams
+        if not all(seat.upstream in known for seat in trip.seats):
+            try:
+                trip.seats = self.pool.seats_for(trip.request, trip.request.model)
+            except ProxyError:
+                trip.seats = []
+            trip.tried &= {seat.upstream for seat in trip.seats}  # `has_others` counts
+
     async def _stand_in_line(self, trip: Trip) -> "Lease | None":
         """A lease from the line, which begins a new round; None when waiting is no use."""
-        since = self.loop.time()
+        wait_s = trip.request.wait_s  # which becomes less by what is waited, and only by that
         try:
             lease = await self.pool.wait(trip.request, trip.seats, trip.tried) if trip.seats else None
         except NoRoom as problem:
             trip.line, lease = problem, None
             forget_frames(problem)
         finally:  # a client that leaves while it waits has waited too, and the access line says how long
-            trip.record.waited_s += self.loop.time() - since
+            trip.record.waited_s += wait_s - trip.request.wait_s
         if lease is not None:
             trip.tried.clear()
         return lease
@@ -7236,6 +7278,8 @@ class Relay:
                 if outcomes and outcomes[-1][1] == "ok":  # in the midst of its answer, which is the same attempt
                     outcomes.pop()
                 outcomes.append((lease.upstream.name, "gone", self.loop.time() - lease.since))
+                if asked is not None:
+                    give_up(asked)
             self.pool.settle(lease, verdict)
         return verdict
 
@@ -7398,6 +7442,7 @@ class Relay:
         if trip.rescue is not None or (trip.best is not None and not may_retry(trip.best.verdict, trip.request)):
             return False
         now = self.loop.time()
+        self._keep_up(trip)
         # Only who has room right now: a rescue that would wait or probe helps nobody.
         other = self.pool.lease(trip.request, trip.seats, trip.tried | {lease.upstream}, now, resort=False)
         if other is None:
@@ -7430,9 +7475,7 @@ class Relay:
         if trip.rescue is None:
             return
         (lease, task), trip.rescue = trip.rescue, None
-        if task.done() and not task.cancelled() and task.exception() is None:
-            task.result().exchange.abort()
-        task.cancel()
+        give_up(task)
         trip.record.outcomes.append((lease.upstream.name, Outcome.LOST.value, self.loop.time() - lease.since))
         self.pool.settle(lease, Verdict(Outcome.LOST))
 
@@ -7500,6 +7543,8 @@ class Relay:
         # The client's SDK obeys retry-after and x-should-retry. So these are about the pool: when somebody has room, or
         # that nothing changes soon. An upstream's own would send a client away from accounts that work.
         best, line, fields = trip.best, trip.line, b""
+        if line is None and best is not None and best.verdict.outcome is Outcome.RATE:
+            best = trip.last  # that 429 was waited out, and what came then is why there is no answer
         outcome = Outcome.RATE if best is None else best.verdict.outcome
         retried = len(trip.record.outcomes) > 1 or trip.record.waited_s > 0
         if line is not None and outcome in (Outcome.RATE, Outcome.QUOTA):
@@ -8560,15 +8605,16 @@ def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
     At a reload nothing else would do: fresh ledgers would send a burst to every account, and forget who is parked.
     """
     known = {upstream.name: upstream for upstream in pool.upstreams}
-    quotas = {upstream.quota.name: upstream.quota for upstream in pool.upstreams}
+    # A group may have the name of a controller that is not in it.
+    quotas = {(bool(one.config.quota_group), one.quota.name): one.quota for one in pool.upstreams}
     upstreams: "list[Upstream]" = []
     for one in config.controllers:
         same = known.get(one.name)
         if same is None or same.config != one:
-            name = one.quota_group or one.name
-            quota = quotas.get(name)
+            which = bool(one.quota_group), one.quota_group or one.name
+            quota = quotas.get(which)
             if quota is None or quota.limits != one.limits:
-                quota = quotas[name] = Quota(name, one.limits)
+                quota = quotas[which] = Quota(which[1], one.limits)
             same = Upstream(one, CONTROLLERS[one.type](one), quota)
         upstreams.append(same)
     pool.replace(upstreams, config.pool)
@@ -8599,7 +8645,8 @@ class Server:
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
         self.loop, self.outbox = loop, Outbox(loop)
-        loop.getaddrinfo = Lookups(loop).getaddrinfo  # type: ignore[method-assign]
+        self.config, self.lookups = config, Lookups(loop)
+        loop.getaddrinfo = self.lookups.getaddrinfo  # type: ignore[method-assign]
         self.links = ConnectionPool(self.outbox, dial)
         self.connections: "set[ClientConnection]" = set()
         self.per_peer: "dict[str, int]" = {}
@@ -8625,6 +8672,8 @@ class Server:
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
             load_certificate(self.tls, config)  # first: it may raise
+        if self.listener is not None:  # which stays where it is, and its doors with it
+            config = config.replace(host=self.config.host, port=self.config.port)
         self.config, limits = config, config.limits
         self.links.head_bytes, self.links.line_bytes = limits.upstream_head_bytes, limits.chunk_line_bytes
         rebuild_pool(self.pool, config)
@@ -9131,6 +9180,14 @@ def fit_connections(server: Server, files: float) -> None:
         log.warning("open files are limited to %d: at most %d clients at once", files, server.most)
 
 
+def warn_if_open(config: Config, host: str, port: int) -> None:
+    """Tells loudly that a listener is open to all."""
+    # Not an error: in a container every address is public, and something in front may ask for keys.
+    if not is_loopback(host) and not config.client_keys:
+        where = "%s:%d" % (without_keys(host), port)
+        log.warning("ANYONE WHO CAN REACH %s CAN SPEND THESE KEYS: no client_keys", where)
+
+
 def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | None":
     """What `load` finds now, once it is known to be usable as a whole; None, and the log says why, when it is not."""
     # Certificates are renewed at any time, by others: whether key and certificate fit is part of being usable.
@@ -9145,6 +9202,8 @@ def reload_config(current: Config, load: "Callable[[], Config]") -> "Config | No
     log.setLevel(new.log.level.upper())
     for line in [*diff_config(current, new)] or ["nothing changed"]:
         log.info("reload: %s", line)
+    if current.client_keys:
+        warn_if_open(new, current.host, current.port)  # the address that is listened on
     return new
 
 
@@ -9188,6 +9247,9 @@ async def serve(config: Config, load: "Callable[[], Config]") -> None:
     log.info("stopping: %d connections open", len(server.connections))
     await server.stop()
     log.info("stopped")
+    if server.lookups.under_way:  # Python would wait for its thread, without a resolver for half a minute
+        console.send(LOG_LAST_MS)
+        os._exit(0)
 
 
 def tell(text: str, status: int = 0) -> int:
@@ -9235,10 +9297,7 @@ def main(argv: "list[str] | None" = None) -> int:
         set_up_logging(config)
         for line in describe(config)[:-1]:  # the address is told once it is open
             log.info("%s", line)
-        # Not an error: in a container every address is public, and something in front may ask for keys.
-        if not is_loopback(config.host) and not config.client_keys:
-            where = "%s:%d" % (without_keys(config.host), config.port)
-            log.warning("ANYONE WHO CAN REACH %s CAN SPEND THESE KEYS: no client_keys", where)
+        warn_if_open(config, config.host, config.port)
         return run(config, load)
     except ConfigError as error:
         return tell(str(error), 2)

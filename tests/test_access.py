@@ -378,3 +378,17 @@ async def ask_for(text: str) -> None:
             assert "x-injected" not in message.headers
         server.server.access.flush()
         assert all(line.count("\n") == 1 and line.isascii() for line in "".join(server.lines).splitlines(keepends=True))
+
+
+async def test_a_host_that_needs_a_restart_moves_no_door() -> None:
+    """After a reload with another host the doors are those of the address that is listened on."""
+    data: dict[str, Any] = {"port": 0, "controllers": app.demo_controllers()}
+    for host, status in (("127.0.0.1", 403), ("0.0.0.0", 200)):
+        async with Running(host=host) as server:
+            other = {"127.0.0.1": "0.0.0.0", "0.0.0.0": "127.0.0.1"}[host]
+            server.server.reconfigure(app.parse_config({**data, "host": other, "pool": {"type": "random"}}, "test", {}))
+            client = await server.open()
+            await client.send(request(b"", target="/status", method="GET").replace(b"Host: localhost", b"Host: some.example"))
+            assert (await client.read()).status == status
+            client.close()
+            assert server.server.config.host == host and server.server.config.pool.type == "random"

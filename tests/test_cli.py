@@ -249,6 +249,18 @@ def test_a_reload_takes_a_good_configuration(caplog: pytest.LogCaptureFixture, m
     assert caplog.messages == ["reload: nothing changed"]
 
 
+@pytest.mark.parametrize(("host", "loud"), [("0.0.0.0", 1), ("127.0.0.1", 0)])
+def test_a_reload_that_opens_the_server_to_all_is_loud(
+    host: str, loud: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without client keys from now on, a public listener warns as at a start."""
+    monkeypatch.setattr(app.log, "propagate", True)
+    data = {"controllers": [{"type": "echo"}], "host": host}
+    old, new = (app.parse_config({**data, "client_keys": keys}, "c.json", {}) for keys in ([{"key": KEY}], []))
+    assert app.reload_config(old, lambda: new) is new
+    assert [text[:15] for text in caplog.messages if not text.startswith("reload: ")] == ["ANYONE WHO CAN "] * loud
+
+
 def test_a_reload_refuses_a_bad_configuration(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -594,10 +594,15 @@ def test_a_429_without_a_time() -> None:
         two.ledger.close(verdict("rate", 429), 1, now)
         assert closed_for(two, now=now) == pytest.approx(expected)
         now += expected
-    made = lease(two, now)
-    made.answered(now, True)
+    under_way, made = lease(two, now), lease(two, now)
+    under_way.sent(now - 30)
+    under_way.answered(now, True)  # it was let in before that refusal
     two.ledger.close(verdict("rate", 429), 1, now)
-    assert closed_for(two, now=now) == pytest.approx(1.0)
+    assert closed_for(two, now=now) == pytest.approx(30.0)
+    made.sent(now + 30)
+    made.answered(now + 30, True)
+    two.ledger.close(verdict("rate", 429), 1, now + 30)
+    assert closed_for(two, now=now + 30) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.003])
@@ -610,7 +615,9 @@ def test_a_429_that_says_now_again_and_again(after_s: float) -> None:
         now += expected
     one.ledger.close(verdict("rate", 429, after_s=7.0), 1, now)
     assert closed_for(one, now=now) == pytest.approx(7.0)
-    lease(one, now).answered(now + 7, True)
+    made = lease(one, now)
+    made.sent(now + 7)
+    made.answered(now + 7, True)
     one.ledger.close(verdict("rate", 429, after_s=after_s), 1, now + 7)
     assert max(until for _, until in one.ledger.closed) - now - 7 == pytest.approx(0.01)
 

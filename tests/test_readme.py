@@ -1,6 +1,7 @@
 """The README: its configurations parse, its keys exist, its commands run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,22 @@ def test_the_demo_command_starts() -> None:
         server.send_signal(2)
         rest = server.stderr.read()
     assert server.returncode == 0 and "Traceback" not in rest
+
+
+def test_the_image_is_healthy_while_it_serves() -> None:
+    """The Dockerfile's health check asks the server itself, whatever proxy is there for the accounts."""
+    check = json.loads((ROOT / "Dockerfile").read_text().partition("HEALTHCHECK")[2].partition("CMD")[2].partition("\n")[0])
+    command = [sys.executable, str(ROOT / "chatgpt_apiserver.py"), "--demo", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        port = next(line for line in server.stderr if "listening on " in line).strip().rpartition(":")[2]
+        check = [sys.executable, *(word.replace("8080", port) for word in check[1:])]
+        env = dict(os.environ, http_proxy="http://127.0.0.1:9")
+        serves = subprocess.run(check, stderr=subprocess.DEVNULL, env=env, timeout=30, check=False).returncode
+        server.send_signal(2)
+        server.stderr.read()
+    ended = subprocess.run(check, stderr=subprocess.DEVNULL, env=env, timeout=30, check=False).returncode
+    assert (serves, ended) == (0, 1)
 
 
 def test_every_vendor_is_named() -> None:

@@ -517,3 +517,14 @@ async def test_an_answer_of_nothing_is_none(reply: bytes, stream: bool) -> None:
         async with Running(controller("a", bad.url), controller("b", one.url), pool={"type": "priority"}) as server:
             found = await server.post(stream=stream)
             assert (found.status, found.headers["x-apiserver-controller"]) == (200, "b")
+
+
+async def test_what_a_sole_controller_says_of_retries_is_passed_on() -> None:
+    """Its error took neither waiting nor failover: on the real clock, too, where no two looks at it show the same time."""
+    async with Upstream(answers(error_reply(500, None, "no", "x-should-retry: true"), error_reply(401))) as one:
+        async with Running(controller("a", one.url)) as server:
+            first, second = await server.post(), await server.post()
+            assert (first.status, first.headers["x-should-retry"]) == (500, "true")
+            assert second.status == 401 and "x-should-retry" not in second.headers
+            server.server.access.flush()
+            assert server.lines and "wait_ms=" not in "".join(server.lines)

@@ -617,6 +617,47 @@ async def test_row_sighup_keeps_state_and_waiters() -> None:
         assert home.state()["ledger"]["m"]["closed_for_s"] > 15
 
 
+async def test_row_sighup_while_a_request_is_under_way() -> None:
+    """When its attempt fails only those are asked who are configured now, as they are now: with a new key, too."""
+    go = asyncio.Event()
+
+    async def denies(peer: Peer, _: Message) -> None:
+        await go.wait()
+        await peer.send(error_reply(401))
+
+    async with house(then([denies]), both, pool={"type": "priority"}) as home:
+        task = home.later()
+        await until(lambda: home.calls == [1, 0])
+        renewed = controller("a", home.ups[0].url, account={"api_key": "sk-secret-renewed"})
+        home.server.server.reconfigure(app.parse_config({"port": 0, "controllers": [renewed]}, "test", {}))
+        go.set()
+        assert (await task).status == 200 and home.calls == [2, 0]
+        assert home.ups[0].seen[1].headers["authorization"] == "Bearer sk-secret-renewed"
+
+
+async def test_row_sighup_removes_one_that_is_silent() -> None:
+    """What is stuck in a controller is rescued also when that was removed because of it."""
+    async with house(hang, both, pool={"type": "priority", "rescue_after": 3}) as home:
+        started, task = now(), home.later(stream=True)
+        await until(lambda: home.calls == [1, 0])
+        data = {"port": 0, "controllers": [controller("b", home.ups[1].url)], "pool": {"rescue_after": 3}}
+        for _ in range(2):
+            home.server.server.reconfigure(app.parse_config(data, "test", {}))
+        assert (await task).headers["x-apiserver-controller"] == "b" and now() - started < 4
+        home.server.server.reconfigure(home.server.config)
+        await until(lambda: home.idle() and not home.pool.leaving)
+
+
+async def test_row_sighup_removes_a_rescuer() -> None:
+    """Nor is one that is not configured any more asked for a second answer."""
+    async with house(hang, both, both, pool={"type": "priority", "rescue_after": 2}) as home:
+        task = home.later(stream=True)
+        await pause(1)
+        data = {"port": 0, "controllers": [controller(name, home.ups[at].url) for name, at in (("a", 0), ("c", 2))]}
+        home.server.server.reconfigure(app.parse_config({**data, "pool": {"rescue_after": 2}}, "test", {}))
+        assert (await task).headers["x-apiserver-controller"] == "c" and home.calls == [1, 0, 1]
+
+
 async def test_row_sighup_ends_the_waiting_for_a_model_that_is_gone() -> None:
     """Who waits for what no controller serves any more is told so at once."""
     async with house(then([limited("20")])) as home:
@@ -649,6 +690,27 @@ async def test_row_sighup_leaves_a_conversation_with_the_account_that_has_it() -
 
 
 # -- rounds and the last resort
+
+
+async def test_who_was_full_is_asked_again_when_another_has_failed_slowly() -> None:
+    """The first one's time is over by then: its 429 would be told while it has room."""
+
+    async def fails(peer: Peer, _: Message) -> None:
+        await pause(3)
+        await peer.send(error_reply(500))
+
+    async with house(then([limited("1")]), fails, pool={"type": "priority"}) as home:
+        found = await home.post()
+        assert (found.status, found.headers["x-apiserver-attempts"]) == (200, "3") and home.calls == [2, 1]
+
+
+@pytest.mark.parametrize(("then_it", "status"), [(answers(error_reply(500)), 500), (close_at_once, 502)])
+async def test_a_429_that_was_waited_out_is_not_the_answer(then_it: Script, status: int) -> None:
+    """What the controller did when it had room again is told, and not to come again when it has."""
+    async with house(then([limited("1")], then_it), each={"limits": {"rpm": 100}}) as home:
+        found = await home.post()
+        assert found.status == status and found.headers["x-apiserver-attempts"] == "2"
+        assert "retry-after" not in found.headers
 
 
 async def test_once_per_round_and_a_new_round_only_by_waiting() -> None:
@@ -1026,6 +1088,18 @@ async def test_quota_groups_count_as_one() -> None:
         assert home.calls == [1, 0, 4]
 
 
+async def test_a_quota_group_may_be_called_as_a_controller_outside_it() -> None:
+    """That one has a quota of its own, with other limits, and the group's is still one, also after a reload."""
+    group = {"quota_group": "a", "limits": {"rpm": 2}}
+    async with house(both, both, both, each=[{"limits": {"rpm": 1}}, group, group]) as home:
+        for _ in range(2):
+            own, one, other = (upstream.quota for upstream in home.pool.upstreams)
+            assert one is other and one is not own and (own.limits.rpm, one.limits.rpm) == (1, 2)
+            changed = [controller("abc"[at], home.ups[at].url, weight=2, **more) for at, more in enumerate([{"limits": {"rpm": 1}}, group, group])]
+            home.server.server.reconfigure(app.parse_config({"port": 0, "controllers": changed}, "test", {}))
+            assert [upstream.quota for upstream in home.pool.upstreams] == [own, one, other]
+
+
 async def test_what_replies_tell_is_kept_to() -> None:
     """Nothing configured: after the first reply the server knows what is left and never earns a 429."""
     level, at = 10.0, 0.0
@@ -1377,6 +1451,32 @@ async def test_the_first_one_fails_while_the_rescuer_works() -> None:
         assert found.headers["x-apiserver-controller"] == "b" and home.calls == [1, 1, 0] and home.idle()
 
 
+async def test_a_rescuer_answers_while_a_stale_connection_is_replaced() -> None:
+    """Its answer is the answer as soon as the new connection is there, and the request is not sent on that."""
+
+    async def goes_stale(peer: Peer, _: Message) -> None:
+        await pause(0.9)
+        peer.reset()
+
+    async def slow(peer: Peer, message: Message) -> None:
+        await pause(0.6)
+        await both(peer, message)
+
+    async with house(then([both, goes_stale], hang), slow, pool={"type": "priority", "rescue_after": 0.4}) as home:
+        await home.post(stream=True)
+        real = home.server.server.links.dial
+
+        async def dial(origin: app.Origin) -> app.Link:
+            await pause(0 if origin.port == home.ups[1].port else 3)
+            return await real(origin)
+
+        home.server.server.links.dial = dial
+        started = now()
+        found = await home.post(stream=True)
+        assert found.headers["x-apiserver-controller"] == "b" and now() - started == pytest.approx(3.9, abs=0.3)
+        assert home.calls == [2, 1] and home.idle()
+
+
 @pytest.mark.parametrize("how", ["reset", "fin"])
 async def test_a_client_that_leaves_during_a_rescue_ends_both(how: str) -> None:
     """Both upstream connections are closed within 100 ms, both places are free."""
@@ -1388,6 +1488,34 @@ async def test_a_client_that_leaves_during_a_rescue_ends_both(how: str) -> None:
         left = now()
         await until(lambda: home.idle() and not (home.ups[0].open_connections or home.ups[1].open_connections))
         assert now() - left <= 0.1
+
+
+async def test_a_client_that_leaves_in_the_turn_of_its_rescuers_answer() -> None:
+    """The rescuer's connection is closed, too, though its answer had come and nobody had taken it yet."""
+
+    async def fails(peer: Peer, _: Message) -> None:
+        await pause(3)
+        await peer.send(error_reply(500))
+
+    async def goes_on(peer: Peer, _: Message) -> None:
+        await pause(2)
+        await peer.send(SSE_HEAD + app.chunk(event("a")))
+        await peer.gone()
+
+    async with house(fails, goes_on, pool={"type": "priority", "rescue_after": 2}) as home:
+        relay, client = home.server.server.relay, await home.ask(stream=True)
+        decides = relay._decides
+
+        def leaves(*asked: Any) -> bool:
+            (served,) = home.server.server.connections
+            served.leave()  # behind what wakes it
+            return decides(*asked)
+
+        relay._decides = leaves  # type: ignore[method-assign]
+        assert await client.closed() == b""
+        await until(lambda: home.idle() and not home.server.server.links.active)
+        await until(lambda: not home.ups[1].open_connections)
+        assert home.calls == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -1599,3 +1727,28 @@ async def test_a_hang_is_noticed_where_little_is_asked() -> None:
         assert home.state()["state"] == "suspect" and home.calls == [4, 5]
         await pause(1.5)
         assert (await home.post(stream=True)).headers["x-apiserver-attempts"] == "1" and home.calls == [4, 6]
+
+
+@pytest.mark.parametrize(("per_s", "seconds", "count"), [(10.0, 0.3, 90), (1.0, 0.3, 20), (1.0, 2.5, 20)])
+async def test_a_line_before_an_account_that_tells_nothing(per_s: float, seconds: float, count: int) -> None:
+    """Its limit is found by few refusals, though it names neither that nor a time, and nearly all of it is used."""
+    burst = 2 * per_s
+    level, at, calls, started = burst, now(), {200: 0, 429: 0}, now()
+
+    async def silent(peer: Peer, message: Message) -> None:
+        nonlocal level, at
+        level, at = min(burst, level + (now() - at) * per_s), now()
+        good = level >= 1
+        level -= good
+        calls[200 if good else 429] += 1
+        if good:
+            await pause(seconds)
+        await peer.send(GOOD if good else limited())
+
+    async with house(silent, pool={"max_wait": 60}) as home:
+        tasks = [home.later() for _ in range(count)]
+        await pause(0.5)
+        at_first = calls[429]  # of those that went before anything was known
+        assert {(await task).status for task in tasks} == {200}
+        assert calls[429] - at_first <= 0.3 * count
+        assert now() - started < 1.6 * count / per_s + seconds

@@ -259,6 +259,38 @@ async def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         assert text.endswith("second signal: closing now\n") and "Traceback" not in text
 
 
+# Read by a Python that finds it: a resolver that never answers.
+NO_RESOLVER = """
+import socket, sys, threading
+def getaddrinfo(host, *more, real=socket.getaddrinfo, **named):
+    if host != "nowhere.example":
+        return real(host, *more, **named)
+    print("looking for", host, file=sys.stderr, flush=True)
+    threading.Event().wait()
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+async def test_it_ends_while_a_name_is_looked_for(tmp_path: Path) -> None:
+    """No lookup that hangs keeps it from ending, with status 0 and its log written."""
+    (tmp_path / "sitecustomize.py").write_text(NO_RESOLVER)
+    program = Program(tmp_path)
+    program.write(controller("a", "http://nowhere.example/v1"))
+    program.start("PYTHONPATH='%s'" % tmp_path)
+    try:
+        await program.ready()
+        client = await program.open()
+        await client.post("m")
+        await program.told("looking for nowhere.example")
+        client.reset()
+        program.process.terminate()
+        assert program.process.wait(15) == 0
+    finally:
+        program.process.kill()
+        program.process.wait()
+    assert program.log.read_text().endswith("INFO stopped\n")
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back, or do not, by themselves")
 async def test_a_script_keeps_nothing_of_its_parser(tmp_path: Path) -> None:
     """As a script it has threads to look up names in, and gives back the memory that reading the script took."""
