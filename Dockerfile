@@ -1,15 +1,15 @@
-# One file on a small Python. Mount the configuration at /etc/chatgpt-apiserver, or pass OPENAI_API_KEY.
+# The image holds the one file and a small Python. Mount the configuration at /etc/chatgpt-apiserver, or pass OPENAI_API_KEY.
 FROM python:3.13-alpine
 RUN adduser -D -H -u 10001 apiserver
 COPY chatgpt_apiserver.py /app/chatgpt_apiserver.py
-# Compiled once, here: `-m` then starts in half the time and needs less memory.
+# Compile the file once, so that every start is faster and needs less memory.
 RUN python3 -m py_compile /app/chatgpt_apiserver.py
 WORKDIR /etc/chatgpt-apiserver
 USER apiserver
 ENV CHATGPT_APISERVER_HOST=0.0.0.0 CHATGPT_APISERVER_PORT=8080 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/app
 EXPOSE 8080
 STOPSIGNAL SIGTERM
-# Not by urllib, which would ask an http_proxy that is meant for the accounts.
+# http.client and not urllib: urllib would send this request to the http_proxy that is set for the accounts.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=5s \
   CMD ["python3", "-c", "from http.client import *; c = HTTPConnection('127.0.0.1', 8080, timeout=4); c.request('GET', '/status'); exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["python3", "-m", "chatgpt_apiserver"]

@@ -1,8 +1,8 @@
-"""Runs `async def` tests without a plug-in: debug mode, a real-time guard, nothing left behind, virtual time if asked.
+"""Runs `async def` tests without a plug-in: debug mode, a real-time guard, a check for leftovers, virtual time on request.
 
 `@pytest.mark.virtual_time` gives a test a loop whose clock stands still while anything is ready and jumps to the next
-timer when nothing is. Sockets between peers on that loop are real. Work outside the loop (executor jobs, or a
-`with loop.hold():`) keeps the clock from jumping.
+timer when nothing is. Sockets between peers on that loop are real. Jobs of an executor, and a `with loop.hold():`, keep
+the clock from jumping.
 """
 
 import asyncio
@@ -21,15 +21,15 @@ import pytest
 GUARD_S = 30.0  # real time one coroutine test may take
 SETTLE_S = 1.0  # real time tasks and transports have for their last steps once a test has returned
 EPOCH_S = 10_000.0  # any start but 0, so that "never" and "now" differ
-# Loopback delivers inside the sender's system call unless the kernel is busy: a jump waits for what is under way.
-# A long jump is rare, and the harmful one when it comes too early, so it waits longer.
+# Loopback delivers inside the sender's system call unless the kernel is busy, so a jump waits for bytes under way. A
+# long jump is rare, and does most harm when it comes too early, so it waits longer.
 GRACE_S, LONG_GRACE_S, LONG_JUMP_S = 0.002, 0.015, 1.0
-# A handshake that a client refuses is a server's everyday life; debug mode reports it to the exception handler.
+# Debug mode reports each TLS handshake that a client refuses to the exception handler; it is no error of the server.
 EVERYDAY = "Error on transport creation for incoming connection"
 
 
 class VirtualSelector(selectors.DefaultSelector):
-    """Advances a clock instead of waiting for it."""
+    """A selector that advances its clock instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep the clock from jumping while something outside this loop (a thread, a process) is at work."""
+        """Keep the clock from jumping while a thread or a process works for a test."""
         self.clock.holds += 1
         try:
             yield
@@ -82,7 +82,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class Guard:
-    """Cancels a test's task, after printing where every task is, when it takes too much real time."""
+    """Cancels a test that takes too much real time, and prints where each task waits."""
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
         self.expired = False
@@ -103,12 +103,12 @@ class Guard:
 
 
 def open_transports() -> list[asyncio.BaseTransport]:
-    """The running loop's transports nobody has closed, from its private registry as asyncio has no public one."""
+    """Return the running loop's open transports, from its private registry: asyncio has no public one."""
     return list(getattr(asyncio.get_running_loop(), "_transports", {}).values())
 
 
 async def settle() -> tuple[set[asyncio.Task[Any]], list[asyncio.BaseTransport]]:
-    """Let what is about to end do so; return the tasks and transports that did not."""
+    """Wait for tasks and transports to end; return those that did not."""
     this = asyncio.current_task()
     give_up = time.monotonic() + SETTLE_S
     while True:
@@ -121,7 +121,7 @@ async def settle() -> tuple[set[asyncio.Task[Any]], list[asyncio.BaseTransport]]
 
 
 async def supervise(test: Callable[[], Any], problems: list[str]) -> None:
-    """Await a test under a guard; list what it left behind."""
+    """Await a test under a guard; add what it leaves behind to `problems`."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _loop, context: note_exception(context, problems))
     task = asyncio.current_task()
@@ -130,7 +130,7 @@ async def supervise(test: Callable[[], Any], problems: list[str]) -> None:
     try:
         await test()
     except BaseException as failure:
-        for transport in open_transports():  # or their warnings would fail whichever test runs next
+        for transport in open_transports():  # their warnings would fail the next test
             if isinstance(transport, asyncio.WriteTransport):
                 transport.abort()
         if guard.expired and isinstance(failure, asyncio.CancelledError):
@@ -149,7 +149,7 @@ async def supervise(test: Callable[[], Any], problems: list[str]) -> None:
 
 
 def note_exception(context: dict[str, Any], problems: list[str]) -> None:
-    """Keep what asyncio would only log."""
+    """Add what asyncio would only log to `problems`."""
     if context["message"] != EVERYDAY:
         problems.append(f"{context['message']}: {context.get('exception')!r} {context.get('task') or ''}".rstrip())
 
@@ -159,14 +159,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is there before the first test stays: the collection after each one need not look at it (20 ms each)."""
+    """Exclude what exists before the first test from the collection after each test (20 ms each)."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a coroutine test in a loop of its own; leave the others to pytest."""
+    """Run a coroutine test in a loop of its own; leave other tests to pytest."""
     function = pyfuncitem.obj
     if not inspect.iscoroutinefunction(function):
         return None
@@ -175,7 +175,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     problems: list[str] = []
     with asyncio.Runner(debug=True, loop_factory=VirtualLoop if virtual else asyncio.SelectorEventLoop) as runner:
         runner.run(supervise(lambda: function(**arguments), problems))
-    # Now, so that whatever warns when it is collected fails this test (pytest's unraisable plugin) and not a later one.
+    # Warnings of collected objects have to fail this test (pytest's unraisable plugin), not a later one.
     gc.collect()
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Run the tests: python3 tests/run.py [pytest arguments]
 
-pytest is installed once, into .venv-test/<version of this Python>; whatever follows the command is handed to pytest.
+The first run installs pytest into .venv-test/<version of this Python>. It needs the venv module and a package index.
+All tests take one to two minutes. Arguments are passed to pytest, for example: -q tests/test_readme.py
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ PYTEST = "pytest>=9.0,<10"
 
 
 def venv_python() -> Path:
-    """The interpreter of a virtual environment that has pytest, made first where there is none."""
+    """Return the Python of a virtual environment with pytest; create it if it is missing or out of date."""
     venv = ROOT / ".venv-test" / platform.python_version()
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     installed = venv / "installed"
@@ -34,13 +35,11 @@ def venv_python() -> Path:
 
 
 def main() -> int:
-    """Install what is missing, run pytest from the project's root and return its exit code."""
-    if sys.version_info < (3, 11):
-        sys.exit("tests/run.py needs Python 3.11 or newer, this is " + platform.python_version())
+    """Install pytest if needed, run it in the project's folder and return its exit code."""
     try:
         python = venv_python()
-    except subprocess.CalledProcessError as failed:
-        return failed.returncode or 1
+    except subprocess.CalledProcessError as error:  # venv or pip, which have printed the reason
+        return error.returncode or 1
     return subprocess.call([str(python), "-m", "pytest", *sys.argv[1:]], cwd=ROOT)
 
 

@@ -1,11 +1,13 @@
-"""Scripted peers for tests on real sockets: an upstream that does what a test says, a client that sends raw bytes."""
+"""Scripted peers on real sockets: an upstream that does what a test says, a client that sends raw bytes."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import ssl
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,27 @@ ANSWER = {
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
+def now() -> float:
+    """Return the running loop's time in seconds."""
+    return asyncio.get_running_loop().time()
+
+
+async def pause(seconds: float) -> None:
+    """Wait on the loop's clock; in tests with virtual time this takes no real time."""
+    over = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_later(seconds, over.set_result, None)
+    await over
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Let the loop run until `condition` is true; fail after ten seconds of its clock."""
+    give_up, turns = now() + 10, 0
+    while not condition():
+        assert now() < give_up, "the condition never became true"
+        turns += 1
+        await (asyncio.sleep(0) if turns % 8 else pause(0.005))
+
+
 def reset(writer: asyncio.StreamWriter) -> None:
     """Close with a RST instead of a FIN."""
     sock = writer.get_extra_info("socket")
@@ -30,16 +53,22 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
+@dataclass
 class Message:
     """A request or a reply as a peer saw it.
 
-    `headers` has lower-case names and of a repeated field the last; `fields` has every field as it was spelled.
+    `headers` has lower-case names, and of a repeated field the last value; `fields` has every field as it was spelled;
+    `interim` has the statuses of the 1xx replies that came first.
     """
 
-    def __init__(self, start: str, fields: list[tuple[str, str]], body: bytes, interim: list[int]) -> None:
-        self.start, self.fields, self.body = start, fields, body
-        self.headers = {name.lower(): value for name, value in fields}
-        self.interim = interim  # statuses of the 1xx replies that came first
+    start: str
+    fields: list[tuple[str, str]]
+    interim: list[int]
+    body: bytes = b""
+    headers: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.headers = {name.lower(): value for name, value in self.fields}
 
     @property
     def status(self) -> int:
@@ -50,42 +79,41 @@ class Message:
 
 
 async def read_message(reader: asyncio.StreamReader, head_only: bool = False) -> Message:
-    """One message; interim replies are only noted; without framing a reply ends with its connection."""
+    """Read one message; without framing a reply ends with its connection."""
     interim: list[int] = []
     while True:
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         if not lines[0].startswith("HTTP/1.1 1"):
             break
         interim.append(int(lines[0].split()[1]))
-    fields = [(line.partition(":")[0], line.partition(":")[2].strip()) for line in lines[1:] if line]
-    headers = {name.lower(): value for name, value in fields}
-    body = b""
+    pairs = [line.partition(":") for line in lines[1:] if line]
+    message = Message(lines[0], [(name, value.strip()) for name, _, value in pairs], interim)
     if head_only:
-        return Message(lines[0], fields, body, interim)
-    if headers.get("transfer-encoding") == "chunked":
+        return message
+    if message.headers.get("transfer-encoding") == "chunked":
         while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            body += (await reader.readexactly(size + 2))[:-2]
+            message.body += (await reader.readexactly(size + 2))[:-2]
         await reader.readuntil(b"\r\n")
-    elif "content-length" in headers:
-        body = await reader.readexactly(int(headers["content-length"]))
-    elif lines[0].startswith("HTTP/") and headers.get("connection") == "close":
-        body = await reader.read()
-    return Message(lines[0], fields, body, interim)
+    elif "content-length" in message.headers:
+        message.body = await reader.readexactly(int(message.headers["content-length"]))
+    elif lines[0].startswith("HTTP/") and message.headers.get("connection") == "close":
+        message.body = await reader.read()
+    return message
 
 
 def reply(status: int, body: bytes, *headers: str) -> bytes:
-    """A reply with a Content-Length."""
+    """Return a reply with a Content-Length."""
     head = [f"HTTP/1.1 {status} X", "Content-Type: application/json", *headers, f"Content-Length: {len(body)}"]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
 def json_reply(status: int, value: Any, *headers: str) -> bytes:
-    """A reply with a JSON body."""
+    """Return a reply with a JSON body."""
     return reply(status, json.dumps(value).encode(), *headers)
 
 
 def error_reply(status: int, code: str | None = None, message: str = "no", *headers: str) -> bytes:
-    """An OpenAI-style error."""
+    """Return an OpenAI-style error."""
     return json_reply(status, {"error": {"message": message, "type": "x", "param": None, "code": code}}, *headers)
 
 
@@ -93,16 +121,13 @@ SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Enco
 
 
 def event(text: str) -> bytes:
-    """One chat event with content."""
+    """Return one chat event with content."""
     return b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % text.encode()
 
 
 def sse_reply(*events: bytes) -> bytes:
-    """A whole stream, each event in a chunk of its own."""
+    """Return a whole stream, each event in a chunk of its own."""
     return SSE_HEAD + b"".join(map(app.chunk, events)) + b"0\r\n\r\n"
-
-
-Script = Callable[["Peer", Message], Awaitable[None]]
 
 
 class Peer:
@@ -112,17 +137,17 @@ class Peer:
         self.reader, self.writer = reader, writer
 
     async def send(self, *pieces: bytes) -> None:
-        """Write the pieces, each as its own write."""
+        """Send the pieces, each with a write of its own."""
         for piece in pieces:
             self.writer.write(piece)
             await self.writer.drain()
 
     async def chunk(self, payload: bytes) -> None:
-        """Write one chunk."""
+        """Send one chunk."""
         await self.send(app.chunk(payload))
 
     async def gone(self) -> None:
-        """Wait until the other side closed."""
+        """Wait until the other side has closed."""
         try:
             while await self.reader.read(65536):
                 pass
@@ -138,8 +163,11 @@ class Peer:
         reset(self.writer)
 
 
+Script = Callable[[Peer, Message], Awaitable[None]]
+
+
 class Upstream:
-    """A scripted upstream on loopback; `script` runs once per request."""
+    """A scripted upstream on loopback; `script` runs once for each request."""
 
     def __init__(self, script: Script, tls: bool = False) -> None:
         self.script, self.tls = script, tls
@@ -153,6 +181,7 @@ class Upstream:
         if self.tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(CERT, KEY)
+            context.set_alpn_protocols(["h2", "http/1.1"])  # as the front ends of large vendors
         self.server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=context)
         self.port = self.server.sockets[0].getsockname()[1]
         return self
@@ -175,14 +204,14 @@ class Upstream:
                 message = await read_message(reader)
                 self.seen.append(message)
                 await self.script(Peer(reader, writer), message)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
             writer.transport.abort()
 
     @property
     def open_connections(self) -> int:
-        """Connections that neither side has closed yet."""
+        """Return how many connections neither side has closed yet."""
         return len(self.tasks)
 
     @property
@@ -190,8 +219,16 @@ class Upstream:
         return f"http{'s' if self.tls else ''}://{'localhost' if self.tls else '127.0.0.1'}:{self.port}/v1"
 
 
+@contextlib.contextmanager
+def refusing() -> Iterator[str]:
+    """Hold a port on which every connection is refused; the value is the URL."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+
+
 def answers(*replies: bytes) -> Script:
-    """A script that sends the replies in turn, the last one for ever."""
+    """Return a script that sends the replies in turn, and the last one for all further requests."""
     left = list(replies)
 
     async def script(peer: Peer, _: Message) -> None:
@@ -201,7 +238,7 @@ def answers(*replies: bytes) -> Script:
 
 
 def controller(name: str, url: str, **more: Any) -> dict[str, Any]:
-    """An openai controller at `url`; `account` adds to its config."""
+    """Return the configuration of an openai controller at `url`; `account` adds to its `config`."""
     account = {"api_key": f"sk-secret-{name}-key", "base_url": url, **more.pop("account", {})}
     return {"type": "openai", "name": name, "config": account, **more}
 
@@ -225,17 +262,43 @@ class Running:
         await self.server.stop()
 
     async def open(self) -> "Client":
-        """A raw connection to the server."""
+        """Open a raw connection to the server."""
         return Client(*await asyncio.open_connection("127.0.0.1", self.port))
 
     async def post(self, model: str = "gpt-4.1", *headers: str, **more: Any) -> Message:
-        """One chat request on a connection of its own."""
+        """Send one chat request on a connection of its own; return the answer."""
         client = await self.open()
         try:
             await client.post(model, *headers, **more)
             return await client.read()
         finally:
             client.close()
+
+    async def ask(
+        self, method: str, target: str, data: Any = b"", *headers: str, kind: str = "application/json"
+    ) -> Message:
+        """Send any request on a connection of its own; `data` is sent as JSON unless it is bytes."""
+        body = data if isinstance(data, bytes) else json.dumps(data).encode()
+        client = await self.open()
+        try:
+            await client.send(request(body, f"Content-Type: {kind}", *headers, target=target, method=method))
+            return await client.read(head_only=method == "HEAD")
+        finally:
+            client.close()
+
+    async def status(self) -> Any:
+        """Return what `/status?verbose=1` shows."""
+        return (await self.ask("GET", "/status?verbose=1")).json()
+
+    def reload(self, *controllers: dict[str, Any], **more: Any) -> None:
+        """Give the server another configuration, as SIGHUP does."""
+        data = {"port": 0, "controllers": list(controllers), **more}
+        self.server.reconfigure(app.parse_config(data, "test", {}))
+
+    def access_lines(self) -> list[str]:
+        """Return the access lines written so far, each of them with its line end."""
+        self.server.access.flush()
+        return "".join(self.lines).splitlines(keepends=True)
 
 
 class Client:
@@ -257,7 +320,7 @@ class Client:
         return await read_message(self.reader, head_only)
 
     async def closed(self) -> bytes:
-        """Everything up to the end of the connection."""
+        """Return everything up to the end of the connection."""
         try:
             return await self.reader.read()
         except ConnectionError:
@@ -271,6 +334,6 @@ class Client:
 
 
 def request(body: bytes, *headers: str, target: str = "/v1/chat/completions", method: str = "POST") -> bytes:
-    """A request's bytes."""
+    """Return a request's bytes."""
     lines = [f"{method} {target} HTTP/1.1", "Host: localhost", *headers, f"Content-Length: {len(body)}"]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

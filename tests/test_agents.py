@@ -12,7 +12,7 @@ TOOLS = [
     for name, properties in (("get_weather", {"city": {"type": "string"}}), ("now", {}))
 ]
 QUESTION = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Warmer in Oslo or in Rome, and when?"}]
-# What the model says, round by round: text, calls as (id, name, arguments).
+# The model's answers, round by round: text, calls as (id, name, arguments).
 ROUNDS: list[tuple[str, list[tuple[str, str, dict[str, str]]]]] = [
     ("Let me look.", [("call_1", "get_weather", {"city": "Oslo ☃"}), ("call_2", "get_weather", {"city": "Rome"})]),
     ("", [("call_3", "now", {})]),
@@ -22,16 +22,16 @@ RESULTS = {"call_1": "5 degrees", "call_2": "20 degrees", "call_3": "12:00"}
 
 
 def said_by_openai(text: str, calls: list[tuple[str, str, dict[str, str]]], stream: bool) -> bytes:
-    """One round as OpenAI and Azure say it."""
-    told = [
+    """Return one round as a reply of OpenAI or Azure."""
+    tool_calls = [
         {"id": name, "type": "function", "function": {"name": tool, "arguments": json.dumps(given)}}
         for name, tool, given in calls
     ]
     reason = "tool_calls" if calls else "stop"
     if not stream:
-        message = {"role": "assistant", "content": text or None, "refusal": None, **({"tool_calls": told} if told else {})}
+        message = {"role": "assistant", "content": text or None, "refusal": None, **({"tool_calls": tool_calls} if tool_calls else {})}
         return json_reply(200, {**ANSWER, "choices": [{"index": 0, "message": message, "finish_reason": reason}]})
-    deltas: list[dict[str, Any]] = [{"tool_calls": [{"index": at, **call}]} for at, call in enumerate(told)]
+    deltas: list[dict[str, Any]] = [{"tool_calls": [{"index": at, **call}]} for at, call in enumerate(tool_calls)]
     chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
     first = [event(text)] if text else []
@@ -39,7 +39,7 @@ def said_by_openai(text: str, calls: list[tuple[str, str, dict[str, str]]], stre
 
 
 def said_by_anthropic(text: str, calls: list[tuple[str, str, dict[str, str]]], stream: bool) -> bytes:
-    """The same round as the Messages API says it."""
+    """Return the same round as a reply of the Messages API."""
     blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
     blocks += [{"type": "tool_use", "id": name, "name": tool, "input": given} for name, tool, given in calls]
     message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-x", "usage": {"input_tokens": 5}}
@@ -60,7 +60,7 @@ def said_by_anthropic(text: str, calls: list[tuple[str, str, dict[str, str]]], s
 
 
 def results_in(seen: dict[str, Any]) -> list[tuple[str, str]]:
-    """The results that stand in a request of either API: which call's, and what."""
+    """Return the tool results in a request of either API: the call's id, and the content."""
     found = []
     for message in seen["messages"]:
         if message["role"] == "tool":
@@ -72,7 +72,7 @@ def results_in(seen: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def message_of(reply: Message, stream: bool) -> tuple[dict[str, Any], str]:
-    """The message that a client makes of an answer, and why it ended."""
+    """Return the message that a client makes of an answer, and its finish_reason."""
     if not stream:
         choice = reply.json()["choices"][0]
         return choice["message"], choice["finish_reason"]
@@ -91,7 +91,7 @@ def message_of(reply: Message, stream: bool) -> tuple[dict[str, Any], str]:
 
 
 async def loop(server: Running, stream: bool) -> list[Any]:
-    """Asks, calls tools and sends their results back until an answer calls none; what was seen on the way."""
+    """Ask, call tools and send their results back until an answer calls none; return every round."""
     messages: list[dict[str, Any]] = list(QUESTION)
     trace: list[Any] = []
     while len(trace) < 9:
@@ -113,8 +113,7 @@ async def loop(server: Running, stream: bool) -> list[Any]:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", ["openai", "azure", "anthropic"])
 async def test_the_loop_is_the_same_everywhere(kind: str, stream: bool) -> None:
-    """Texts, calls, their ids and arguments, and the reasons to stop are those of the model, in its order; each round
-    brings all results so far."""
+    """Texts, calls, their ids and arguments, and finish_reasons are the model's, in its order, on every kind of account."""
 
     async def script(peer: Peer, seen: Message) -> None:
         found = results_in(seen.json())

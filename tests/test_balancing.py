@@ -1,124 +1,157 @@
-"""Who gets a request: policies, models, leases."""
+"""Which controller gets a request: policies, models, leases, the last resort, hedges, client quotas."""
 
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import chatgpt_apiserver as app
 
+T0 = 1000.0
 
-def upstream(
-    name: str, weight: int = 1, models: tuple[str, ...] = (), **more: object
-) -> app.Upstream:
-    """An echo controller with its state."""
-    config = app.ControllerConfig("echo", name, app.AccountConfig(), weight, models, **more)  # type: ignore[arg-type]
+
+def upstream(name: str, weight: int = 1, models: tuple[str, ...] = (), **more: Any) -> app.Upstream:
+    """Return an echo controller with its state."""
+    config = app.ControllerConfig("echo", name, app.AccountConfig(), weight, models, **more)
     return app.Upstream(config, app.EchoController(config), app.Quota(name, config.limits))
 
 
-def seats(*weights: int) -> list[app.Seat]:
-    """Seats of controllers a, b, c ... with these weights."""
-    return [one.seat("m") for one in upstreams(*weights)]
-
-
 def upstreams(*weights: int) -> list[app.Upstream]:
-    """Controllers a, b, c ... with these weights."""
+    """Return controllers a, b, c ... with these weights."""
     return [upstream(name, weight) for name, weight in zip("abcdefgh", weights, strict=False)]
 
 
-def request(stream: bool = True, stateful: bool = False) -> app.ApiRequest:
-    """A request of that kind."""
-    made = app.ApiRequest("POST", "/v1/chat/completions", "", b"", b"")
-    made.stream, made.stateful = stream, stateful
+def request(stream: bool = True, **more: Any) -> app.ApiRequest:
+    """Return a chat with model m."""
+    made = app.ApiRequest("POST", "/chat/completions", "", b"", b"")
+    made.model, made.stream = "m", stream
+    for name, value in more.items():
+        setattr(made, name, value)
     return made
 
 
-def pool_of(ups: "list[app.Upstream]", kind: str = "balanced") -> app.UpstreamPool:
-    """A pool whose clock stands still."""
-    return app.UpstreamPool(ups, app.PoolConfig(type=kind), Clock())  # type: ignore[arg-type]
-
-
 class Clock:
-    """A clock that is moved by hand, and timers that never fire."""
+    """A clock that is moved by hand, and timers that fire when the test says so."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now = T0
+        self.timers: list[tuple[float, Callable[..., None], tuple[Any, ...]]] = []
 
     def time(self) -> float:
         return self.now
 
-    def call_at(self, at: float, call: object, *args: object) -> "Clock":
+    def call_at(self, at: float, call: Callable[..., None], *args: Any) -> "Clock":
+        self.timers.append((at, call, args))
         return self
 
     def cancel(self) -> None:
         pass
 
-
-@pytest.mark.parametrize(
-    ("weights", "sequence"),
-    [((5, 1, 1), "aabacaa" * 3), ((1, 1, 1), "abcabc"), ((1,), "aaa"), ((3, 2), "ababaababa"), ((1, 2), "babbab")],
-)
-def test_smooth_sequence(weights: tuple[int, ...], sequence: str) -> None:
-    """The sequence is exactly that of smooth weighted round robin."""
-    pool = seats(*weights)
-    assert "".join(app.smooth_weighted(pool, True).upstream.name for _ in sequence) == sequence
+    def move_to(self, at: float) -> None:
+        """Move on, and fire what is due."""
+        self.now = at
+        due, self.timers = [one for one in self.timers if one[0] <= at], [one for one in self.timers if one[0] > at]
+        for _, call, args in due:
+            call(*args)
 
 
-def test_shares_with_any_subset_closed() -> None:
-    """Whoever is closed, the others share by their weights, and nobody catches up when all are back."""
-    weights = (5, 1, 1, 3)
-    whole = sum(weights)
-    for size in range(1, 5):
-        for open_ in itertools.combinations(range(4), size):
-            pool = seats(*weights)
-            for chosen_from in (pool, [pool[at] for at in open_], pool):
-                total = sum(one.upstream.weight for one in chosen_from)
-                counts = Counter(app.smooth_weighted(chosen_from, True).upstream.name for _ in range(total * 10))
-                assert counts == {one.upstream.name: one.upstream.weight * 10 for one in chosen_from}
-            credit = [one.upstream.credit for one in pool]
-            assert sum(credit) == 0 and max(map(abs, credit)) <= whole
+def pool_of(ups: list[app.Upstream], kind: str = "balanced", clock: Clock | None = None, **more: Any) -> app.UpstreamPool:
+    """Return a pool of these controllers."""
+    return app.UpstreamPool(ups, app.PoolConfig(type=kind, **more), clock or Clock())  # type: ignore[arg-type]
+
+
+def lease(pool: app.UpstreamPool, asked: app.ApiRequest | None = None, *tried: app.Upstream) -> app.Lease | None:
+    """Return the right to send a request now."""
+    return pool.lease_at_once(asked or request(), pool.candidates("m"), set(tried))
+
+
+def take(pool: app.UpstreamPool, asked: app.ApiRequest | None = None) -> app.Lease:
+    """Return a lease, which must be granted."""
+    found = lease(pool, asked)
+    assert found is not None
+    return found
+
+
+def names(pool: app.UpstreamPool, count: int, hold: bool = False) -> str:
+    """Return which controllers get so many requests, each over at once unless they are to be held."""
+    chosen = ""
+    for _ in range(count):
+        found = take(pool)
+        chosen += found.upstream.name
+        if not hold:
+            pool.settle(found, app.Verdict(app.Outcome.GONE))
+    return chosen
+
+
+async def ask(pool: app.UpstreamPool, *tried: app.Upstream, **more: Any) -> str:
+    """Return which controller a request gets that does not wait; "" for none, the time of a refusal."""
+    try:
+        found = await pool.lease(request(**more), pool.candidates("m"), set(tried))
+    except app.NoRoom as refusal:
+        return f"{refusal.after_s:.0f}"
+    return found.upstream.name if found is not None else ""
+
+
+def test_smooth_sequence() -> None:
+    """Smooth weighted round robin makes the exact sequence of the Go original."""
+    assert names(pool_of(upstreams(5, 1, 1)), 14) == "aabacaa" * 2
+    assert names(pool_of(upstreams(1, 1, 1)), 6) == "abcabc"
+
+
+@pytest.mark.parametrize("size", range(1, 6))
+@pytest.mark.parametrize("how", ["429", "tried"])
+def test_shares_with_any_subset_closed(size: int, how: str) -> None:
+    """Whichever of five cannot take part, each of the others gets its weight's share of every cycle.
+
+    Of those that are full only the chosen one is asked, so a turn or two may go to another one at the beginning.
+    """
+    for opened in itertools.combinations(range(5), size):
+        ups = upstreams(3, 1, 2, 1, 5)
+        pool, closed = pool_of(ups), [one for at, one in enumerate(ups) if at not in opened]
+        for one in closed if how == "429" else ():
+            one.candidate("m").ledger.close(app.Verdict(app.Outcome.RATE, 429, after_s=60.0), 1, T0)
+        cycle = sum(ups[at].weight for at in opened)
+        for count in (1, 1, 20):
+            leases = [lease(pool, None, *(closed if how == "tried" else ())) for _ in range(count * cycle)]
+            seen = Counter(one.upstream.name for one in leases if one)
+            assert sum(seen.values()) == count * cycle
+            assert all(abs(seen[ups[at].name] - count * ups[at].weight) <= 2 * (how == "429") for at in opened)
 
 
 def test_random_shares() -> None:
     """Chance, seeded, follows the weights."""
-    chance, pool = random.Random(7).random, seats(5, 1, 2)
-    counts = Counter(app.weighted_random(pool, True, chance).upstream.name for _ in range(8000))
+    random.seed(7)
+    counts = Counter(names(pool_of(upstreams(5, 1, 2), "random"), 8000))
     assert counts["a"] == pytest.approx(5000, rel=0.05)
     assert counts["b"] == pytest.approx(1000, rel=0.1)
     assert counts["c"] == pytest.approx(2000, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("chance", "name"), [(0.0, "a"), (0.49999, "a"), (0.5, "b"), (0.74999, "b"), (0.75, "c"), (0.9999999999999999, "c")]
-)
-def test_random_bounds(chance: float, name: str) -> None:
-    """Each draw belongs to exactly one controller."""
-    assert app.weighted_random(seats(2, 1, 1), True, lambda: chance).upstream.name == name
-
-
 def test_least_busy_and_priority() -> None:
     """The least busy for its weight, the earlier of equals; or the first in the file."""
-    pool = seats(1, 3)
-    names = ""
-    for _ in range(8):
-        chosen = app.least_busy(pool, True).upstream
-        chosen.in_flight += 1
-        names += chosen.name
-    assert names == "abbbabbb"
-    assert app.first_listed(pool, True).upstream.name == "a"
+    assert names(pool_of(upstreams(1, 3), "least_busy"), 8, hold=True) == "abbbabbb"
+    assert names(pool_of(upstreams(1, 3), "priority"), 4) == "aaaa"
 
 
 def test_fastest_knows_answers_from_streams() -> None:
-    """The one whose first byte came soonest, for each kind; who was never asked comes first."""
-    pool = seats(1, 1)
-    pool[0].upstream.heard(True, 0.2)
-    assert app.fastest(pool, True) is pool[1]
-    pool[1].upstream.heard(True, 0.1)
-    pool[1].upstream.heard(False, 5.0)
-    pool[0].upstream.heard(False, 1.0)
-    assert app.fastest(pool, True) is pool[1]
-    assert app.fastest(pool, False) is pool[0]
+    """The one whose first byte came soonest, for each kind; one that was never asked comes first."""
+    clock = Clock()
+    pool = pool_of(upstreams(1, 1), "fastest", clock)
+
+    def answer(stream: bool, name: str, took_s: float) -> None:
+        found = take(pool, request(stream))
+        assert found.upstream.name == name
+        clock.now += took_s
+        pool.answered(found, True, clock.now)
+        pool.settle(found, app.OK)
+
+    for name, took_s in (("a", 0.2), ("b", 0.1), ("b", 0.1)):
+        answer(True, name, took_s)
+    for name, took_s in (("a", 1.0), ("b", 5.0), ("a", 1.0)):
+        answer(False, name, took_s)
 
 
 @pytest.mark.parametrize("kind", app.POOL_TYPES)
@@ -127,7 +160,7 @@ def test_every_pool_type_can_be_built(kind: str) -> None:
     data = {"pool": {"type": kind}, "controllers": [{"type": "echo"}, {"type": "echo"}]}
     pool = pool_of([])
     app.rebuild_pool(pool, app.parse_config(data, "c.json", {}))
-    assert pool.policy(pool.seats("m"), True) in pool.seats("m")
+    assert take(pool).candidate in pool.candidates("m")
 
 
 @pytest.mark.parametrize(
@@ -155,17 +188,17 @@ def test_names_of_the_model_map_are_served() -> None:
     assert upstream("a", models=("m",), model_map=(("fast", "m"),)).serves("fast")
 
 
-def test_seats() -> None:
+def test_candidates() -> None:
     """Only those that serve the model, in the order of the file; else a 404 that names what is served."""
     pool = pool_of([upstream("a", models=("x", "y*")), upstream("b", 1, ("x",))], "priority")
-    assert [one.upstream.name for one in pool.seats("x")] == ["a", "b"]
-    assert [one.upstream.name for one in pool.seats("yz")] == ["a"]
+    assert [one.upstream.name for one in pool.candidates("x")] == ["a", "b"]
+    assert [one.upstream.name for one in pool.candidates("yz")] == ["a"]
     for _ in range(2):
         with pytest.raises(app.ProxyError, match=r"'nope' .*Served: x, y\*\.") as caught:
-            pool.seats("nope")
+            pool.candidates("nope")
     assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
     with pytest.raises(app.ProxyError) as caught:
-        pool.seats("n" * 100_000)
+        pool.candidates("n" * 100_000)
     assert len(caught.value.message) < 300
     assert pool.configured_models() == ["x"]
 
@@ -174,24 +207,142 @@ def test_memory_of_models_is_bounded() -> None:
     """Clients cannot fill the memory with names."""
     pool = pool_of(upstreams(1), "priority")
     for number in range(2 * app.MEMORY_MODELS):
-        pool.seats("m%d" % number)
+        pool.candidates("m%d" % number)
     assert len(pool.serving) <= app.MEMORY_MODELS
-    assert len(pool.upstreams[0].seats) <= app.MEMORY_MODELS
+    assert len(pool.upstreams[0].candidates) <= app.MEMORY_MODELS
     assert len(pool.upstreams[0].quota.ledgers) <= app.MEMORY_MODELS
 
 
 def test_leases() -> None:
     """Each controller is tried once in a round, and a lease is given back once."""
     pool = pool_of(upstreams(1, 1))
-    asked, tried = request(), set()
-    leases = []
-    for _ in range(2):
-        lease = pool.lease(asked, pool.seats("m"), tried, 1000.0)
-        assert lease is not None
-        tried.add(lease.upstream)
-        leases.append(lease)
-    assert pool.lease(asked, pool.seats("m"), tried, 1000.0) is None
+    leases = [take(pool)]
+    leases += [found for found in (lease(pool, None, leases[0].upstream),) if found]
+    assert [one.upstream.name for one in leases] == ["a", "b"]
+    assert lease(pool, None, *pool.upstreams) is None
     assert [one.in_flight for one in pool.upstreams] == [1, 1]
-    for lease in leases * 2:
-        pool.settle(lease, app.Verdict(app.Outcome.FAULT))
+    for found in leases * 2:
+        pool.settle(found, app.Verdict(app.Outcome.FAULT))
     assert [(one.in_flight, one.requests, one.failures) for one in pool.upstreams] == [(0, 1, 1), (0, 1, 1)]
+
+
+# -- the last resort
+
+
+def put(one: app.Upstream, state: str) -> None:
+    """Bring a controller into that state."""
+    if state == "full":
+        one.candidate("m").ledger.close(app.Verdict(app.Outcome.RATE, 429, after_s=100.0), 1, T0)
+    elif state == "failed":
+        take_failed = app.Lease(one.candidate("m"), 1, True, T0)
+        take_failed.release(app.Verdict(app.Outcome.FAULT, 500), T0)
+    elif state == "no_credit":
+        one.quota.gate.shut(app.NO_CREDIT, T0, "no money")
+    elif state.startswith("busy"):
+        one.gate.shut(app.BUSY, T0, "503", float(state[4:]))
+    elif state != "ok":
+        one.gate.shut(state, T0, "out")
+
+
+@pytest.mark.parametrize(
+    ("states", "tried", "chosen"),
+    [
+        (["failing"], "", "a"),
+        (["refused", "failing"], "", "b"),  # the one due back first
+        (["refused", "failing"], "b", "a"),
+        (["refused", "failing"], "ab", ""),
+        (["refused", "full"], "", "30"),  # an account that is merely full refuses, with the true time: the first is due back
+        (["refused", "no_credit"], "", "a"),
+        (["no_credit"], "", "300"),  # waiting for money is a limit
+        (["refused", "failed"], "b", ""),  # the other one works, though not for this request
+        (["missing"], "", "a"),
+        (["busy20", "refused"], "", "30"),  # it comes back too late for the request: see the next test
+    ],
+)
+async def test_the_last_resort(states: list[str], tried: str, chosen: str) -> None:
+    """Only when all controllers of a model are out by health is the one due back first asked anyway."""
+    ups = upstreams(*[1] * len(states))
+    pool = pool_of(ups)
+    for one, state in zip(ups, states, strict=True):
+        put(one, state)
+    if states[0].startswith("busy"):
+        assert await ask(pool, wait_s=10.0) == "a" and pool.waiting == 0
+        return
+    assert await ask(pool, *(ups["ab".index(name)] for name in tried)) == chosen
+
+
+async def test_a_last_resort_changes_no_backoff() -> None:
+    """However often it fails, the account is due back when it was before."""
+    pool = pool_of(upstreams(1))
+    put(pool.upstreams[0], app.REFUSED)
+    for _ in range(5):
+        found = await pool.lease(request(), pool.candidates("m"), set())
+        assert found is not None
+        pool.settle(found, app.Verdict(app.Outcome.AUTH, 401))
+    assert pool.upstreams[0].gate.until == T0 + 30 and app.describe_upstream(pool.upstreams[0], T0)["for_s"] == 30
+
+
+def test_a_hedge_is_no_last_resort() -> None:
+    """A lease at once is only granted where there is room and health."""
+    pool = pool_of(upstreams(1))
+    put(pool.upstreams[0], app.FAILING)
+    assert lease(pool) is None
+
+
+# -- silence and hedges
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "after_s"), [(19, 0, None), (20, 0, 15.0), (0, 20, 15.0), (0, 19, None)]
+)
+def test_when_a_request_is_stuck(own: int, others: int, after_s: float | None) -> None:
+    """Past ten seconds and three times the p99 of this controller, else of all, and never with fewer than 20 samples."""
+    clock = Clock()
+    pool, asked = pool_of([upstream("a"), upstream("b")], "priority", clock), []
+    for candidate, count in zip(pool.candidates("m"), (own, others), strict=True):
+        candidate.times[True].extend(([1.0] * 19 + [5.0])[-count:] if count else ())
+    found = take(pool)
+    found.stuck = lambda: asked.append(clock.now) or True  # type: ignore[func-returns-value]
+    found.sent(T0)
+    for step in range(200):
+        clock.move_to(T0 + step / 4)
+    assert (asked[0] - T0 if asked else None) == (after_s and pytest.approx(after_s, abs=0.5))
+
+
+# -- client keys
+
+
+def test_a_client_key_has_its_own_limits() -> None:
+    """Requests and tokens of a minute over all models, and requests at once; what was refused costs nothing."""
+    key = app.ClientQuota(app.ClientKey("k", b"", (), app.QuotaLimits(rpm=3, tpm=1000, concurrency=2)))
+    assert key.enter(400, T0) == 0 and key.enter(400, T0) == 0
+    assert key.enter(1, T0) == app.KEY_BUSY_S
+    key.leave()
+    assert key.enter(400, T0) == pytest.approx(60, abs=1)
+    assert key.enter(200, T0) == 0
+    key.leave()
+    assert key.enter(1, T0 + 1) == pytest.approx(59, abs=1)
+    assert key.enter(1000, T0 + 61) == 0
+
+
+# -- what /status says
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("ok", ("ok", None, 0)),
+        ("full", ("limited", None, 100)),
+        ("failing", ("out", "failing", 2)),
+        ("refused", ("out", "refused", 30)),
+        ("silent", ("out", "silent", 1)),
+        ("no_credit", ("out", "no_credit", 300)),
+        ("busy20", ("out", "busy", 20)),
+    ],
+)
+def test_status(state: str, expected: tuple[str, str | None, float]) -> None:
+    """A controller is ok, limited for a time, or out for a reason and a time."""
+    pool = pool_of(upstreams(1))
+    put(pool.upstreams[0], state)
+    (found,) = app.describe_pool(pool, T0)["controllers"]
+    assert (found["state"], found["reason"], found["for_s"]) == expected

@@ -1,20 +1,32 @@
-"""What a reply means, when another attempt is safe, and what replies say of quotas."""
+"""What a reply means, when another attempt is safe, and what replies say about quotas."""
+
+import random
 
 import pytest
 
 import chatgpt_apiserver as app
 
+WALL_S = 1_795_536_000.0  # 2026-11-24T16:00:00Z
 
-def request(stream: bool = True, stateful: bool = False) -> app.ApiRequest:
-    """A request of that kind."""
+
+def request(stream: bool = True, stateful: bool = False, inference: bool = True) -> app.ApiRequest:
+    """Return a request of that kind."""
     made = app.ApiRequest("POST", "/v1/chat/completions", "", b"", b"")
-    made.stream, made.stateful = stream, stateful
+    made.stream, made.stateful, made.inference = stream, stateful, inference
     return made
 
 
+def judge(status: int, body: bytes, index: dict[bytes, bytes] | None = None, **kind: bool) -> app.Verdict:
+    """Return the verdict on a reply to a request of that kind."""
+    return app.judge_reply(status, index or {}, body, request(**kind), ("slow_down_please",), WALL_S)
+
+
 def error(code: str = "", message: str = "", kind: str = "") -> bytes:
-    """An error body."""
+    """Return an error body."""
     return app.compact_json({"error": {"message": message, "type": kind, "code": code or None, "param": None}})
+
+
+# -- what a reply means
 
 
 @pytest.mark.parametrize(
@@ -78,28 +90,87 @@ def error(code: str = "", message: str = "", kind: str = "") -> bytes:
         (502, b"<html>", "fault"),
         (503, b"", "fault"),
         (529, b"", "fault"),
+        (700, b"", "fault"),
     ],
     ids=lambda value: repr(value[:60]) if isinstance(value, bytes) else None,
 )
 def test_judge_reply(status: int, body: bytes, outcome: str) -> None:
     """A status and an error body have one meaning."""
-    assert app.judge_reply(status, {}, body, 0.0).outcome is app.Outcome(outcome)
+    assert judge(status, body).outcome is app.Outcome(outcome)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind", "outcome"),
+    [
+        (404, "no such model", {"stateful": True}, "client"),
+        (409, "", {"stateful": True}, "client"),
+        (403, "no access to model", {"inference": False}, "barred"),
+        (401, "Missing scopes: api.files.read.", {"inference": False}, "barred"),
+        (401, "Incorrect API key", {"inference": False}, "auth"),
+        (404, "no model in this file", {"inference": False}, "client"),
+    ],
+)
+def test_replies_about_objects(status: int, message: str, kind: dict[str, bool], outcome: str) -> None:
+    """An error about an object of the account says nothing about models."""
+    assert judge(status, error("", message), **kind).outcome is app.Outcome(outcome)
+
+
+def test_configured_rate_codes_are_no_lack_of_credit() -> None:
+    """A 429 with a code of `rate_codes` is a rate limit, whatever the code means elsewhere."""
+    body = error("insufficient_quota")
+    assert app.judge_reply(429, {}, body, request(), ("insufficient_quota",), 0.0).outcome is app.Outcome.RATE
+
+
+@pytest.mark.parametrize(
+    ("body", "too_long"),
+    [
+        (error("context_length_exceeded"), True),
+        (error("", "This model's maximum context length is 8192 tokens."), True),
+        (error("", "Your request exceeded model token limit: 8192"), True),
+        (error("", "Range of input length should be [1, 8192]"), True),
+        (error("", "The prompt is rude."), False),
+        (b"<html>", False),
+    ],
+)
+def test_prompts_that_are_too_long(body: bytes, too_long: bool) -> None:
+    """Codes and words of several vendors say that the prompt is longer than the model can take."""
+    verdict = judge(400, body)
+    assert (verdict.outcome, verdict.too_long) == (app.Outcome.CLIENT, too_long)
 
 
 @pytest.mark.parametrize(
     ("failure", "outcome"),
     [
         (app.ConnectFailed("x"), "connect"),
-        (app.UpstreamTimeout("x", early=True), "silent"),
+        (app.UpstreamTimeout("x", before_reply=True), "silent"),
         (app.UpstreamTimeout("x"), "fault"),
-        (app.UpstreamClosed("x", early=True), "fault"),
+        (app.UpstreamClosed("x", before_reply=True), "fault"),
         (app.UpstreamClosed("x"), "fault"),
         (app.BadReply("x"), "fault"),
     ],
 )
-def test_judge_error(failure: app.UpstreamError, outcome: str) -> None:
-    """An attempt without an answer has one meaning."""
-    assert app.judge_error(failure).outcome is app.Outcome(outcome)
+def test_judge_failure(failure: app.UpstreamError, outcome: str) -> None:
+    """An attempt without a reply has one meaning."""
+    assert app.judge_failure(failure).outcome is app.Outcome(outcome)
+
+
+@pytest.mark.parametrize(
+    ("event", "first", "late"),
+    [
+        (b'{"error":{"message":"x","type":"server_error"}}', "fault", "fault"),
+        (b'{"error":{"message":"x","code":"insufficient_quota"}}', "quota", "quota"),
+        (b'{"error":{"message":"x","type":"invalid_request_error"}}', "client", "ok"),
+        (b'{"error":{"message":"x","code":"model_not_found"}}', "missing", "ok"),
+        (b'{"error":{"message":"x","code":529}}', "fault", "fault"),
+        (b'{"type":"error","error":{"type":"overloaded_error","message":"x"}}', "fault", "fault"),
+        (b'{"error":{"message":"x","code":"rate_limit_exceeded"}}', "rate", "rate"),
+    ],
+)
+def test_error_events(event: bytes, first: str, late: str) -> None:
+    """An error event counts as the status that belongs to it; in the middle of a stream a client's error counts as none."""
+    event = b"data: " + event + b"\n\n"
+    assert app.judge_error_event(event, ()).outcome is app.Outcome(first)
+    assert app.judge_late_event(event, ()).outcome is app.Outcome(late)
 
 
 @pytest.mark.parametrize("outcome", list(app.Outcome))
@@ -113,7 +184,168 @@ def test_may_retry(outcome: app.Outcome) -> None:
         assert app.may_retry(verdict, request(stream, stateful=True)) is refused
 
 
-def test_a_stateful_request_moves_on_from_a_503_only() -> None:
+@pytest.mark.parametrize(("status", "moves"), [(503, True), (500, False)])
+def test_a_stateful_request_moves_on_from_a_503_only(status: int, moves: bool) -> None:
     """A 503 says that nothing ran; a 500 does not."""
-    assert app.may_retry(app.Verdict(app.Outcome.FAULT, 503), request(stateful=True))
-    assert not app.may_retry(app.Verdict(app.Outcome.FAULT, 500), request(stateful=True))
+    assert app.may_retry(app.Verdict(app.Outcome.FAULT, status), request(stateful=True)) is moves
+
+
+def test_usefulness() -> None:
+    """The client's own error helps it most, then a 429, a fault, a missing model, and least an account's key."""
+    order = ("client", "large", "rate", "quota", "fault", "missing", "auth", "forbidden", "barred", "gone")
+    values = [app.usefulness(app.Verdict(app.Outcome(name))) for name in order]
+    assert values == sorted(values, reverse=True) and len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize(
+    ("message", "outcome", "by_tokens", "bucket", "requested"),
+    [
+        ("Rate limit reached for m in organization o on requests per min (RPM): Limit 3, Used 3, Requested 1.", "rate", False, "", 1),
+        ("Rate limit reached for m (for limit m-long) on tokens per min (TPM): Limit 10000, Used 9000, Requested 2000.", "rate", True, "m-long", 2000),
+        ("Request too large for m on tokens per min (TPM): Limit 10,000, Requested 12,000.", "large", True, "", 12_000),
+        ("Limit 0, Requested 5", "rate", False, "", 5),
+    ],
+)  # fmt: skip
+def test_the_text_of_a_429(message: str, outcome: str, by_tokens: bool, bucket: str, requested: int) -> None:
+    """OpenAI says in its text which limit was met, and whether the request is larger than all of it."""
+    verdict = judge(429, error("rate_limit_exceeded", message, "requests"))
+    assert (verdict.outcome.value, verdict.by_tokens, verdict.bucket, verdict.requested) == (outcome, by_tokens, bucket, requested)
+
+
+# -- times
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("17ms", 0.017), ("1s", 1.0), ("6m0s", 360.0), ("1h2m3s", 3723.0), ("2m59.56s", 179.56), ("0", 0.0), ("59", 59.0),
+        ("1.5", 1.5), ("600.0", 600.0), ("100us", 0.0001), ("45 seconds", 45.0), ("9" * 12, 1e9),
+        ("1d", None), ("-1", None), ("-1s", None), ("", None), ("s", None), ("nan", None), ("inf", None), ("1e9", None),
+        ("1s2", None), ("1" * 41, None), ("\xb2s", None), ("Tue, 24 Nov 2026 16:00:00 GMT", None),
+    ],
+)  # fmt: skip
+def test_durations(text: str, seconds: float | None) -> None:
+    """Go durations, words and plain numbers are seconds; everything else is nothing."""
+    assert app.parse_duration(text) == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_durations_never_raise_and_are_never_negative() -> None:
+    """Whatever a header says, the result is None or a finite time from zero on."""
+    chance = random.Random(1)
+    for _ in range(3000):
+        seconds = app.parse_duration("".join(chance.choice("0123456789.hmsuµn -+e") for _ in range(chance.randrange(12))))
+        assert seconds is None or 0.0 <= seconds <= 1e9
+
+
+@pytest.mark.parametrize(
+    ("index", "message", "seconds"),
+    [
+        ({b"retry-after-ms": b"1500", b"retry-after": b"9"}, "try again in 7s", 1.5),
+        ({b"retry-after": b"9"}, "try again in 7s", 9.0),
+        ({b"retry-after": b"0"}, "", 0.0),
+        ({b"retry-after": b"Tue, 24 Nov 2026 16:00:30 GMT"}, "", 30.0),
+        ({b"retry-after": b"Tue, 24 Nov 2026 15:00:00 GMT"}, "", 0.0),
+        ({b"retry-after": b"2026-11-24T16:00:05Z"}, "", 5.0),
+        ({b"retry-after": b"-5"}, "try again in 7s", 7.0),
+        ({b"retry-after": b"soon"}, "", None),
+        ({b"retry-after-ms": b"x", b"retry-after": b"3"}, "", 3.0),
+        ({}, "Rate limit reached. Please try again in 41.724s. Visit", 41.724),
+        ({}, "Please try again in 6m0s.", 360.0),
+        ({}, "Please try again in 20ms.", 0.02),
+        ({}, "Please retry after 45 seconds.", 45.0),
+        ({}, "Please retry after 1 second.", 1.0),
+        ({}, "try again in 2 minutes", 120.0),
+        ({}, "try again in 1 hour", 3600.0),
+        ({}, "try again in 1h2m3s", 3723.0),
+        ({}, "nothing to see", None),
+    ],
+)
+def test_retry_after(index: dict[bytes, bytes], message: str, seconds: float | None) -> None:
+    """Milliseconds, seconds, a date, then the text: the first that makes sense."""
+    assert judge(429, error("", message), index).after_s == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_a_delay_in_the_body_counts() -> None:
+    """Google names its delay in the details of the error."""
+    assert judge(429, b'[{"error":{"code":429,"details":[{"retryDelay": "34s"}]}}]').after_s == 34.0
+
+
+# -- what a reply says about the quota
+
+
+def fields(kind: bytes = b"requests", **values: bytes) -> dict[bytes, bytes]:
+    """Return OpenAI's fields of one limit."""
+    return {b"x-ratelimit-%b-%b" % (name.encode(), kind): value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (fields(limit=b"500", remaining=b"499", reset=b"120ms"), (500, 499, 0.12)),
+        (fields(limit=b"500", remaining=b"499"), (500, 499, None)),
+        (fields(limit=b"500", remaining=b"0", reset=b"60"), (500, 0, 60.0)),
+        (fields(limit=b"500", remaining=b"900", reset=b"1s"), (500, 500, 1.0)),
+        (fields(limit=b"500", remaining=b"499", reset=b"-1"), (500, 499, None)),
+        (fields(limit=b"500", remaining=b"499", reset=b"soon"), (500, 499, None)),
+        (fields(limit=b"500", remaining=b"499", reset=b"720h"), (500, 499, 2_592_000.0)),
+        (fields(limit=b"500", remaining=b"499", reset=b"1795800000"), (500, 499, None)),
+        (fields(limit=b"500", remaining=b"499", reset=b"9999-01-01T00:00:00Z"), (500, 499, None)),
+        (fields(limit=b"0", remaining=b"0", reset=b"0"), None),
+        (fields(limit=b"-1", remaining=b"-1"), None),
+        (fields(limit=b"500", remaining=b"-1"), None),
+        (fields(remaining=b"5"), None),
+        (fields(limit=b"500"), None),
+        (fields(limit=b"5e2", remaining=b"1"), None),
+        (fields(limit=b"500.5", remaining=b"1"), None),
+        (fields(limit=b"9" * 40, remaining=b"1"), None),
+        (fields(limit=b"\xb2", remaining=b"1"), None),
+        (fields(limit=b"500", remaining=b"499", reset=b"1" * 50_000), None),
+        (fields(limit=b"500", remaining=b"499", reset=b"2026-11-24T" + b"1" * 50_000), None),
+        ({}, None),
+        (
+            {
+                b"anthropic-ratelimit-requests-limit": b"50",
+                b"anthropic-ratelimit-requests-remaining": b"49",
+                b"anthropic-ratelimit-requests-reset": b"2026-11-24T16:00:05Z",
+            },
+            (50, 49, 5.0),
+        ),
+        ({b"x-ratelimit-limit-req-minute": b"60", b"x-ratelimit-remaining-req-minute": b"7"}, (60, 7, None)),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_allowances(index: dict[bytes, bytes], expected: tuple[float, float, float | None] | None) -> None:
+    """Limit, remaining and reset of any vendor; values that make no sense, or are too long to be kept, are nothing."""
+    requests, tokens = app.read_allowances(index, lambda: WALL_S)
+    assert requests == (expected and pytest.approx(expected)) and tokens is None
+
+
+def test_allowances_of_tokens() -> None:
+    """A reply tells of requests and of tokens independently."""
+    index = {**fields(b"tokens", limit=b"9000", remaining=b"8000", reset=b"6s"), b"x-other": b"1"}
+    assert app.read_allowances(index, lambda: WALL_S) == (None, (9000, 8000, 6.0))
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        (b'..."usage":{"prompt_tokens":5,"completion_tokens":7,"total_tokens":12}}', (12, 7)),
+        (b'"usage": {"prompt_tokens" : 5, "completion_tokens" : 7, "total_tokens" : 12}', (12, 7)),
+        (b'"usage":{"input_tokens":5,"output_tokens":7}', (12, 7)),
+        (b'"usage":{"input_tokens":5,"output_tokens":7,"total_tokens":13}', (13, 7)),
+        (b'"usage":{"prompt_tokens":5,"total_tokens":5}', (5, 0)),
+        (b'"usage":null}\n\ndata: [DONE]\n\n', (0, 0)),
+        (b'"usage":null}\n\ndata: {"choices":[],"usage":{"completion_tokens":1,"total_tokens":2}}', (2, 1)),
+        (b"", (0, 0)),
+        (b'"usage":{"total_tokens":"many"}', (0, 0)),
+    ],
+)
+def test_used_tokens(tail: bytes, expected: tuple[int, int]) -> None:
+    """The last usage in the end of an answer counts."""
+    assert app.used_tokens(tail) == expected
+
+
+def test_used_tokens_without_cached_ones() -> None:
+    """Tokens from the prompt cache do not count where the account gives them for free."""
+    tail = b'"usage":{"completion_tokens":7,"total_tokens":107,"prompt_tokens_details":{"cached_tokens":90}}'
+    assert app.used_tokens(tail) == (107, 7) and app.used_tokens(tail, cache_free=True) == (17, 7)

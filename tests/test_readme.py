@@ -1,72 +1,497 @@
-"""The README: its configurations parse, its keys exist, its commands run."""
+"""The README: its examples run, and its tables hold exactly the keys, defaults, fields and words of the program."""
 
+import ast
+import asyncio
+import configparser
+import fnmatch
 import json
+import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
 
 import chatgpt_apiserver as app
 
+from . import bench
+from .support import ANSWER, Client, Running, Upstream, answers, controller, error_reply, json_reply, request
+
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "chatgpt_apiserver.py"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+KEY = "sk-0123456789abcdef"
+ECHO = {"type": "echo"}
+OPENAI = {"config": {"api_key": KEY}}
 
 
-def test_configurations_are_good() -> None:
-    """Every JSON block is a configuration that the server accepts."""
-    blocks = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        app.parse_config(json.loads(block), "README.md", {"OPENAI_API_KEY": "sk-0123456789"})
+def section(title: str) -> str:
+    """Return the text below the heading `title`, up to the next heading of its level or above."""
+    level = title.partition(" ")[0]
+    text = README.partition(f"\n{title}\n")[2]
+    assert text, title
+    return re.split(rf"^#{{1,{len(level)}}} ", text, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def test_keys_of_the_tables_exist() -> None:
-    """Each key of the limits, pool and timeouts that the tables name is one that the server reads."""
-    fields = {"limits": app.ServerLimits, "pool": app.PoolConfig, "timeouts": app.Timeouts, "config": app.AccountConfig}
-    named = re.findall(r"`(limits|pool|timeouts|config)\.(\w+)`", README)
-    assert len(named) > 20
-    for section, key in named:
-        assert hasattr(fields[section](), key), f"{section}.{key}"
+def blocks(kind: str, text: str = README) -> list[str]:
+    """Return the fenced code blocks of this kind."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for word, block in found if word == kind]
 
 
-def test_every_key_is_in_the_tables() -> None:
-    """No server limit, pool key or timeout is missing from the reference."""
-    for section, kind in (("limits", app.ServerLimits), ("pool", app.PoolConfig), ("timeouts", app.Timeouts)):
-        for key in kind.fields:
-            assert f"`{section}.{key}`" in README, f"{section}.{key}"
+def table(text: str, *columns: str) -> list[list[str]]:
+    """Return the rows of the first table in `text` that has these columns."""
+    head = "| " + " | ".join(columns) + " |\n"
+    assert head in text, head
+    rows = text.partition(head)[2].partition("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
-def test_the_demo_command_starts() -> None:
-    """The first command of the README listens and ends with status 0 at Ctrl-C."""
-    assert "python3 chatgpt_apiserver.py --demo\n" in README
-    command = [sys.executable, str(ROOT / "chatgpt_apiserver.py"), "--demo", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        for line in server.stderr:
-            if "listening on http://127.0.0.1:" in line:
-                break
-        server.send_signal(2)
-        rest = server.stderr.read()
-    assert server.returncode == 0 and "Traceback" not in rest
+def ticked(cell: str) -> list[str]:
+    """Return what stands in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
 
 
-def test_the_image_is_healthy_while_it_serves() -> None:
-    """The Dockerfile's health check asks the server itself, whatever proxy is there for the accounts."""
-    check = json.loads((ROOT / "Dockerfile").read_text().partition("HEALTHCHECK")[2].partition("CMD")[2].partition("\n")[0])
-    command = [sys.executable, str(ROOT / "chatgpt_apiserver.py"), "--demo", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        port = next(line for line in server.stderr if "listening on " in line).strip().rpartition(":")[2]
-        check = [sys.executable, *(word.replace("8080", port) for word in check[1:])]
-        env = dict(os.environ, http_proxy="http://127.0.0.1:9")
-        serves = subprocess.run(check, stderr=subprocess.DEVNULL, env=env, timeout=30, check=False).returncode
-        server.send_signal(2)
-        server.stderr.read()
-    ended = subprocess.run(check, stderr=subprocess.DEVNULL, env=env, timeout=30, check=False).returncode
-    assert (serves, ended) == (0, 1)
+def wrap(kind: str, key: str, value: Any) -> dict[str, Any]:
+    """Return a configuration in which the object `kind` has this key; a dot leads into an object."""
+    *outer, key = key.split(".")
+    inner: dict[str, Any] = {key: value}
+    for name in reversed(outer):
+        inner = {name: inner}
+    if kind == "top":
+        return {"controllers": [ECHO], **inner}
+    if kind in ("pool", "limits"):
+        return {"controllers": [ECHO], kind: inner}
+    if kind == "client_keys[]":
+        return {"controllers": [ECHO], "client_keys": [{"key": KEY, **inner}]}
+    if kind == "controllers[]":
+        return {"controllers": [{**(ECHO if key == "config" else OPENAI), **inner}]}
+    account = {} if kind == "echo" else {"api_key": KEY, "base_url": "https://x.example/v1"}
+    return {"controllers": [{"type": kind, "config": {**account, **inner}}]}
+
+
+def parse(data: dict[str, Any]) -> app.Config:
+    """Return the configuration of `data`."""
+    return app.parse_config(data, "x.json", {})
+
+
+def known_keys(kind: str, prefix: str = "") -> set[str]:
+    """Return the keys that the program accepts in an object, as its message about an unknown key lists them."""
+    with pytest.raises(app.ConfigError) as caught:
+        parse(wrap(kind, prefix + "0", 1))
+    assert "unknown key; allowed here: " in str(caught.value), str(caught.value)
+    return {prefix + name for name in str(caught.value).rpartition("allowed here: ")[2].split(", ")}
+
+
+OBJECTS = {
+    "top": ("### Top level", ["tls.", "cors.", "log."]),
+    "pool": ("### `pool`", []),
+    "controllers[]": ("### `controllers[]`", ["limits.", "timeouts."]),
+    "client_keys[]": ("### `client_keys[]`", ["limits."]),
+    "limits": ("### `limits`", []),
+}
+ACCOUNT_ROWS = table(section("### `controllers[].config`"), "key", "default", "types", "meaning")
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_tables_hold_every_key(kind: str) -> None:
+    """The reference tables name exactly the keys that the program accepts."""
+    title, nested = OBJECTS[kind]
+    told = [name for row in table(section(title), "key", "default", "meaning") for name in ticked(row[0])]
+    known = known_keys(kind) - {name.rstrip(".") for name in nested}
+    for prefix in nested:
+        known |= known_keys(kind, prefix)
+    assert sorted(told) == sorted(known)
+
+
+@pytest.mark.parametrize("kind", ["openai", "azure", "anthropic", "echo"])
+def test_the_account_table_holds_every_key_of_a_type(kind: str) -> None:
+    """The table of `config` says for each key which types have it."""
+    told = {
+        name
+        for names, _, types, _ in ACCOUNT_ROWS
+        for name in ticked(names)
+        if kind in types.split(", ") or (types == "all" and kind != "echo")
+    }
+    assert told == known_keys(kind)
+
+
+def defaults() -> Iterator[tuple[str, str, str]]:
+    """Yield object, key and default (as the table writes it) of each key."""
+    for kind, (title, _) in OBJECTS.items():
+        for names, default, *_ in table(section(title), "key", "default", "meaning"):
+            yield from ((kind, name, value) for name, value in zip(ticked(names), default.split(", "), strict=True))
+    for names, default, types, _ in ACCOUNT_ROWS:
+        kind = "openai" if types == "all" else types.split(", ")[0]
+        yield from ((kind, name, value) for name, value in zip(ticked(names), default.split(", "), strict=True))
+
+
+@pytest.mark.parametrize(("kind", "key", "default"), [*defaults()])
+def test_defaults_are_those_of_the_program(kind: str, key: str, default: str) -> None:
+    """A key that is set to the default of its table changes nothing."""
+    if default == "required" or default.startswith("by "):
+        assert "name" in key or key in ("key", "controllers")
+        return
+    value = json.loads(default.strip("`")) if default != "none" else ""
+    if key == "base_url":  # which decides whether a key is needed, so the other accounts here have one of their own
+        plain = {"controllers": [OPENAI]}
+        assert parse({"controllers": [{"config": {"api_key": KEY, key: value}}]}) == parse(plain)
+        return
+    assert parse(wrap(kind, key, value)) == parse(wrap(kind, key, None))
+
+
+def test_wrong_defaults_would_be_seen() -> None:
+    """The comparison above tells a default from another value."""
+    assert parse(wrap("pool", "max_wait", 31)) != parse(wrap("pool", "max_wait", None))
+
+
+@pytest.mark.parametrize("block", blocks("json"))
+def test_configurations_pass_the_check(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every JSON example passes --check, once its variables are set and its files exist."""
+    for name in re.findall(r"\$(\w+)", block):
+        monkeypatch.setenv(name, f"sk-{name.lower()}-0123456789")
+    for name in re.findall(r"file:([^\"]+)", block):
+        (tmp_path / Path(name).name).write_text(f"sk-{Path(name).stem}-0123456789\n")
+    path = tmp_path / "my.json"
+    path.write_text(re.sub(r"file:[^\"]*/", "file:", block))
+    assert app.main(["--config", str(path), "--check"]) == 0
+    assert "0123456789" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.json")), ids=lambda path: path.name)
+def test_samples_pass_the_check_and_name_their_models(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files in config/ need OPENAI_API_KEY at most, and every controller in them names its models."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert app.main(["-c", str(path), "--check"]) == 0
+    assert all(one["models"] for one in json.loads(path.read_text())["controllers"])
+
+
+def test_flags_are_those_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """The README and --help name the same flags."""
+    assert app.main(["--help"]) == 0
+    helped = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out))
+    told = set(re.findall(r"`(--?[a-z][\w-]*)", README.partition("Flags: ")[2].partition("\n\n")[0]))
+    assert told == helped
+
+
+def test_flags_work_in_every_spelling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each flag that takes a value is accepted as it is written in the README."""
+    (tmp_path / "chatgpt-apiserver.json").write_text('{"controllers": [{"type": "echo"}]}')
+    told = re.findall(r"`(--?[a-z][\w-]*) ?([A-Z]*)`", README.partition("Flags: ")[2].partition("\n\n")[0])
+    values = {"FILE": str(tmp_path / "chatgpt-apiserver.json"), "DIR": str(tmp_path), "HOST": "127.0.0.1", "PORT": "1"}
+    for flag, kind in told:
+        if kind:
+            assert app.main([flag, values[kind], "--config_path", str(tmp_path), "--check"]) == 0, flag
+    capsys.readouterr()
+
+
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each variable of the README overrides a file; a name like them is an error."""
+    told = set(re.findall(r"`CHATGPT_APISERVER_([A-Z_]+)`", README)) - {"CONFIG_FILE", "CONFIG_PATH"}
+    pool = {f"POOL_{name.upper()}" for name in known_keys("pool") if not name.endswith(("aliases", "fallbacks"))}
+    assert told == {"HOST", "PORT", "DRAIN_DELAY", "DRAIN_TIMEOUT"} | pool
+    for name in told:
+        monkeypatch.setenv("CHATGPT_APISERVER_" + name, "nonsense!/")
+        assert app.main(["--demo", "--check"]) == 2
+        assert f"CHATGPT_APISERVER_{name}: found" in capsys.readouterr().err
+        monkeypatch.delenv("CHATGPT_APISERVER_" + name)
+    monkeypatch.setenv("CHATGPT_APISERVER_POOL_TIPE", "random")
+    assert app.main(["--demo", "--check"]) == 2
+
+
+@pytest.mark.parametrize("folder", [".", ".config"])
+@pytest.mark.parametrize("name", ["chatgpt-apiserver.json", "chatgpt-apiserver.toml"])
+def test_places_are_searched(folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with one of the names of the README is found in its folders."""
+    assert f"`{name}`" in README and f"in `{folder}`" in README
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    text = '{"controllers": [{"type": "echo"}]}' if name.endswith("json") else '[[controllers]]\ntype = "echo"\n'
+    (tmp_path / folder / name).write_text(text)
+    assert app.main(["--check"]) == 0
 
 
 def test_every_vendor_is_named() -> None:
-    """Messages send the reader to the README for the vendors' names."""
-    assert not [name for name in app.PRESETS if f"`{name}`" not in README]
+    """The types of the README are those that the program knows; messages send the reader there."""
+    hosted, local = section("### Vendors").partition("\n- On this machine")[::2]
+    told = set(ticked(hosted.partition("- Hosted:")[2])) | set(ticked(local.partition(".")[0]))
+    assert told - {"region", "config", "account"} == set(app.PRESETS) - {"openai", "azure", "anthropic", "echo"}
+
+
+# -- commands
+
+
+def start(command: str) -> "subprocess.Popen[str]":
+    """Start a command of the README in the project's folder, on a free port."""
+    _, *words = shlex.split(command)
+    line = [sys.executable, *words, "--port", "0"]
+    return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def port_of(server: "subprocess.Popen[str]") -> str:
+    """Wait until the server listens; return its port."""
+    assert server.stderr is not None
+    return next(line for line in server.stderr if "listening on http://127.0.0.1:" in line).strip().rpartition(":")[2]
+
+
+def stop(server: "subprocess.Popen[str]") -> None:
+    """Stop it as Ctrl-C does; it ends with status 0."""
+    assert server.stderr is not None
+    server.send_signal(2)
+    assert "Traceback" not in server.stderr.read()
+    assert server.wait() == 0
+
+
+def commands(text: str = README) -> list[str]:
+    """Return the lines of the console blocks."""
+    return [line for block in blocks("console", text) for line in block.splitlines()]
+
+
+def test_the_demo_answers_its_curl() -> None:
+    """The first two commands of the README work as they are written: the demo starts, and curl gets a stream."""
+    demo, curl, _ = commands(section("## Start"))
+    with start(demo) as server:
+        words = shlex.split(curl.replace(":8080/", f":{port_of(server)}/"))
+        said = subprocess.run([*words, "-s", "--noproxy", "*"], capture_output=True, timeout=30, check=True).stdout
+        stop(server)
+    assert said.startswith(b"data: {") and said.endswith(b"data: [DONE]\n\n")
+
+
+def test_the_python_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python example leads to the demo's address and asks for a model that the demo has."""
+    package = MagicMock()
+    monkeypatch.setitem(sys.modules, "openai", package)
+    exec(compile(blocks("python")[0], "README.md", "exec"), {})  # noqa: S102
+    assert package.OpenAI.call_args.kwargs == {"base_url": "http://127.0.0.1:8080/v1", "api_key": "anything"}
+    asked = package.OpenAI.return_value.chat.completions.create.call_args.kwargs
+    assert fnmatch.fnmatch(asked["model"], "gpt-*") and "gpt-*" in str(app.demo_controllers())
+    assert "MagicMock" in capsys.readouterr().out
+
+
+def test_one_key_is_enough() -> None:
+    """The command with one key starts a server, and the key is not in its log."""
+    command = commands(section("## Start"))[-1]
+    (name, _, value), line = command.partition(" ")[0].partition("="), command.partition(" ")[2]
+    assert (name, value) == ("OPENAI_API_KEY", "sk-...")
+    env = {"PATH": os.environ["PATH"], name: KEY}
+    words = [sys.executable, *shlex.split(line)[1:], "--check"]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30, check=True)
+    assert "https://api.openai.com/v1" in done.stdout and KEY not in done.stdout + done.stderr
+
+
+def test_the_command_that_makes_a_key() -> None:
+    """The command prints a key that `client_keys` accepts."""
+    command = re.search(r"`(python3 -c '.*?')`", README)
+    assert command
+    words = [sys.executable, *shlex.split(command.group(1))[1:]]
+    key = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    parse({"controllers": [ECHO], "client_keys": [{"key": key}]})
+    assert len(key) > 40
+
+
+def test_files_that_are_named_exist() -> None:
+    """Every path of this project in the README exists."""
+    paths = set(re.findall(r"(?:tests|config|\.ci)/[\w./-]*\w", README))
+    assert {"tests/run.py", ".ci/run"} <= paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_size() -> None:
+    """The README has at most 450 lines and tells the size of the program honestly."""
+    told = re.search(r"about ([\d,]+) lines long", README)
+    assert told and README.count("\n") <= 450
+    lines = PROGRAM.read_text().count("\n")
+    assert abs(int(told.group(1).replace(",", "")) - lines) <= 150, f"the file has {lines} lines"
+
+
+def test_measured_cases() -> None:
+    """The table of figures has a row for each case of the benchmark."""
+    rows = table(section("## Measured"), "`--cases`", "unit", *bench.COLUMNS)
+    assert [name for row in rows for name in ticked(row[0])] == [*bench.CASES, "memory", "start"]
+
+
+# -- deployment
+
+
+def test_the_systemd_unit() -> None:
+    """The unit starts the program with flags that it has, and the key is where systemd puts it."""
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(next(block for block in blocks("", section("## Deployment")) if "[Service]" in block))
+    service = unit["Service"]
+    words = shlex.split(service["ExecStart"])
+    assert words[:3] == ["/usr/bin/python3", "-m", "chatgpt_apiserver"]
+    assert app.main(["--check", "--demo", words[3], str(ROOT / "config" / "demo.json")]) == 0
+    name = service["LoadCredential"].partition(":")[0]
+    assert f'"api_key": "file:/run/credentials/chatgpt-apiserver.service/{name}"' in README
+
+
+async def test_the_nginx_recipe_passes_the_doors() -> None:
+    """The Host of the recipe is accepted by a server on loopback; nginx's own is not."""
+    recipe = next(block for block in blocks("", section("## Deployment")) if "proxy_pass" in block)
+    host = re.search(r"proxy_set_header Host (\S+);", recipe)
+    assert host
+    async with Running() as server:
+        for name, status in ((host.group(1), 200), ("gateway", 403)):
+            client = await server.open()
+            await client.send(b"GET /v1/models HTTP/1.1\r\nHost: %b\r\n\r\n" % name.encode())
+            assert (await client.read()).status == status
+            client.close()
+
+
+def test_the_image_is_healthy_while_it_serves() -> None:
+    """The Dockerfile's health check asks the server itself, whatever proxy is set for the accounts."""
+    file = (ROOT / "Dockerfile").read_text()
+    check = json.loads(file.partition("HEALTHCHECK")[2].partition("CMD")[2].partition("\n")[0])
+    env = dict(os.environ, http_proxy="http://127.0.0.1:9")
+    with start(commands()[0]) as server:
+        port = port_of(server)
+        words = [sys.executable, *(word.replace("8080", port) for word in check[1:])]
+        serves = subprocess.run(words, stderr=subprocess.DEVNULL, env=env, timeout=30, check=False).returncode
+        stop(server)
+    ended = subprocess.run(words, stderr=subprocess.DEVNULL, env=env, timeout=30, check=False).returncode
+    assert (serves, ended) == (0, 1)
+
+
+# -- what clients and operators see
+
+LIMITS = ("x-ratelimit-limit-requests: 9", "x-ratelimit-remaining-requests: 8", "x-ratelimit-reset-requests: 1s")
+
+
+async def ask(client: Client, target: str, method: str = "GET", body: bytes = b"") -> Any:
+    """Send one request; return the answer."""
+    await client.send(request(body, "Content-Type: application/json", target=target, method=method))
+    return await client.read()
+
+
+async def test_paths() -> None:
+    """Each path of the table is open with the word of its row in `endpoints`, and closed without it."""
+    rows = table(section("## How a request flows"), "paths", "served")
+    body = b'{"model": "m", "input": "x", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}'
+    async with Upstream(answers(json_reply(200, ANSWER))) as up:
+        for paths, served in rows[:3]:
+            word = ticked(served)[0].strip('"') if ticked(served) else None
+            for open_now in (True, False):
+                endpoints = [word] if word and open_now else []
+                async with Running(controller("a", up.url), endpoints=endpoints) as server:
+                    for path in ticked(paths):
+                        client = await server.open()
+                        method = "GET" if word == "objects" or (word is None and "chat" not in path) else "POST"
+                        reply = await ask(client, path.replace("{id}", "resp_1"), method, body if method == "POST" else b"")
+                        closed = not (open_now or word is None)
+                        assert (reply.status == 404) is closed or "{id}" in path, (path, reply.status, reply.body)
+                        client.close()
+
+
+async def test_headers_of_answers() -> None:
+    """The headers in the table are those that answers carry."""
+    told = {ticked(name)[0]: where for name, where, _ in table(README, "header", "on", "meaning")}
+    async with Upstream(answers(json_reply(200, ANSWER))) as up:
+        async with Running(controller("a", up.url, model_map={"fast": "m"})) as server:
+            reply = await server.post("fast", "x-apiserver-max-wait: 1")
+    seen = {name for name in reply.headers if name.startswith("x-apiserver")}
+    assert seen == {name for name, where in told.items() if where == "answer"}
+    assert reply.headers["x-apiserver-model"] == "fast -> m"
+    assert "x-apiserver-max-wait" in told and not any(name.startswith("x-apiserver") for name in up.seen[0].headers)
+
+
+def test_log_fields() -> None:
+    """The table of the access log has the fields of both formats."""
+    record = app.AccessRecord("127.0.0.1", "POST", "/v1/chat/completions", 1.0)
+    record.model, record.controller, record.key, record.request_id = "m", "a", "alice", "req_1"
+    record.waited_s, record.outcomes = 1.0, [("a", "rate", 0.1), ("b", "ok", 0.2)]
+    rows = table(section("## Operation"), "text", "JSON", "meaning")
+    text = [name for cell, _, _ in rows for name in ticked(cell)]
+    assert sorted(text) == sorted(re.findall(r" (\w+)=", app.text_line(record, "now")))
+    names = [name for _, cell, _ in rows for name in ticked(cell) if not cell.startswith("(in")]
+    assert sorted(names) == sorted(json.loads(app.json_line(record, "now")))
+
+
+def test_outcomes() -> None:
+    """The table has every outcome that the access log may show."""
+    rows = table(section("## Operation"), *["outcome", "meaning"] * 3)
+    told = [name for row in rows for name in ticked("".join(row[::2]))]
+    assert sorted(told) == sorted([*(outcome.value for outcome in app.Outcome), "error"])
+
+
+async def jump(seconds: float) -> None:
+    """Let virtual time pass."""
+    passed = asyncio.Event()
+    asyncio.get_running_loop().call_later(seconds, passed.set)
+    await passed.wait()
+
+
+async def verbose(server: Running) -> dict[str, Any]:
+    """Return what /status?verbose=1 shows."""
+    client = await server.open()
+    await client.send(b"GET /status?verbose=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    found: dict[str, Any] = (await client.read()).json()
+    client.close()
+    return found
+
+
+@pytest.mark.virtual_time
+async def test_status(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of /status has its fields; a refused key is `out`, a 429 `limited`; the log line is as in the README."""
+    text = section("## Operation")
+    rows = table(text, "field", "meaning")
+    monkeypatch.setattr(logging.getLogger("chatgpt_apiserver"), "propagate", True)
+    caplog.set_level(logging.INFO, "chatgpt_apiserver")
+    full = error_reply(429, "rate_limit_exceeded", "no", "Retry-After: 60")
+    replies = [*[error_reply(401, "invalid_api_key")] * 2, json_reply(200, ANSWER), full]
+    async with Upstream(answers(*replies)) as up:
+        limits = {"rpm": 100, "tpm": 100_000}
+        a, b = (controller(name, up.url, limits=limits) for name in "ab")
+        async with Running(a, pool={"max_wait": 0}) as server:
+            await server.post()
+            await server.post()
+            out = await verbose(server)
+            await jump(31.0)
+            assert (await server.post()).status == 200
+        async with Running(b, pool={"max_wait": 0}) as server:
+            await server.post()
+            limited = await verbose(server)
+    assert set(out) == {"status", "policy", "waiting", "connections", "upstream_connections", "controllers"}
+    assert all(f"`{name}`" in text for name in set(out) - {"status"})
+    assert sorted(name for row in rows for name in ticked(row[0])) == sorted(out["controllers"][0])
+    assert (out["controllers"][0]["state"], out["controllers"][0]["reason"]) == ("out", "refused")
+    assert (limited["controllers"][0]["state"], limited["controllers"][0]["reason"]) == ("limited", None)
+    said = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+    for line in blocks("", text)[0].splitlines():
+        sample = line.partition(" ")[2].replace("team-b", "a")
+        pattern = re.sub(r"\d+ s", r"\\d+ s", sample.partition(": 401")[0]) + (": 401 .*" if ": 401" in sample else "")
+        assert any(re.fullmatch(pattern, message) for message in said), (pattern, said)
+
+
+async def test_ledger_fields() -> None:
+    """What the README says of `ledger` are its fields."""
+    row = next(row for row in table(section("## Operation"), "field", "meaning") if "`ledger`" in row[0])
+    async with Upstream(answers(json_reply(200, ANSWER, *LIMITS))) as up:
+        async with Running(controller("a", up.url, limits={"rpm": 100, "tpm": 100_000})) as server:
+            await server.post()
+            ledger = (await verbose(server))["controllers"][0]["ledger"]["gpt-4.1"]
+    seen = set(ledger) | {name for value in ledger.values() if isinstance(value, dict) for name in value}
+    assert seen | {"tokens"} == set(ticked(row[1]))
+
+
+def test_reasons_are_words_of_the_program() -> None:
+    """Each state and reason in the table stands in the program as a word of its own."""
+    rows = {ticked(row[0])[0]: row[1] for row in table(section("## Operation"), "field", "meaning")}
+    words = {node.value for node in ast.walk(ast.parse(PROGRAM.read_text())) if isinstance(node, ast.Constant)}
+    told = [*ticked(rows["state"]), *ticked(rows["reason"])]
+    assert len(told) == 8 and set(told) <= words
+
+
+def test_messages_and_codes_exist() -> None:
+    """The error codes that the README names are those of the program."""
+    source = PROGRAM.read_text()
+    for code in ("model_not_found", "invalid_api_key", "host_not_allowed", "origin_not_allowed", "model_not_allowed"):
+        assert f"`{code}`" in README and f'"{code}"' in source

@@ -1,10 +1,11 @@
-"""DESIGN's table row by row, then rounds, line, commit, rescue, exactness: real sockets, scripted upstreams, virtual clock."""
+"""README's table row by row, then rounds, line, commit, hedges, limits: real sockets, scripted upstreams, virtual clock."""
 
 import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+import ssl
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import chatgpt_apiserver as app
 
 from .support import (
     ANSWER,
-    MESSAGES,
+    CERT,
+    KEY,
     SSE_HEAD,
     Client,
     Message,
@@ -26,178 +28,48 @@ from .support import (
     error_reply,
     event,
     json_reply,
+    now,
+    pause,
     reply,
-    request,
     sse_reply,
+    until,
 )
 
 pytestmark = pytest.mark.virtual_time
 
-GOOD = json_reply(200, ANSWER)
+OK = json_reply(200, ANSWER)
 STREAM = sse_reply(event("fine"), b"data: [DONE]\n\n")
 AZURE = b'data: {"id":"","model":"","choices":[],"prompt_filter_results":[]}\n\n'
+PRIORITY = {"type": "priority"}
+HEDGED = {"type": "priority", "rescue_after": 2}
 
 
-def limited(after: str = "", message: str = "slow down", kind: str = "requests", code: str = "rate_limit_exceeded") -> bytes:
-    """A 429."""
+def limited(
+    after: str = "", message: str = "slow down", kind: str = "requests", code: str = "rate_limit_exceeded"
+) -> bytes:
+    """Return a 429."""
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return json_reply(429, body, *([f"Retry-After: {after}"] if after else []))
 
 
-def now() -> float:
-    """The loop's time."""
-    return asyncio.get_running_loop().time()
+NO_CREDIT = limited("", "You exceeded your current quota", "insufficient_quota", "insufficient_quota")
+TOO_LARGE = limited("", "Request too large for m on tokens per min (TPM): Limit 10000, Requested 12000.", "tokens")
 
 
-async def pause(seconds: float) -> None:
-    """Let the clock go on."""
-    done = asyncio.get_running_loop().create_future()
-    asyncio.get_running_loop().call_later(seconds, done.set_result, None)
-    await done
-
-
-async def until(true: Callable[[], Any]) -> None:
-    """Let the loop turn until something is so, within a second of its clock."""
-    give_up, turns = now() + 1, 0
-    while not true():
-        assert now() < give_up, "it never was"
-        turns += 1
-        await (asyncio.sleep(0) if turns % 8 else pause(0.005))
+def in_stream(code: str, kind: str = "") -> bytes:
+    """Return a 200 whose first event is an error."""
+    error = app.compact_json({"error": {"message": "x", "type": kind, "code": code}})
+    return sse_reply(AZURE, b"data: " + error + b"\n\n")
 
 
 async def both(peer: Peer, message: Message) -> None:
-    """A good answer, as a stream where one was asked for."""
-    await peer.send(STREAM if message.json().get("stream") else GOOD)
+    """Send a good answer, as a stream if the request asked for one."""
+    await peer.send(STREAM if message.json().get("stream") else OK)
 
 
 async def hang(peer: Peer, _: Message) -> None:
-    """No answer, until the other side goes."""
+    """Send nothing until the other side closes."""
     await peer.gone()
-
-
-def then(first: "list[bytes | Script]", last: Script = both) -> Script:
-    """A script that does or sends each of these once, then the last one for ever."""
-    left = list(first)
-
-    async def script(peer: Peer, message: Message) -> None:
-        if not left:
-            await last(peer, message)
-            return
-        step = left.pop(0)
-        if isinstance(step, bytes):
-            await peer.send(step)
-        else:
-            await step(peer, message)
-
-    return script
-
-
-class Timed(Upstream):
-    """An upstream that notes when each request came, and how many there were at once."""
-
-    def __init__(self, script: Script) -> None:
-        super().__init__(self._note)
-        self.inner = script
-        self.times: "list[float]" = []
-        self.now_here = self.most_here = self.left = 0
-
-    async def _note(self, peer: Peer, message: Message) -> None:
-        self.times.append(now())
-        self.now_here += 1
-        self.most_here = max(self.most_here, self.now_here)
-        try:
-            await self.inner(peer, message)
-        finally:
-            self.now_here -= 1
-
-
-class House:
-    """A server with upstreams a, b, c ..."""
-
-    def __init__(self, ups: "list[Timed]", server: Running) -> None:
-        self.ups, self.server = ups, server
-        self.pool = server.server.pool
-        self.clients: "list[Client]" = []
-
-    async def post(self, *headers: str, **more: Any) -> Message:
-        """One chat request."""
-        return await self.server.post(more.pop("model", "m"), *headers, **more)
-
-    def later(self, *headers: str, **more: Any) -> "asyncio.Task[Message]":
-        """One that is not waited for yet."""
-        return asyncio.get_running_loop().create_task(self.post(*headers, **more))
-
-    async def ask(self, *headers: str, **more: Any) -> Client:
-        """One whose answer is not read yet."""
-        client = await self.server.open()
-        self.clients.append(client)
-        await client.post(more.pop("model", "m"), *headers, **more)
-        return client
-
-    @property
-    def calls(self) -> "list[int]":
-        """Requests that each upstream got."""
-        return [len(one.seen) for one in self.ups]
-
-    def state(self, at: int = 0) -> "dict[str, Any]":
-        """What /status would say of a controller."""
-        return app.describe_upstream(self.pool.upstreams[at], now())
-
-    def idle(self) -> bool:
-        """Whether nothing is under way."""
-        return not (any(one.in_flight for one in self.pool.upstreams) or self.pool.waiting or self.pool.lines)
-
-
-@contextlib.asynccontextmanager
-async def house(*scripts: Script, each: "dict[str, Any] | list[dict[str, Any]] | None" = None, **more: Any) -> AsyncIterator[House]:
-    """A server whose controllers a, b, c ... do what the scripts say; `each`: more configuration, for all or one by one."""
-    async with contextlib.AsyncExitStack() as stack:
-        ups = [await stack.enter_async_context(Timed(script)) for script in scripts]
-        extra = each if isinstance(each, list) else [each or {}] * len(ups)
-        made = [controller("abcdef"[at], one.url, **extra[at]) for at, one in enumerate(ups)]
-        server = await stack.enter_async_context(Running(*made, **more))
-        built = House(ups, server)
-        try:
-            yield built
-        finally:
-            for client in built.clients:
-                if not client.writer.is_closing():
-                    client.reset()
-
-
-# -- the table, row by row
-
-
-@pytest.mark.parametrize(
-    ("raw", "status"),
-    [
-        (b"\x16\x03\x01\x02\x00\r\n\r\n", 400),
-        (request(b"x" * 2000), 413),
-        (request(b"{nope"), 400),
-        (request(b"[]"), 400),
-        (request(json.dumps({"messages": MESSAGES}).encode()), 400),
-        (request(b'{"model":"m"}'), 400),
-        (request(b'{"model":"m","messages":[]}'), 400),
-        (request(json.dumps({"model": "m", "messages": MESSAGES}).encode(), "Content-Encoding: gzip"), 415),
-    ],
-)
-async def test_row_a_request_that_is_none(raw: bytes, status: int) -> None:
-    """Not HTTP, too big, not JSON, no model or messages, compressed: a 4xx with an error object, nothing sent upstream."""
-    async with house(both, limits={"body_bytes": 1024}) as home:
-        client = await home.server.open()
-        await client.send(raw)
-        found = await client.read()
-        client.close()
-        assert found.status == status and set(found.json()["error"]) == {"message", "type", "param", "code"}
-        assert home.calls == [0] and home.pool.upstreams[0].failures == 0
-
-
-async def test_row_no_controller_serves_the_model() -> None:
-    """404 model_not_found that names the models that are served."""
-    async with house(both, each={"models": ["gpt-4.1*"]}) as home:
-        found = await home.post(model="nope")
-        assert (found.status, found.json()["error"]["code"]) == (404, "model_not_found")
-        assert "gpt-4.1*" in found.json()["error"]["message"] and home.calls == [0]
 
 
 async def close_at_once(peer: Peer, _: Message) -> None:
@@ -210,286 +82,367 @@ async def reset_at_once(peer: Peer, _: Message) -> None:
     peer.reset()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("script", [close_at_once, reset_at_once])
-async def test_row_no_reply_byte_on_a_fresh_connection(script: Script, stream: bool) -> None:
-    """Closed or reset before any byte: the next controller at once, and the breaker counts."""
-    async with house(script, both) as home:
-        found = await home.post(stream=stream)
-        assert found.status == 200 and found.headers["x-apiserver-controller"] == "b"
-        assert home.calls == [1, 1] and home.pool.upstreams[0].failures == 1
+def after(seconds: float, last: Script | bytes = both) -> Script:
+    """Return a script that waits, then sends the reply or runs the script."""
+    return then([], last, seconds)
+
+
+def then(first: list[bytes | Script], last: Script | bytes = both, wait_s: float = 0.0) -> Script:
+    """Return a script that does or sends each of `first` once, then always `last`."""
+    steps = list(first)
+
+    async def script(peer: Peer, message: Message) -> None:
+        step = steps.pop(0) if steps else last
+        if wait_s:
+            await pause(wait_s)
+        await (peer.send(step) if isinstance(step, bytes) else step(peer, message))
+
+    return script
+
+
+def gated(gate: asyncio.Event, raw: bytes = OK) -> Script:
+    """Return a script that waits for `gate`, then sends `raw`."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await gate.wait()
+        await peer.send(raw)
+
+    return script
+
+
+class Timed(Upstream):
+    """An upstream that notes when each request came, and how many were running at once."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__(self._note)
+        self.inner = script
+        self.times: list[float] = []
+        self.running = self.most_running = 0
+
+    async def _note(self, peer: Peer, message: Message) -> None:
+        self.times.append(now())
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await self.inner(peer, message)
+        finally:
+            self.running -= 1
+
+
+class Setup:
+    """A server with the upstreams a, b, c ..."""
+
+    def __init__(self, ups: list[Timed], server: Running) -> None:
+        self.ups, self.server = ups, server
+        self.clients: list[Client] = []
+
+    async def post(self, *headers: str, **more: Any) -> Message:
+        """Send one chat request for the model "m" and read its answer."""
+        return await self.server.post(more.pop("model", "m"), *headers, **more)
+
+    async def served_by(self, *headers: str, **more: Any) -> str:
+        """Send one chat request; return the name of the controller that answered it with a 200."""
+        answer = await self.post(*headers, **more)
+        assert answer.status == 200, answer.body
+        return answer.headers["x-apiserver-controller"]
+
+    def later(self, *headers: str, **more: Any) -> asyncio.Task[Message]:
+        """Start a chat request."""
+        return asyncio.get_running_loop().create_task(self.post(*headers, **more))
+
+    async def ask(self, *headers: str, **more: Any) -> Client:
+        """Send a chat request; return its client, which has not read the answer."""
+        client = await self.server.open()
+        self.clients.append(client)
+        await client.post(more.pop("model", "m"), *headers, **more)
+        return client
+
+    @property
+    def calls(self) -> list[int]:
+        """The number of requests that each upstream got."""
+        return [len(upstream.seen) for upstream in self.ups]
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What /status?verbose=1 shows of the pool."""
+        return app.describe_pool(self.server.server.pool, now())
+
+    @property
+    def waiting(self) -> int:
+        """The length of the line."""
+        return int(self.shown["waiting"])
+
+    def state(self, at: int = 0) -> dict[str, Any]:
+        """Return what /status?verbose=1 shows of a controller."""
+        return dict(self.shown["controllers"][at])
+
+    def failures(self, at: int = 0) -> int:
+        """Return how many failures counted against a controller."""
+        return int(self.state(at)["failures"])
+
+    def out(self, at: int = 0) -> str:
+        """Return why a controller is out of use: failing, refused, silent, no_credit, busy; or "" while it is in use."""
+        shown = self.state(at)  # new words
+        return str(shown["reason"]) if shown["state"] == "out" else ""
+
+    def idle(self) -> bool:
+        """Tell whether nothing is running or waiting."""
+        return not self.waiting and not any(shown["in_flight"] for shown in self.shown["controllers"])
+
+    def reload(self, *named: tuple[str, int], each: dict[str, Any] | None = None, **more: Any) -> None:
+        """Reload with these controllers: a name and the number of its upstream."""
+        self.server.reload(*(controller(name, self.ups[at].url, **(each or {})) for name, at in named), **more)
+
+    async def history(self, count: int = 30, stream: bool = True) -> None:
+        """Let the first controller answer `count` requests, so that its usual times are known; forget these requests."""
+        for _ in range(count):
+            assert await self.served_by(stream=stream) == "a"
+        await pause(0.1)
+        for upstream in self.ups:
+            upstream.seen.clear()
+
+
+Each = dict[str, Any] | list[dict[str, Any]] | None
+
+
+@contextlib.asynccontextmanager
+async def serving(*scripts: Script | Timed, each: Each = None, https: str = "", **more: Any) -> AsyncIterator[Setup]:
+    """Run a server whose controllers a, b, c ... do what the scripts say.
+
+    `each`: more configuration, for all controllers or one by one. `https`: names of controllers that use TLS.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        ups = [script if isinstance(script, Timed) else Timed(script) for script in scripts]
+        for upstream in ups:
+            await stack.enter_async_context(upstream)
+        extra = each if isinstance(each, list) else [each or {}] * len(ups)
+        made = []
+        for name, upstream, config in zip("abcdef", ups, extra, strict=False):
+            url = f"https://127.0.0.1:{upstream.port}/v1" if name in https else upstream.url
+            made.append(controller(name, url, **({"account": {"ca_file": CERT}} if name in https else {}), **config))
+        setup = Setup(ups, await stack.enter_async_context(Running(*made, **more)))
+        try:
+            yield setup
+        finally:
+            for client in setup.clients:
+                if not client.writer.is_closing():
+                    client.reset()
+
+
+# -- the table, row by row
+
+
+NO_ANSWERS = [
+    *((in_stream(code), True, 1, 1, "no_credit") for code in ("insufficient_quota", "billing_hard_limit_reached")),
+    *(
+        (stream, True, 1, 1, "")
+        for stream in (in_stream("server_error"), sse_reply(AZURE), sse_reply(b": hello\n\n"), sse_reply())
+    ),
+    (reply(200, b'{"error":{"message":"x","type":"server_error","code":null}}'), False, 1, 1, ""),
+    (reply(200, b'{\n  "error": {\n    "message": "x", "code": 502\n  }\n}'), False, 1, 1, ""),
+    (reply(200, b"\n" * 40 + b'{"error":{"message":"x","code":"insufficient_quota"}}'), False, 1, 1, "no_credit"),
+    (reply(200, b"\n" * 40), False, 1, 1, ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "stream", "requests", "calls", "reason"),
+    [
+        *((script, stream, 1, 1, "") for script in (close_at_once, reset_at_once) for stream in (False, True)),
+        *((error_reply(status), False, 6, 5, "failing") for status in (408, 409, 424, 500, 502, 503, 504, 520, 529)),
+        (reply(307, b"", "Location: http://127.0.0.1:9/"), False, 6, 5, "failing"),
+        (error_reply(401, "invalid_api_key"), True, 10, 2, "refused"),
+        (error_reply(403, "unsupported_country"), False, 10, 3, "refused"),
+        *NO_ANSWERS,
+    ],
+)
+async def test_row_the_next_controller_answers(
+    script: Script | bytes, stream: bool, requests: int, calls: int, reason: str
+) -> None:
+    """A failure that another account may not have moves each request on, until the controller is out."""
+    async with serving(then([], script), both, pool=PRIORITY) as setup:
+        assert {await setup.served_by(stream=stream) for _ in range(requests)} == {"b"}
+        assert setup.calls == [calls, requests] and setup.out() == reason
+        assert setup.failures() == calls or reason == "no_credit"
 
 
 async def test_row_connect_failure() -> None:
-    """Nobody listens: the next controller at once; what was never sent is given back; five of them open the breaker."""
-    async with house(both, both, each=[{"limits": {"rpm": 100}}, {}]) as home:
-        home.ups[0].server.close()
+    """A refused connection moves the request on and gives its quota back; five of them open the breaker."""
+    async with serving(both, both, each=[{"limits": {"rpm": 3}}, {}]) as setup:
+        setup.ups[0].server.close()  # nothing was sent: the limit of three a minute is not used up
         for _ in range(12):
-            assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        assert home.state()["state"] == "breaker" and home.pool.upstreams[0].failures == 5
-        assert home.state()["ledger"]["m"]["rpm"]["taken"] == 0
-
-
-async def test_row_a_pooled_connection_that_died() -> None:
-    """Once more on a fresh connection, at the same controller, which is not blamed."""
-    async with house(then([GOOD, close_at_once]), both, each=[{}, {"models": ["n"]}]) as home:
-        for _ in range(2):
-            assert (await home.post()).headers["x-apiserver-controller"] == "a"
-        assert home.calls == [3, 0] and home.ups[0].connections == 2 and home.pool.upstreams[0].failures == 0
+            assert await setup.served_by() == "b"
+        assert setup.out() == "failing" and setup.failures() == 5
+    # A kept connection that died is replaced, at the same controller, which is not blamed.
+    async with serving(then([OK, close_at_once]), both, each=[{}, {"models": ["n"]}]) as setup:
+        assert [await setup.served_by() for _ in range(2)] == ["a", "a"]
+        assert setup.calls == [3, 0] and setup.ups[0].connections == 2 and setup.failures() == 0
 
 
 async def test_row_no_byte_within_first_byte() -> None:
-    """A stream goes to the next controller; a whole answer gets 504 and is not replayed; the breaker counts both."""
-    async with house(hang, both, each={"timeouts": {"first_byte": 5}}, pool={"type": "priority"}) as home:
+    """A silent stream goes to the next controller, a silent whole answer gets 504; the breaker counts both."""
+    async with serving(hang, both, each={"timeouts": {"first_byte": 5}}, pool=PRIORITY) as setup:
         started = now()
-        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
+        assert await setup.served_by(stream=True) == "b"
         assert now() - started == pytest.approx(5, abs=0.1)
-        found = await home.post()
-        assert (found.status, found.json()["error"]["code"]) == (504, "upstream_timeout")
-        assert home.calls == [2, 1] and home.pool.upstreams[0].failures == 2
+        answer = await setup.post()
+        assert (answer.status, answer.json()["error"]["code"]) == (504, "upstream_timeout")
+        assert setup.calls == [2, 1] and setup.failures() == 2
 
 
 async def test_row_429_rate_limit() -> None:
-    """The next controller at once; closed for that model until the named time; none has room: waits in line."""
-    async with house(then([limited("7")]), then([both, limited("5")]), pool={"type": "priority"}) as home:
+    """A 429 closes its controller for that model until the named time; when none has room the request waits."""
+    async with serving(then([limited("7")]), then([both, limited("5")]), pool=PRIORITY) as setup:
         started = now()
-        found = await home.post()
-        assert found.headers["x-apiserver-controller"] == "b" and found.headers["x-apiserver-attempts"] == "2"
-        assert now() - started < 0.1 and home.state()["ledger"]["m"]["closed_for_s"] == pytest.approx(7, abs=0.1)
-        assert (await home.post(model="n")).headers["x-apiserver-controller"] == "a"
-        found = await home.post()
-        assert found.status == 200 and now() - started == pytest.approx(5, abs=0.1)
-        assert int(found.headers["x-apiserver-wait-ms"]) == pytest.approx(5000, abs=100)
-        assert home.pool.upstreams[0].failures == 0
-
-
-TOO_LARGE = limited("", "Request too large for m on tokens per min (TPM): Limit 10000, Requested 12000.", "tokens")
+        answer = await setup.post()
+        assert (answer.headers["x-apiserver-controller"], answer.headers["x-apiserver-attempts"]) == ("b", "2")
+        assert now() - started < 0.1 and await setup.served_by(model="n") == "a"
+        answer = await setup.post()
+        assert answer.status == 200 and now() - started == pytest.approx(5, abs=0.1)
+        assert int(answer.headers["x-apiserver-wait-ms"]) == pytest.approx(5000, abs=100)
+        assert answer.headers["x-apiserver-controller"] == "b" and setup.failures() == 0
 
 
 @pytest.mark.parametrize("limits", [{}, {"rpm": 600, "burst_s": 40}])
-async def test_row_429_a_burst_that_is_refused_is_one_refusal(limits: "dict[str, int]") -> None:
-    """What was under way at the first 429 is refused with it: the time does not double, nor the burst halve, for each."""
+async def test_row_429_for_a_whole_burst(limits: dict[str, int]) -> None:
+    """Requests that were running at the first 429 are refused with it: they wait together, not ever longer."""
     gate, count = asyncio.Event(), 8
 
     async def script(peer: Peer, _: Message) -> None:
-        if len(home.ups[0].times) > count:
-            await peer.send(GOOD)
+        arrived = len(setup.ups[0].times)
+        if arrived > count:
+            await peer.send(OK)
             return
-        if len(home.ups[0].times) == count:
+        if arrived == count:
             gate.set()
         await gate.wait()
         await peer.send(limited())
 
-    async with house(script, each=[{"limits": limits}]) as home:
+    async with serving(script, each=[{"limits": limits}]) as setup:
         started = now()
-        found = await asyncio.gather(*(home.post() for _ in range(count)))
-        assert {one.status for one in found} == {200} and now() - started < 3
-        assert home.pool.upstreams[0].seat("m").ledger.burst_s == (20 if limits else 60)
+        replies = await asyncio.gather(*(setup.post() for _ in range(count)))
+        assert {answer.status for answer in replies} == {200} and now() - started < 3
 
 
-async def test_row_429_request_too_large_with_a_larger_account() -> None:
-    """Only controllers whose known limit is large enough are asked; the small one learns nothing."""
+@pytest.mark.parametrize(
+    ("second", "calls"),
+    [(both, [1, 0, 1]), (answers(in_stream("server_error")), [1, 1, 1])],
+    ids=["too small", "fails"],
+)
+async def test_row_429_request_too_large(second: Script, calls: list[int]) -> None:
+    """Only controllers with a large enough known limit are asked; without any the client learns not to retry."""
     small, large = {"limits": {"tpm": 11_000}}, {"limits": {"tpm": 50_000}}
-    async with house(answers(TOO_LARGE), both, both, each=[{}, small, large], pool={"type": "priority"}) as home:
-        found = await home.post()
-        assert found.status == 200 and found.headers["x-apiserver-controller"] == "c"
-        assert home.calls == [1, 0, 1] and home.state()["state"] == "open"
-        assert "closed_for_s" not in home.state()["ledger"] and home.state()["ledger"]["m"]["closed_for_s"] == 0
+    each = [{}, large if calls[1] else small, large]
+    async with serving(then([TOO_LARGE]), second, both, each=each, pool=PRIORITY) as setup:
+        assert await setup.served_by(stream=True) == "c" and setup.calls == calls
+        assert await setup.served_by() == "a" and setup.failures() == 0
+    async with serving(answers(TOO_LARGE), both) as setup:
+        answer = await setup.post()
+        assert (answer.status, answer.headers["x-should-retry"]) == (429, "false")
+        assert "Limit 10000" in answer.json()["error"]["message"] and setup.calls == [1, 0]
 
 
-async def test_row_429_request_too_large_still_fails_over_among_the_large() -> None:
-    """Those that are left are judged by their first event too."""
-    large = {"limits": {"tpm": 50_000}}
-    scripts = [answers(TOO_LARGE), answers(in_stream("server_error")), both]
-    async with house(*scripts, each=[{}, large, large], pool={"type": "priority"}) as home:
-        found = await home.post(stream=True)
-        assert found.status == 200 and found.headers["x-apiserver-controller"] == "c" and home.calls == [1, 1, 1]
-
-
-async def test_row_429_request_too_large_for_all() -> None:
-    """The answer as it is, and the SDKs are told not to come again."""
-    async with house(answers(TOO_LARGE), both) as home:
-        found = await home.post()
-        assert (found.status, found.headers["x-should-retry"]) == (429, "false")
-        assert "Limit 10000" in found.json()["error"]["message"] and home.calls == [1, 0]
-
-
-async def test_row_429_insufficient_quota(caplog: pytest.LogCaptureFixture) -> None:
-    """The next controller; parked with its whole quota group, logged once; a later real request probes, and frees it."""
-    broke = limited("", "You exceeded your current quota", "insufficient_quota", "insufficient_quota")
+async def test_row_no_credit(caplog: pytest.LogCaptureFixture) -> None:
+    """The whole quota group is out, which is logged once, until a later request succeeds."""
     grouped = {"quota_group": "org"}
-    async with house(then([broke]), both, both, each=[grouped, grouped, {}]) as home:
+    async with serving(then([NO_CREDIT]), both, both, each=[grouped, grouped, {}]) as setup:
         with caplog.at_level(logging.WARNING, "chatgpt_apiserver"):
-            for _ in range(4):
-                assert (await home.post()).headers["x-apiserver-controller"] == "c"
-        assert home.calls == [1, 0, 4]
-        assert [home.state(at)["state"] for at in range(3)] == ["parked", "parked", "open"]
-        assert len([one for one in caplog.records if "quota" in one.getMessage()]) == 1
+            assert [await setup.served_by() for _ in range(4)] == ["c"] * 4
+        assert setup.calls == [1, 0, 4] and [setup.out(at) for at in range(3)] == ["no_credit", "no_credit", ""]
+        assert len([record for record in caplog.records if "quota" in record.getMessage()]) == 1
         await pause(301)
-        assert home.state()["state"] == "half-open"
-        served = {(await home.post()).headers["x-apiserver-controller"] for _ in range(6)}
-        assert served == {"a", "b", "c"} and home.state()["state"] == "open"
+        assert {await setup.served_by() for _ in range(6)} == {"a", "b", "c"}
+        assert [setup.out(at) for at in range(3)] == ["", "", ""]
 
 
-async def test_row_429_insufficient_quota_refuses() -> None:
-    """Alone, it is not asked again before its time: 429 with the true Retry-After at once."""
-    async with house(answers(limited("", "no money", "insufficient_quota", "insufficient_quota"))) as home:
-        found = await home.post()
-        assert found.status == 429 and found.json()["error"]["code"] == "insufficient_quota"
-        found = await home.post()
-        assert found.status == 429 and int(found.headers["retry-after"]) == pytest.approx(300, abs=1)
-        assert home.calls == [1]
-
-
-async def test_row_401() -> None:
-    """The next controller; parked after two in a row."""
-    async with house(answers(error_reply(401, "invalid_api_key")), both) as home:
-        for _ in range(8):
-            assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        assert home.calls == [2, 8] and home.state()["state"] == "parked"
+async def test_row_no_credit_refuses() -> None:
+    """A sole controller without credit is not asked before its time: the client gets 429 with the true Retry-After."""
+    async with serving(answers(NO_CREDIT)) as setup:
+        answer = await setup.post()
+        assert answer.status == 429 and answer.json()["error"]["code"] == "insufficient_quota"
+        answer = await setup.post()
+        assert answer.status == 429 and int(answer.headers["retry-after"]) == pytest.approx(300, abs=1)
+        assert setup.calls == [1]
 
 
 @pytest.mark.parametrize("status", [403, 404])
 async def test_row_the_account_lacks_the_model(status: int) -> None:
-    """The next controller that may have it; remembered for that model only, and only for a while."""
+    """The controller gets no requests for that model for ten minutes, and goes on with all others."""
     lacks = error_reply(status, "model_not_found", "The model `m` does not exist")
 
     async def script(peer: Peer, message: Message) -> None:
-        await peer.send(lacks if message.json()["model"] == "m" else GOOD)
+        await peer.send(lacks if message.json()["model"] == "m" else OK)
 
-    async with house(script, both) as home:
-        for _ in range(4):
-            assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        assert home.calls == [1, 4] and home.state()["lacks"] == ["m"] and home.state()["state"] == "open"
-        assert {(await home.post(model="n")).headers["x-apiserver-controller"] for _ in range(2)} == {"a", "b"}
+    async with serving(script, both) as setup:
+        assert {await setup.served_by() for _ in range(4)} == {"b"}
+        assert setup.calls == [1, 4] and setup.out() == ""
+        assert {await setup.served_by(model="n") for _ in range(2)} == {"a", "b"}
         await pause(601)
-        for _ in range(2):
-            await home.post()
-        assert home.calls[0] == 3
+        assert {await setup.served_by() for _ in range(2)} == {"b"} and setup.calls[0] == 3
 
 
-async def test_row_other_403() -> None:
-    """The next controller; parked after three in a row without a success."""
-    async with house(answers(error_reply(403, "unsupported_country")), both) as home:
-        for _ in range(10):
-            assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        assert home.calls == [3, 10] and home.state()["state"] == "parked"
-
-
-@pytest.mark.parametrize("status", [400, 404, 405, 413, 415, 422, 451])
+@pytest.mark.parametrize("status", [400, 404, 405, 413, 415, 418, 422, 451])
 async def test_row_other_4xx(status: int) -> None:
-    """Returned as it is, never replayed; the controller learns nothing, however often."""
-    async with house(answers(error_reply(status, "x")), both, pool={"type": "priority"}) as home:
-        for _ in range(6):
-            found = await home.post(stream=True)
-            assert (found.status, found.headers["x-apiserver-attempts"]) == (status, "1")
-            assert "x-should-retry" not in found.headers
-        assert home.calls == [6, 0] and home.state()["state"] == "open" and home.state()["failures"] == 0
-
-
-@pytest.mark.parametrize("status", [408, 409, 424, 500, 502, 503, 504, 520, 529])
-async def test_row_408_409_5xx(status: int) -> None:
-    """The next controller; the breaker counts."""
-    async with house(answers(error_reply(status)), both, pool={"type": "priority"}) as home:
-        for _ in range(6):
-            assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        assert home.calls == [5, 6] and home.state()["state"] == "breaker"
+    """The answer comes back byte for byte and is never replayed; the controller is not blamed, however often."""
+    body = b'{"error": {"message":"x",  "type":null,"param":null,"code":"c"}}'
+    async with serving(answers(reply(status, body, "X-Own: 1")), both, pool=PRIORITY) as setup:
+        for stream in (True, False) * 3:
+            answer = await setup.post(stream=stream)
+            assert (answer.status, answer.body, answer.headers["x-own"]) == (status, body, "1")
+            assert answer.headers["x-apiserver-attempts"] == "1" and "x-should-retry" not in answer.headers
+        assert setup.calls == [6, 0] and (setup.out(), setup.failures()) == ("", 0)
 
 
 @pytest.mark.parametrize("status", [503, 529])
-async def test_row_503_with_retry_after_waits_in_line(status: int) -> None:
-    """Alone and busy for less than max_wait: the request waits and is answered; others do not go there meanwhile."""
-    async with house(then([error_reply(status, None, "busy", "Retry-After: 3")])) as home:
+async def test_row_503_with_retry_after(status: int) -> None:
+    """Requests wait for a sole controller that is busy; one that is busy for too long has its error passed on at once."""
+    async with serving(then([error_reply(status, None, "busy", "Retry-After: 3")])) as setup:
         started = now()
-        first = home.later()
-        await until(lambda: home.calls == [1])
-        found = await home.post()
-        assert found.status == (await first).status == 200 and home.calls == [3]
-        assert home.ups[0].times[1] - started == pytest.approx(3, abs=0.05)
-
-
-async def test_row_503_with_a_long_retry_after() -> None:
-    """Busy for longer than a request may wait: its error is passed on at once."""
-    async with house(answers(error_reply(503, None, "busy", "Retry-After: 100"))) as home:
+        first = setup.later()
+        await until(lambda: setup.calls == [1])
+        assert (await setup.post()).status == (await first).status == 200 and setup.calls == [3]
+        assert setup.ups[0].times[1] - started == pytest.approx(3, abs=0.05)
+    async with serving(answers(error_reply(status, None, "busy", "Retry-After: 100"))) as setup:
         started = now()
-        found = await home.post()
-        assert found.status == 503 and now() - started < 0.1 and home.calls == [1]
-
-
-async def test_row_3xx() -> None:
-    """Never followed; the next controller, else 502 without the Location; the breaker counts."""
-    moved = reply(307, b"", "Location: http://127.0.0.1:9/")
-    async with house(answers(moved), both) as home:
-        assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        assert home.pool.upstreams[0].failures == 1
-    async with house(answers(moved)) as home:
-        found = await home.post()
-        assert found.status == 502 and "location" not in found.headers
-
-
-def in_stream(code: str, kind: str = "") -> bytes:
-    """A 200 whose first event is an error."""
-    return sse_reply(AZURE, b"data: " + app.compact_json({"error": {"message": "x", "type": kind, "code": code}}) + b"\n\n")
+        assert (await setup.post()).status == status and now() - started < 0.1 and setup.calls == [1]
 
 
 @pytest.mark.parametrize(
-    ("first", "state"),
+    ("code", "kind", "calls"),
     [
-        (in_stream("server_error"), "open"),
-        (in_stream("insufficient_quota", "insufficient_quota"), "parked"),
-        (in_stream("billing_hard_limit_reached"), "parked"),
-        (sse_reply(AZURE), "open"),
-        (sse_reply(b": hello\n\n"), "open"),
-        (sse_reply(), "open"),
-        (reply(200, b'{"error":{"message":"x","type":"server_error","code":null}}'), "open"),
-        (reply(200, b'{\n  "error": {\n    "message": "x", "code": 502}\n}'), "open"),
-        (reply(200, b"\n" * 40 + b'{"error":{"message":"x","type":"insufficient_quota"}}'), "parked"),
-        (reply(200, b"\n" * 40), "open"),
+        ("rate_limit_exceeded", "", [1, 3]),
+        ("model_not_found", "", [1, 3]),
+        ("too_long", "invalid_request_error", [3, 0]),
     ],
 )
-async def test_row_200_whose_first_event_is_an_error(first: bytes, state: str) -> None:
-    """An error in the place of an answer, or an end before it: the next controller, and the lesson that the error is."""
-    async with house(answers(first), both) as home:
-        found = await home.post(stream=b"event-stream" in first)
-        assert found.status == 200 and found.headers["x-apiserver-controller"] == "b"
-        assert home.state()["state"] == state
+async def test_row_200_whose_first_event_is_a_429_or_a_4xx(code: str, kind: str, calls: list[int]) -> None:
+    """A rate limit or a missing model in a stream closes that model; a client's mistake is answered with 400."""
+    async with serving(answers(in_stream(code, kind)), both, pool=PRIORITY) as setup:
+        statuses = {(await setup.post(stream=True)).status for _ in range(3)}
+        assert (statuses, setup.calls, setup.failures()) == ({400 if kind else 200}, calls, 0)
 
 
-async def test_row_200_whose_first_event_is_a_429_or_a_lacking_model() -> None:
-    """A rate limit in a stream closes the model; a lacking model is remembered; a client's mistake is not replayed."""
-    for code, kind, calls in (("rate_limit_exceeded", "", 2), ("model_not_found", "", 2), ("too_long", "invalid_request_error", 1)):
-        async with house(answers(in_stream(code, kind)), both) as home:
-            found = await home.post(stream=True)
-            assert (found.status, sum(home.calls)) == ((200, 2) if calls == 2 else (400, 1))
-            assert bool(home.state()["lacks"]) is (code == "model_not_found")
-            assert bool(home.state()["ledger"]["m"]["closed_for_s"]) is (code == "rate_limit_exceeded")
-            assert home.state()["failures"] == 0
-
-
-async def test_row_a_whole_answer_cut_in_the_middle() -> None:
-    """Collected up to 1 MB, so the next controller answers; a larger one is aborted short of its length."""
+@pytest.mark.parametrize(("size", "sent"), [(900_000, 800_000), (3_000_000, 2_000_000)])
+async def test_row_a_whole_answer_that_is_cut(size: int, sent: int) -> None:
+    """Up to 1 MB is collected first, so the next controller answers; a larger answer ends short of its length."""
 
     async def cut(peer: Peer, _: Message) -> None:
-        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n", b" " * 800_000)
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size, b" " * sent)
         peer.close()
 
-    async def cut_late(peer: Peer, _: Message) -> None:
-        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n", b" " * 2_000_000)
-        peer.close()
-
-    async with house(cut, both) as home:
-        assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        assert home.pool.upstreams[0].failures == 1
-    async with house(cut_late, both) as home:
-        client = await home.ask()
-        assert (await client.read(head_only=True)).status == 200
-        assert len(await client.closed()) < 3_000_000
-        assert home.calls == [1, 0] and home.pool.upstreams[0].failures == 1
+    async with serving(cut, both) as setup:
+        if size < 1_000_000:
+            assert await setup.served_by() == "b"
+        else:
+            client = await setup.ask()
+            assert (await client.read(head_only=True)).headers["content-length"] == str(size)
+            assert len(await client.closed()) < size and setup.calls == [1, 0]
+        assert setup.failures() == 1
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-async def test_row_a_stream_cut_after_its_first_event(how: str) -> None:
-    """An error event, flushed; no final chunk, no [DONE], no replay; the breaker counts."""
+async def test_row_a_stream_that_is_cut(how: str) -> None:
+    """The client gets an error event and no final chunk, no [DONE], no replay; the breaker counts."""
 
     async def cut(peer: Peer, _: Message) -> None:
         await peer.send(SSE_HEAD)
@@ -497,38 +450,39 @@ async def test_row_a_stream_cut_after_its_first_event(how: str) -> None:
         await pause(0.01)
         getattr(peer, how)()
 
-    async with house(cut, both) as home:
-        client = await home.ask(stream=True)
-        found = await client.closed()
-        assert event("one") in found and b'data: {"error":{' in found and home.calls == [1, 0]
-        assert b"[DONE]" not in found and b"finish_reason" not in found and not found.endswith(b"0\r\n\r\n")
-        await until(home.idle)
-        assert home.pool.upstreams[0].failures == 1 and "cut" in home.state()["last_error"]
+    async with serving(cut, both) as setup:
+        data = await (await setup.ask(stream=True)).closed()
+        assert event("one") in data and b'data: {"error":{' in data and setup.calls == [1, 0]
+        assert b"[DONE]" not in data and b"finish_reason" not in data and not data.endswith(b"0\r\n\r\n")
+        await until(setup.idle)
+        assert setup.failures() == 1 and "cut" in setup.state()["last_error"]
 
 
 @pytest.mark.parametrize(
     ("replies", "status", "name"),
     [
         ([error_reply(500), error_reply(404, "model_not_found"), error_reply(401)], 500, "a"),
-        ([error_reply(401), error_reply(403, "model_not_found"), error_reply(403, "x")], 403, "b"),
         ([error_reply(503), limited("60", "busy"), error_reply(500)], 429, "b"),
         ([limited("60"), error_reply(502), error_reply(422)], 422, "c"),
     ],
 )
-async def test_row_every_controller_failed(replies: "list[bytes]", status: int, name: str) -> None:
-    """The most useful answer, as it came: a client's 4xx, then 429, 5xx, 404, 401/403; and whose it was."""
-    async with house(*(answers(one) for one in replies)) as home:
-        found = await home.post()
-        assert found.status == status and found.body in replies["abc".index(name)]
-        assert (found.headers["x-apiserver-controller"], found.headers["x-apiserver-attempts"]) == (name, "3")
+async def test_row_every_controller_failed(replies: list[bytes], status: int, name: str) -> None:
+    """The client gets the most useful answer as it came: a client's 4xx, then 429, 5xx, 404; and the controller's name."""
+    async with serving(*map(answers, replies)) as setup:
+        answer = await setup.post()
+        assert answer.status == status and answer.body in replies["abc".index(name)]
+        assert (answer.headers["x-apiserver-controller"], answer.headers["x-apiserver-attempts"]) == (name, "3")
 
 
-@pytest.mark.parametrize(("script", "status"), [(reset_at_once, 502), (hang, 504)])
+@pytest.mark.parametrize(
+    ("script", "status"), [(reset_at_once, 502), (hang, 504), (answers(reply(302, b"", "Location: http://evil/")), 502)]
+)
 async def test_row_every_controller_failed_without_an_answer(script: Script, status: int) -> None:
-    """502 or 504 with an OpenAI-style error."""
-    async with house(script, script, each={"timeouts": {"first_byte": 3}}) as home:
-        found = await home.post(stream=True)
-        assert found.status == status and found.json()["error"]["type"] == "server_error" and home.calls == [1, 1]
+    """The client gets 502 or 504 with an OpenAI-style error; a redirect is neither followed nor passed on."""
+    async with serving(script, script, each={"timeouts": {"first_byte": 3}}) as setup:
+        answer = await setup.post(stream=True)
+        assert answer.status == status and answer.json()["error"]["type"] == "server_error" and setup.calls == [1, 1]
+        assert "location" not in answer.headers
 
 
 PHASES = ["in line", "connecting", "before the head", "held", "in the stream", "in a whole answer", "in a large answer"]
@@ -536,8 +490,8 @@ PHASES = ["in line", "connecting", "before the head", "held", "in the stream", "
 
 @pytest.mark.parametrize("how", ["reset", "fin"])
 @pytest.mark.parametrize("phase", PHASES)
-async def test_row_the_client_goes_away(phase: str, how: str) -> None:
-    """The upstream connection is closed within 100 ms; before it was sent all is given back, then only the slot."""
+async def test_row_the_client_leaves(phase: str, how: str) -> None:
+    """The upstream connection is closed within 100 ms, what was not sent is given back, and no controller is blamed."""
 
     async def script(peer: Peer, _: Message) -> None:
         if phase in ("held", "in the stream"):
@@ -547,408 +501,255 @@ async def test_row_the_client_goes_away(phase: str, how: str) -> None:
             await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n", b" " * 500)
         elif phase == "in a large answer":
             await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n", b" " * 1_500_000)
-        if phase in ("in the stream", "in a large answer") and how == "fin":  # the next writes tell
-            while not peer.reader.at_eof() and not peer.writer.is_closing():
-                await (peer.chunk(event("b")) if phase == "in the stream" else peer.send(b" " * 9))
-                await pause(0.01)
         await peer.gone()
 
     tight = {"limits": {"concurrency": 1, "rpm": 5, "tpm": 100_000}}
-    async with house(script, both, each=[tight, {"models": ["n"]} if phase != "held" else {}], pool={"type": "priority"}) as home:
-        stream = phase in ("held", "in the stream", "before the head")
+    other = {} if phase == "held" else {"models": ["n"]}
+    https = "a" if phase == "connecting" else ""  # the upstream never answers the handshake
+    async with serving(script, both, each=[tight, other], https=https, pool=PRIORITY) as setup:
         if phase == "in line":
-            await home.ask(stream=stream)
-            await until(lambda: home.calls[0] == 1)
-        elif phase == "connecting":
-            home.server.server.links.dial = never_connects
-        client = await home.ask(stream=stream)
-        await until(lambda: home.pool.waiting if phase == "in line" else phase == "connecting" or home.calls[0])
+            await setup.ask()
+            await until(lambda: setup.calls[0] == 1)
+        client = await setup.ask(stream=phase in ("held", "in the stream", "before the head"))
+        await until(lambda: setup.waiting if phase == "in line" else setup.ups[0].connections)
         await pause(0.05)
-        before = home.pool.upstreams[0].in_flight
-        assert before == 1
-        getattr(client, "reset" if how == "reset" else "close")() if how == "reset" else client.writer.close()
+        assert setup.state()["in_flight"] == 1
+        client.reset() if how == "reset" else client.writer.close()
         left = now()
         if phase == "in line":
-            await until(lambda: not home.pool.waiting)
+            await until(lambda: not setup.waiting)
         else:
-            await until(lambda: home.idle() and not home.ups[0].open_connections)
+            await until(lambda: setup.idle() and not setup.ups[0].open_connections)
         assert now() - left <= 0.1
-        taken = home.state()["ledger"]["m"]["rpm"]["taken"]
-        assert taken == (0 if phase == "connecting" else 1)
-        assert home.state()["failures"] == 0 and home.calls[0] == (phase != "connecting")
+        assert setup.state()["ledger"]["m"]["rpm"]["taken"] == (phase != "connecting")
+        assert setup.failures() == 0 and setup.calls[0] == (phase != "connecting")
+        (line,) = setup.server.access_lines()
+        assert phase == "in line" or ("attempts=1 " in line and "tried=a:gone:" in line)
 
 
-async def never_connects(_: app.Origin) -> app.Link:
-    """A dial that takes for ever."""
-    await asyncio.get_running_loop().create_future()
-    raise AssertionError
+# -- the table: SIGHUP
 
 
-async def test_row_sigterm_lets_answers_finish() -> None:
-    """While it drains, the status says so, new connections are refused, the running answer ends."""
-    step = asyncio.Event()
-
-    async def script(peer: Peer, _: Message) -> None:
-        await step.wait()
-        await peer.send(GOOD)
-
-    async with house(script) as home:
-        client = await home.ask()
-        await until(lambda: home.calls == [1])
-        stopping = asyncio.get_running_loop().create_task(home.server.server.stop())
-        await pause(0.1)
-        assert home.server.server.draining
-        with pytest.raises(OSError):
-            await home.server.open()
-        step.set()
-        assert (await client.read()).status == 200
-        await stopping
+async def test_a_reload_keeps_state_and_waiters() -> None:
+    """What is unchanged stays closed; a waiting request goes to a controller that serves its model now."""
+    async with serving(then([limited("20")]), both, each=[{}, {"models": ["other"]}]) as setup:
+        waiter = setup.later()
+        await until(lambda: setup.waiting)
+        setup.reload(("a", 0), ("b", 1))
+        assert (await waiter).headers["x-apiserver-controller"] == "b"
+        assert {await setup.served_by() for _ in range(4)} == {"b"} and setup.calls == [1, 5]
 
 
-async def test_row_sighup_keeps_state_and_waiters() -> None:
-    """What is unchanged keeps its ledger; who waits goes on waiting, for whoever is there now."""
-    async with house(then([limited("20")]), both, each=[{}, {"models": ["other"]}]) as home:
-        waiter = home.later()
-        await until(lambda: home.pool.waiting)
-        data = {"port": 0, "controllers": [controller("a", home.ups[0].url), controller("b", home.ups[1].url)]}
-        home.server.server.reconfigure(app.parse_config(data, "test", {}))
-        found = await waiter
-        assert found.status == 200 and found.headers["x-apiserver-controller"] == "b"
-        assert home.state()["ledger"]["m"]["closed_for_s"] > 15
+async def test_a_reload_while_a_request_is_running() -> None:
+    """When its attempt fails only the controllers of the new configuration are asked, with their new key."""
+    gate = asyncio.Event()
+    async with serving(then([gated(gate, error_reply(401))]), both, pool=PRIORITY) as setup:
+        task = setup.later()
+        await until(lambda: setup.calls == [1, 0])
+        setup.reload(("a", 0), each={"account": {"api_key": "sk-secret-renewed"}})
+        gate.set()
+        assert (await task).status == 200 and setup.calls == [2, 0]
+        assert setup.ups[0].seen[1].headers["authorization"] == "Bearer sk-secret-renewed"
 
 
-async def test_row_sighup_while_a_request_is_under_way() -> None:
-    """When its attempt fails only those are asked who are configured now, as they are now: with a new key, too."""
-    go = asyncio.Event()
-
-    async def denies(peer: Peer, _: Message) -> None:
-        await go.wait()
-        await peer.send(error_reply(401))
-
-    async with house(then([denies]), both, pool={"type": "priority"}) as home:
-        task = home.later()
-        await until(lambda: home.calls == [1, 0])
-        renewed = controller("a", home.ups[0].url, account={"api_key": "sk-secret-renewed"})
-        home.server.server.reconfigure(app.parse_config({"port": 0, "controllers": [renewed]}, "test", {}))
-        go.set()
-        assert (await task).status == 200 and home.calls == [2, 0]
-        assert home.ups[0].seen[1].headers["authorization"] == "Bearer sk-secret-renewed"
-
-
-async def test_row_sighup_removes_one_that_is_silent() -> None:
-    """What is stuck in a controller is rescued also when that was removed because of it."""
-    async with house(hang, both, pool={"type": "priority", "rescue_after": 3}) as home:
-        started, task = now(), home.later(stream=True)
-        await until(lambda: home.calls == [1, 0])
-        data = {"port": 0, "controllers": [controller("b", home.ups[1].url)], "pool": {"rescue_after": 3}}
+async def test_a_reload_removes_a_silent_controller() -> None:
+    """A request that is stuck in a removed controller is hedged; a removed controller is not asked as a hedge."""
+    pool = {"rescue_after": 3}
+    async with serving(hang, both, pool={"type": "priority", **pool}) as setup:
+        started, task = now(), setup.later(stream=True)
+        await until(lambda: setup.calls == [1, 0])
         for _ in range(2):
-            home.server.server.reconfigure(app.parse_config(data, "test", {}))
+            setup.reload(("b", 1), pool=pool)
         assert (await task).headers["x-apiserver-controller"] == "b" and now() - started < 4
-        home.server.server.reconfigure(home.server.config)
-        await until(lambda: home.idle() and not home.pool.leaving)
-
-
-async def test_row_sighup_removes_a_rescuer() -> None:
-    """Nor is one that is not configured any more asked for a second answer."""
-    async with house(hang, both, both, pool={"type": "priority", "rescue_after": 2}) as home:
-        task = home.later(stream=True)
+        await until(lambda: setup.idle() and not setup.ups[0].open_connections)
+    async with serving(hang, both, both, pool=HEDGED) as setup:
+        task = setup.later(stream=True)
         await pause(1)
-        data = {"port": 0, "controllers": [controller(name, home.ups[at].url) for name, at in (("a", 0), ("c", 2))]}
-        home.server.server.reconfigure(app.parse_config({**data, "pool": {"rescue_after": 2}}, "test", {}))
-        assert (await task).headers["x-apiserver-controller"] == "c" and home.calls == [1, 0, 1]
+        setup.reload(("a", 0), ("c", 2), pool=HEDGED)
+        assert (await task).headers["x-apiserver-controller"] == "c" and setup.calls == [1, 0, 1]
 
 
-async def test_row_sighup_ends_the_waiting_for_a_model_that_is_gone() -> None:
-    """Who waits for what no controller serves any more is told so at once."""
-    async with house(then([limited("20")])) as home:
-        waiter = home.later()
-        await until(lambda: home.pool.waiting)
-        data = {"port": 0, "controllers": [controller("a", home.ups[0].url, models=["n"])]}
-        home.server.server.reconfigure(app.parse_config(data, "test", {}))
+async def test_a_reload_ends_the_waiting_for_a_model_that_is_gone() -> None:
+    """A request that waits for a model that no controller serves any more gets 404 at once."""
+    async with serving(then([limited("20")])) as setup:
+        waiter = setup.later()
+        await until(lambda: setup.waiting)
+        setup.reload(("a", 0), each={"models": ["n"]})
         assert (await waiter).status == 404
-        await until(home.idle)
+        await until(setup.idle)
 
 
-async def test_row_sighup_leaves_a_conversation_with_the_account_that_has_it() -> None:
-    """Who waits for the account that made its last response goes on waiting for that one, not for whoever has room."""
+async def test_a_reload_leaves_a_conversation_with_its_account() -> None:
+    """A request that waits for the account of its last response goes on waiting for that account."""
     made = json_reply(200, {"id": "resp_1", "object": "response"})
-    async with house(answers(made, limited("5"), made), answers(made), pool={"type": "priority"}) as home:
-
-        async def ask(**more: str) -> Message:
-            client = await home.server.open()
-            body = json.dumps({"model": "m", "input": "hi", **more}).encode()
-            await client.send(request(body, target="/v1/responses"))
-            found = await client.read()
-            client.close()
-            return found
-
-        await ask()
-        waiter = asyncio.get_running_loop().create_task(ask(previous_response_id="resp_1"))
-        await until(lambda: home.pool.waiting)
-        home.server.server.reconfigure(home.server.config)
-        assert (await waiter).headers["x-apiserver-controller"] == "a" and home.calls == [3, 0]
+    async with serving(answers(made, limited("5"), made), answers(made), pool=PRIORITY) as setup:
+        data = {"model": "m", "input": "hi"}
+        await setup.server.ask("POST", "/v1/responses", data)
+        asked = setup.server.ask("POST", "/v1/responses", {**data, "previous_response_id": "resp_1"})
+        waiter = asyncio.get_running_loop().create_task(asked)
+        await until(lambda: setup.waiting)
+        setup.reload(("a", 0), ("b", 1), pool=PRIORITY)
+        assert (await waiter).headers["x-apiserver-controller"] == "a" and setup.calls == [3, 0]
 
 
 # -- rounds and the last resort
 
 
-async def test_who_was_full_is_asked_again_when_another_has_failed_slowly() -> None:
-    """The first one's time is over by then: its 429 would be told while it has room."""
-
-    async def fails(peer: Peer, _: Message) -> None:
-        await pause(3)
-        await peer.send(error_reply(500))
-
-    async with house(then([limited("1")]), fails, pool={"type": "priority"}) as home:
-        found = await home.post()
-        assert (found.status, found.headers["x-apiserver-attempts"]) == (200, "3") and home.calls == [2, 1]
+@pytest.mark.parametrize(("script", "status"), [(answers(error_reply(500)), 500), (close_at_once, 502)])
+async def test_a_429_that_was_waited_out_is_not_the_answer(script: Script, status: int) -> None:
+    """The client gets what came after the wait, without the Retry-After of the 429."""
+    async with serving(then([limited("1")], script), each={"limits": {"rpm": 100}}) as setup:
+        answer = await setup.post()
+        assert answer.status == status and answer.headers["x-apiserver-attempts"] == "2"
+        assert "retry-after" not in answer.headers
 
 
-@pytest.mark.parametrize(("then_it", "status"), [(answers(error_reply(500)), 500), (close_at_once, 502)])
-async def test_a_429_that_was_waited_out_is_not_the_answer(then_it: Script, status: int) -> None:
-    """What the controller did when it had room again is told, and not to come again when it has."""
-    async with house(then([limited("1")], then_it), each={"limits": {"rpm": 100}}) as home:
-        found = await home.post()
-        assert found.status == status and found.headers["x-apiserver-attempts"] == "2"
-        assert "retry-after" not in found.headers
-
-
-async def test_once_per_round_and_a_new_round_only_by_waiting() -> None:
-    """Each is asked once; a new round begins when waiting reopened one, and then all may be asked again."""
-    async with house(answers(error_reply(500)), then([limited("2"), limited("2")]), pool={"type": "priority"}) as home:
-        found = await home.post()
-        assert found.status == 200 and home.calls == [2, 3]
-        assert [round(at - home.ups[1].times[0]) for at in home.ups[1].times] == [0, 2, 4]
+async def test_once_per_round() -> None:
+    """Each controller is asked once; a new round begins when waiting, or a slow failure elsewhere, has reopened one."""
+    async with serving(answers(error_reply(500)), then([limited("2"), limited("2")]), pool=PRIORITY) as setup:
+        assert (await setup.post()).status == 200 and setup.calls == [2, 3]
+        assert [round(time - setup.ups[1].times[0]) for time in setup.ups[1].times] == [0, 2, 4]
+    async with serving(then([limited("1")]), after(3, error_reply(500)), pool=PRIORITY) as setup:
+        answer = await setup.post()
+        assert (answer.status, answer.headers["x-apiserver-attempts"]) == (200, "3") and setup.calls == [2, 1]
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "state"),
-    [(500, "boom", "breaker"), (401, "bad_key", "parked"), (403, "region", "parked"), (404, "model_not_found", "open")],
+    ("status", "code", "reason"),
+    [(500, "boom", "failing"), (401, "bad_key", "refused"), (403, "region", "refused"), (404, "model_not_found", "")],
 )
-async def test_a_sole_controller_passes_its_errors_on(status: int, code: str, state: str) -> None:
-    """Neither breaker nor parked key nor a model that it lacks refuses a request to the only one."""
-    async with house(answers(error_reply(status, code))) as home:
+async def test_a_sole_controller_passes_its_errors_on(status: int, code: str, reason: str) -> None:
+    """Neither the breaker nor a refused key nor a missing model keeps a request from the only controller."""
+    async with serving(answers(error_reply(status, code))) as setup:
         for count in range(1, 8):
-            found = await home.post()
-            assert found.status == status and found.json()["error"]["code"] == code and home.calls == [count]
-        assert home.state()["state"] == state
+            assert (await setup.post()).status == status and setup.calls == [count]
+        assert setup.out() == reason
 
 
-async def test_the_last_resort_is_who_is_due_back_first() -> None:
-    """All out by health: the one due back first is tried anyway, the others only after it."""
-    async with house(both, both, both) as home:
-        for at, seconds in enumerate((50.0, 10.0, 30.0)):
-            home.pool.upstreams[at].take_out("breaker", now() + seconds)
-        assert (await home.post()).headers["x-apiserver-controller"] == "b"
+async def test_the_last_resort_is_the_controller_that_is_due_back_first() -> None:
+    """When all are out by health the one that is due back first is tried anyway, and answers."""
+    busy = [error_reply(503, None, "busy", f"Retry-After: {seconds}") for seconds in (100, 50, 80)]
+    async with serving(*(then([failure] * 5) for failure in busy), pool=PRIORITY) as setup:
+        for _ in range(5):
+            await setup.post()
+        assert await setup.served_by("X-Apiserver-Max-Wait: 1") == "b"
 
 
 async def test_the_last_resort_never_passes_a_limit() -> None:
-    """A 429's time and a configured limit refuse, whatever else is out."""
-    async with house(answers(limited("100")), both, both, each=[{}, {"limits": {"rpm": 1}}, {"models": ["n"]}]) as home:
-        assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        found = await home.post()
-        assert found.status == 429 and found.headers["retry-after"] == "61" and home.calls == [1, 1, 0]
+    """The time of a 429 and a configured limit refuse a request, whatever else is out."""
+    each = [{}, {"limits": {"rpm": 1}}, {"models": ["n"]}]
+    async with serving(answers(limited("100")), both, both, each=each) as setup:
+        assert await setup.served_by() == "b"
+        answer = await setup.post()
+        assert answer.status == 429 and answer.headers["retry-after"] == "61" and setup.calls == [1, 1, 0]
 
 
-async def test_nobody_asks_a_dead_one_while_a_full_one_works() -> None:
-    """With one out and the other at its concurrency, requests wait for the one that works."""
-    step = asyncio.Event()
-
-    async def script(peer: Peer, _: Message) -> None:
-        await step.wait()
-        await peer.send(GOOD)
-
-    async with house(both, script, each=[{}, {"limits": {"concurrency": 1}}]) as home:
-        home.pool.upstreams[0].take_out("parked", now() + 300)
-        first, second = home.later(), home.later()
-        await until(lambda: home.pool.waiting == 1)
-        step.set()
-        assert [(await one).headers["x-apiserver-controller"] for one in (first, second)] == ["b", "b"]
-        assert home.calls == [0, 2]
+async def test_a_full_controller_is_better_than_a_dead_one() -> None:
+    """With one controller out and the other at its concurrency, requests wait for the one that works."""
+    gate = asyncio.Event()
+    each = [{}, {"limits": {"concurrency": 1}}]
+    async with serving(answers(NO_CREDIT), gated(gate), each=each, pool=PRIORITY) as setup:
+        tasks = [setup.later(), setup.later()]
+        await until(lambda: setup.waiting == 1)
+        gate.set()
+        assert [(await task).headers["x-apiserver-controller"] for task in tasks] == ["b", "b"]
+        assert setup.calls[1] == 2 and (await setup.served_by(), setup.calls[0]) == ("b", setup.calls[0])
 
 
 # -- the line
 
 
-async def test_woken_within_20_ms_of_the_known_reopening() -> None:
-    """The waiter's request arrives when the named time has passed, and hardly later."""
-    async with house(then([limited("", "Please try again in 1.234s.")])) as home:
-        await home.post()
-        assert 1.234 <= home.ups[0].times[1] - home.ups[0].times[0] <= 1.234 + 0.02
-
-
-async def test_woken_while_the_one_before_is_still_silent() -> None:
-    """A burst limit's reopening is known from the moment of sending, not from an answer."""
-
-    async def slow(peer: Peer, message: Message) -> None:
-        await pause(20)
-        await both(peer, message)
-
-    async with house(slow, each={"limits": {"rpm": 60, "burst_s": 1}}) as home:
-        tasks = [home.later() for _ in range(3)]
-        for task in tasks:
-            assert (await task).status == 200
-        gaps = [round(at - home.ups[0].times[0], 2) for at in home.ups[0].times]
+async def test_a_waiter_is_woken_in_time() -> None:
+    """It is sent within 20 ms of the named time; a burst limit's reopening is known while the request before is silent."""
+    async with serving(then([limited("", "Please try again in 1.234s.")])) as setup:
+        await setup.post()
+        assert 1.234 <= setup.ups[0].times[1] - setup.ups[0].times[0] <= 1.234 + 0.02
+    async with serving(after(20), each={"limits": {"rpm": 60, "burst_s": 1}}) as setup:
+        tasks = [setup.later() for _ in range(3)]
+        assert {(await task).status for task in tasks} == {200}
+        gaps = [round(time - setup.ups[0].times[0], 2) for time in setup.ups[0].times]
         assert gaps == pytest.approx([0, 1.0, 2.0], abs=0.05)
 
 
-async def test_a_short_burst_spreads_the_limit_evenly() -> None:
-    """A hundred a minute in bursts of a second: one each 0.6 s, a hundred in the first minute, and not one more."""
-    async with house(both, each={"limits": {"rpm": 100, "burst_s": 1}}, pool={"max_wait": 90}) as home:
-        tasks = [home.later() for _ in range(130)]
-        for task in tasks:
-            assert (await task).status == 200
-        times = home.ups[0].times
-        assert worst(times, 59.9) == 100 and worst(times, 0.59) == 1
-        assert times[99] - times[0] == pytest.approx(59.4, abs=0.5)
-
-
-async def test_first_come_first_served_and_one_waiter_per_place() -> None:
+async def test_first_come_first_served() -> None:
     """With one place, requests go upstream in the order in which they came, one at a time, each once."""
-
-    async def script(peer: Peer, message: Message) -> None:
-        await pause(0.2)
-        await both(peer, message)
-
-    async with house(script, each={"limits": {"concurrency": 1}}) as home:
+    async with serving(after(0.2), each={"limits": {"concurrency": 1}}) as setup:
         tasks = []
         for number in range(10):
-            tasks.append(home.later(user=str(number)))
+            tasks.append(setup.later(user=str(number)))
             await pause(0.01)
-        for task in tasks:
-            assert (await task).status == 200
-        assert [one.json()["user"] for one in home.ups[0].seen] == [str(number) for number in range(10)]
-        assert home.ups[0].most_here == 1 and home.idle()
+        assert {(await task).status for task in tasks} == {200}
+        assert [message.json()["user"] for message in setup.ups[0].seen] == [str(number) for number in range(10)]
+        assert setup.ups[0].most_running == 1 and setup.idle()
 
 
-async def test_nobody_waits_behind_another_model() -> None:
-    """A line for one model does not hold up the other."""
-    async with house(then([limited("20")])) as home:
-        waiters = [home.later()]
-        await until(lambda: home.pool.waiting)
-        waiters += [home.later() for _ in range(2)]
-        await until(lambda: home.pool.waiting == 3)
+async def test_no_request_waits_behind_another_line() -> None:
+    """A line for one model holds up no other model; a waiter that tried a controller in vain leaves it to the next."""
+    async with serving(then([error_reply(500)]), then([limited("20")]), pool=PRIORITY) as setup:
+        waiter = setup.later()
+        await until(lambda: setup.waiting == 1)
         started = now()
-        assert (await home.post(model="n")).status == 200 and now() - started < 0.1
-        for waiter in waiters:
-            assert (await waiter).status == 200
-
-
-async def test_nobody_waits_behind_one_that_waits_for_somebody_else() -> None:
-    """One that has tried a healthy controller in vain waits for the other; the next request has that controller's room."""
-    async with house(then([error_reply(500)]), then([limited("20")]), pool={"type": "priority"}) as home:
-        waiter = home.later()
-        await until(lambda: home.pool.waiting == 1)
-        started = now()
-        for _ in range(3):
-            found = await home.post()
-            assert found.status == 200 and found.headers["x-apiserver-controller"] == "a"
-        assert now() - started < 0.5
+        assert [await setup.served_by() for _ in range(3)] == ["a"] * 3 and now() - started < 0.5
         assert (await waiter).headers["x-apiserver-controller"] == "b"
+    async with serving(then([limited("20")])) as setup:
+        waiters = [setup.later()]
+        await until(lambda: setup.waiting)
+        waiters += [setup.later() for _ in range(2)]
+        await until(lambda: setup.waiting == 3)
+        started = now()
+        assert (await setup.post(model="n")).status == 200 and now() - started < 0.1
+        assert {(await waiter).status for waiter in waiters} == {200}
 
 
 @pytest.mark.parametrize("how", ["reset", "fin"])
 async def test_waiters_that_leave_cost_nothing(how: str) -> None:
-    """Of five waiters the first, the middle and the last leave; the others are served, nobody else is asked for."""
-
-    async def script(peer: Peer, message: Message) -> None:
-        await pause(1)
-        await both(peer, message)
-
-    async with house(script, each={"limits": {"concurrency": 1}}) as home:
+    """Of five waiters the first, the middle and the last leave; only the others go upstream."""
+    async with serving(after(1), each={"limits": {"concurrency": 1}}) as setup:
         clients = []
         for number in range(6):
-            clients.append(await home.ask(user=str(number)))
+            clients.append(await setup.ask(user=str(number)))
             await pause(0.01)
-        assert home.pool.waiting == 5
+        assert setup.waiting == 5
         for number in (1, 3, 5):
             clients[number].reset() if how == "reset" else clients[number].writer.close()
-        await until(lambda: home.pool.waiting == 2)
-        for number in (0, 2, 4):
-            assert (await clients[number].read()).status == 200
-        assert [one.json()["user"] for one in home.ups[0].seen] == ["0", "2", "4"] and home.idle()
+        await until(lambda: setup.waiting == 2)
+        assert {(await clients[number].read()).status for number in (0, 2, 4)} == {200}
+        assert [message.json()["user"] for message in setup.ups[0].seen] == ["0", "2", "4"] and setup.idle()
 
 
-def pool_here(*ups: app.Upstream, **config: Any) -> app.UpstreamPool:
-    """A pool on the running loop."""
-    return app.UpstreamPool(list(ups), app.PoolConfig(**config), asyncio.get_running_loop())
-
-
-def echo(name: str, **limits: Any) -> app.Upstream:
-    """An echo controller with its state."""
-    config = app.ControllerConfig("echo", name, app.AccountConfig(), limits=app.QuotaLimits(**limits))
-    return app.Upstream(config, app.EchoController(config), app.Quota(name, config.limits))
-
-
-def asking(model: str = "m", wait_s: float = 30.0, key: str = "") -> app.ApiRequest:
-    """A request as the pool sees it."""
-    made = app.ApiRequest("POST", "/chat/completions", "", b"", b"")
-    made.model, made.wait_s, made.key = model, wait_s, key
-    return made
-
-
-async def test_leaving_in_the_turn_of_a_grant() -> None:
-    """A waiter that is cancelled in the very turn in which a place comes free neither keeps it nor breaks the line."""
-    for pumped_first in (True, False):
-        one = echo("a", concurrency=1)
-        pool = pool_here(one)
-        loop = asyncio.get_running_loop()
-        held = pool.lease(asking(), pool.seats("m"), set(), now())
-        assert held is not None
-        waiters = [loop.create_task(pool.wait(asking(), pool.seats("m"), set())) for _ in range(3)]
-        await pause(0.01)
-        if pumped_first:
-            pool.settle(held, app.GOOD)
-            waiters[0].cancel()
+@pytest.mark.parametrize("leaves_first", [True, False])
+async def test_a_client_that_leaves_as_a_place_comes_free(leaves_first: bool) -> None:
+    """A waiter that leaves in the very moment of its turn keeps no place, and the next one in line gets it."""
+    gate = asyncio.Event()
+    async with serving(gated(gate), each={"limits": {"concurrency": 1}}) as setup:
+        clients = []
+        for number in range(4):
+            clients.append(await setup.ask(user=str(number)))
+            await until(lambda number=number: setup.waiting + setup.calls[0] == number + 1)
+        if leaves_first:
+            clients[1].reset()
+            gate.set()
         else:
-            waiters[0].cancel()
-            pool.settle(held, app.GOOD)
-        with pytest.raises(asyncio.CancelledError):
-            await waiters[0]
-        second = await waiters[1]
-        assert second is not None and one.in_flight == 1 and pool.waiting == 1
-        pool.settle(second, app.GOOD)
-        third = await waiters[2]
-        assert third is not None
-        pool.settle(third, app.GOOD)
-        assert (one.in_flight, pool.waiting, pool.lines) == (0, 0, {})
-        pool.close()
+            gate.set()
+            await asyncio.sleep(0)
+            clients[1].reset()
+        assert {(await clients[number].read()).status for number in (0, 2, 3)} == {200}
+        await until(setup.idle)
+        assert [message.json()["user"] for message in setup.ups[0].seen if message.json()["user"] != "1"] == [
+            "0",
+            "2",
+            "3",
+        ]
 
 
-async def test_giving_up_in_the_turn_of_a_reopening() -> None:
-    """Patience that ends at the very moment at which a place comes free is no internal error."""
-    one = echo("a")
-    pool = pool_here(one)
-    one.seat("m").ledger.close(app.judge_reply(429, {b"retry-after": b"5"}, b"", 0.0), 1, now())
-    one.seat("m").ledger.limited = True
-    tasks = [asyncio.get_running_loop().create_task(pool.wait(asking(wait_s=5.0), pool.seats("m"), set())) for _ in range(2)]
-    for found in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(found, app.NoRoom | app.Lease)
-        if isinstance(found, app.Lease):
-            pool.settle(found, app.GOOD)
-    assert (one.in_flight, pool.waiting, pool.lines) == (0, 0, {})
-    pool.close()
-
-
-@pytest.mark.parametrize("left_first", [True, False])
-async def test_a_client_that_leaves_in_the_turn_of_its_grant_is_not_sent(left_first: bool) -> None:
-    """The connection's fiber hears of it although what it waited for is there: nothing goes upstream for nobody."""
-    async with house(then([hang]), each={"limits": {"concurrency": 1}}) as home:
-        first = await home.ask()
-        await until(lambda: home.calls == [1])
-        await home.ask(user="gone")
-        await until(lambda: home.pool.waiting == 1)
-        waiter = home.pool.lines["m"][0]
-        second = next(one for one in home.server.server.connections if one.task.waits_for is waiter.future)
-        lease = next(iter(home.pool.upstreams[0].unanswered))
-        if left_first:
-            second.task.cancel()
-        home.pool.settle(lease, app.Verdict(app.Outcome.GONE))
-        if not left_first:
-            second.task.cancel()
-        await until(lambda: home.pool.upstreams[0].in_flight == 0)
-        assert home.calls == [1] and home.idle()
-        first.close()
+async def test_patience_that_ends_as_a_place_comes_free() -> None:
+    """Requests whose time ends at the very moment of the reopening get an answer or a 429, and leave nothing behind."""
+    async with serving(then([limited("5")])) as setup:
+        tasks = [setup.later("X-Apiserver-Max-Wait: 5") for _ in range(3)]
+        assert {(await task).status for task in tasks} <= {200, 429}
+        await until(setup.idle)
+        await pause(1)
+        assert (await setup.post()).status == 200
 
 
 @pytest.mark.parametrize(
@@ -966,687 +767,107 @@ async def test_a_client_that_leaves_in_the_turn_of_its_grant_is_not_sent(left_fi
         (("X-Stainless-Read-Timeout: 6", "X-Apiserver-Max-Wait: 3"), 3.0),
     ],
 )
-async def test_how_long_a_request_waits(headers: "tuple[str, ...]", seconds: float) -> None:
-    """max_wait, lowered by the client's wish, and two seconds less than its patience."""
-    async with house(hang, each={"limits": {"concurrency": 1}}, pool={"max_wait": 5}) as home:
-        await home.ask()
-        await until(lambda: home.calls == [1])
+async def test_how_long_a_request_waits(headers: tuple[str, ...], seconds: float) -> None:
+    """It waits for max_wait, lowered by the client's header, and two seconds less than the client's own timeout."""
+    async with serving(hang, each={"limits": {"concurrency": 1}}, pool={"max_wait": 5}) as setup:
+        await setup.ask()
+        await until(lambda: setup.calls == [1])
         started = now()
-        found = await home.post(*headers)
-        assert found.status == 429 and now() - started == pytest.approx(seconds, abs=0.05)
-        assert home.calls == [1] and not home.pool.waiting
+        answer = await setup.post(*headers)
+        assert answer.status == 429 and now() - started == pytest.approx(seconds, abs=0.05)
+        assert setup.calls == [1] and not setup.waiting
+        # No controller was asked, so none is named.
+        assert "x-apiserver-controller" not in answer.headers
+        assert int(answer.headers.get("x-apiserver-wait-ms", 0)) == pytest.approx(seconds * 1000, abs=50)
 
 
 async def test_max_wait_bounds_all_rounds_together() -> None:
-    """Three seconds each: with seven in all the third 429 is the last."""
-    async with house(answers(limited("3", "third"))) as home:
-        found = await home.post("X-Apiserver-Max-Wait: 7")
-        assert found.status == 429 and home.calls == [3] and found.json()["error"]["message"] == "third"
-        assert found.headers["x-apiserver-attempts"] == "3"
-        assert int(found.headers["x-apiserver-wait-ms"]) == pytest.approx(6000, abs=100)
+    """With 429s of three seconds each and seven seconds in all the third 429 is the last."""
+    async with serving(answers(limited("3", "third"))) as setup:
+        answer = await setup.post("X-Apiserver-Max-Wait: 7")
+        assert answer.status == 429 and setup.calls == [3] and answer.json()["error"]["message"] == "third"
+        assert answer.headers["x-apiserver-attempts"] == "3"
+        assert int(answer.headers["x-apiserver-wait-ms"]) == pytest.approx(6000, abs=100)
 
 
-async def test_refused_at_once_by_the_estimate() -> None:
-    """What reopens too late is not waited for: 429 with when it will be, and the upstream's own body."""
-    async with house(answers(limited("100", "come back later"))) as home:
+async def test_refused_at_once_when_the_reopening_is_too_late() -> None:
+    """The client gets 429 at once, with the time of the reopening, and with the upstream's own body if it was asked."""
+    async with serving(answers(limited("100", "come back later"))) as setup:
         started = now()
-        found = await home.post()
-        assert found.status == 429 and found.json()["error"]["message"] == "come back later"
-        assert found.headers["retry-after"] == "100"
-        assert int(found.headers["retry-after-ms"]) == pytest.approx(100_000, abs=50)
-        found = await home.post()
-        assert found.status == 429 and found.json()["error"]["code"] == "rate_limit_exceeded"
-        assert int(found.headers["retry-after-ms"]) == pytest.approx(100_000, abs=100)
-        assert now() - started < 0.2 and home.calls == [1]
+        for message, code in (("come back later", "rate_limit_exceeded"), (None, "rate_limit_exceeded")):
+            answer = await setup.post()
+            error = answer.json()["error"]
+            assert (answer.status, error["code"], error["message"]) == (429, code, message or error["message"])
+            assert int(answer.headers["retry-after"]) == pytest.approx(100, abs=1)
+            assert int(answer.headers["retry-after-ms"]) == pytest.approx(100_000, abs=100)
+        assert now() - started < 0.2 and setup.calls == [1]
 
 
-async def test_who_answered_is_told_only_where_somebody_did() -> None:
-    """The one asked last is named; where nobody was, as the line gave up, there is no such line: not an empty one."""
-    async with house(hang, each={"limits": {"concurrency": 1}}, pool={"max_wait": 1}) as home:
-        await home.ask()
-        await until(lambda: home.calls == [1])
-        found = await home.post()
-        assert found.status == 429 and "x-apiserver-controller" not in found.headers
-        assert (found.headers["x-apiserver-attempts"], found.headers["x-apiserver-wait-ms"]) == ("0", "1000")
-
-
-async def test_refused_at_once_by_the_position() -> None:
-    """A limit of one a second and forty in line: the forty-first of thirty seconds' patience is told when to come."""
-    pool = pool_here(echo("a", rpm=60))
-    loop = asyncio.get_running_loop()
-    for _ in range(60):
-        made = pool.lease(asking(), pool.seats("m"), set(), now())
-        assert made is not None
-        made.sent(now())
-        pool.settle(made, app.GOOD)
-        await pause(0.99)
-    waiters, refused = [], []
-    for _ in range(60):
-        task = loop.create_task(pool.wait(asking(), pool.seats("m"), set()))
-        await pause(0)
-        (refused if task.done() else waiters).append(task)
-    assert len(waiters) == pytest.approx(30, abs=2)
-    problem = refused[0].exception()
-    assert isinstance(problem, app.NoRoom) and problem.after_s == pytest.approx(31, abs=1.5)
-    for task in refused:
-        assert isinstance(task.exception(), app.NoRoom)
-    for task in waiters:
-        task.cancel()
-    await asyncio.gather(*waiters, return_exceptions=True)
-    assert pool.waiting == 0 and not pool.lines
-    pool.close()
+async def test_refused_at_once_by_the_position_in_line() -> None:
+    """With one request a second, those behind the thirtieth place would wait too long: they learn when to come."""
+    async with serving(both, each={"limits": {"rpm": 60, "burst_s": 1}}) as setup:
+        started = now()
+        tasks = [setup.later() for _ in range(60)]
+        await until(lambda: any(task.done() and task.result().status == 429 for task in tasks))
+        assert now() - started < 0.5
+        replies = [await task for task in tasks]
+        refused = [answer for answer in replies if answer.status == 429]
+        assert len(replies) - len(refused) == pytest.approx(31, abs=2)
+        assert {int(answer.headers["retry-after"]) for answer in refused} <= {30, 31, 32, 33}
 
 
 async def test_refused_at_once_when_the_line_is_full() -> None:
-    """max_queue waiters and not one more; when one is served there is a place again."""
-    step = asyncio.Event()
-
-    async def script(peer: Peer, _: Message) -> None:
-        await step.wait()
-        await peer.send(GOOD)
-
-    async with house(script, each={"limits": {"concurrency": 1}}, pool={"max_queue": 2}) as home:
-        tasks = [home.later() for _ in range(3)]
-        await until(lambda: home.pool.waiting == 2)
+    """The line takes max_queue requests and not one more; when one is served there is a place again."""
+    gate = asyncio.Event()
+    async with serving(gated(gate), each={"limits": {"concurrency": 1}}, pool={"max_queue": 2}) as setup:
+        tasks = [setup.later() for _ in range(3)]
+        await until(lambda: setup.waiting == 2)
         started = now()
-        found = await home.post()
-        assert found.status == 429 and now() - started < 0.1
-        assert "retry-after-ms" not in found.headers and found.headers["x-should-retry"] == "true"  # nobody knows when
-        step.set()
-        for task in tasks:
-            assert (await task).status == 200
-        assert (await home.post()).status == 200
+        answer = await setup.post()
+        assert answer.status == 429 and now() - started < 0.1
+        # The time is not known, so none is told.
+        assert "retry-after-ms" not in answer.headers and answer.headers["x-should-retry"] == "true"
+        gate.set()
+        assert {(await task).status for task in tasks} == {200} and (await setup.post()).status == 200
 
 
 async def test_refused_at_once_when_one_key_holds_half() -> None:
-    """A key whose requests are half of the line gets no more of it; another key does."""
+    """A client key whose requests are half of the line gets no more of it; another key does."""
     keys = [{"name": name, "key": f"key-of-{name}"} for name in ("alice", "bob")]
     alice, bob = "Authorization: Bearer key-of-alice", "Authorization: Bearer key-of-bob"
-    async with house(hang, each={"limits": {"concurrency": 1}}, pool={"max_queue": 4}, client_keys=keys) as home:
+    async with serving(hang, each={"limits": {"concurrency": 1}}, pool={"max_queue": 4}, client_keys=keys) as setup:
         for count in range(3):
-            await home.ask(alice)
-            await until(lambda count=count: home.pool.waiting == count)
-        assert (await home.post(alice)).status == 429
-        client = await home.ask(bob)
-        await until(lambda: home.pool.waiting == 3)
-        client.close()
-        await until(lambda: home.pool.waiting == 2)
+            await setup.ask(alice)
+            await until(lambda count=count: setup.waiting == count)
+        assert (await setup.post(alice)).status == 429
+        await setup.ask(bob)
+        await until(lambda: setup.waiting == 3)
 
 
-async def test_quota_groups_count_as_one() -> None:
-    """Two keys of one organisation: the limit is shared, and a 429 of one closes both."""
-    grouped = {"quota_group": "org", "limits": {"rpm": 3}}
-    async with house(both, both, each=grouped) as home:
-        for _ in range(3):
-            await home.post()
-        found = await home.post()
-        assert found.status == 429 and sum(home.calls) == 3
-        assert float(found.headers["retry-after-ms"]) == pytest.approx(60_250, abs=100)
-    async with house(answers(limited("100")), both, both, each=[{"quota_group": "org"}] * 2 + [{}]) as home:
-        for _ in range(4):
-            assert (await home.post()).headers["x-apiserver-controller"] == "c"
-        assert home.calls == [1, 0, 4]
+# -- limits
+
+
+async def test_a_429_closes_the_whole_quota_group() -> None:
+    """Two keys of one organisation share its limits."""
+    async with serving(answers(limited("100")), both, both, each=[{"quota_group": "org"}] * 2 + [{}]) as setup:
+        assert [await setup.served_by() for _ in range(4)] == ["c"] * 4 and setup.calls == [1, 0, 4]
 
 
 async def test_a_quota_group_may_be_called_as_a_controller_outside_it() -> None:
-    """That one has a quota of its own, with other limits, and the group's is still one, also after a reload."""
+    """That controller has a quota of its own, with other limits, also after a reload."""
     group = {"quota_group": "a", "limits": {"rpm": 2}}
-    async with house(both, both, both, each=[{"limits": {"rpm": 1}}, group, group]) as home:
-        for _ in range(2):
-            own, one, other = (upstream.quota for upstream in home.pool.upstreams)
-            assert one is other and one is not own and (own.limits.rpm, one.limits.rpm) == (1, 2)
-            changed = [controller("abc"[at], home.ups[at].url, weight=2, **more) for at, more in enumerate([{"limits": {"rpm": 1}}, group, group])]
-            home.server.server.reconfigure(app.parse_config({"port": 0, "controllers": changed}, "test", {}))
-            assert [upstream.quota for upstream in home.pool.upstreams] == [own, one, other]
-
-
-async def test_what_replies_tell_is_kept_to() -> None:
-    """Nothing configured: after the first reply the server knows what is left and never earns a 429."""
-    level, at = 10.0, 0.0
-
-    async def script(peer: Peer, _: Message) -> None:
-        nonlocal level, at
-        level, at = min(10.0, level + (now() - at) * 10 / 60), now()
-        if level < 0.999:  # resets have milliseconds
-            await peer.send(limited("1"))
-            return
-        level -= 1
-        told = ("x-ratelimit-limit-requests: 10", f"x-ratelimit-remaining-requests: {int(level)}", f"x-ratelimit-reset-requests: {(10 - level) * 6:.3f}s")
-        await peer.send(json_reply(200, ANSWER, *told))
-
-    async with house(script) as home:
-        assert (await home.post()).status == 200
-        tasks = [home.later() for _ in range(13)]
-        assert [(await task).status for task in tasks] == [200] * 13
-        assert home.calls == [14]
-
-
-# -- stateful requests
-
-
-@pytest.mark.parametrize("status", [401, 429, 503])
-async def test_stateful_requests_move_on_when_they_did_not_run(status: int) -> None:
-    """After a 401, 429 or 503 another controller may have it."""
-    async with house(answers(error_reply(status)), both) as home:
-        assert (await home.post(store=True)).headers["x-apiserver-controller"] == "b"
-
-
-@pytest.mark.parametrize("status", [400, 403, 404, 408, 409, 500, 502, 504])
-async def test_stateful_requests_stay_where_they_may_have_run(status: int) -> None:
-    """Anything else is returned; a 404 about one of them teaches nothing of the model."""
-    async with house(answers(error_reply(status, "model_not_found" if status == 404 else "x")), both) as home:
-        found = await home.post(store=True)
-        assert (found.status, home.calls) == (status, [1, 0])
-        assert not home.state()["lacks"]
-
-
-async def test_a_conflict_over_an_object_is_not_the_controllers_fault() -> None:
-    """Any number of 409 to stateful requests: each is returned, none counts for the breaker or as an error."""
-    async with house(answers(error_reply(409)), both, pool={"type": "priority"}) as home:
-        for _ in range(8):
-            assert (await home.post(store=True)).status == 409
-        assert home.calls == [8, 0] and (home.state()["state"], home.state()["failures"]) == ("open", 0)
-
-
-@pytest.mark.parametrize("script", [close_at_once, hang])
-async def test_stateful_requests_are_not_replayed_after_sending(script: Script) -> None:
-    """A reset or a silence after the write may hide a request that ran."""
-    async with house(script, both, each={"timeouts": {"first_byte": 2}}) as home:
-        found = await home.post(store=True, stream=True)
-        assert found.status in (502, 504) and home.calls == [1, 0]
-
-
-async def test_stateful_requests_move_on_when_nothing_was_sent() -> None:
-    """A connection that could not be made is no trace."""
-    async with house(both, both) as home:
-        home.ups[0].server.close()
-        assert (await home.post(store=True)).headers["x-apiserver-controller"] == "b"
-
-
-# -- commit
-
-
-async def test_what_comes_before_the_first_event_is_kept_and_sent_with_it() -> None:
-    """Comments and Azure's empty choices are held back, then go out in front, unchanged."""
-    step = asyncio.Event()
-
-    async def script(peer: Peer, _: Message) -> None:
-        await peer.send(SSE_HEAD)
-        await peer.chunk(b": hello\n\n")
-        await peer.chunk(AZURE)
-        await step.wait()
-        await peer.chunk(event("real"))
-        await peer.send(b"0\r\n\r\n")
-
-    async with house(script, both) as home:
-        client = await home.ask(stream=True)
-        await pause(1)
-        assert not client.reader._buffer  # type: ignore[attr-defined]
-        step.set()
-        assert (await client.read()).body == b": hello\n\n" + AZURE + event("real")
-
-
-@pytest.mark.parametrize(("preface", "seconds"), [(b": short\n\n", 15.0), (b": " + b"x" * 65536 + b"\n\n", 0.0)])
-async def test_held_for_at_most_64_kb_or_15_s(preface: bytes, seconds: float) -> None:
-    """Then what there is goes out, and the stream goes on."""
-    step = asyncio.Event()
-
-    async def script(peer: Peer, _: Message) -> None:
-        await peer.send(SSE_HEAD)
-        await peer.chunk(preface)
-        await step.wait()
-        await peer.chunk(event("real"))
-        await peer.send(b"0\r\n\r\n")
-
-    async with house(script, both) as home:
-        started = now()
-        client = await home.ask(stream=True)
-        assert (await client.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
-        assert now() - started == pytest.approx(seconds, abs=0.1)
-        step.set()
-        rest = b""
-        while not rest.endswith(b"0\r\n\r\n"):
-            rest += await client.reader.read(65536)
-        assert preface in rest and event("real") in rest and home.calls == [1, 0]
-
-
-@pytest.mark.parametrize(("count", "more"), [(1, {}), (2, {"store": True})])
-async def test_nothing_is_held_back_when_there_is_nothing_to_fail_over_to(count: int, more: "dict[str, Any]") -> None:
-    """A sole controller's first bytes, or a stateful request's, go out as they come."""
-
-    async def script(peer: Peer, _: Message) -> None:
-        await peer.send(SSE_HEAD)
-        await peer.chunk(b": hello\n\n")
-        await peer.gone()
-
-    async with house(*[script] * count) as home:
-        started = now()
-        client = await home.ask(stream=True, **more)
-        assert b": hello" in await client.reader.readuntil(b": hello\n\n")
-        assert now() - started < 0.1
-
-
-async def test_a_responses_stream_commits_after_its_preface() -> None:
-    """created, queued and in_progress are no answer; a failure after them still moves on."""
-    preface = b"".join(
-        b'event: response.%b\ndata: {"type":"response.%b"}\n\n' % (one, one) for one in (b"created", b"queued", b"in_progress")
-    )
-    failed = b'event: response.failed\ndata: {"type":"response.failed","response":{"error":{"code":"server_error"}}}\n\n'
-    async with house(answers(sse_reply(preface, failed)), both) as home:
-        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
-
-
-@pytest.mark.parametrize(
-    ("last", "calls", "state"),
-    [(event("a")[:-2], [1, 0], "open"), (b'data: {"error":{"message":"no","code":"insufficient_quota"}}', [1, 1], "parked")],
-)
-async def test_a_first_event_may_end_with_its_stream(last: bytes, calls: "list[int]", state: str) -> None:
-    """Without its blank line it still is an answer, which is not thrown away, or an error, which is judged."""
-    async with house(answers(sse_reply(last)), both, pool={"type": "priority"}) as home:
-        found = await home.post(stream=True)
-        assert found.status == 200 and home.calls == calls and home.state()["state"] == state
-        assert (last in found.body) is (calls == [1, 0])
-
-
-# -- suspicion and rescue
-
-
-def usual(home: House, at: int = 0, stream: bool = True, seconds: float = 0.1, count: int = 30) -> None:
-    """Gives a controller a history of answers that took so long."""
-    home.pool.upstreams[at].seat("m").times[stream].extend([seconds] * count)
-
-
-async def test_a_silent_controller_gets_no_new_requests() -> None:
-    """Three unanswered and a second of silence: suspect; the next go elsewhere, until a probe of its is answered."""
-    async with house(then([hang] * 3), both, pool={"type": "priority", "rescue_after": 5}) as home:
-        usual(home)
-        tasks = [home.later(stream=True) for _ in range(3)]
-        await pause(0.9)
-        assert home.state()["state"] == "open"
-        await pause(0.5)
-        assert home.state()["state"] == "suspect" and home.state()["for_s"] is None
-        assert (await home.post()).headers["x-apiserver-controller"] == "b"
-        for task in tasks:
-            assert (await task).headers["x-apiserver-controller"] == "b"
-        await pause(1.1)
-        assert home.state()["state"] == "half-open" and home.calls[0] == 3
-        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "a"
-        assert home.state()["state"] == "open"
-
-
-async def test_a_hang_behind_a_slow_request_is_seen() -> None:
-    """A whole answer that takes its time does not hide that every stream since the last answer is stuck."""
-    scripts = then([hang, both, hang, hang, hang])
-    async with house(scripts, both, pool={"type": "priority", "rescue_after": 2}) as home:
-        usual(home)
-        slow = await home.ask()
-        await until(lambda: home.calls[0] == 1)
-        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "a"
-        await pause(0.1)
-        tasks = [home.later(stream=True) for _ in range(3)]
-        await pause(1.5)
-        assert home.state()["state"] == "suspect"
-        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
-        for task in tasks:
-            assert (await task).headers["x-apiserver-controller"] == "b"
-        slow.close()
-
-
-async def test_whole_answers_that_are_arriving_are_not_silent() -> None:
-    """A head has come and the body trickles: slow, but no suspect."""
-
-    async def trickle(peer: Peer, _: Message) -> None:
-        await peer.send(GOOD[:-20])
-        await pause(3)
-        await peer.send(GOOD[-20:])
-
-    async with house(trickle, both, pool={"type": "priority", "rescue_after": 2}) as home:
-        usual(home, stream=False)
-        tasks = [home.later() for _ in range(3)]
-        await pause(2)
-        assert home.state()["state"] == "open"
-        for task in tasks:
-            assert (await task).headers["x-apiserver-controller"] == "a"
-
-
-async def test_a_probe_of_a_suspect_is_itself_rescued() -> None:
-    """The one real request that finds out is answered by another after the suspicious silence, not after ten seconds."""
-    async with house(hang, both, pool={"type": "priority", "rescue_after": 100}) as home:
-        usual(home)
-        home.pool.upstreams[0].suspect()
-        home.pool.upstreams[0].unstick(now())
-        await pause(1.1)
-        started = now()
-        found = await home.post(stream=True)
-        assert found.headers["x-apiserver-controller"] == "b" and now() - started == pytest.approx(1.25, abs=0.3)
-        assert home.state()["state"] == "suspect" and home.calls == [1, 1]
-
-
-async def test_rescue_of_a_stream() -> None:
-    """A stream that is silent past rescue_after is asked of another too; its answer wins, the loser is cancelled."""
-    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}) as home:
-        started = now()
-        found = await home.post(stream=True)
-        assert found.status == 200 and found.headers["x-apiserver-controller"] == "b"
-        assert now() - started == pytest.approx(2.15, abs=0.2)
-        await until(lambda: home.idle() and not home.ups[0].open_connections)
-        assert home.state()["failures"] == 0 and home.state()["state"] == "open"
-
-
-async def test_rescue_when_connecting_took_long() -> None:
-    """The silent are looked at also when the request was written long after it was granted."""
-    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}) as home:
-        real = home.server.server.links.dial
-
-        async def slow(origin: app.Origin) -> app.Link:
-            await pause(1)
-            return await real(origin)
-
-        home.server.server.links.dial = slow
-        started = now()
-        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
-        assert now() - started < 5
-
-
-@pytest.mark.parametrize("after", [0.5, 3])
-async def test_rescue_after_is_a_number_of_seconds(after: float) -> None:
-    """The configured time is kept to, below a second too."""
-    async with house(hang, both, pool={"type": "priority", "rescue_after": after}) as home:
-        started = now()
-        await home.post(stream=True)
-        assert after <= now() - started <= after + 0.3
-
-
-async def test_rescue_auto_needs_samples() -> None:
-    """Never with fewer than twenty; with them after ten seconds or three times the p99."""
-    async with house(hang, both, each={"timeouts": {"first_byte": 20}}, pool={"type": "priority"}) as home:
-        usual(home, count=19)
-        started = now()
-        await home.post(stream=True)
-        assert now() - started == pytest.approx(20, abs=0.5)
-        usual(home, count=5, seconds=4.0)
-        started = now()
-        await home.post(stream=True)
-        assert now() - started == pytest.approx(12, abs=0.5)
-
-
-async def test_the_first_answer_wins_the_loser_is_cancelled() -> None:
-    """When the silent one speaks before its rescuer, the rescuer is given up and not blamed."""
-
-    async def slow(peer: Peer, message: Message) -> None:
-        await pause(4)
-        await both(peer, message)
-
-    async with house(slow, hang, pool={"type": "priority", "rescue_after": 2}) as home:
-        found = await home.post(stream=True)
-        assert found.headers["x-apiserver-controller"] == "a" and home.calls == [1, 1]
-        await until(lambda: home.idle() and not home.ups[1].open_connections)
-        assert home.state(1)["failures"] == 0
-
-
-@pytest.mark.parametrize("failure", [error_reply(500), limited("9"), in_stream("server_error"), error_reply(400)])
-async def test_an_error_never_wins(failure: bytes) -> None:
-    """A rescuer that fails is no reason to end the first attempt; its controller learns and is free at once."""
-
-    async def slow(peer: Peer, message: Message) -> None:
-        await pause(6)
-        await both(peer, message)
-
-    async with house(slow, answers(failure), pool={"type": "priority", "rescue_after": 2}) as home:
-        task = home.later(stream=True)
-        await pause(3)
-        assert home.calls == [1, 1] and home.pool.upstreams[1].in_flight == 0
-        assert home.state(1)["last_error"] is not None
-        found = await task
-        assert found.status == 200 and found.headers["x-apiserver-controller"] == "a"
-        assert found.headers["x-apiserver-attempts"] == "2" and home.idle()
-
-
-async def test_when_a_rescuer_fails_the_next_one_is_asked() -> None:
-    """A request that is still stuck is asked of a third at once; the rescuer that failed is not asked again."""
-    scripts = [hang, answers(error_reply(500)), then([limited("9")]), both]
-    async with house(*scripts, pool={"type": "priority", "rescue_after": 2}) as home:
-        started = now()
-        found = await home.post(stream=True)
-        assert found.headers["x-apiserver-controller"] == "d" and home.calls == [1, 1, 1, 1]
-        assert now() - started < 3
-
-
-async def test_a_probe_whose_rescuer_fails_is_rescued_again() -> None:
-    """Its second rescue does not wait for ten seconds either."""
-    async with house(hang, answers(error_reply(500)), both, pool={"type": "priority"}) as home:
-        usual(home)
-        home.pool.upstreams[0].suspect()
-        home.pool.upstreams[0].unstick(now())
-        await pause(1.1)
-        started = now()
-        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "c" and now() - started < 2
-
-
-async def test_a_clients_mistake_ends_the_rescues() -> None:
-    """What one rescuer calls the client's mistake is not sent to a third."""
-
-    async def slow(peer: Peer, message: Message) -> None:
-        await pause(6)
-        await both(peer, message)
-
-    async with house(slow, answers(error_reply(400)), both, pool={"type": "priority", "rescue_after": 2}) as home:
-        found = await home.post(stream=True)
-        assert found.headers["x-apiserver-controller"] == "a" and home.calls == [1, 1, 0]
-
-
-async def test_the_first_one_fails_while_the_rescuer_works() -> None:
-    """Then the rescuer's answer is the answer, whenever it comes, and nobody else is asked."""
-
-    async def fails(peer: Peer, _: Message) -> None:
-        await pause(3)
-        await peer.send(error_reply(500))
-
-    async def slow(peer: Peer, message: Message) -> None:
-        await pause(1.5)
-        await both(peer, message)
-
-    async with house(fails, slow, both, pool={"type": "priority", "rescue_after": 2}) as home:
-        found = await home.post(stream=True)
-        assert found.headers["x-apiserver-controller"] == "b" and home.calls == [1, 1, 0] and home.idle()
-
-
-async def test_a_rescuer_answers_while_a_stale_connection_is_replaced() -> None:
-    """Its answer is the answer as soon as the new connection is there, and the request is not sent on that."""
-
-    async def goes_stale(peer: Peer, _: Message) -> None:
-        await pause(0.9)
-        peer.reset()
-
-    async def slow(peer: Peer, message: Message) -> None:
-        await pause(0.6)
-        await both(peer, message)
-
-    async with house(then([both, goes_stale], hang), slow, pool={"type": "priority", "rescue_after": 0.4}) as home:
-        await home.post(stream=True)
-        real = home.server.server.links.dial
-
-        async def dial(origin: app.Origin) -> app.Link:
-            await pause(0 if origin.port == home.ups[1].port else 3)
-            return await real(origin)
-
-        home.server.server.links.dial = dial
-        started = now()
-        found = await home.post(stream=True)
-        assert found.headers["x-apiserver-controller"] == "b" and now() - started == pytest.approx(3.9, abs=0.3)
-        assert home.calls == [2, 1] and home.idle()
-
-
-@pytest.mark.parametrize("how", ["reset", "fin"])
-async def test_a_client_that_leaves_during_a_rescue_ends_both(how: str) -> None:
-    """Both upstream connections are closed within 100 ms, both places are free."""
-    async with house(hang, hang, pool={"type": "priority", "rescue_after": 2}) as home:
-        client = await home.ask(stream=True)
-        await pause(3)
-        assert home.calls == [1, 1]
-        client.reset() if how == "reset" else client.writer.close()
-        left = now()
-        await until(lambda: home.idle() and not (home.ups[0].open_connections or home.ups[1].open_connections))
-        assert now() - left <= 0.1
-
-
-async def test_a_client_that_leaves_in_the_turn_of_its_rescuers_answer() -> None:
-    """The rescuer's connection is closed, too, though its answer had come and nobody had taken it yet."""
-
-    async def fails(peer: Peer, _: Message) -> None:
-        await pause(3)
-        await peer.send(error_reply(500))
-
-    async def goes_on(peer: Peer, _: Message) -> None:
-        await pause(2)
-        await peer.send(SSE_HEAD + app.chunk(event("a")))
-        await peer.gone()
-
-    async with house(fails, goes_on, pool={"type": "priority", "rescue_after": 2}) as home:
-        relay, client = home.server.server.relay, await home.ask(stream=True)
-        decides = relay._decides
-
-        def leaves(*asked: Any) -> bool:
-            (served,) = home.server.server.connections
-            served.leave()  # behind what wakes it
-            return decides(*asked)
-
-        relay._decides = leaves  # type: ignore[method-assign]
-        assert await client.closed() == b""
-        await until(lambda: home.idle() and not home.server.server.links.active)
-        await until(lambda: not home.ups[1].open_connections)
-        assert home.calls == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("config", "more"),
-    [({"rescue_after": 0}, {"stream": True}), ({"rescue_after": 2}, {"stream": True, "store": True}), ({"rescue_after": 2}, {})],
-)
-async def test_what_is_never_rescued(config: "dict[str, Any]", more: "dict[str, Any]") -> None:
-    """Nothing with rescue_after 0, no stateful request, no whole answer of a controller that is not suspect."""
-
-    async def slow(peer: Peer, message: Message) -> None:
-        await pause(9)
-        await both(peer, message)
-
-    async with house(slow, both, pool={"type": "priority", **config}) as home:
-        found = await home.post(**more)
-        assert found.headers["x-apiserver-controller"] == "a" and home.calls == [1, 0]
-
-
-async def test_whole_answers_are_rescued_from_a_suspect() -> None:
-    """Three whole answers that are stuck in a suspect are asked of another too."""
-    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}) as home:
-        usual(home, stream=False)
-        started = now()
-        tasks = [home.later() for _ in range(3)]
-        for task in tasks:
-            assert (await task).headers["x-apiserver-controller"] == "b"
-        assert now() - started < 3
-
-
-async def test_at_most_ten_rescues_a_minute_where_little_is_asked() -> None:
-    """Of fifteen stuck streams ten are rescued in this minute, and the others may be in the next."""
-    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}, each={"timeouts": {"first_byte": 0}}) as home:
-        tasks = [home.later(stream=True) for _ in range(15)]
-        await pause(30)
-        assert sum(task.done() for task in tasks) == 10 and home.calls == [15, 10]
-        await pause(35)
-        assert sum(task.done() for task in tasks) == 15 and home.calls == [15, 15]
-
-
-async def test_at_most_five_percent_of_many_calls_are_rescues() -> None:
-    """A thousand calls allow fifty rescues at once, and the next twenty calls one more."""
-    one = echo("a")
-    pool = pool_here(one, rescue_after=1)
-    asked: "list[int]" = []
-    for number in range(1200):
-        made = pool.lease(asking(), pool.seats("m"), set(), now())
-        assert made is not None
-        if number < 1000:
-            pool.settle(made, app.GOOD)
-        elif number < 1100:
-            made.stream, made.stuck = True, lambda number=number: not asked.append(number)  # type: ignore[misc,func-returns-value]
-            made.sent(now())
-    await pause(2)
-    assert asked == list(range(1000, 1060))  # a twentieth of 1,200
-    pool.close()
-
-
-# -- what is shown
-
-
-async def test_decision_headers_and_the_record_of_attempts() -> None:
-    """Who answered, after how many attempts and how long a wait; the access line has each attempt and what came of it."""
-    async with house(answers(error_reply(500)), then([limited("2")]), pool={"type": "priority"}) as home:
-        found = await home.post()
-        assert found.headers["x-apiserver-controller"] == "b" and found.headers["x-apiserver-attempts"] == "3"
-        assert int(found.headers["x-apiserver-wait-ms"]) == pytest.approx(2000, abs=20)
-        assert found.headers["x-request-id"] == found.headers["x-apiserver-request-id"]
-        home.server.server.access.flush()
-        (line,) = home.server.lines
-        assert [one.rpartition(":")[0] for one in line.split("tried=")[1].split()[0].split(",")] == ["a:fault", "b:rate", "b:ok"]
-
-
-async def test_an_upstreams_request_id_is_kept() -> None:
-    """Ours stands beside it."""
-    async with house(answers(json_reply(200, ANSWER, "x-request-id: theirs"))) as home:
-        found = await home.post()
-        assert found.headers["x-request-id"] == "theirs" and found.headers["x-apiserver-request-id"].startswith("req_")
-
-
-async def test_retry_headers_are_ours_after_a_failover() -> None:
-    """An upstream's advice about its own limit is no advice about all of them."""
-    told = error_reply(429, "rate_limit_exceeded", "x", "Retry-After: 50", "retry-after-ms: 50000", "x-should-retry: true")
-    other = error_reply(429, "rate_limit_exceeded", "x", "Retry-After: 40", "x-should-retry: false")
-    async with house(answers(told), answers(other)) as home:
-        found = await home.post()
-        assert found.headers["retry-after"] == "40" and "x-should-retry" not in found.headers
-        assert [name.lower() for name, _ in found.fields].count("retry-after") == 1
-
-
-async def verbose(home: House) -> Any:
-    """What /status?verbose=1 says."""
-    client = await home.server.open()
-    await client.send(request(b"", target="/status?verbose=1", method="GET"))
-    found = await client.read()
-    client.close()
-    return found.json()
-
-
-async def test_status_tells_each_controllers_state() -> None:
-    """State, in flight, ledger, last error, counts and the length of the line; no secret; valid JSON."""
-    told = ("x-ratelimit-limit-requests: 60", "x-ratelimit-remaining-requests: 41", "x-ratelimit-reset-requests: 19s")
-    scripts = [answers(json_reply(200, ANSWER, *told)), answers(limited("33")), answers(error_reply(401, "invalid_api_key")), hang]
-    only: "dict[str, Any]" = {"models": ["m"]}
-    each = [{**only, "limits": {"rpm": 7}}, only, only, {"models": ["n"], "limits": {"concurrency": 1}}]
-    async with house(*scripts, each=each) as home:
-        for _ in range(7):
-            assert (await home.post()).status == 200
-        tasks = [home.later("X-Apiserver-Max-Wait: 1", model="n") for _ in range(2)]
-        await until(lambda: home.pool.waiting == 1)
-        home.pool.upstreams[3].suspect()
-        found = await verbose(home)
-        a, b, c, d = found["controllers"]
-        assert found["waiting"] == 1 and found["status"] == "ok"
-        assert [one["name"] for one in found["controllers"]] == ["a", "b", "c", "d"]
-        assert (a["state"], a["requests"], a["failures"], a["in_flight"]) == ("open", 7, 0, 0)
-        assert a["ledger"]["m"]["requests"] == {"limit": 60, "left": 41, "per_s": 1.0}
-        assert a["ledger"]["m"]["rpm"] == {"limit": 7, "taken": 7}
-        assert b["ledger"]["m"]["closed_for_s"] == pytest.approx(33, abs=0.2) and "429" in b["last_error"]
-        assert (c["state"], c["failures"]) == ("parked", 2) and c["for_s"] == pytest.approx(300, abs=0.2)
-        assert (d["state"], d["for_s"], d["in_flight"]) == ("suspect", None, 1)
-        assert "sk-secret" not in json.dumps(found)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-# -- exactness
-
-
-def worst(times: "list[float]", span_s: float) -> int:
-    """The most requests in any sliding window of that length."""
+    each: list[dict[str, Any]] = [{"limits": {"rpm": 1}}, group, group]
+    async with serving(both, both, both, each=each) as setup:
+        for _ in range(3):
+            assert (await setup.post()).status == 200
+        assert setup.calls[0] == 1 and sum(setup.calls) == 3
+        made = [controller("abc"[at], setup.ups[at].url, weight=2, **more) for at, more in enumerate(each)]
+        setup.server.reload(*made)
+        assert (await setup.post("X-Apiserver-Max-Wait: 0")).status == 429 and sum(setup.calls) == 3
+
+
+def worst(times: list[float], span_s: float) -> int:
+    """Return the most requests in any sliding window of that length."""
     times, first, most = sorted(times), 0, 0
     for at, end in enumerate(times):
         while times[first] <= end - span_s:
@@ -1655,83 +876,73 @@ def worst(times: "list[float]", span_s: float) -> int:
     return most
 
 
-async def test_exactness_of_configured_limits() -> None:
-    """500 concurrent requests on two controllers: rpm and concurrency as the upstreams count them are never exceeded."""
-
-    async def script(peer: Peer, message: Message) -> None:
-        await pause(0.05)
-        await both(peer, message)
-
-    each: "list[dict[str, Any]]" = [
-        {"limits": {"rpm": 200, "concurrency": 7}},
-        {"limits": {"rpm": 90, "concurrency": 5, "burst_s": 10}},
-    ]
-    async with house(script, script, each=each, pool={"max_wait": 300}) as home:
-        tasks = [home.later(stream=number % 2 == 0) for number in range(500)]
-        for task in tasks:
-            assert (await task).status == 200
-        assert sum(home.calls) == 500 and home.idle()
-        assert worst(home.ups[0].times, 60) == 200 and worst(home.ups[1].times, 60) <= 90
-        assert worst(home.ups[1].times, 10) == 15
-        assert home.ups[0].most_here == 7 and home.ups[1].most_here == 5
+async def test_a_short_burst_spreads_the_limit_evenly() -> None:
+    """A hundred a minute in bursts of a second: one each 0.6 s, and a hundred in the first minute."""
+    async with serving(both, each={"limits": {"rpm": 100, "burst_s": 1}}, pool={"max_wait": 90}) as setup:
+        tasks = [setup.later() for _ in range(130)]
+        assert {(await task).status for task in tasks} == {200}
+        times = setup.ups[0].times
+        assert worst(times, 59.9) == 100 and worst(times, 0.59) == 1
+        assert times[99] - times[0] == pytest.approx(59.4, abs=0.5)
 
 
-async def test_exactness_of_a_shared_quota() -> None:
-    """Two controllers of one group together keep to its limits."""
-    grouped = {"quota_group": "org", "limits": {"rpm": 20, "concurrency": 3}}
+@pytest.mark.parametrize(
+    ("each", "count", "per_minute"),
+    [
+        (
+            [{"limits": {"rpm": 200, "concurrency": 7}}, {"limits": {"rpm": 90, "concurrency": 5, "burst_s": 10}}],
+            500,
+            (200, 90),
+        ),
+        ([{"quota_group": "org", "limits": {"rpm": 20, "concurrency": 3}}] * 2, 50, (20, 20)),
+    ],
+)
+async def test_configured_limits_are_exact(each: list[dict[str, Any]], count: int, per_minute: tuple[int, int]) -> None:
+    """Of many requests at once none goes beyond rpm, concurrency or burst_s as the upstreams, or a quota group, count."""
+    async with serving(after(0.05), after(0.05), each=each, pool={"max_wait": 300}) as setup:
+        tasks = [setup.later(stream=number % 2 == 0) for number in range(count)]
+        assert {(await task).status for task in tasks} == {200}
+        assert sum(setup.calls) == count and setup.idle()
+        assert [worst(upstream.times, 60) <= limit for upstream, limit in zip(setup.ups, per_minute, strict=True)] == [
+            True
+        ] * 2
+        most = [upstream.most_running for upstream in setup.ups]
+        if count == 500:
+            assert worst(setup.ups[0].times, 60) == 200 and worst(setup.ups[1].times, 10) == 15 and most == [7, 5]
+        else:
+            assert worst(setup.ups[0].times + setup.ups[1].times, 60) == 20 and max(most) <= 3
 
-    async def script(peer: Peer, message: Message) -> None:
-        await pause(0.05)
-        await both(peer, message)
 
-    async with house(script, script, each=grouped, pool={"max_wait": 200}) as home:
-        tasks = [home.later() for _ in range(50)]
-        for task in tasks:
-            assert (await task).status == 200
-        times = home.ups[0].times + home.ups[1].times
-        assert worst(times, 60) == 20 and max(home.ups[0].most_here, home.ups[1].most_here) <= 3
-
-
-async def test_a_line_of_learned_limits_wastes_nothing() -> None:
-    """A hundred requests at once on an account of 60 a minute that tells what is left: all answered, few refused upstream."""
-    level, at = 60.0, now()
+@pytest.mark.parametrize(("limit", "count", "refused"), [(10, 13, 0), (60, 100, 2)])
+async def test_limits_learned_from_replies(limit: int, count: int, refused: int) -> None:
+    """After the first reply the server knows what is left: all requests are answered, and few earn a 429 upstream."""
+    level, at = float(limit), now()
 
     async def script(peer: Peer, _: Message) -> None:
         nonlocal level, at
-        level, at = min(60.0, level + now() - at), now()
-        left = level - 1 if level >= 0.999 else level
-        told = ("x-ratelimit-limit-requests: 60", f"x-ratelimit-remaining-requests: {int(max(left, 0))}", f"x-ratelimit-reset-requests: {60 - left:.3f}s")
+        level, at = min(limit, level + (now() - at) * limit / 60), now()
+        left = level - 1 if level >= 0.999 else level  # resets have milliseconds
+        shown = (
+            f"x-ratelimit-limit-requests: {limit}",
+            f"x-ratelimit-remaining-requests: {int(max(left, 0))}",
+            f"x-ratelimit-reset-requests: {(limit - left) * 60 / limit:.3f}s",
+        )
         if level < 0.999:
-            await peer.send(error_reply(429, None, f"Please try again in {1 - level:.3f}s.", *told))
+            await peer.send(error_reply(429, None, f"Please try again in {(1 - level) * 60 / limit:.3f}s.", *shown))
             return
         level = left
-        await peer.send(json_reply(200, ANSWER, *told))
+        await peer.send(json_reply(200, ANSWER, *shown))
 
-    async with house(script, pool={"max_wait": 60}) as home:
-        assert (await home.post()).status == 200
-        tasks = [home.later() for _ in range(100)]
+    async with serving(script, pool={"max_wait": 60}) as setup:
+        assert (await setup.post()).status == 200
+        tasks = [setup.later() for _ in range(count)]
         assert {(await task).status for task in tasks} == {200}
-        assert home.calls[0] <= 103
-
-
-async def test_a_hang_is_noticed_where_little_is_asked() -> None:
-    """Requests that were rescued one after the other count as unanswered: the fourth is not asked of the silent one."""
-    async with house(hang, both, pool={"type": "priority", "rescue_after": 2}) as home:
-        for _ in range(3):
-            assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
-        assert home.state()["state"] == "suspect" and home.calls == [3, 3]
-        started = now()
-        assert (await home.post(stream=True)).headers["x-apiserver-attempts"] == "1" and now() - started < 0.5
-        await pause(1.1)  # a probe, which is rescued, too, and makes it wait twice as long
-        assert (await home.post(stream=True)).headers["x-apiserver-controller"] == "b"
-        assert home.state()["state"] == "suspect" and home.calls == [4, 5]
-        await pause(1.5)
-        assert (await home.post(stream=True)).headers["x-apiserver-attempts"] == "1" and home.calls == [4, 6]
+        assert setup.calls[0] <= count + 1 + refused
 
 
 @pytest.mark.parametrize(("per_s", "seconds", "count"), [(10.0, 0.3, 90), (1.0, 0.3, 20), (1.0, 2.5, 20)])
-async def test_a_line_before_an_account_that_tells_nothing(per_s: float, seconds: float, count: int) -> None:
-    """Its limit is found by few refusals, though it names neither that nor a time, and nearly all of it is used."""
+async def test_an_account_that_tells_no_limit(per_s: float, seconds: float, count: int) -> None:
+    """Its limit is found with few refusals, though it names neither that nor a time, and nearly all of it is used."""
     burst = 2 * per_s
     level, at, calls, started = burst, now(), {200: 0, 429: 0}, now()
 
@@ -1743,12 +954,372 @@ async def test_a_line_before_an_account_that_tells_nothing(per_s: float, seconds
         calls[200 if good else 429] += 1
         if good:
             await pause(seconds)
-        await peer.send(GOOD if good else limited())
+        await peer.send(OK if good else limited())
 
-    async with house(silent, pool={"max_wait": 60}) as home:
-        tasks = [home.later() for _ in range(count)]
+    async with serving(silent, pool={"max_wait": 60}) as setup:
+        tasks = [setup.later() for _ in range(count)]
         await pause(0.5)
-        at_first = calls[429]  # of those that went before anything was known
+        at_first = calls[429]  # of those that were sent before anything was known
         assert {(await task).status for task in tasks} == {200}
         assert calls[429] - at_first <= 0.3 * count
         assert now() - started < 1.6 * count / per_s + seconds
+
+
+# -- stateful requests
+
+
+@pytest.mark.parametrize("script", [401, 429, 503, close_at_once, hang, *(400, 403, 404, 408, 409, 500, 502, 504)])
+async def test_a_stateful_request_moves_on_only_when_it_did_not_run(script: Script | int) -> None:
+    """It stays after a silence, a cut or an error that may hide a request that ran, which is no one else's fault."""
+    failure = script if callable(script) else error_reply(script, "model_not_found" if script == 404 else "x")
+    timeouts = {"timeouts": {"first_byte": 2}}
+    async with serving(then([failure]), both, each=timeouts, pool=PRIORITY) as setup:
+        answer = await setup.post(store=True, stream=callable(script))
+        if script in (401, 429, 503):
+            assert answer.status == 200 and setup.calls == [1, 1]
+        else:
+            assert answer.status == script or (callable(script) and answer.status in (502, 504))
+            assert setup.calls == [1, 0] and await setup.served_by() == "a"
+
+
+async def test_a_stateful_request_that_was_not_sent_or_met_a_conflict() -> None:
+    """A connection that could not be made proves that it did not run; a 409 about an object blames no controller."""
+    async with serving(both, both) as setup:
+        setup.ups[0].server.close()
+        assert await setup.served_by(store=True) == "b"
+    async with serving(answers(error_reply(409)), both, pool=PRIORITY) as setup:
+        assert {(await setup.post(store=True)).status for _ in range(8)} == {409}
+        assert setup.calls == [8, 0] and (setup.out(), setup.failures()) == ("", 0)
+
+
+# -- commit
+
+
+@pytest.mark.parametrize(
+    ("preface", "seconds"),
+    [([b": hello\n\n", AZURE], None), ([b": short\n\n"], 15.0), ([b": " + b"x" * 65536 + b"\n\n"], 0.0)],
+)
+async def test_what_comes_before_the_first_event_is_held(preface: list[bytes], seconds: float | None) -> None:
+    """It is held until the first real event, for at most 64 kB or 15 s, and then goes out first, unchanged."""
+    gate = asyncio.Event()
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        for piece in preface:
+            await peer.chunk(piece)
+        await gate.wait()
+        await peer.chunk(event("real"))
+        await peer.send(b"0\r\n\r\n")
+
+    async with serving(script, both) as setup:
+        started = now()
+        client = await setup.ask(stream=True)
+        begins = asyncio.ensure_future(client.reader.read(1))
+        if seconds is None:
+            await pause(1)
+            assert not begins.done()
+            gate.set()
+        assert await begins == b"H" and now() - started == pytest.approx(seconds or 1 * (seconds is None), abs=0.1)
+        gate.set()
+        body = (await client.read()).body
+        assert body == b"".join(preface) + event("real") and setup.calls == [1, 0]
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, {}), (2, {"store": True})])
+async def test_nothing_is_held_without_a_fallback(count: int, more: dict[str, Any]) -> None:
+    """The first bytes of a sole controller, or for a stateful request, go out as they come."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        await peer.chunk(b": hello\n\n")
+        await peer.gone()
+
+    async with serving(*[script] * count) as setup:
+        started = now()
+        client = await setup.ask(stream=True, **more)
+        assert b": hello" in await client.reader.readuntil(b": hello\n\n")
+        assert now() - started < 0.1
+
+
+@pytest.mark.parametrize(
+    ("last", "name"),
+    [(event("a")[:-2], "a"), (b'data: {"error":{"message":"no","code":"insufficient_quota"}}', "b")],
+)
+async def test_a_first_event_may_end_with_its_stream(last: bytes, name: str) -> None:
+    """Without its blank line it still is an answer, which is passed on, or an error, which is judged."""
+    async with serving(answers(sse_reply(last)), both, pool=PRIORITY) as setup:
+        answer = await setup.post(stream=True)
+        assert (answer.status, answer.headers["x-apiserver-controller"]) == (200, name)
+        assert (last in answer.body) is (name == "a") and bool(setup.out()) is (name == "b")
+
+
+# -- silent controllers
+
+
+async def test_a_silent_controller_gets_no_new_requests() -> None:
+    """After three unanswered requests and a second of silence the next go elsewhere, until a probe is answered."""
+    pool = {"type": "priority", "rescue_after": 5}
+    async with serving(then([both] * 30 + [hang] * 3), both, pool=pool) as setup:
+        await setup.history()
+        tasks = [setup.later(stream=True) for _ in range(3)]
+        await pause(0.9)
+        assert setup.out() == ""
+        await pause(0.5)
+        assert setup.out() == "silent" and await setup.served_by() == "b"
+        assert {(await task).headers["x-apiserver-controller"] for task in tasks} == {"b"}
+        await pause(1.1)
+        assert setup.calls[0] == 3 and await setup.served_by(stream=True) == "a" and setup.out() == ""
+
+
+async def test_answers_that_are_arriving_are_not_silent() -> None:
+    """A controller whose whole answers come slowly, piece by piece, stays in use."""
+
+    async def trickle(peer: Peer, _: Message) -> None:
+        await peer.send(OK[:-20])
+        await pause(3)
+        await peer.send(OK[-20:])
+
+    async with serving(then([both] * 30, trickle), both, pool=HEDGED) as setup:
+        await setup.history(stream=False)
+        tasks = [setup.later() for _ in range(3)]
+        await pause(2)
+        assert setup.out() == ""
+        assert {(await task).headers["x-apiserver-controller"] for task in tasks} == {"a"}
+
+
+async def test_a_hang_is_noticed_where_little_is_asked() -> None:
+    """Hedged requests, one after the other, count as unanswered; a probe that is hedged doubles the time."""
+    async with serving(hang, both, pool=HEDGED) as setup:
+        for _ in range(3):
+            assert await setup.served_by(stream=True) == "b"
+        assert setup.out() == "silent" and setup.calls == [3, 3]
+        started = now()
+        assert (await setup.post(stream=True)).headers["x-apiserver-attempts"] == "1" and now() - started < 0.5
+        await pause(1.1)
+        assert await setup.served_by(stream=True) == "b"
+        assert setup.out() == "silent" and setup.calls == [4, 5]
+        await pause(1.5)
+        assert (await setup.post(stream=True)).headers["x-apiserver-attempts"] == "1" and setup.calls == [4, 6]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+async def test_the_probe_of_a_silent_controller_is_hedged_early(failing: bool) -> None:
+    """The probe is answered by another controller after a second of silence, even if a first hedge fails."""
+    scripts = [then([both] * 30, hang), then([both] * 3, answers(error_reply(500))) if failing else both, both]
+    async with serving(*scripts, pool={"type": "priority", "rescue_after": 20}) as setup:
+        await setup.history()
+        await asyncio.gather(*(setup.post(stream=True) for _ in range(3)))
+        await pause(1.1)
+        assert setup.out() in ("silent", "") and setup.calls[0] == 3
+        started = now()
+        assert await setup.served_by(stream=True) == ("c" if failing else "b")
+        assert now() - started == pytest.approx(1.25, abs=0.5) and setup.calls[0] == 4 and setup.out() == "silent"
+
+
+# -- hedges
+
+
+class LateHandshake(Timed):
+    """A TLS upstream that answers each handshake only after some seconds, one number for each connection."""
+
+    def __init__(self, script: Script, *seconds: float) -> None:
+        super().__init__(script)
+        self.seconds = list(seconds)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        super()._accept(reader, writer)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(CERT, KEY)
+        try:
+            await pause(self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0])
+            await writer.start_tls(context)
+        except OSError:
+            writer.transport.abort()
+            return
+        await super()._serve(reader, writer)
+
+
+@pytest.mark.parametrize("rescue_after", [0.5, 3])
+async def test_a_stuck_stream_is_hedged(rescue_after: float) -> None:
+    """A stream that is silent past rescue_after is asked of another; its answer wins, the loser is cancelled unblamed."""
+    async with serving(hang, both, pool={"type": "priority", "rescue_after": rescue_after}) as setup:
+        started = now()
+        assert await setup.served_by(stream=True) == "b"
+        assert rescue_after <= now() - started <= rescue_after + 0.3
+        await until(lambda: setup.idle() and not setup.ups[0].open_connections)
+        assert (setup.failures(), setup.out()) == (0, "")
+
+
+async def test_a_stream_is_hedged_when_connecting_took_long() -> None:
+    """The time counts from the request's writing, which may come long after its lease."""
+    async with serving(LateHandshake(hang, 1), both, https="a", pool=HEDGED) as setup:
+        started = now()
+        assert await setup.served_by(stream=True) == "b" and 2.9 < now() - started < 5
+
+
+async def test_automatic_hedges_need_samples() -> None:
+    """With fewer than twenty samples a request is never hedged; with them after ten seconds or three times the p99."""
+    timeouts = {"timeouts": {"first_byte": 20}}
+    async with serving(then([both] * 19 + [hang] + [after(4)] * 5, hang), both, each=timeouts, pool=PRIORITY) as setup:
+        await setup.history(19)
+        started = now()
+        assert await setup.served_by(stream=True) == "b" and now() - started == pytest.approx(20, abs=0.5)
+        await setup.history(5)
+        started = now()
+        assert await setup.served_by(stream=True) == "b" and now() - started == pytest.approx(12, abs=0.5)
+
+
+@pytest.mark.parametrize("failure", [error_reply(500), limited("9"), in_stream("server_error"), error_reply(400)])
+async def test_an_error_never_wins(failure: bytes) -> None:
+    """A hedge that fails does not end the first attempt; its controller is judged and free at once."""
+    async with serving(after(6), answers(failure), pool=HEDGED) as setup:
+        task = setup.later(stream=True)
+        await pause(3)
+        assert setup.calls == [1, 1] and setup.state(1)["in_flight"] == 0 and setup.state(1)["last_error"]
+        answer = await task
+        assert (answer.status, answer.headers["x-apiserver-controller"]) == (200, "a")
+        assert answer.headers["x-apiserver-attempts"] == "2" and setup.idle()
+
+
+@pytest.mark.parametrize(
+    ("scripts", "name", "calls"),
+    [
+        ([after(4), hang], "a", [1, 1]),
+        ([after(3, error_reply(500)), after(1.5), both], "b", [1, 1, 0]),
+        ([after(6), answers(error_reply(400)), both], "a", [1, 1, 0]),
+        ([hang, answers(error_reply(500)), then([limited("9")]), both], "d", [1, 1, 1, 1]),
+    ],
+    ids=["the first attempt answers", "the first attempt fails", "a client's mistake ends the hedges", "hedges fail"],
+)
+async def test_the_first_answer_wins(scripts: list[Script], name: str, calls: list[int]) -> None:
+    """The first real answer is the answer; after a failed hedge the next controller is asked, unless it was a 4xx."""
+    async with serving(*scripts, pool=HEDGED) as setup:
+        started = now()
+        assert await setup.served_by(stream=True) == name and setup.calls == calls
+        assert now() - started < (3 if name == "d" else 7)
+        await until(lambda: setup.idle() and not (name == "a" and setup.ups[1].running))
+        assert calls != [1, 1] or setup.failures(1) == 0
+
+
+async def test_a_hedge_answers_while_a_stale_connection_is_replaced() -> None:
+    """Its answer is the answer, and the request is not sent again on the new connection."""
+
+    async def goes_stale(peer: Peer, _: Message) -> None:
+        await pause(0.9)
+        peer.reset()
+
+    slow_to_connect = LateHandshake(then([both, goes_stale], hang), 0, 3)
+    pool = {"type": "priority", "rescue_after": 0.4}
+    async with serving(slow_to_connect, after(0.6), https="a", pool=pool) as setup:
+        assert await setup.served_by(stream=True) == "a"
+        started = now()
+        assert await setup.served_by(stream=True) == "b" and now() - started < 4.2
+        assert setup.calls == [2, 1] and setup.idle()
+
+
+@pytest.mark.parametrize("how", ["reset", "fin"])
+async def test_a_client_that_leaves_during_a_hedge_ends_both(how: str) -> None:
+    """Both upstream connections are closed within 100 ms, and both places are free."""
+    async with serving(hang, hang, pool=HEDGED) as setup:
+        client = await setup.ask(stream=True)
+        await pause(3)
+        assert setup.calls == [1, 1]
+        client.reset() if how == "reset" else client.writer.close()
+        left = now()
+        await until(lambda: setup.idle() and not any(upstream.open_connections for upstream in setup.ups))
+        assert now() - left <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("rescue_after", "more"),
+    [(0, {"stream": True}), (2, {"stream": True, "store": True}), (2, {})],
+)
+async def test_what_is_never_hedged(rescue_after: int, more: dict[str, Any]) -> None:
+    """Nothing is hedged with rescue_after 0, no stateful request, no whole answer of a controller that is in use."""
+    async with serving(after(9), both, pool={"type": "priority", "rescue_after": rescue_after}) as setup:
+        assert await setup.served_by(**more) == "a" and setup.calls == [1, 0]
+
+
+async def test_at_most_ten_hedges_a_minute_where_little_is_asked() -> None:
+    """Of fifteen stuck streams ten are hedged in this minute, and the others in the next."""
+    async with serving(hang, both, pool=HEDGED, each={"timeouts": {"first_byte": 0}}) as setup:
+        tasks = [setup.later(stream=True) for _ in range(15)]
+        await pause(30)
+        assert sum(task.done() for task in tasks) == 10 and setup.calls == [15, 10]
+        await pause(35)
+        assert sum(task.done() for task in tasks) == 15 and setup.calls == [15, 15]
+
+
+async def test_at_most_five_percent_of_many_calls_are_hedges() -> None:
+    """After 400 calls about twenty of thirty stuck streams are hedged at once."""
+    async with serving(then([both] * 400, hang), both, pool=HEDGED, each={"timeouts": {"first_byte": 0}}) as setup:
+        for _ in range(8):
+            await asyncio.gather(*(setup.post(stream=True) for _ in range(50)))
+        assert setup.calls == [400, 0]
+        tasks = [setup.later(stream=True) for _ in range(30)]
+        await pause(5)
+        assert 18 <= sum(task.done() for task in tasks) <= 22
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# -- what is shown
+
+
+async def test_routing_headers_and_the_record_of_attempts() -> None:
+    """The answer names the controller, the attempts and the wait; the access line has each attempt and its outcome."""
+    async with serving(answers(error_reply(500)), then([limited("2")]), pool=PRIORITY) as setup:
+        answer = await setup.post()
+        assert (answer.headers["x-apiserver-controller"], answer.headers["x-apiserver-attempts"]) == ("b", "3")
+        assert int(answer.headers["x-apiserver-wait-ms"]) == pytest.approx(2000, abs=20)
+        assert answer.headers["x-request-id"] == answer.headers["x-apiserver-request-id"]
+        (line,) = setup.server.access_lines()
+        tried = line.split("tried=")[1].split()[0].split(",")
+        assert [attempt.rpartition(":")[0] for attempt in tried] == ["a:fault", "b:rate", "b:ok"]
+
+
+async def test_whose_headers_the_client_gets() -> None:
+    """After a failover the retry headers are the server's own; an upstream's request id is kept beside the server's."""
+    first = error_reply(
+        429, "rate_limit_exceeded", "x", "Retry-After: 50", "retry-after-ms: 50000", "x-should-retry: true"
+    )
+    second = error_reply(429, "rate_limit_exceeded", "x", "Retry-After: 40", "x-should-retry: false")
+    async with serving(answers(first), answers(second)) as setup:
+        answer = await setup.post()
+        assert answer.headers["retry-after"] == "40" and "x-should-retry" not in answer.headers
+        assert [name.lower() for name, _ in answer.fields].count("retry-after") == 1
+    async with serving(answers(json_reply(200, ANSWER, "x-request-id: theirs"))) as setup:
+        answer = await setup.post()
+        assert answer.headers["x-request-id"] == "theirs"
+        assert answer.headers["x-apiserver-request-id"].startswith("req_")
+
+
+async def test_status_shows_each_controllers_state() -> None:
+    """State, in flight, ledger, last error, counts and the length of the line are shown, and no secret."""
+    shown = ("x-ratelimit-limit-requests: 60", "x-ratelimit-remaining-requests: 41", "x-ratelimit-reset-requests: 19s")
+    denied = answers(error_reply(401, "invalid_api_key"))
+    scripts = [answers(json_reply(200, ANSWER, *shown)), answers(limited("33")), denied, hang]
+    only: dict[str, Any] = {"models": ["m"]}
+    each = [{**only, "limits": {"rpm": 7}}, only, only, {"models": ["n"], "limits": {"concurrency": 1}}]
+    async with serving(*scripts, each=each) as setup:
+        for _ in range(7):
+            assert (await setup.post()).status == 200
+        await setup.ask(model="n")
+        await setup.ask(model="n")
+        await until(lambda: setup.waiting == 1)
+        status = await setup.server.status()
+        a, b, c, d = status["controllers"]
+        assert status["waiting"] == 1 and status["status"] == "ok"
+        assert [one["name"] for one in status["controllers"]] == ["a", "b", "c", "d"]
+        # new words
+        assert [(one["state"], one["reason"]) for one in (b, c)] == [("limited", None), ("out", "refused")]
+        assert (a["requests"], a["failures"], a["in_flight"]) == (7, 0, 0)
+        assert a["ledger"]["m"]["requests"] == {"limit": 60, "left": 41, "per_s": 1.0}
+        assert a["ledger"]["m"]["rpm"] == {"limit": 7, "taken": 7}
+        assert b["ledger"]["m"]["closed_for_s"] == pytest.approx(33, abs=0.2) and "429" in b["last_error"]
+        assert c["failures"] == 2 and c["for_s"] > 20 and d["in_flight"] == 1
+        assert "sk-secret" not in json.dumps(status)

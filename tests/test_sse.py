@@ -1,4 +1,4 @@
-"""Server-sent events: found at any cut, looked into, never rewritten."""
+"""Server-sent events: found at any cut, inspected, never rewritten."""
 
 import pytest
 
@@ -9,16 +9,15 @@ STREAM = 'data: {"a":"\u00e9\u2028"}\n\n: comment\r\n\r\nevent: x\ndata: 1\ndata
 
 def test_events_at_every_cut() -> None:
     """Two pieces cut anywhere give the same events, whole and unchanged."""
-    whole = list(app.EventSplitter().feed(STREAM))
-    assert len(whole) == 4 and b"".join(whole) == STREAM
-    for cut in range(len(STREAM)):
+    assert len(list(app.EventSplitter().feed(STREAM))) == 4
+    for cut in range(len(STREAM) + 1):
         splitter = app.EventSplitter()
-        found = [*splitter.feed(STREAM[:cut]), *splitter.feed(STREAM[cut:])]
-        assert b"".join(found) + splitter.pending == STREAM
+        events = [*splitter.feed(STREAM[:cut]), *splitter.feed(STREAM[cut:])]
+        assert b"".join(events) + splitter.pending == STREAM
 
 
 def test_fields_of_an_event() -> None:
-    """Several data lines are joined, one leading space is dropped, comments and a BOM are skipped."""
+    """Several data lines are joined, one leading space is dropped, comments and a byte order mark are skipped."""
     assert app.event_fields(b"\xef\xbb\xbfevent: x\r\n: c\r\ndata:1\r\ndata:  2\r\n\r\n") == (b"x", b"1\n 2")
 
 
@@ -39,12 +38,12 @@ def test_fields_of_an_event() -> None:
         (b'data: {"error":null,"choices":[{}]}\n\n', "real"),
     ],
 )
-def test_what_an_event_means(event: bytes, kind: str) -> None:
-    """Comments and Azure's empty chunk come before an answer; an error is one even beside choices."""
+def test_the_kind_of_an_event(event: bytes, kind: str) -> None:
+    """Comments, pings and Azure's empty chunk come before an answer; an error is one even beside choices."""
     assert app.judge_event(event).value == kind
 
 
 def test_the_error_event_suits_go_openai() -> None:
-    """`error` is the first key, with no space before it, on one data line."""
-    assert app.error_event("a\nb", "c").startswith(b'data: {"error":{"message":"a\\nb"')
-    assert app.error_event("a", "c").endswith(b"}}\n\n")
+    """`error` is the first key, without a space before it, on one data line."""
+    event = app.error_event("a\nb", "c")
+    assert event.startswith(b'data: {"error":{"message":"a\\nb"') and event.endswith(b"}}\n\n") and event.count(b"\n") == 2

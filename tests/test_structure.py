@@ -1,9 +1,10 @@
 """The file itself: what it imports, how it is laid out, how long its functions are."""
 
 import ast
+import io
 import re
-import statistics
 import sys
+import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +30,9 @@ def test_only_the_standard_library() -> None:
 
 def test_sections_are_those_of_the_docstring() -> None:
     """The banners stand in order and are the map that the docstring shows."""
-    found = BANNER.findall(SOURCE)
-    assert found == re.findall(r"^    (\d+)\. (.+)$", ast.get_docstring(TREE, clean=False) or "", re.MULTILINE)
-    assert [int(number) for number, _ in found] == list(range(1, len(found) + 1))
+    banners = BANNER.findall(SOURCE)
+    assert banners == re.findall(r"^    (\d+)\. (.+)$", ast.get_docstring(TREE, clean=False) or "", re.MULTILINE)
+    assert [int(number) for number, _ in banners] == list(range(1, len(banners) + 1))
 
 
 def test_a_section_uses_only_those_above_it() -> None:
@@ -41,12 +42,11 @@ def test_a_section_uses_only_those_above_it() -> None:
     def section(line: int) -> int:
         return sum(start <= line for start in starts)
 
-    defined = {}
+    defined: dict[str, int] = {}
     for node in TREE.body:
         targets = getattr(node, "targets", [getattr(node, "target", None)])
-        for name in [node.name] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else [
-            target.id for target in targets if isinstance(target, ast.Name)
-        ]:
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        for name in [getattr(node, "name", ""), *names]:
             defined.setdefault(name, node.lineno)
     uses = [node for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id in defined]
     late = [f"{node.id}@{node.lineno}" for node in uses if section(node.lineno) < section(defined[node.id])]
@@ -54,14 +54,14 @@ def test_a_section_uses_only_those_above_it() -> None:
 
 
 def test_functions_are_short_and_annotated() -> None:
-    """Median at most 7 lines, nine of ten at most 28, none above 50; every argument and result has a type."""
+    """Nine of ten have at most 35 lines, none more than 60; every argument and result has a type."""
     lengths = sorted(code_lines(function) for function in FUNCTIONS)
-    assert statistics.median(lengths) <= 7 and lengths[int(0.9 * len(lengths))] <= 28 and lengths[-1] <= 50
+    assert lengths[int(0.9 * len(lengths))] <= 35 and lengths[-1] <= 60
     for function in FUNCTIONS:
         arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
-        arguments += [one for one in (function.args.vararg, function.args.kwarg) if one]
+        arguments += [argument for argument in (function.args.vararg, function.args.kwarg) if argument]
         assert function.returns is not None, function.name
-        assert all(one.annotation for one in arguments if one.arg not in ("self", "cls")), function.name
+        assert all(argument.annotation for argument in arguments if argument.arg not in ("self", "cls")), function.name
 
 
 def test_lines_and_old_parsers() -> None:
@@ -78,7 +78,7 @@ def test_version_is_the_newest_change() -> None:
 
 
 def test_tests_say_what_they_show() -> None:
-    """Every test has a sentence, and none waits for real time."""
+    """Every test has a docstring, and none waits for real time."""
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
@@ -89,6 +89,34 @@ def test_tests_say_what_they_show() -> None:
 
 
 def test_the_top_level_is_as_small_as_promised() -> None:
-    """One module, its README, configurations, tests and a Dockerfile; a stray wheel was once committed beside them."""
-    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - {"__pycache__"}
-    assert found == {"chatgpt_apiserver.py", "README.md", "config", "tests", "Dockerfile"}
+    """The top level has one module, its README, configurations, tests and a Dockerfile; a wheel was once committed there."""
+    names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - {"__pycache__"}
+    assert names == {"chatgpt_apiserver.py", "README.md", "config", "tests", "Dockerfile"}
+
+
+PRIVATE = re.compile(r"asyncio\.[a-z_.]*\._|\bloop\._|\b_asyncio\b|\bsslproto\b")
+UNPLAIN = re.compile(r"\b(who|whoever|whom|nobody|somebody)\b", re.IGNORECASE)
+
+
+def test_no_private_names_of_asyncio() -> None:
+    """Only what asyncio documents is used, so that a new Python version breaks nothing."""
+    lines = [f"{number}: {line.strip()}" for number, line in enumerate(SOURCE.splitlines(), 1) if PRIVATE.search(line)]
+    assert not lines
+
+
+def test_plain_english() -> None:
+    """Comments, docstrings and messages name the client, the controller or the caller."""
+    kinds = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
+    tokens = tokenize.generate_tokens(io.StringIO(SOURCE).readline)
+    lines = [
+        f"{token.start[0]}: {match.group()}"
+        for token in tokens
+        if token.type in kinds
+        for match in UNPLAIN.finditer(token.string)
+    ]
+    assert not lines
+
+
+def test_size() -> None:
+    """The file does not grow: the ceiling goes down with each shortening."""
+    assert SOURCE.count("\n") <= 7000 and len(SOURCE.encode()) <= 355_000

@@ -1,4 +1,4 @@
-"""The TLS listener: its versions, how handshakes are bounded, what a refused client still gets to read."""
+"""The TLS listener: its versions, how long handshakes may take, how connections end."""
 
 import asyncio
 import json
@@ -7,16 +7,30 @@ import warnings
 
 import pytest
 
-from .support import CERT, KEY, MESSAGES, SSE_HEAD, Client, Message, Peer, Running, Upstream, controller, event, request
-from .test_bounds import end_of_all, pause
+from .support import (
+    CERT,
+    KEY,
+    MESSAGES,
+    SSE_HEAD,
+    Client,
+    Message,
+    Peer,
+    Running,
+    Upstream,
+    controller,
+    event,
+    pause,
+    request,
+    until,
+)
 
 TLS = {"cert": CERT, "key": KEY}
 STATUS = request(b"", target="/status", method="GET")
 
 
-async def open_tls(server: Running, ca_file: str = CERT, version: ssl.TLSVersion | None = None) -> Client:
-    """A client that speaks TLS, of one version where given."""
-    context = ssl.create_default_context(cafile=ca_file)
+async def open_tls(server: Running, version: ssl.TLSVersion | None = None) -> Client:
+    """Open a TLS connection, of one version only where it is given."""
+    context = ssl.create_default_context(cafile=CERT)
     if version is not None:
         context.set_ciphers("ALL:@SECLEVEL=0")
         with warnings.catch_warnings():
@@ -30,10 +44,10 @@ async def open_tls(server: Running, ca_file: str = CERT, version: ssl.TLSVersion
     [(ssl.TLSVersion.TLSv1_1, None), (ssl.TLSVersion.TLSv1_2, "TLSv1.2"), (ssl.TLSVersion.TLSv1_3, "TLSv1.3")],
 )
 async def test_tls_1_2_or_newer(version: ssl.TLSVersion, spoken: str | None) -> None:
-    """Older versions find no server."""
+    """TLS 1.2 and 1.3 are served, on a connection that stays open; older versions are refused."""
     async with Running(tls=TLS) as server:
         try:
-            client = await open_tls(server, version=version)
+            client = await open_tls(server, version)
         except OSError:
             assert spoken is None
             return
@@ -44,34 +58,21 @@ async def test_tls_1_2_or_newer(version: ssl.TLSVersion, spoken: str | None) -> 
         client.close()
 
 
-@pytest.mark.virtual_time
-async def test_handshakes_count_as_connections_and_end_in_time() -> None:
-    """Whoever connects and does not shake hands takes a place for header_timeout, and no longer."""
-    async with Running(tls=TLS, limits={"connections": 3, "header_timeout": 9}) as server:
-        silent = [await server.open() for _ in range(3)]
-        await pause(5)
-        assert len(server.server.connections) == 3
+@pytest.mark.parametrize("size", [500_000, 2_000_000])
+async def test_a_large_body_comes_whole_or_is_refused_with_a_reason(size: int) -> None:
+    """A body right behind the handshake is read whole; one that is too large gets an answer and a clean end, no reset."""
+    async with Running({"type": "echo", "models": ["m"]}, tls=TLS, limits={"body_bytes": 1_000_000}) as server:
         client = await open_tls(server)
-        await client.send(request(b"", target="/v1/models", method="GET"))
-        assert (await client.read()).status == 503
-        assert 3 <= await end_of_all(server, 9) <= 7
-        for one in [*silent, client]:
-            one.close()
-
-
-async def test_a_large_request_that_is_refused_reads_why() -> None:
-    """A client that still sends when its request is refused gets the answer and a clean end, no reset."""
-    async with Running(tls=TLS, limits={"body_bytes": 1000}) as server:
-        client = await open_tls(server)
-        await client.send(request(b"x" * 500_000))
-        assert (await client.read()).status == 413
+        body = json.dumps({"model": "m", "messages": MESSAGES, "pad": "x" * size}).encode()
+        client.writer.write(request(body, "Content-Type: application/json"))
+        assert (await client.read()).status == (413 if size > 1_000_000 else 200)
         client.writer.close()
         await client.writer.wait_closed()
 
 
 @pytest.mark.virtual_time
 async def test_the_end_of_a_connection_comes_at_once() -> None:
-    """To HTTP/1.0 it is the end of a stream: it comes behind the last byte, and waits for nothing that a client may send."""
+    """The end of a stream to HTTP/1.0, which is the end of its connection, comes right behind the last byte."""
     body = json.dumps({"model": "m", "messages": MESSAGES, "stream": True}).encode()
     async with Running({"type": "echo", "models": ["m"]}, tls=TLS) as server:
         client, since = await open_tls(server), asyncio.get_running_loop().time()
@@ -81,9 +82,24 @@ async def test_the_end_of_a_connection_comes_at_once() -> None:
         client.close()
 
 
+@pytest.mark.virtual_time
+async def test_handshakes_count_as_connections_and_end_in_time() -> None:
+    """A client that connects without a handshake takes a place for header_timeout, and no longer."""
+    async with Running(tls=TLS, limits={"connections": 3, "header_timeout": 9}) as server:
+        silent = [await server.open() for _ in range(3)]
+        await pause(5)
+        assert len(server.server.connections) == 3
+        refused = await server.open()
+        assert await refused.closed() == b""  # no answer in the clear
+        await pause(5)
+        assert not server.server.connections
+        for client in [*silent, refused]:
+            client.close()
+
+
 @pytest.mark.parametrize("raw", [b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b"\x00" * 50])
 async def test_what_is_no_handshake_ends_at_once(raw: bytes) -> None:
-    """Plain HTTP and garbage on a TLS listener are closed without an answer in the clear, and nobody else notices."""
+    """Plain HTTP and garbage on a TLS listener are closed without an answer in the clear; other clients are served."""
     async with Running(tls=TLS) as server:
         client = await server.open()
         await client.send(raw)
@@ -96,24 +112,23 @@ async def test_what_is_no_handshake_ends_at_once(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("phase", ["handshake", "head", "answer"])
-async def test_a_client_that_vanishes_within_tls(phase: str) -> None:
-    """A reset below TLS, wherever it comes, ends the connection and what it waited for."""
+async def test_a_client_that_resets_below_tls(phase: str) -> None:
+    """A reset below TLS, in any phase, ends the connection and the request that waits."""
     async with Running({"type": "echo", "models": ["*"], "config": {"first_delay": 60}}, tls=TLS) as server:
         client = await server.open() if phase == "handshake" else await open_tls(server)
         if phase == "head":
             await client.send(b"GET /sta")
         elif phase == "answer":
             await client.post("m")
-        while not server.server.connections or (phase == "answer" and not server.server.pool.upstreams[0].in_flight):
-            await asyncio.sleep(0)
+        (upstream,) = server.server.pool.upstreams
+        await until(lambda: server.server.connections and (phase != "answer" or upstream.in_flight))
         client.reset()
-        while server.server.connections:
-            await asyncio.sleep(0)
-        assert server.server.pool.upstreams[0].in_flight == 0
+        await until(lambda: not server.server.connections)
+        assert upstream.in_flight == 0
 
 
-async def test_a_client_that_closes_in_the_midst_of_its_stream_within_tls() -> None:
-    """TLS knows no half-close: a clean end of the client's side ends the upstream's stream, too."""
+async def test_a_client_that_closes_in_its_stream() -> None:
+    """TLS has no half-close: a client's clean close in the middle of its stream ends the upstream's stream as well."""
     gone = asyncio.Event()
 
     async def script(peer: Peer, _: Message) -> None:
@@ -122,13 +137,12 @@ async def test_a_client_that_closes_in_the_midst_of_its_stream_within_tls() -> N
         await peer.gone()
         gone.set()
 
-    async with Upstream(script) as one, Running(controller("a", one.url), tls=TLS) as server:
+    async with Upstream(script) as upstream, Running(controller("a", upstream.url), tls=TLS) as server:
         client = await open_tls(server)
         await client.post("m", stream=True)
         await client.reader.readuntil(event("a"))
         client.writer.close()
         await gone.wait()
-        while server.server.connections:
-            await asyncio.sleep(0)
+        await until(lambda: not server.server.connections)
         server.server.access.flush()
         assert server.server.pool.upstreams[0].in_flight == 0 and "tried=a:gone:" in server.lines[0]

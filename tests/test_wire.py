@@ -1,8 +1,8 @@
 """The corpus in tests/wire, cut in every way: by the pure parsers, by a server, and by a server's upstream client.
 
-`valid/NAME.http` holds well-framed requests and `expected.json` says what they are; `invalid/NAME.STATUS.http` begins
-with an offence and is answered with STATUS (one of those joined by a hyphen) and a close. `replies/valid`, `invalid`
-and `cut` hold what an upstream sends; after one of `cut` it closes, after one of `invalid` it stays.
+`valid/NAME.http` has well-framed requests, and `expected.json` describes them. `invalid/NAME.STATUS.http` begins with an
+offence and is answered with STATUS (one of those joined by a hyphen) and a close. `replies/valid`, `invalid` and `cut`
+are what an upstream sends; after one of `cut` it closes, after one of `invalid` it stays.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import ANSWER, SSE_HEAD, Message, Peer, Running, Upstream, controller, error_reply, event, json_reply
+from .support import ANSWER, SSE_HEAD, Message, Peer, Running, Upstream, controller, event, json_reply
 from .wirefeed import (
     FOLLOW,
     HOW,
@@ -27,6 +27,7 @@ from .wirefeed import (
     cut,
     cut_at,
     message,
+    pooled,
     read_answers,
     read_reply,
     read_requests,
@@ -39,19 +40,19 @@ EXPECTED: dict[str, dict[str, Any]] = json.loads((WIRE / "expected.json").read_t
 VALID, INVALID = corpus("valid"), corpus("invalid")
 REPLIES, BAD_REPLIES, CUT_REPLIES = corpus("replies/valid"), corpus("replies/invalid"), corpus("replies/cut")
 FOLLOWED = ("GET", "/v1/wire-follow", 1, b"")
-# What only a server can judge: the pure parser is given whole heads, and those only below the limits of their bytes.
+# Only a server can judge these: the pure parser gets whole heads below the limits of their bytes.
 SERVERS_MATTER = ("limit", "protocol-", "-first", "without-end", "expectation-")
 
 
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
     """A server with an echo controller."""
-    with Stage() as found:
-        yield found
+    with Stage() as received:
+        yield received
 
 
 def test_the_corpus_is_all_there() -> None:
-    """Every valid message has its expectation and the other way round; none is given twice."""
+    """Every valid message has its expectation and every expectation a message; no message stands twice."""
     assert sorted(EXPECTED) == sorted(VALID + REPLIES)
     assert len(VALID) >= 60 and len(INVALID) >= 120
     everything = [message(name) for name in VALID + INVALID]
@@ -72,8 +73,8 @@ def test_valid_requests_are_answered(name: str, stage: Stage) -> None:
     expected = EXPECTED[name]
     statuses = expected["statuses"] + ([] if expected["closes"] else [404])
     for how in HOW[:2]:
-        found, lines = stage.ask([*cut(message(name), how), FOLLOW])
-        answers = read_answers(found, [method for method, *_ in expected["requests"]])
+        received, lines = stage.ask([*cut(message(name), how), FOLLOW])
+        answers = read_answers(received, [method for method, *_ in expected["requests"]])
         assert [status for status, _, _ in answers] == statuses, how
         assert [fields.get("connection") == "close" for _, fields, _ in answers] == [False] * (len(answers) - 1) + [True]
         assert lines.count("\n") == len(statuses) and "smuggled" not in lines
@@ -81,25 +82,25 @@ def test_valid_requests_are_answered(name: str, stage: Stage) -> None:
 
 @pytest.mark.parametrize("name", [name for name in INVALID if not any(word in name for word in SERVERS_MATTER)])
 def test_invalid_requests_are_refused_by_the_parser(name: str) -> None:
-    """An offence is found however the message is cut, as an error of its kind, and no request comes before it."""
+    """An offence is found however the message is cut, with its status, and no request comes before it."""
     for how in HOW:
-        with pytest.raises((app.BadMessage, ValueError, OverflowError)) as told:
-            found = read_requests(cut(message(name) + FOLLOW, how, name))
-            pytest.fail("%s: no offence in %r" % (how, found))
+        with pytest.raises((app.BadMessage, ValueError, OverflowError)) as caught:
+            received = read_requests(cut(message(name) + FOLLOW, how, name))
+            pytest.fail(f"{how}: no offence in {received!r}")
         allowed = name.split(".")[1].split("-")
-        status = told.value.status if isinstance(told.value, app.BadMessage) else 400
-        status = 413 if isinstance(told.value, OverflowError) else status
+        status = caught.value.status if isinstance(caught.value, app.BadMessage) else 400
+        status = 413 if isinstance(caught.value, OverflowError) else status
         assert str(status) in allowed, how
 
 
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_requests_end_their_connection(name: str, stage: Stage) -> None:
-    """An offence gets one OpenAI-style error and a close, at once; nothing that follows is taken for a request."""
+    """An offence gets one OpenAI-style error and a close at once; nothing after it is read as a request."""
     allowed = name.split(".")[1].split("-")
     for how in HOW[:2]:
-        found, lines = stage.ask([*cut(message(name), how), FOLLOW])
-        answers = read_answers(found)
-        assert [str(status) in allowed for status, _, _ in answers] == [True], (how, found[:300])
+        received, lines = stage.ask([*cut(message(name), how), FOLLOW])
+        answers = read_answers(received)
+        assert [str(status) in allowed for status, _, _ in answers] == [True], (how, received[:300])
         _, fields, body = answers[0]
         assert fields["connection"] == "close" and fields["content-type"] == "application/json"
         assert sorted(json.loads(body)["error"]) == ["code", "message", "param", "type"]
@@ -108,39 +109,39 @@ def test_invalid_requests_end_their_connection(name: str, stage: Stage) -> None:
 
 @pytest.mark.parametrize("line", [b"GET /", b"SSH-2.0-client_1.0", b"EHLO client.example", b"*1", b"GET / HTTP/1.1 x", b"GET / http/1.1"])
 def test_a_bad_first_line_is_refused_without_waiting_for_more(line: bytes, stage: Stage) -> None:
-    """Whoever speaks another protocol, HTTP/0.9 among them, hears so after the first line, also when it comes in one piece."""
+    """A client of another protocol, HTTP/0.9 among them, gets a 400 after its first line, whole or cut."""
     for how in HOW[:2]:
-        found, _ = stage.ask(cut(line + b"\r\n", how))
-        assert [status for status, _, _ in read_answers(found)] == [400], how
+        received, _ = stage.ask(cut(line + b"\r\n", how))
+        assert [status for status, _, _ in read_answers(received)] == [400], how
 
 
 def test_nothing_but_whole_requests_goes_upstream() -> None:
-    """An upstream sees each good request once, framed afresh by its length, and of a bad one nothing."""
+    """An upstream sees each good request once, framed anew by its length, and nothing of a bad one."""
 
     async def work(raw: bytes) -> list[Message]:
         async def script(peer: Peer, _: Message) -> None:
             await peer.send(json_reply(200, ANSWER))
 
-        async with Upstream(script) as one, Running(controller("a", one.url), allowed_hosts=["*"]) as server:
+        async with Upstream(script) as upstream, Running(controller("a", upstream.url), allowed_hosts=["*"]) as server:
             await talk(server.port, [raw, FOLLOW])
-            return one.seen
+            return upstream.seen
 
     chats = [name for name in VALID if b"POST /v1/chat" in message(name) and set(EXPECTED[name]["statuses"]) == {200}]
     assert len(chats) > 20
     for name in chats + [name for name in INVALID if b"POST /v1/chat" in message(name)]:
         seen = asyncio.run(work(message(name)))
         bodies = [body.encode("latin-1") for method, _, _, body in EXPECTED.get(name, {}).get("requests", []) if method == "POST"]
-        assert [one.body for one in seen] == bodies, name
-        for one in seen:
-            assert one.start == "POST /v1/chat/completions HTTP/1.1"
-            assert not {"transfer-encoding", "expect", "upgrade", "te", "trailer", "http2-settings"} & set(one.headers)
+        assert [message_sent.body for message_sent in seen] == bodies, name
+        for message_sent in seen:
+            assert message_sent.start == "POST /v1/chat/completions HTTP/1.1"
+            assert not {"transfer-encoding", "expect", "upgrade", "te", "trailer", "http2-settings"} & set(message_sent.headers)
 
 
 # ---- replies
 
 
 def test_replies_are_parsed() -> None:
-    """A good reply is the same however it is cut; what comes after it is told apart."""
+    """A good reply is the same however it is cut; the bytes after it are kept apart."""
     for name in REPLIES:
         expected = EXPECTED[name]
         for how in HOW:
@@ -155,31 +156,31 @@ def test_bad_replies_are_refused_by_the_parser(name: str) -> None:
     """A malformed reply and one that ends too early are errors however they are cut."""
     for how in HOW:
         with pytest.raises((app.UpstreamError, ValueError)):
-            found = read_reply(cut(message(name), how, name))
-            pytest.fail("%s: no offence in %r" % (how, found))
+            received = read_reply(cut(message(name), how, name))
+            pytest.fail(f"{how}: no offence in {received!r}")
 
 
-def exchange_reply(name: str, how: str, closes: bool) -> tuple[Message, str]:
-    """The answer to a raw reply, and the pool after it; whatever it was, the next clients get their own answers."""
+def exchange_reply(name: str, how: str, closes: bool) -> tuple[Message, tuple[int, int]]:
+    """Return the answer to a raw reply, and the connections after it; the next clients must get their own answers."""
 
     async def script(peer: Peer, _: Message) -> None:
-        if len(one.seen) > 1:
-            await peer.send(json_reply(200, {"mark": len(one.seen)}))
+        if len(upstream.seen) > 1:
+            await peer.send(json_reply(200, {"mark": len(upstream.seen)}))
             return
         await trickle(peer.writer.transport, cut(message(name), how), peer.reader.at_eof)
         if closes:
             peer.close()
             await peer.gone()
 
-    async def work() -> tuple[Message, str]:
-        async with one, Running(controller("a", one.url)) as server, asyncio.timeout(WAIT_S):
+    async def work() -> tuple[Message, tuple[int, int]]:
+        async with upstream, Running(controller("a", upstream.url)) as server, asyncio.timeout(WAIT_S):
             first = await server.post("m")
             await turns()
-            pooled = repr(server.server.links)
+            connections = pooled(server)
             assert [(await server.post("m")).json() for _ in range(2)] == [{"mark": 2}, {"mark": 3}]
-            return first, pooled
+            return first, connections
 
-    one = Upstream(script)
+    upstream = Upstream(script)
     return asyncio.run(work())
 
 
@@ -188,42 +189,42 @@ def test_valid_replies_reach_the_client(name: str) -> None:
     """Status and body arrive as they were sent; the connection is kept exactly when it can carry another reply."""
     expected = EXPECTED[name]
     for how in HOW[:2]:
-        found, pooled = exchange_reply(name, how, expected["closes"])
-        assert (found.status, found.body.decode("latin-1")) == (expected["status"], expected["body"]), how
-        assert "set-cookie" not in found.headers
-        if how == "whole" or "-after" not in name:  # by byte, what comes after it comes too late to be seen by now
-            assert pooled == "<ConnectionPool idle=%d active=0>" % expected["pooled"], how
+        received, connections = exchange_reply(name, how, expected["closes"])
+        assert (received.status, received.body.decode("latin-1")) == (expected["status"], expected["body"]), how
+        assert "set-cookie" not in received.headers
+        if how == "whole" or "-after" not in name:  # by byte, the bytes after it come too late
+            assert connections == (expected["pooled"], 0), how
 
 
 @pytest.mark.parametrize("name", BAD_REPLIES + CUT_REPLIES)
 def test_bad_replies_end_in_502(name: str) -> None:
     """A malformed or cut reply is one clear error, without waiting for more, and its connection is not used again."""
     for how in HOW[:2]:
-        found, pooled = exchange_reply(name, how, name in CUT_REPLIES)
-        assert found.status == 502 and found.json()["error"]["type"] == "server_error", (how, found.body)
-        assert found.json()["error"]["code"].startswith("upstream_")
-        assert pooled == "<ConnectionPool idle=0 active=0>", how
+        received, connections = exchange_reply(name, how, name in CUT_REPLIES)
+        assert received.status == 502 and received.json()["error"]["type"] == "server_error", (how, received.body)
+        assert received.json()["error"]["code"].startswith("upstream_")
+        assert connections == (0, 0), how
 
 
-async def test_what_an_idle_upstream_says_is_nobodys_answer() -> None:
-    """Bytes that come on a pooled connection after its reply are never read as the reply to a later client."""
+async def test_bytes_on_an_idle_connection_are_no_answer() -> None:
+    """Bytes that come on a pooled connection after its reply are never read as the reply to a later request."""
     idle, said = asyncio.Event(), asyncio.Event()
 
     async def script(peer: Peer, _: Message) -> None:
-        await peer.send(json_reply(200, {"mark": len(one.seen)}))
-        if len(one.seen) == 1:
+        await peer.send(json_reply(200, {"mark": len(upstream.seen)}))
+        if len(upstream.seen) == 1:
             await idle.wait()
             await peer.send(json_reply(200, {"mark": "stray"}))
             said.set()
 
-    async with Upstream(script) as one, Running(controller("a", one.url)) as server:
+    async with Upstream(script) as upstream, Running(controller("a", upstream.url)) as server:
         assert (await server.post("m")).json() == {"mark": 1}
-        assert repr(server.server.links) == "<ConnectionPool idle=1 active=0>"
+        assert pooled(server) == (1, 0)
         idle.set()
         await said.wait()
         await turns()
         assert [(await server.post("m")).json() for _ in range(2)] == [{"mark": 2}, {"mark": 3}]
-        assert one.connections == 2
+        assert upstream.connections == 2
 
 
 EVENT = event("hi")
@@ -231,74 +232,33 @@ EVENT = event("hi")
 
 @pytest.mark.parametrize("cut_off", [len(EVENT), len(EVENT) - 1, len(EVENT) - 2, 20, 5])
 async def test_the_error_event_stands_alone(cut_off: int) -> None:
-    """A stream that is cut within an event tells so in an event of its own, not at the end of the unfinished line."""
+    """A stream that is cut within an event ends with an error event of its own, not at the end of the unfinished line."""
 
     async def script(peer: Peer, _: Message) -> None:
         await peer.send(SSE_HEAD + app.chunk(EVENT) + app.chunk(EVENT[:cut_off]))
         peer.close()
         await peer.gone()
 
-    async with Upstream(script) as one, Running(controller("a", one.url)) as server:
+    async with Upstream(script) as upstream, Running(controller("a", upstream.url)) as server:
         client = await server.open()
         await client.post("m", stream=True)
-        found = await client.closed()
+        received = await client.closed()
         client.close()
-    assert found.count(b'"error"') == 1 and b"0\r\n\r\n" not in found
-    body = b"".join(re.findall(rb"\r\n[0-9a-f]+\r\n(.*?)(?=\r\n[0-9a-f]+\r\n|\r\n\Z)", found, re.DOTALL))
-    assert [one for one in body.split(b"\n\n") if b'"error"' in one and not one.lstrip(b"\n").startswith(b'data: {"error":')] == []
+    assert received.count(b'"error"') == 1 and b"0\r\n\r\n" not in received
+    body = b"".join(re.findall(rb"\r\n[0-9a-f]+\r\n(.*?)(?=\r\n[0-9a-f]+\r\n|\r\n\Z)", received, re.DOTALL))
+    assert [part for part in body.split(b"\n\n") if b'"error"' in part and not part.lstrip(b"\n").startswith(b'data: {"error":')] == []
 
 
 def test_a_dribbled_head_costs_no_more_than_a_dribbled_body(stage: Stage) -> None:
-    """What has arrived of a head is not looked at again with every byte that follows: CPU time is linear in its size."""
+    """A head that comes in small pieces is not searched again from its start: CPU time is linear in its size."""
     tail, size = b"Connection: close\r\n", 30_000
-    head = get_status(tail + b"X: " + b"v" * size + b"\r\n")
-    body = get_status(tail + b"Content-Length: %d\r\n" % size) + b"v" * size
+    start = b"GET /status HTTP/1.1\r\nHost: localhost\r\n" + tail
+    head = start + b"X: " + b"v" * size + b"\r\n\r\n"
+    body = start + b"Content-Length: %d\r\n\r\n" % size + b"v" * size
     took = {}
     for name, raw in (("head", head), ("body", body)):
         began = time.process_time()
-        found, _ = stage.ask(cut_at(raw, range(0, len(raw), 3)))
+        received, _ = stage.ask(cut_at(raw, range(0, len(raw), 3)))
         took[name] = time.process_time() - began
-        assert [status for status, _, _ in read_answers(found)] == [200], name
+        assert [status for status, _, _ in read_answers(received)] == [200], name
     assert took["head"] < 3 * took["body"]
-
-
-def get_status(fields: bytes) -> bytes:
-    """A request for the status."""
-    return b"GET /status HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n"
-
-
-@pytest.mark.parametrize("ending", ["close", "stay"])
-async def test_a_reply_that_comes_before_the_request_was_read(ending: str) -> None:
-    """An early answer is the client's; a connection on which the request is not sent whole carries no other request."""
-    connections: list[int] = []
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connections.append(len(connections))
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            if int(re.findall(rb"Content-Length: ([0-9]+)", head)[0]) < 1000:
-                writer.write(json_reply(200, ANSWER))
-                await reader.read()
-                return
-            writer.write(error_reply(422, "early", "too long for me"))
-            if ending == "close":
-                writer.write_eof()
-            else:
-                await done.wait()
-            while await reader.read(1 << 20):
-                pass
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.transport.abort()
-
-    done = asyncio.Event()
-    upstream = await asyncio.start_server(serve, "127.0.0.1", 0)
-    url, timeouts = "http://127.0.0.1:%d/v1" % upstream.sockets[0].getsockname()[1], {"first_byte": 1}
-    async with Running(controller("a", url, timeouts=timeouts)) as server:
-        found = await server.post("m", messages=[{"role": "user", "content": "x" * 12_000_000}])
-        assert found.status == 422 and found.json()["error"]["code"] == "early"
-        again = await server.post("m")
-        done.set()
-        assert again.status == 200 and again.json() == ANSWER and len(connections) == 2
-    upstream.close()

@@ -13,9 +13,10 @@ import chatgpt_apiserver as app
 from .support import Running
 
 WIRE = Path(__file__).parent / "wire"
-# What follows each message of the corpus: after a good one it must be answered, after a bad one it must not be seen.
+# Sent after each message of the corpus: after a good one it must be answered, after a bad one it must not be seen.
 FOLLOW = b"GET /v1/wire-follow HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 TURNS = 3  # of the loop, after which what one socket of it has sent has been read and handled by another
+LEAVE_TURNS = 60  # after which even a relayed request has been answered
 WAIT_S = 10.0  # real time that one exchange may take
 BODY_LIMIT = 33_554_432
 HOW = ("whole", "byte", "line", "random")
@@ -27,23 +28,23 @@ Answer = tuple[int, dict[str, str], bytes]  # status, fields with lower-case nam
 
 
 def corpus(folder: str) -> list[str]:
-    """The names, below tests/wire, of a folder's messages."""
+    """Return the names, below tests/wire, of a folder's messages."""
     return sorted(path.relative_to(WIRE).as_posix() for path in (WIRE / folder).glob("*.http"))
 
 
 def message(name: str) -> bytes:
-    """The raw bytes of a message."""
+    """Return the raw bytes of a message."""
     return (WIRE / name).read_bytes()
 
 
 def cut_at(data: bytes, places: Iterable[int]) -> list[bytes]:
-    """`data` cut before each of the places."""
+    """Cut `data` before each of the places."""
     edges = [0, *sorted({place for place in places if 0 < place < len(data)}), len(data)]
     return [data[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def cut(data: bytes, how: str, seed: int | str = 0) -> list[bytes]:
-    """`data` in one of the ways to cut it; what is long is cut by byte only where something ends."""
+    """Cut `data` in one way; long data is cut by byte only near line ends."""
     if how == "whole":
         return [data]
     line_ends = [match.end() for match in re.finditer(rb"[\r\n]", data)]
@@ -60,7 +61,7 @@ def cut(data: bytes, how: str, seed: int | str = 0) -> list[bytes]:
 
 
 def take_head(data: bytes, pieces: Iterator[bytes]) -> bytes:
-    """`data` with as many of the pieces as complete a head, or all of them."""
+    """Return `data` with as many of the pieces as complete a head, or all of them."""
     start = 0
     while data.find(b"\r\n\r\n", start) < 0 and (piece := next(pieces, b"")):
         start = max(0, len(data) - 3)
@@ -69,7 +70,7 @@ def take_head(data: bytes, pieces: Iterator[bytes]) -> bytes:
 
 
 def take_body(decoder: app.Decoder, data: bytes, pieces: Iterator[bytes]) -> tuple[bytes, bytes, bool]:
-    """What a decoder makes of `data` and the pieces: the body, what came after it, and whether it is whole."""
+    """Decode `data` and the pieces: return the body, the bytes after it, and whether it is complete."""
     body = b""
     while not decoder.done:
         if data:
@@ -79,11 +80,11 @@ def take_body(decoder: app.Decoder, data: bytes, pieces: Iterator[bytes]) -> tup
             data = next(pieces, b"")
             if not data:
                 return body, b"", decoder.feed_eof()
-    return body, decoder.rest + data, True
+    return body, decoder.surplus + data, True
 
 
 def each_request(pieces: Iterable[bytes], limit: int = BODY_LIMIT) -> Iterator[Request]:
-    """The whole requests that the pieces hold, by the pure parser. Raises what it raises."""
+    """Yield the complete requests in the pieces, by the pure parser. Raises its errors."""
     left, data = iter(pieces), b""
     while True:
         data = take_head(data, left)
@@ -92,22 +93,22 @@ def each_request(pieces: Iterable[bytes], limit: int = BODY_LIMIT) -> Iterator[R
         end = data.find(b"\r\n\r\n")
         if end < 0:
             return
-        head = app.parse_request_head(data[: end + 4], app.FIELD_COUNT)
+        head = app.parse_request_head(data[: end + 4])
         decoder, data, body, whole = app.request_body_decoder(head, limit), data[end + 4 :], b"", True
         if decoder is not None:
             body, data, whole = take_body(decoder, data, left)
         if not whole:
             return
-        yield head.method, head.target, head.minor, body
+        yield head.method, head.target, head.http_minor, body
 
 
 def read_requests(pieces: Iterable[bytes]) -> list[Request]:
-    """All of `each_request`."""
+    """Return the requests of `each_request`."""
     return list(each_request(pieces))
 
 
 def read_reply(pieces: Iterable[bytes], method: str = "POST") -> tuple[int, bytes, bytes]:
-    """Status, body and what follows of the reply that the pieces hold, by the pure parser. Raises what it raises."""
+    """Return status, body and the bytes after the reply in the pieces, by the pure parser. Raises its errors."""
     left, data = iter(pieces), b""
     while True:
         data = take_head(data, left)
@@ -118,7 +119,7 @@ def read_reply(pieces: Iterable[bytes], method: str = "POST") -> tuple[int, byte
         if head.status >= 200:
             break
         if head.status == 101:
-            raise app.BadReply("nobody asked to switch")
+            raise app.BadReply("the protocol was not to be switched")
     body, rest, whole = take_body(app.reply_body_decoder(head, method), data, left)
     if not whole:
         raise app.UpstreamClosed("no whole body")
@@ -131,13 +132,13 @@ ANSWER_HEAD = re.compile(
 
 
 def split_answers(data: bytes, methods: Iterable[str] = ()) -> tuple[list[Answer], bytes]:
-    """The server's whole final answers at the beginning of `data`, and what follows; `methods` are those asked with."""
+    """Return the server's complete final answers at the beginning of `data`, and the bytes after them."""
     asked = iter(methods)
-    found: list[Answer] = []
+    answers: list[Answer] = []
     while True:
         head, end, rest = data.partition(b"\r\n\r\n")
         if not end:
-            return found, data
+            return answers, data
         parsed = ANSWER_HEAD.match(head.decode("latin-1") + "\r\n\r\n")
         assert parsed, head
         status = int(parsed[1])
@@ -151,14 +152,14 @@ def split_answers(data: bytes, methods: Iterable[str] = ()) -> tuple[list[Answer
                 length = int(fields.get("content-length", "-1"))
                 taken = dechunk(rest) if length < 0 else (rest[:length], rest[length:]) if len(rest) >= length else None
                 if taken is None:
-                    return found, data
+                    return answers, data
                 body, rest = taken
-            found.append((status, fields, body))
+            answers.append((status, fields, body))
         data = rest
 
 
 def dechunk(data: bytes, strict: bool = True) -> tuple[bytes, bytes] | None:
-    """The body and what follows it; None while it is not whole, or then what there is of it unless `strict`."""
+    """Return a chunked body and the bytes after it; of an incomplete one None, or the part so far unless `strict`."""
     body = b""
     while True:
         line, end, rest = data.partition(b"\r\n")
@@ -173,20 +174,25 @@ def dechunk(data: bytes, strict: bool = True) -> tuple[bytes, bytes] | None:
 
 
 def read_answers(data: bytes, methods: Iterable[str] = ()) -> list[Answer]:
-    """The server's final answers, all of them whole."""
-    found, rest = split_answers(data, methods)
+    """Return the server's final answers, which must be all of `data`."""
+    answers, rest = split_answers(data, methods)
     assert not rest, rest[:200]
-    return found
+    return answers
 
 
 async def turns(count: int = TURNS) -> None:
-    """Let the other side of a loopback connection do what it does with what was sent."""
+    """Let the other side of a loopback connection handle what was sent."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
+def pooled(running: Running) -> tuple[int, int]:
+    """Return the numbers of idle and of active upstream connections."""
+    return running.server.links.idle_count, len(running.server.links.active)
+
+
 async def trickle(transport: asyncio.WriteTransport, pieces: list[bytes], stop: Callable[[], bool]) -> None:
-    """Send the pieces one after the other, each handled before the next leaves; end early once `stop` says so."""
+    """Send the pieces one after the other, each handled before the next is sent; end early if `stop()` is true."""
     for piece in pieces:
         if stop() or transport.is_closing():
             return
@@ -196,7 +202,7 @@ async def trickle(transport: asyncio.WriteTransport, pieces: list[bytes], stop: 
 
 
 class Collector(asyncio.Protocol):
-    """A client that keeps all it hears, also when the connection is reset."""
+    """A client that collects all bytes, also when the connection is reset."""
 
     def __init__(self) -> None:
         self.heard = bytearray()
@@ -214,11 +220,12 @@ class Collector(asyncio.Protocol):
 
 
 async def talk(port: int, pieces: list[bytes], leave: bool = False) -> bytes:
-    """All that a server answers to the pieces before it closes; `leave`: the client sends its FIN after them."""
+    """Return all bytes that a server answers before it closes; `leave`: the client sends its FIN once they are answered."""
     async with asyncio.timeout(WAIT_S):
         transport, client = await asyncio.get_running_loop().create_connection(Collector, "127.0.0.1", port)
         try:
             await trickle(transport, pieces, client.over.done)
+            await turns(LEAVE_TURNS if leave else 0)
             if leave and not client.over.done():
                 transport.write_eof()
             await client.over
@@ -228,7 +235,7 @@ async def talk(port: int, pieces: list[bytes], leave: bool = False) -> bytes:
 
 
 class Stage:
-    """A server in a loop of its own that turns only while a test waits for something: cheap, as debug mode is off."""
+    """A server in a loop that runs only while a test waits for it; without asyncio's debug mode, so it is fast."""
 
     def __init__(self, *controllers: dict[str, Any], **more: Any) -> None:
         self.runner = asyncio.Runner(loop_factory=asyncio.SelectorEventLoop)
@@ -246,7 +253,7 @@ class Stage:
         self.runner.close()
 
     def run(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """Turn the loop until `work` is done."""
+        """Run the loop until `work` is done."""
 
         async def main() -> Result:
             return await work()
@@ -254,16 +261,16 @@ class Stage:
         return self.runner.run(main())
 
     def ask(self, pieces: list[bytes], leave: bool = False) -> tuple[bytes, str]:
-        """What the server answers to the pieces until it closes, and the access lines it writes for that."""
+        """Return the server's answer to the pieces until it closes, and its access lines."""
 
         async def work() -> bytes:
-            found = await talk(self.running.port, pieces, leave)
+            received = await talk(self.running.port, pieces, leave)
             while self.running.server.connections:
                 await asyncio.sleep(0)
             await turns()
-            return found
+            return received
 
         self.running.lines.clear()
-        found = self.run(work)
+        received = self.run(work)
         self.running.server.access.flush()
-        return found, "".join(self.running.lines)
+        return received, "".join(self.running.lines)
