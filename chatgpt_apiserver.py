@@ -5376,7 +5376,8 @@ class Relay:
         """
         pool, request, verdict = self.pool, trip.request, trip.verdict
         too_long = verdict.outcome is Outcome.CLIENT and verdict.too_long
-        if not (too_long or verdict is ABANDONED or may_retry(verdict, request)):
+        unfit_fallback = trip.models is not None and verdict.outcome is Outcome.CLIENT
+        if not (too_long or unfit_fallback or verdict is ABANDONED or may_retry(verdict, request)):
             return False
         if trip.models is None:
             fallbacks = pool.context_fallbacks if too_long else pool.fallbacks
@@ -5430,8 +5431,10 @@ class Relay:
             trip.note(attempt)
             self._drop_removed(trip)
             if not trip.hedged and not may_retry(attempt.verdict, request):
-                # It may have run. A 429 from before would make the client send it a second time.
-                trip.refusals, trip.full = trip.refusals[-1:] if attempt.head is not None else [], None
+                # It may have run. A 429 from before would make the client send it a second time. But what a fallback
+                # says of the request does not replace what was said of the model asked for.
+                if trip.models is None or attempt.verdict.outcome is not Outcome.CLIENT:
+                    trip.refusals, trip.full = trip.refusals[-1:] if attempt.head is not None else [], None
                 return None
 
     async def _attempt(self, attempt: Attempt, trip: Trip) -> None:
@@ -5704,7 +5707,8 @@ class Relay:
         # What was said of the model asked for counts more than what a fallback said; the last of equals is the truest.
         asked = trip.refusals[0].model if trip.refusals else ""
         best = max(trip.refusals[::-1], key=lambda one: (one.model == asked, usefulness(one.verdict)), default=None)
-        if trip.full is None and best is not None and best.verdict.outcome is Outcome.RATE:
+        limited = best is not None and best.verdict.outcome is Outcome.RATE
+        if trip.full is None and limited and request.model == asked:
             # That 429 was waited out. What came then is the answer: the last refusal, or an error without a reply.
             best = trip.refusals[-1] if trip.verdict is trip.refusals[-1].verdict else None
         outcome = Outcome.RATE if best is None else best.verdict.outcome

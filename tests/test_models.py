@@ -213,3 +213,19 @@ async def test_a_fallback_may_have_another_api() -> None:
         assert not one.seen and two.seen[0].json()["n"] == 2
         assert (await server.post("m-1")).headers["x-apiserver-model"] == "m-1 -> m-2"
         assert len(one.seen) == 1 and asked(two) == ["m-2", "m-2"]
+
+
+@pytest.mark.parametrize(("reply", "status"), [((429, "rate_limit_exceeded"), 429), ((503, "overloaded"), 503)])
+@pytest.mark.parametrize("others", [["n"], ["n", "o"]])
+async def test_what_a_fallback_refuses_is_not_the_answer(reply: tuple[int, str], status: int, others: list[str]) -> None:
+    """A fallback that cannot take the request hides neither the refusal of the model asked for nor the next fallback."""
+
+    async def script(peer: Peer, message: Message) -> None:
+        model = message.json()["model"]
+        refusal = error_reply(*reply, "x", "Retry-After: 50") if model == "m" else error_reply(400, "unsupported_parameter")
+        await peer.send(json_reply(200, ANSWER) if model == "o" else refusal)
+
+    async with Upstream(script) as one:
+        pool = {"max_wait": 1, "fallbacks": {"m": others}}
+        async with Running(controller("a", one.url), pool=pool) as server:
+            assert (await server.post("m")).status == (200 if "o" in others else status)
