@@ -3626,7 +3626,7 @@ class Outcome(enum.Enum):
 
 
 # Facts about an account, not about the request: an early retry is no use (the official SDKs obey x-should-retry).
-LASTING = frozenset((Outcome.LARGE, Outcome.QUOTA, Outcome.AUTH, Outcome.FORBIDDEN, Outcome.BARRED, Outcome.MISSING))
+LASTING = frozenset(map(Outcome, "large quota auth forbidden barred missing".split()))
 # When every controller failed, the client gets the error that stands last here.
 USEFULNESS = tuple(map(Outcome, "barred forbidden auth missing fault quota rate large client".split()))
 # The account is out of credit: waiting does not help, another account may. The last are Zhipu's and DashScope's.
@@ -3754,9 +3754,6 @@ def retry_after(index: Index, message: str, body: bytes, wall_s: float) -> float
     return parse_duration(hint.group(1)) if seconds is None and hint else seconds
 
 
-# -- what a reply means
-
-
 def error_words(body: bytes) -> tuple[str, str]:
     """Return code (or type) and message of an error body in any of the shapes that providers send; "" if missing."""
     try:
@@ -3781,11 +3778,10 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
 
     A request of more than the whole limit would be refused for ever: its outcome is LARGE, and waiting is no use.
     """
-    message = verdict.message
-    verdict.by_tokens = code == "tokens" or "tokens per" in message or "(TPM)" in message
-    name = re.search(r"\(for limit ([^)\s]{1,128})\)", message)
+    verdict.by_tokens = code == "tokens" or re.search(r"tokens per|\(TPM\)", verdict.message) is not None
+    name = re.search(r"\(for limit ([^)\s]{1,128})\)", verdict.message)
     verdict.bucket = name.group(1) if name else ""
-    amounts = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", message)
+    amounts = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", verdict.message)
     if amounts:
         limit, verdict.requested = (int(amount.replace(",", "") or 0) for amount in amounts.groups())
         if verdict.requested > limit > 0:
@@ -3795,16 +3791,11 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
 def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[str], wall_s: float) -> Verdict:
     """Return what an error means for a request to a model."""
     code, message = error_words(body)
-    outcome = next(
-        rule.outcome
-        for rule in RULES
-        if status in rule.statuses
-        and (
-            not (rule.codes or rule.words)
-            or (code in rule.codes and not (rule.outcome is Outcome.QUOTA and code in rate_codes))
-            or (rule.words and re.search(rule.words, message))
-        )
-    )
+    for outcome, statuses, codes, words in RULES:
+        has_code = code in codes and not (outcome is Outcome.QUOTA and code in rate_codes)
+        has_words = words and re.search(words, message)
+        if status in statuses and (has_code or has_words or not (codes or words)):
+            break
     verdict = Verdict(outcome, status, message)
     verdict.too_long = code in TOO_LONG_CODES or TOO_LONG_WORDS.search(message) is not None
     if outcome in (Outcome.RATE, Outcome.FAULT):
@@ -3932,7 +3923,7 @@ def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance
     return allowances[0], allowances[1]
 
 
-_COUNT = re.compile(rb"\s*:\s*(\d{1,12})")
+_COUNT = re.compile(rb'"(total|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
 
 
 def used_tokens(tail: bytes, cache_free: bool = False) -> tuple[int, int]:
@@ -3942,37 +3933,30 @@ def used_tokens(tail: bytes, cache_free: bool = False) -> tuple[int, int]:
     the prompt cache do not count.
     """
     at = tail.rfind(b'"usage"')
-
-    def count(name: bytes) -> int:
-        start = tail.find(name, at)
-        number = _COUNT.match(tail, start + len(name)) if start >= 0 else None
-        return int(number.group(1)) if number else 0
-
-    if at < 0:
-        return 0, 0
-    answer = count(b'"completion_tokens"') or count(b'"output_tokens"')
-    total = count(b'"total_tokens"') or count(b'"input_tokens"') + answer
-    return total - (count(b'"cached_tokens"') if cache_free else 0), answer
+    counts: dict[bytes, int] = {}
+    for name, number in _COUNT.findall(tail, at) if at >= 0 else ():
+        counts.setdefault(name, int(number))
+    answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
+    total = counts.get(b"total", 0) or counts.get(b"input", 0) + answer
+    return total - (counts.get(b"cached", 0) if cache_free else 0), answer
 
 
 # ==== 11. Quotas and health ====
 # What is known of an account: what it may still be sent, and whether it works. Pure arithmetic: `now` is the loop's
-# clock and always passed in; nothing here waits or knows HTTP. Two mechanisms carry all of it.
+# clock and always passed in; nothing here waits or knows HTTP.
 #
 # A *limit* says when an amount may be sent (`opens_at`), charges it (`take`), and later learns when it was sent
-# (`sent`) and what it really cost (`correct`; 0 gives it back). There are two:
-#   - A *bucket* follows what replies report. Providers keep leaky buckets that refill all the time, and a reply says
-#     what was left when its own request was admitted; others were sent since. So the bucket is a model that is charged
-#     at each sending and refilled by the clock; a reply is compared with what the model expected of *it*, and moves the
-#     model by the difference. Whatever is under way is counted exactly once, in whatever order replies come.
-#   - A *window* is a configured limit: at most so much in any sliding minute, counted exactly.
-# Providers count per model, so a *quota* (an account, or several that share a `quota_group`) has a *ledger* of limits
-# for each model; only requests at once and credit belong to the quota as a whole. A request is charged when it gets its
-# *lease*, before it is sent: ten requests that decide at once must not all see the same last place.
+# (`sent`) and what it really cost (`correct`; 0 gives it back). A *window* is a configured limit, counted exactly. A
+# *bucket* follows what replies report: providers keep leaky buckets that refill all the time, and a reply says what was
+# left when its own request was admitted; others were sent since. So the bucket is a model, charged at each sending and
+# refilled by the clock; a reply is compared with what the model expected of *it*, and moves the model by the
+# difference. Whatever is under way is counted exactly once, in whatever order replies come.
 #
-# A *gate* is shut for a time that doubles at each relapse; then one request, the probe, finds out. There is one for a
-# controller's health, one for a quota's credit, and one for a model that an account may lack. A *candidate* is one
-# controller for one model.
+# Providers count per model, so a *quota* (an account, or several that share a `quota_group`) has a *ledger* of limits
+# for each. A request is charged when it gets its *lease*, before it is sent: ten that decide at once must not all see
+# the same last place. A *gate* is shut for a time that doubles at each relapse; then one request, the probe, finds out.
+# There is one for a controller's health, one for a quota's credit, and one for a *candidate*, a controller for one
+# model.
 
 NEVER = math.inf
 MEMORY_MODELS = 256  # models that are remembered; clients choose the names
@@ -4023,9 +4007,9 @@ class Bucket:
     `shift` is the sum of all corrections by replies. A receipt keeps the level right after its own charge, less the
     shift of that time; so a reply is compared with what was expected of it, and each error is corrected once.
 
-    As long as no reply reported a `limit` it refuses nothing (`rate` 0) and only counts, below zero. `most`: no larger
-    `size` is believed, since 429s came early. `threshold`: half of the rate that was refused last, during slow start
-    (TCP's ssthresh). `newest`: the serial of the latest request that a reply told of; `known_at`: when the first did.
+    Before a reply reported a `limit` it refuses nothing (`rate` 0) and only counts, below zero. `most`: no larger
+    `size` is believed. `threshold`: half of the rate that was refused last, during slow start (TCP's ssthresh).
+    `newest`: the serial of the latest request that a reply told of; `known_at`: when the first did.
     """
 
     def __init__(self, by_tokens: bool, now: float = 0.0) -> None:
@@ -4035,7 +4019,7 @@ class Bucket:
         self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
 
     def level_at(self, now: float) -> float:
-        """Return what may be taken at `now`."""
+        """Return what may be taken."""
         return min(self.level + (now - self.at) * self.rate, self.size)
 
     def opens_at(self, amount: float, now: float) -> float:
@@ -4078,8 +4062,7 @@ class Bucket:
             self.limit, self.rate = told.limit, told.limit / WINDOW_S
             self.size = min(told.limit, self.most)
         # What was sent before the first reply was charged to a model that had no rate yet, and did not refill.
-        if sent_at < self.known_at:
-            expected -= (self.known_at - sent_at) * self.rate
+        expected -= max(0.0, self.known_at - sent_at) * self.rate
         # `expected` was less the shift of its time: with today's it is what the model of today would have said then, so
         # what replies in between have corrected already is no error any more.
         error = left - expected - self.shift
@@ -4129,12 +4112,10 @@ class Bucket:
 
 
 class Window:
-    """A configured limit: at most `limit` in any `span_s` seconds; a counter that starts anew would let twice that
-    pass.
+    """A configured limit: at most `limit` in any `span_s` seconds; a counter that starts anew would let twice that.
 
-    A charge that is not sent yet counts in `total` but is not queued: its time starts when it is sent. `burst`: it
-    stands beside a minute's window. A burst of 1.67 requests a second would become one a second, so there as many as
-    fit may go in the time that these are worth: one each 0.6 s.
+    A charge that is not sent yet counts in `total` but is not queued: its time starts when it is sent. `burst`: of a
+    minute's window, as many as fit may go in the time that these are worth, so 1.67 a second are one each 0.6 s.
     """
 
     def __init__(self, by_tokens: bool, limit: float, span_s: float, burst: bool = False) -> None:
@@ -4212,18 +4193,13 @@ class Ledger:
 
     @property
     def limited(self) -> bool:
-        """Whether some limit is known."""
+        """Whether a limit is known."""
         return any(limit.limit for limit in self.limits)
-
-    @property
-    def counts_tokens(self) -> bool:
-        """Whether it matters here how many tokens an answer took."""
-        return any(limit.limit for limit in self.limits if limit.by_tokens)
 
     def opens_at(self, need: float, now: float) -> float:
         """Return when a request of `need` tokens may be sent; 0 for now."""
-        opens = max([limit.opens_at(need if limit.by_tokens else 1.0, now) for limit in self.limits])
-        opens = max([opens, *(until for least, until in self.closed if need >= least)])
+        openings = [limit.opens_at(need if limit.by_tokens else 1.0, now) for limit in self.limits]
+        opens = max(openings + [until for least, until in self.closed if need >= least])
         return opens if opens > now else 0.0
 
     def take(self, need: float, now: float) -> list[tuple[Bucket | Window, Receipt]]:
@@ -4261,9 +4237,9 @@ class Ledger:
         One about tokens closes for requests at least as large as the one it refused: smaller ones may fit. `under_way`:
         its request already was at the last 429, so this is no second refusal: a burst that is refused doubles once.
         """
-        after_s, bucket = verdict.after_s, self.buckets[verdict.by_tokens]
+        after_s, bucket, amount = verdict.after_s, self.buckets[verdict.by_tokens], need if verdict.by_tokens else 1.0
         if after_s is None and bucket.limit:
-            after_s = max(0.0, bucket.opens_at(need if verdict.by_tokens else 1.0, now) - now) or None
+            after_s = max(0.0, bucket.opens_at(amount, now) - now) or None
         # "Now" (0, or a date that has passed, by our clock) may be rounded down once; again and again it is no time.
         if not (under_way and self.closed_for):
             bounds = CLOSED_S if after_s is None else (CLOSED_MIN_S, CLOSED_S[0])
@@ -4278,10 +4254,7 @@ class Ledger:
         self.closed.append((least, until))
 
     def halve_burst(self) -> None:
-        """Halve the burst after a 429 that came while there should have been room: Azure judges slices of 1 or 10 s.
-
-        A counter of minutes meets such 429s for ever; a cap on requests at once would waste the quota.
-        """
+        """Halve the burst after a 429 that came while there should have been room: Azure judges slices of 1 or 10 s."""
         self.burst_s = max(self.burst_s / 2, 1.0)
         self._list_limits()
         for bucket in self.buckets:
@@ -4294,13 +4267,7 @@ class Ledger:
 FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
 # How long a gate is shut, by reason, in seconds: the first time, and the end of doubling. An overload is over in
 # seconds, a refused key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
-BACKOFF_S = {
-    FAILING: (2.0, 60.0),
-    REFUSED: (30.0, 3600.0),
-    SILENT: (1.0, 60.0),
-    NO_CREDIT: (300.0, 3600.0),
-    NO_MODEL: (600.0, 600.0),
-}
+BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600), NO_MODEL: (600, 600)}
 
 
 class Gate:
@@ -4311,16 +4278,13 @@ class Gate:
     """
 
     def __init__(self, name: str = "") -> None:
-        self.name, self.reason = name, ""
-        self.until = self.out_since = self.shut_at = 0.0
+        self.name, self.reason, self.until, self.out_since, self.shut_at = name, "", 0.0, 0.0, 0.0
         self.probe: Lease | None = None
         self.backoff_s: dict[str, float] = {}
 
     def opens_at(self, now: float) -> float:
         """Return when a request may pass: 0 for now, NEVER where only another request's end tells."""
-        if not self.reason:
-            return 0.0
-        if self.until > now:
+        if not self.reason or self.until > now:
             return self.until
         return 0.0 if self.probe is None else NEVER
 
@@ -4390,7 +4354,7 @@ def model_patterns(names: Iterable[str]) -> re.Pattern[str]:
 
 
 def unusual_s(times: Iterable[float], share: float) -> float:
-    """Return three times the value that `share` of `times` do not exceed. A mean would follow the many short ones."""
+    """Return three times the value that `share` of `times` do not exceed."""
     ordered = sorted(times)
     return 3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -4467,7 +4431,6 @@ class Upstream:
             gate.open(now)
             gate.backoff_s.clear()
         self.recent.clear()
-        self.refusals.clear()
 
     def learn(self, lease: "Lease", verdict: Verdict, now: float) -> None:
         """Learn from an attempt that failed (README's table, third column)."""
@@ -4484,7 +4447,6 @@ class Upstream:
             if gate.probe is lease or (gate.counts(lease) and self.refusals[outcome] >= REFUSALS[outcome]):
                 gate.shut(REFUSED, now, why)
         elif outcome in (Outcome.FAULT, Outcome.CONNECT, Outcome.SILENT, Outcome.CUT):
-            self.failures += 1
             self._fail(lease, verdict, now, why)
         elif self.hedged >= SUSPECT_COUNT and gate.counts(lease):
             # Where little is asked, no three requests are ever stuck at once, so those that were hedged one by one
@@ -4497,28 +4459,29 @@ class Upstream:
 
     def _fail(self, lease: "Lease", verdict: Verdict, now: float, why: str) -> None:
         """Count a failure: the breaker needs a number and a share, so one in a hundred never opens it."""
+        self.failures += 1
         self.recent.append((now, True))
         # Old outcomes do not count: a controller with one request a minute needs no breaker.
         fresh = [failed for at, failed in self.recent if now - at <= BREAKER_WITHIN_S]
         many = sum(fresh) >= BREAKER_FAILURES and 2 * sum(fresh) >= len(fresh)
         if self.gate.probe is lease or (many and self.gate.counts(lease)):
             self.gate.shut(FAILING, now, why)
-        # It named a time itself: that is no relapse, and needs no probe.
-        until = now + min(verdict.after_s or 0.0, CLOSED_MAX_S)
-        if self.gate.reason and until > now:
-            self.gate.until = max(self.gate.until, until)
-        elif until > now:
-            self.gate.shut(BUSY, now, why, until - now)
+        if verdict.after_s:  # it named a time itself: that is no relapse, and needs no probe
+            for_s = min(verdict.after_s, CLOSED_MAX_S)
+            if not self.gate.reason:
+                self.gate.shut(BUSY, now, why, for_s)
+            self.gate.until = max(self.gate.until, now + for_s)
 
     def is_busy(self, now: float) -> bool:
         """Return whether it said when it will have time again."""
         return self.gate.reason == BUSY and self.gate.until > now
 
     def is_silent(self, now: float) -> bool:
-        """Return whether its silence is far beyond the usual: of three requests sent since its last answer, or a probe.
+        """Return whether three requests that were sent since its last answer, or a probe, are silent for unusually
+        long.
 
-        A request that was sent before that answer is slow and not stuck: it does not hide that all others are, and as
-        long as it was silent then, others of its model and kind may be.
+        A request that was sent before that answer is slow and not stuck. As long as it was silent then, others of its
+        model and kind may be.
         """
         since, probe = self.answered_at, self.gate.probe
         asked = [lease for lease in self.unanswered if lease.sent_at > since and self.gate.counts(lease)]
@@ -4636,14 +4599,14 @@ class Lease:
 
 # ==== 12. Balancing ====
 # Which controller gets a request, and in which order requests wait. The pool knows no connection and no head, only
-# leases and verdicts; its clock, its chance and its timers are passed in.
+# leases and verdicts; its clock and its timers are passed in.
 #
 # A request asks for a *lease*. The pool takes the candidates that are open (section 11) and that this round has not
 # tried, and the *policy* chooses one; long conversations prefer the one whose prompt cache knows them. When none has
 # room, the request stands in the *line* of its model: first come, first served, and never behind a waiter for another
-# model. The line is not polled. Every lease that ends, every answer and every known reopening runs `pump`, which hands
-# out as many leases as there are places, to the first in line; a request that comes meanwhile does not overtake them. A
-# request that cannot be served in time is refused at once, with the time to come again.
+# model. The line is not polled: each lease that ends, each answer and each known reopening runs `pump`, which hands out
+# as many leases as there are places. A request that cannot be served in time is refused at once, with the time to come
+# again.
 
 TOKENS_ANSWER = 500  # an answer is taken to need this much while nothing is known of the model
 MODEL_NAME_CHARS = 256  # longer names are not cached
@@ -4825,7 +4788,7 @@ class UpstreamPool:
         def find(name: str) -> list[Candidate]:
             return [upstream.candidate(name) for upstream in self.upstreams if not name or upstream.serves(name)]
 
-        # Clients choose the names: neither their number nor their length may fill the memory.
+        # Clients choose the names: long ones must not fill the memory.
         serving = recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
         if not serving:
             names = ", ".join(sorted({name for upstream in self.upstreams for name in upstream.config.models}))[:1000]

@@ -1,5 +1,6 @@
 """Which controller gets a request: policies, models, leases, the last resort, hedges, client quotas."""
 
+import functools
 import itertools
 import random
 from collections import Counter
@@ -290,6 +291,30 @@ def test_a_hedge_is_no_last_resort() -> None:
 
 
 # -- silence and hedges
+
+
+def test_at_most_ten_hedges_a_minute() -> None:
+    """A hedge may be billed twice, so there is a budget; a minute later there are ten again."""
+    clock = Clock()
+    pool = pool_of(upstreams(1), clock=clock, rescue_after=2.0)
+    asked: list[float] = []
+
+    def hedge(stuck: app.Lease) -> bool:
+        stuck.stuck = None
+        asked.append(clock.now)
+        return True
+
+    for start in (0, 61):
+        clock.now = T0 + start
+        for _ in range(15):
+            found = take(pool)
+            found.stuck = functools.partial(hedge, found)
+            found.sent(clock.now)
+        for step in range(20):
+            clock.move_to(T0 + start + step / 4)
+        for found in list(pool.upstreams[0].unanswered):
+            pool.settle(found, app.Verdict(app.Outcome.GONE))
+    assert len([at for at in asked if at < T0 + 60]) == 10 == len([at for at in asked if at > T0 + 60])
 
 
 @pytest.mark.parametrize(

@@ -100,20 +100,6 @@ def test_a_bucket_refills_at_its_limit_per_minute() -> None:
     assert bucket.opens_at(1000, T0 + 65.01) == 0
 
 
-def test_an_older_reply_never_overwrites_a_newer_one() -> None:
-    """Replies arrive in any order; the one whose request was sent last is believed."""
-    chance = random.Random(3)
-    for _ in range(300):
-        bucket, newest = app.Bucket(False, T0), -1
-        for serial in chance.sample(range(20), 20):
-            before = (bucket.level, bucket.limit)
-            rebase(bucket, told(100, serial), serial)
-            if serial < newest:
-                assert (bucket.level, bucket.limit) == before
-            newest = max(newest, serial)
-            assert bucket.level == newest
-
-
 def test_reset_tells_what_remaining_rounds_down() -> None:
     """`remaining` is a whole number; the time until the bucket is full tells the fraction, never more than that."""
     bucket = app.Bucket(False, T0)
@@ -246,15 +232,6 @@ def test_what_was_never_sent_is_given_back_whole(seed: int) -> None:
                     assert one.ledger.tokens.level_at(T0) == 50_000 - sum(made.need for made in later)
 
 
-def test_usage_corrects_where_nothing_is_reported() -> None:
-    """The true cost replaces the estimate."""
-    one = candidate(tpm=1000)
-    made = lease(one, need=900)
-    assert not is_open(one, need=200)
-    made.correct(100, T0)
-    assert is_open(one, need=900) and not is_open(one, need=901)
-
-
 @pytest.mark.parametrize(("halvings", "most"), [(1, 300), (2, 150)])
 def test_a_halved_bucket_stays_halved(halvings: int, most: int) -> None:
     """After early 429s no more goes at once, whatever a reply says of the whole or the bucket had before."""
@@ -273,24 +250,13 @@ def test_a_halved_bucket_stays_halved(halvings: int, most: int) -> None:
 # -- configured limits
 
 
-def test_a_window_is_exact() -> None:
-    """The limit's last one goes, the next waits until the first is a window old."""
-    window = app.Window(False, 2, 60.25)
-    for at in (T0, T0 + 10):
-        assert window.opens_at(1, at) == 0
-        window.sent(window.take(1, at), at)
-    assert window.opens_at(1, T0 + 20) == T0 + window.span_s
-    assert window.opens_at(2, T0 + 20) == T0 + 10 + window.span_s
-    assert window.opens_at(50, T0 + 20) == T0 + 10 + window.span_s  # more than all of it goes when it is empty
-    assert window.opens_at(1, T0 + window.span_s) == 0
-
-
 def test_what_is_leased_but_not_sent_yet_holds_only_its_own_place() -> None:
     """A request that is connecting counts, but an older one leaves although it is queued behind it."""
     window = app.Window(False, 2, 60.0)
     connecting = window.take(1, T0)
     window.sent(window.take(1, T0), T0)
     assert window.opens_at(1, T0 + 1) == T0 + window.span_s
+    assert window.opens_at(50, T0 + 1) == T0 + 1 + window.span_s  # more than all of it goes when it is empty
     assert window.opens_at(1, T0 + 61) == 0
     assert window.opens_at(2, T0 + 61) == T0 + 61 + window.span_s  # at the earliest: it has not been sent yet
     window.correct(connecting, 0.0, T0 + 61)
@@ -331,9 +297,7 @@ def test_at_most_rpm_in_any_minute_and_a_burst_at_once(rpm: int, burst_s: float)
     ("limits", "needs", "a_minute"),
     [
         ({"rpm": 100, "burst_s": 1}, (1,), 100),
-        ({"rpm": 20, "burst_s": 1}, (1,), 20),
         ({"rpm": 1000, "burst_s": 0.5}, (1,), 1000),
-        ({"tpm": 60_000, "burst_s": 1}, (600,), 100),
         ({"tpm": 60_000, "burst_s": 1}, (300, 600), 133),
         ({"tpm": 60_000, "burst_s": 1}, (7000,), 8),
         ({"tpm": 60_000, "burst_s": 10}, (100, 4000, 700), 37),
@@ -521,14 +485,6 @@ def test_a_429_without_limits_starts_slowly() -> None:
         lease(one, T0 + 1.2)
 
 
-def test_slow_start_ends_when_limits_are_reported() -> None:
-    """A reply that reports what is left is better than a guess."""
-    one = candidate()
-    refuse(one, after_s=1.0)
-    lease(one, T0 + 1.0).learn(told(60, 30), None, T0 + 1.1)
-    assert one.ledger.requests.rate == 1.0 and is_open(one, T0 + 1.1)
-
-
 # -- gates: what puts a controller out, for how long, and what brings it back
 
 
@@ -620,26 +576,6 @@ def test_the_breaker_needs_five_failures_that_are_half(successes: int, failures:
     assert is_open(one)
     fail(one, "silent")
     assert not is_open(one) and one.upstream.failures == failures
-
-
-def test_old_failures_are_forgotten() -> None:
-    """Only outcomes of the last 30 s count."""
-    one = candidate()
-    for second in range(0, 40, 8):
-        fail(one, "fault", T0 + second)
-    assert is_open(one, T0 + 40)
-
-
-@pytest.mark.parametrize("reason", ["auth", "fault"])
-def test_other_failures_do_not_shorten_an_outage(reason: str) -> None:
-    """A breaker that would open meanwhile does not bring a refused key back sooner."""
-    one = candidate()
-    flying = [lease(one) for _ in range(7)]
-    for made in flying[:2]:
-        made.release(verdict("auth", 401), T0)
-    for made in flying[2:]:
-        made.release(verdict(reason), T0)
-    assert one.opens_at(1, T0) == T0 + 30
 
 
 def test_streams_that_begin_well_and_are_cut_open_the_breaker_for_longer_each_time() -> None:
@@ -777,15 +713,6 @@ def test_three_silent_requests_make_a_suspect(took_s: float, sent: tuple[float, 
     for at in sent:
         lease(one, T0 + at)
     assert silent_from(one, T0 + sent[-1]) == expected
-
-
-def test_an_answer_since_proves_life() -> None:
-    """While it answered anything after the oldest was sent, it is slow and not dead."""
-    one = candidate()
-    usual(one, 0.1)
-    flying = [lease(one, T0 + at) for at in range(4)]
-    flying[3].answered(T0 + 4)
-    assert not one.upstream.is_silent(T0 + 100)
 
 
 def test_one_slow_request_hides_no_hang() -> None:
