@@ -3714,8 +3714,10 @@ OK = Verdict(Outcome.OK, 200)
 # Go's durations, as OpenAI writes them (17ms, 7.66s, 6m0s), prose ("45 seconds"), or plain seconds, as Azure and
 # Retry-After have them. The counts bound what float() is given.
 _NUMBER = r"\d{1,12}(?:\.\d{1,9})?"
-_DURATION = rf"(?:{_NUMBER}\s?(?:[mnuµ]?s|[hm])[a-z]*\s?)+|{_NUMBER}"
-_DURATION_PART = re.compile(rf"({_NUMBER})\s?([mnuµ]?s|[hm]|)[a-z]*", re.ASCII | re.IGNORECASE)
+# `m` only where no `s` follows: else "1ms" could be read in two ways, and a long value in exponentially many.
+_UNIT = "[mnuµ]?s|m(?!s)|h"
+_DURATION = rf"(?:{_NUMBER}\s?(?:{_UNIT})[a-z]*\s?)+|{_NUMBER}"
+_DURATION_PART = re.compile(rf"({_NUMBER})\s?({_UNIT}|)[a-z]*", re.ASCII | re.IGNORECASE)
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
 # OpenAI: "try again in 1m2s"; Azure: "retry after 45 seconds"; Google: in the details of the error.
 _HINT = re.compile(rf'(?:try again in|retry after|retry in|"retryDelay":)\s*"?({_DURATION})', re.ASCII | re.IGNORECASE)
@@ -3967,9 +3969,8 @@ CLOSED_MAX_S = 600.0  # no 429 or 503 closes for longer without a probe
 CLOSED_S = (1.0, 30.0)  # for a 429 that names no time: the first one's, and the end of doubling
 CLOSED_MIN_S = 0.01  # for a 429 that says "now": not believed to the letter, and doubling while it is all that comes
 SLOW_PERIOD_S = 600.0  # a limit that takes longer than this to refill counts hours or days
-# Slow start: requests per second at which it ends, and while requests wait for it; growth near the rate that was
-# refused last; requests that may go at once.
-PACE_END, PACE_END_WAITING, PACE_STEP, PACE_BURST = 100.0, 1e4, 1.0625, 4.0
+# Slow start: requests per second at which it ends; growth near the rate that was refused; requests that may go at once.
+PACE_END, PACE_STEP, PACE_BURST = 1000.0, 1.0625, 4.0
 
 CachedT = TypeVar("CachedT")
 
@@ -4008,15 +4009,16 @@ class Bucket:
     shift of that time; so a reply is compared with what was expected of it, and each error is corrected once.
 
     Before a reply reported a `limit` it refuses nothing (`rate` 0) and only counts, below zero. `most`: no larger
-    `size` is believed. `threshold`: half of the rate that was refused last, during slow start (TCP's ssthresh).
-    `newest`: the serial of the latest request that a reply told of; `known_at`: when the first did.
+    `size` is believed. `newest`: the serial of the latest request that a reply reported on; `known_at`: when the first
+    did. `growth`: the factor of a slow start; `grown_at`: when it was applied last.
     """
 
     def __init__(self, by_tokens: bool, now: float = 0.0) -> None:
         self.by_tokens = by_tokens
         self.level = self.limit = self.rate = self.shift = 0.0
-        self.size = self.most = self.threshold = NEVER
+        self.size = self.most = NEVER
         self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
+        self.threshold, self.grown_at = NEVER, 0.0
 
     def level_at(self, now: float) -> float:
         """Return what may be taken."""
@@ -4087,28 +4089,25 @@ class Bucket:
         self.limit = limit
 
     def slow_down(self, after_s: float, now: float) -> None:
-        """Begin a slow start, after a 429 of an account that reports no limit (self-hosted, Vertex, some gateways).
+        """Begin a slow start after a 429 of an account that reports no limit (self-hosted, Vertex, some gateways).
 
         At the reopening one request goes, then one each time as long again; else the whole line would go at once.
         """
         self.take(0.0, now - EDGE_S)
         self.threshold = self.rate / 2 or NEVER
-        self.rate, self.size = 1 / min(max(1 / self.threshold or after_s, 2 / PACE_END), CLOSED_S[1]), 1.0
-        self.level, self.shift = 1.0, self.shift + 1.0 - self.level
+        self.rate = max(min(self.threshold, 1 / after_s), 1 / CLOSED_S[1])
+        self.size, self.level, self.shift = 1.0, 1.0, self.shift + 1.0 - self.level
 
-    def speed_up(self) -> None:
-        """Continue a slow start after a good answer: one more may go, and those after it twice as soon.
+    def speed_up(self, sent_at: float, now: float) -> None:
+        """Continue a slow start after a good answer, once in a round trip: a rate has to be tried before it grows.
 
         From the threshold on it grows slowly: doubling there would meet each limit again.
         """
-        waited, self.size = self.level < 1.0, PACE_BURST
-        if self.rate < self.threshold:
-            self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
-        else:
-            self.rate *= PACE_STEP
-        # While requests wait for this pace, its end would let the whole line go at once.
-        if self.rate >= (PACE_END_WAITING if waited else PACE_END):
-            self.rate, self.size, self.threshold = 0.0, NEVER, NEVER
+        if sent_at > self.grown_at:
+            self.grown_at, self.size = now, PACE_BURST
+            self.rate *= 2 if self.rate < self.threshold else PACE_STEP
+            if self.rate >= PACE_END:
+                self.rate, self.size = 0.0, NEVER
 
 
 class Window:
@@ -4224,12 +4223,12 @@ class Ledger:
         known = [minute.limit for minute in self.minutes if minute.by_tokens]
         return min([*known, self.tokens.limit] if self.tokens.limit else known, default=0.0)
 
-    def answered(self, sent_at: float) -> None:
+    def answered(self, sent_at: float, now: float) -> None:
         """Note a good answer: the next 429 without a time starts small again, and slow start continues."""
         if sent_at > self.closed_at:  # else it had been let in before the last 429, and proves nothing
             self.closed_for = 0.0
             if self.requests.rate and not self.requests.limit:
-                self.requests.speed_up()
+                self.requests.speed_up(sent_at, now)
 
     def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
         """Learn from a 429: close until the time it named, else until the lack is refilled, else for 1 s, doubling.
@@ -4541,7 +4540,7 @@ class Lease:
         upstream.refusals.clear()
         for gate in self.gates:
             gate.works(self, now)
-        self.ledger.answered(self.sent_at)
+        self.ledger.answered(self.sent_at, now)
 
     def learn(self, requests: Allowance | None, tokens: Allowance | None, now: float) -> None:
         """Note what a reply says about its quota."""

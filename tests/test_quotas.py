@@ -469,20 +469,21 @@ def test_a_429_that_says_what_is_left_is_not_early() -> None:
 
 
 def test_a_429_without_limits_starts_slowly() -> None:
-    """Where replies report no limits, one goes at the reopening; each good answer lets the next ones follow sooner."""
-    one = candidate()
+    """Where replies report no limits, one goes at the reopening; the rate doubles once in a round trip, then slower."""
+    one, now = candidate(), T0
     assert refuse(one, after_s=1.0) == pytest.approx(1.0)
-    first = lease(one, T0 + 1.0)
-    assert one.opens_at(1, T0 + 1.0) == pytest.approx(T0 + 2.0, abs=0.01)  # one a second, while nothing was answered
-    first.answered(T0 + 1.1)
-    assert is_open(one, T0 + 1.1)
-    second = lease(one, T0 + 1.1)
-    assert T0 + 1.1 < one.opens_at(1, T0 + 1.1) < T0 + 1.6
-    for _ in range(8):
-        second.answered(T0 + 1.2)
-    for _ in range(100):
-        assert is_open(one, T0 + 1.2)
-        lease(one, T0 + 1.2)
+    for wait_s in (1.0, 0.5, 0.25, 0.125):
+        now += wait_s
+        first = lease(one, now)
+        assert one.opens_at(1, now) == pytest.approx(now + wait_s, abs=0.01)
+        for made in (first, lease(one, now, sent=False), lease(one, now, sent=False)):
+            made.sent_at = now
+            made.answered(now)
+    assert refuse(one, now, after_s=0.25) == pytest.approx(0.25)
+    for wait_s, next_s in ((0.25, 1 / 8), (0.13, 1 / 8.5)):  # doubled to half of the refused rate, then slower
+        now += wait_s
+        lease(one, now).answered(now)
+        assert one.opens_at(1, now) - now == pytest.approx(next_s + app.EDGE_S, abs=0.001)
 
 
 # -- gates: what puts a controller out, for how long, and what brings it back
