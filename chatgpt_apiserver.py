@@ -3597,39 +3597,39 @@ CONTROLLERS: dict[str, Callable[[ControllerConfig], Controller]] = {
 
 
 # ==== 10. Outcomes ====
-# What an attempt came to. Three questions, answered by pure functions: what does a reply, a broken connection or an
-# error event mean (`judge_*`)? May the next controller be asked (`may_retry`)? What does a reply say about the quota
-# (`read_allowances`, `used_tokens`)? Vendors agree on statuses and on little else: an error body may be an object, a
-# list, a string, HTML or empty, and an exhausted balance and a rate limit share status 429. So bodies are read
-# tolerantly, and where they make no sense the status alone decides.
+# The results of attempts. Pure functions answer three questions: What does a reply, a broken connection or an error
+# event mean (`judge_*`)? May the next controller get the request (`may_retry`)? What does a reply report about the
+# quota (`read_allowances`, `used_tokens`)? Vendors agree on statuses and on little else: an error body may be an
+# object, a list, a string, HTML or empty, and an exhausted balance and a rate limit share status 429. So bodies are
+# read tolerantly, and where they make no sense the status alone decides.
 
 
 class Outcome(enum.Enum):
-    """What an attempt came to; README's table "What happens when" has the rows. The value stands in the access log."""
+    """The kind of an attempt's result, as in README's table "What happens when". Its value stands in the access log."""
 
     OK = "ok"
-    CLIENT = "client"  # the request itself is at fault: its error is returned as it is
-    LARGE = "large"  # more tokens than this account's limit allows at all
+    CLIENT = "client"  # the request itself is at fault: the client gets this error as it is
+    LARGE = "large"  # the request needs more tokens than the account's whole limit
     RATE = "rate"
     QUOTA = "quota"  # out of credit
     AUTH = "auth"
     FORBIDDEN = "forbidden"
-    BARRED = "barred"  # the key may not use such objects, which says nothing about its other rights
-    MISSING = "missing"  # this account lacks the model
+    BARRED = "barred"  # the key has no right to such objects; its other rights are not known
+    MISSING = "missing"  # the account lacks the model
     FAULT = "fault"
     CONNECT = "connect"  # nothing was sent
-    SILENT = "silent"  # no byte within first_byte: it may be generating
+    SILENT = "silent"  # no byte within first_byte: the upstream may be generating
     CUT = "cut"
-    UNFIT = "unfit"  # its API cannot express the request: nothing was sent
+    UNFIT = "unfit"  # the controller's API cannot express the request: nothing was sent
     GONE = "gone"  # the client left
-    LOST = "lost"  # another controller answered first, in a hedge
+    LOST = "lost"  # in a hedge, another controller answered first
 
 
-# Facts about an account, not about the request: an early retry is no use (the official SDKs obey x-should-retry).
+# Facts about an account: an early retry cannot succeed. The official SDKs obey x-should-retry.
 LASTING = frozenset(map(Outcome, "large quota auth forbidden barred missing".split()))
-# When every controller failed, the client gets the error that stands last here.
+# When every controller failed, the client gets the error whose outcome stands last here.
 USEFULNESS = tuple(map(Outcome, "barred forbidden auth missing fault quota rate large client".split()))
-# The account is out of credit: waiting does not help, another account may. The last are Zhipu's and DashScope's.
+# The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's, Arrearage DashScope's.
 CREDIT_CODES = (
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached"
@@ -3647,22 +3647,21 @@ class Rule(NamedTuple):
     words: str = ""
 
 
-# The first rule that matches decides. A message may quote the request, so a 400's words must stand at its beginning.
+# The first rule that matches decides. A message may quote the request, so the words of a 400 must begin the message.
 RULES = (
     Rule(Outcome.QUOTA, (402,)),
     Rule(Outcome.QUOTA, (400, 429), CREDIT_CODES),  # 400: DashScope, and OpenAI's images
-    # Google, Fireworks and xAI, whose codes do not say so.
+    # Google, Fireworks and xAI: their codes do not name the cause.
     Rule(Outcome.QUOTA, (403, 412, 429), (), "monthly spending (cap|limit)|have any credits or licenses"),
     Rule(Outcome.RATE, (429, 498)),  # 498: Groq's flex tier has no capacity left
     Rule(Outcome.RATE, (413,), ("rate_limit_exceeded",)),  # Groq: more tokens than a minute's limit
     Rule(Outcome.AUTH, (401,)),
-    Rule(Outcome.AUTH, (400,), ("organization_restricted",)),  # Groq
-    Rule(Outcome.AUTH, (400,), (), "^(API key (not valid|expired)|User location is not supported)"),  # Google
-    Rule(Outcome.AUTH, (400,), (), "^(API Key not found|Incorrect API key provided)"),  # Google, xAI
-    # About a prompt that no account would take (OpenRouter, xAI; Together, where it is too long), not about the
-    # account.
+    # Groq's code; Google's and xAI's words.
+    Rule(Outcome.AUTH, (400,), ("organization_restricted",), "^(API key (not valid|expired)|API Key not found)"),
+    Rule(Outcome.AUTH, (400,), (), "^(User location is not supported|Incorrect API key provided)"),
+    # No account would take this prompt: it is flagged (OpenRouter, xAI) or too long (Together).
     Rule(Outcome.CLIENT, (403,), (), "input was flagged|requires moderation|violates usage guidelines|context length"),
-    # A project may lack one model, a key all of them: only the words tell.
+    # A project may lack one model, a key all of them: only the words differ.
     Rule(Outcome.MISSING, (403, 404), MISSING_CODES, "model"),
     Rule(Outcome.FORBIDDEN, (403,)),
     # A timeout, a conflict inside the provider, a failed dependency: the same request may succeed elsewhere.
@@ -3670,14 +3669,14 @@ RULES = (
     Rule(Outcome.CLIENT, range(400, 500)),
     Rule(Outcome.FAULT, range(1000)),
 )
-# The prompt is longer than the model can take: OpenAI's and llama.cpp's codes; the words of nearly all vendors, then of
-# xAI, Google, Moonshot, DashScope, Bedrock, Zhipu.
+# The prompt is longer than the model can take. Codes of OpenAI and llama.cpp; words of nearly all vendors, then of xAI,
+# Google, Moonshot, DashScope, Bedrock and Zhipu.
 TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 TOO_LONG_WORDS = re.compile(
     "context length|maximum prompt length|maximum number of tokens allowed|model token limit|Range of input length"
     "|too long for requested model|Prompt exceeds max length"
 )
-# The status that an error inside a 200 stands for, by its code or type (OpenAI's and Anthropic's words).
+# An error inside a 200 is judged like a reply with this status, by its code or type (of OpenAI and Anthropic).
 ERROR_STATUSES = {
     **dict.fromkeys((*CREDIT_CODES, "rate_limit_error", "rate_limit_exceeded"), 429),
     **dict.fromkeys(MISSING_CODES, 404),
@@ -3690,11 +3689,11 @@ ERROR_STATUSES = {
 
 @dataclass(slots=True, eq=False)
 class Verdict:
-    """What an attempt came to, and what its controller learns from it.
+    """The result of an attempt, from which its controller learns.
 
-    `status`: 0 where there was no reply. `after_s`: the time that a 429 or 503 named. `by_tokens`: a 429 about tokens,
-    of which `requested` were asked for. `bucket`: the name that a 429 gave the limit ("for limit
-    gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
+    `status`: 0 without a reply. `after_s`: the time to wait that an error named. `by_tokens`: whether a 429 is about
+    tokens; `requested`: how many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for
+    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
     """
 
     outcome: Outcome
@@ -3711,8 +3710,8 @@ OK = Verdict(Outcome.OK, 200)
 
 # -- times
 
-# Go's durations, as OpenAI writes them (17ms, 7.66s, 6m0s), prose ("45 seconds"), or plain seconds, as Azure and
-# Retry-After have them. The counts bound what float() is given.
+# Go's durations, as OpenAI writes them (17ms, 7.66s, 6m0s), prose ("45 seconds"), or plain seconds, as in Azure's
+# fields and Retry-After.
 _NUMBER = r"\d{1,12}(?:\.\d{1,9})?"
 # `m` only where no `s` follows: else "1ms" could be read in two ways, and a long value in exponentially many.
 _UNIT = "[mnuµ]?s|m(?!s)|h"
@@ -3732,7 +3731,7 @@ def parse_duration(text: str) -> float | None:
 
 
 def seconds_until(date: str, wall_s: float) -> float | None:
-    """Return the seconds to an HTTP date or an RFC 3339 time; None for anything else. `wall_s`: the time of day."""
+    """Return the seconds until an HTTP date or an RFC 3339 time; None for anything else. `wall_s`: Unix time."""
     try:
         is_rfc3339 = date[:4].isdigit()
         then = dt.datetime.fromisoformat(date) if is_rfc3339 else email.utils.parsedate_to_datetime(date)
@@ -3741,25 +3740,28 @@ def seconds_until(date: str, wall_s: float) -> float | None:
         return None
 
 
-def retry_after(index: Index, message: str, body: bytes, wall_s: float) -> float | None:
-    """Return how many seconds an error asks us to stay away: by header (RFC 9110, 10.2.3), else by its text.
+def retry_after(index: Index, body: bytes, wall_s: float) -> float | None:
+    """Return how many seconds an error asks to wait: by its fields (RFC 9110, 10.2.3), else by its text.
 
-    Azure's and OpenAI's milliseconds come first: Retry-After rounds 20 ms up to a second, or down to zero.
-    `x-ratelimit-reset-*` does not count: it says when the bucket is full, which no request has to wait for.
+    The milliseconds of Azure and OpenAI come first: Retry-After rounds 20 ms up to a second, or down to zero.
+    `x-ratelimit-reset-*` does not count: it is the time until the bucket is full, and no request needs a full bucket.
     """
-    value = index.get(b"retry-after", b"").decode("latin-1")
     exact_ms = parse_duration(index.get(b"retry-after-ms", b"").decode("latin-1"))
-    seconds = parse_duration(value) if exact_ms is None else exact_ms / 1e3
-    if seconds is None and value:
+    if exact_ms is not None:
+        return exact_ms / 1e3
+    value = index.get(b"retry-after", b"").decode("latin-1")
+    seconds = parse_duration(value)
+    if seconds is None:
         seconds = seconds_until(value, wall_s)
-    hint = _HINT.search(message) or _HINT.search(body[:4096].decode("latin-1"))
+    hint = _HINT.search(body[:4096].decode("utf-8", "replace"))
     return parse_duration(hint.group(1)) if seconds is None and hint else seconds
 
 
 def error_words(body: bytes) -> tuple[str, str]:
-    """Return code (or type) and message of an error body in any of the shapes that providers send; "" if missing."""
+    """Return code (or type) and message of an error body, in any shape that providers send; "" for what is missing."""
     try:
-        parsed = json.loads(redactor.scrub(body[:HOLD_BYTES]))  # these words are logged and shown
+        # Clients and the log get these words.
+        parsed = json.loads(redactor.scrub(body[:HOLD_BYTES]))
     except (ValueError, RecursionError):
         return "", ""
     if isinstance(parsed, list) and parsed:
@@ -3770,7 +3772,7 @@ def error_words(body: bytes) -> tuple[str, str]:
     if not isinstance(error, dict):
         return "", str(error)
     code, kind = str(error.get("code") or ""), str(error.get("type") or "")
-    # Some put the status into `code`; and a type about credit says more than a general code.
+    # Some vendors put the status into `code`. A type about credit says more than a general code.
     takes_kind = not code or kind in CREDIT_CODES or (code.isdigit() and code not in CREDIT_CODES)
     return kind if takes_kind else code, str(error.get("message") or error.get("detail") or "")
 
@@ -3778,7 +3780,7 @@ def error_words(body: bytes) -> tuple[str, str]:
 def read_rate_message(verdict: Verdict, code: str) -> None:
     """Read OpenAI's text: "... (for limit gpt-4.1) ... on tokens per min (TPM): Limit 10000, Requested 12000".
 
-    A request of more than the whole limit would be refused for ever: its outcome is LARGE, and waiting is no use.
+    The outcome becomes LARGE where the request exceeds the whole limit: it would be refused however long it waits.
     """
     verdict.by_tokens = code == "tokens" or re.search(r"tokens per|\(TPM\)", verdict.message) is not None
     name = re.search(r"\(for limit ([^)\s]{1,128})\)", verdict.message)
@@ -3791,7 +3793,7 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
 
 
 def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[str], wall_s: float) -> Verdict:
-    """Return what an error means for a request to a model."""
+    """Return the verdict on an error reply to a request for a model."""
     code, message = error_words(body)
     for outcome, statuses, codes, words in RULES:
         has_code = code in codes and not (outcome is Outcome.QUOTA and code in rate_codes)
@@ -3801,7 +3803,7 @@ def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[s
     verdict = Verdict(outcome, status, message)
     verdict.too_long = code in TOO_LONG_CODES or TOO_LONG_WORDS.search(message) is not None
     if outcome in (Outcome.RATE, Outcome.FAULT):
-        verdict.after_s = retry_after(index, message, body, wall_s)
+        verdict.after_s = retry_after(index, body, wall_s)
     if outcome is Outcome.RATE:
         read_rate_message(verdict, code)
     return verdict
@@ -3810,15 +3812,16 @@ def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[s
 def judge_reply(
     status: int, index: Index, body: bytes, request: ApiRequest, rate_codes: Collection[str], wall_s: float
 ) -> Verdict:
-    """Return what a reply means; `body` is only read for errors. `rate_codes`: see `AccountConfig`."""
+    """Return the verdict on a reply; `body` is only read for errors. `rate_codes`: see `AccountConfig`."""
     if status < 300:
         return OK
     verdict = judge_error(status, index, body, rate_codes, wall_s)
     if request.stateful and status in (404, 409):
-        verdict.outcome = Outcome.CLIENT  # about an object of the account, no fact about the account
+        # About an object of the account, not about the account.
+        verdict.outcome = Outcome.CLIENT
     elif not request.inference:
-        # No model was asked, so a 403 or 404 says nothing about models. Keys may be made with few rights; OpenAI says
-        # 401 where one is missing: "You have insufficient permissions ... Missing scopes: api.files.read."
+        # The request named no model, so a 403 or 404 says nothing about models. A key may have few rights; OpenAI
+        # answers 401 where one is missing: "You have insufficient permissions ... Missing scopes: api.files.read."
         if status == 403 or (status == 401 and "issing scope" in verdict.message):
             verdict.outcome = Outcome.BARRED
         elif status == 404:
@@ -3827,11 +3830,11 @@ def judge_reply(
 
 
 def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
-    """Return what an error event means: the same as a reply with the status that belongs to it.
+    """Return the verdict on an error event: the same as on a reply with the status that belongs to the error.
 
-    A judgement by status alone would see only successes here, while every client is refused.
+    The status of the real reply is 200, so without this an account that refuses all streams would look healthy.
     """
-    # Some gateways put the status into `code`, deep inside (OpenRouter); else code and types name it, the code first.
+    # Some gateways (OpenRouter) put the status into a nested `code`; else the code names the error, then the types.
     data = event_fields(event)[1]
     code = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
     names = [error_words(data)[0], *re.findall(r'"type":\s*"(\w{1,64})"', event.decode("latin-1"))]
@@ -3840,13 +3843,13 @@ def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
 
 
 def judge_late_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
-    """Return what an error in the middle of a stream means for its controller: OK where the request is at fault."""
+    """Return the verdict on an error in the middle of a stream: OK where the controller is not at fault."""
     verdict = judge_error_event(event, rate_codes)
     return OK if verdict.outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING) else verdict
 
 
 def judge_failure(error: UpstreamError) -> Verdict:
-    """Return what an attempt without a reply means."""
+    """Return the verdict on an attempt without a reply."""
     silent = isinstance(error, UpstreamTimeout) and error.before_reply
     outcome = Outcome.SILENT if silent else Outcome.FAULT
     return Verdict(outcome if error.sent else Outcome.CONNECT, 0, str(error))
@@ -3855,40 +3858,40 @@ def judge_failure(error: UpstreamError) -> Verdict:
 def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     """Return whether the next controller may get this request. The only place that decides it.
 
-    Stateful requests leave traces in the account, so they move on only when they certainly did not run. A whole answer
-    that is still silent may be generating, and be billed: a second one would be paid twice.
+    A stateful request changes something in the account, so it moves on only when it certainly did not run. An upstream
+    that is silent before a whole answer may be generating: a second answer would be billed too.
     """
     outcome = verdict.outcome
-    # A model that one account's lists leave out may be known to another.
+    # Another account may have the model.
     if request.path.startswith("/models/") and verdict.status in (403, 404):
         return True
-    # A client's mistake is one everywhere: replaying it over all keys is how a pool gets all its keys banned.
+    # All accounts would refuse a client's mistake; a prompt that breaks a rule could get all keys banned.
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
         refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
         return refused or verdict.status in (401, 503)
-    # A stream's first byte comes soon, so its silence is a hang; a whole answer's may be work.
+    # A stream's first byte comes soon, so silence is a hang; before a whole answer, it may be work.
     return request.stream or outcome is not Outcome.SILENT
 
 
 def usefulness(verdict: Verdict) -> int:
-    """Return how much an error helps the client, compared with others: of a 429 and another account's 401, the 429."""
+    """Return how useful an error is to the client, more for a higher number: a 429 is more useful than a 401."""
     return USEFULNESS.index(verdict.outcome) if verdict.outcome in USEFULNESS else -1
 
 
-# -- what a reply says about the quota
+# -- reports of quota and usage
 
 
 class Allowance(NamedTuple):
-    """What one reply says about one limit: its size, the rest, and the seconds until it is full (None: not said)."""
+    """What a reply reports of one limit: its size, the rest, and the seconds until it is full (None: not reported)."""
 
     limit: float
     remaining: float
     reset_s: float | None
 
 
-# OpenAI's names, which most vendors share; Anthropic's; Cerebras'; Mistral's. The first that a reply has counts.
+# OpenAI's names, which most vendors share; Anthropic's; Cerebras'; Mistral's. A reply's first known set counts.
 REQUEST_NAMES, TOKEN_NAMES = (
     [tuple(name.replace("*", what).encode() for what in ("limit", "remaining", "reset")) for name in names.split()]
     for names in (
@@ -3897,31 +3900,26 @@ REQUEST_NAMES, TOKEN_NAMES = (
     )
 )
 REMAINING_NAMES = frozenset(names[1] for names in REQUEST_NAMES + TOKEN_NAMES)
-RESET_MAX_S = 32 * 86_400.0  # no limit counts more than a month; more is a time of day, in seconds since 1970
-ALLOWANCE_BYTES = 100  # longer values are not read: the cache would keep them
-
-
-@functools.lru_cache(maxsize=4096)  # the remainder moves in a small range while there is little traffic
-def parse_allowance(limit: bytes, remaining: bytes, reset: bytes) -> Allowance | None:
-    """Return the allowance of these three values; None where they make no sense (Azure sends -1 and 0)."""
-    if not (remaining.isdigit() and limit.isdigit() and len(limit) < 16 and len(remaining) < 16 and int(limit)):
-        return None
-    reset_s = parse_duration(reset.decode("latin-1"))
-    return Allowance(int(limit), min(int(remaining), int(limit)), None if (reset_s or 0) > RESET_MAX_S else reset_s)
+# No limit counts more than a month; a larger number is Unix time.
+RESET_MAX_S = 32 * 86_400.0
 
 
 def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance | None, Allowance | None]:
-    """Return what a reply says about requests and about tokens. `clock` returns the time of day, to read dates."""
+    """Return what a reply reports of requests and of tokens. `clock` returns Unix time, to read dates."""
     if REMAINING_NAMES.isdisjoint(index):
         return None, None
     allowances: list[Allowance | None] = []
     for known_names in (REQUEST_NAMES, TOKEN_NAMES):
         names = next((names for names in known_names if names[1] in index), known_names[0])
         limit, remaining, reset = (index.get(name, b"") for name in names)
-        if reset[10:11] == b"T" and len(reset) < 40:  # a time (RFC 3339), not a duration
-            reset = b"%.3f" % (seconds_until(reset.decode("latin-1"), clock()) or 0.0)
-        short = len(limit) + len(remaining) + len(reset) <= ALLOWANCE_BYTES
-        allowances.append(parse_allowance(limit, remaining, reset) if short else None)
+        # Azure sends -1 and 0 where it has no limit. Fifteen digits are exact in a float.
+        if all(value.isdigit() and len(value) < 16 for value in (limit, remaining)) and int(limit):
+            text = reset.decode("latin-1")
+            reset_s = seconds_until(text, clock()) if text[10:11] == "T" else parse_duration(text)
+            reset_s = None if (reset_s or 0) > RESET_MAX_S else reset_s
+            allowances.append(Allowance(int(limit), min(int(remaining), int(limit)), reset_s))
+        else:
+            allowances.append(None)
     return allowances[0], allowances[1]
 
 
@@ -3929,9 +3927,9 @@ _COUNT = re.compile(rb'"(total|completion|input|output|cached)_tokens"\s*:\s*(\d
 
 
 def used_tokens(tail: bytes, cache_free: bool = False) -> tuple[int, int]:
-    """Return all tokens and the answer's, by the last `usage` in the end of an answer; zeros where there is no usage.
+    """Return all tokens and the answer's tokens, by the last `usage` in `tail`, the end of an answer; 0, 0 without one.
 
-    A search, because the end of an answer is not JSON and an answer may have megabytes. `cache_free`: tokens read from
+    It searches, as the end of an answer is not JSON, and a whole answer may have megabytes. `cache_free`: tokens from
     the prompt cache do not count.
     """
     at = tail.rfind(b'"usage"')
@@ -3944,39 +3942,43 @@ def used_tokens(tail: bytes, cache_free: bool = False) -> tuple[int, int]:
 
 
 # ==== 11. Quotas and health ====
-# What is known of an account: what it may still be sent, and whether it works. Pure arithmetic: `now` is the loop's
-# clock and always passed in; nothing here waits or knows HTTP.
+# How much an account may be sent, and whether it works. Pure arithmetic: `now` is the loop's clock and always passed
+# in; nothing here waits or knows HTTP.
 #
-# A *limit* says when an amount may be sent (`opens_at`), charges it (`take`), and later learns when it was sent
-# (`sent`) and what it really cost (`correct`; 0 gives it back). A *window* is a configured limit, counted exactly. A
-# *bucket* follows what replies report: providers keep leaky buckets that refill all the time, and a reply says what was
-# left when its own request was admitted; others were sent since. So the bucket is a model, charged at each sending and
-# refilled by the clock; a reply is compared with what the model expected of *it*, and moves the model by the
-# difference. Whatever is under way is counted exactly once, in whatever order replies come.
+# A *limit* computes when an amount may be sent (`opens_at`) and charges it (`take`). Later it learns when the amount was
+# sent (`sent`) and what it really cost (`correct`; 0 gives it back). A *window* is a configured limit, counted exactly.
+# A *bucket* follows replies: providers keep leaky buckets that refill all the time, and a reply reports what was left
+# when its own request was admitted; other requests were sent since. So the bucket is a model, charged at each sending
+# and refilled by the clock. A reply is compared with what the model expected for its request, and the difference
+# corrects the model. So each request under way counts exactly once, in whatever order replies come.
 #
 # Providers count per model, so a *quota* (an account, or several that share a `quota_group`) has a *ledger* of limits
-# for each. A request is charged when it gets its *lease*, before it is sent: ten that decide at once must not all see
-# the same last place. A *gate* is shut for a time that doubles at each relapse; then one request, the probe, finds out.
-# There is one for a controller's health, one for a quota's credit, and one for a *candidate*, a controller for one
-# model.
+# for each model. A request is charged when it gets its *lease*, before it is sent: else ten requests at once would all
+# see the same last place. A *gate* is shut for a time that doubles at each relapse; then one request, the probe, finds
+# out. There is a gate for a controller's health, one for a quota's credit, and one for a *candidate*, which is a
+# controller for one model.
 
 NEVER = math.inf
-MEMORY_MODELS = 256  # models that are remembered; clients choose the names
-WINDOW_S = 60.0  # rpm and tpm are per this
-EDGE_S = 0.005  # a bucket is taken to refill this much later than computed: a request 1 ms too early is a 429
-SLACK_S = 0.25  # a request may reach the upstream this much later than another; then it is counted later too
-CLOSED_MAX_S = 600.0  # no 429 or 503 closes for longer without a probe
-CLOSED_S = (1.0, 30.0)  # for a 429 that names no time: the first one's, and the end of doubling
-CLOSED_MIN_S = 0.01  # for a 429 that says "now": not believed to the letter, and doubling while it is all that comes
-SLOW_PERIOD_S = 600.0  # a limit that takes longer than this to refill counts hours or days
-# Slow start: requests per second at which it ends; growth near the rate that was refused; requests that may go at once.
+MEMORY_MODELS = 256  # models in each cache, as clients choose the names
+WINDOW_S = 60.0  # the time that rpm and tpm count
+# A bucket refills this much later than computed: a request that is 1 ms too early gets a 429.
+EDGE_S = 0.005
+# Of two requests, one may take this much longer to reach the upstream, and is counted there so much later.
+SLACK_S = 0.25
+CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
+# For a 429 that names no time: the first closing, and the end of doubling.
+CLOSED_S = (1.0, 30.0)
+# For a 429 that says "now": the first closing. It doubles while more of them come.
+CLOSED_MIN_S = 0.01
+SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
+# Slow start: requests a second at which it ends; growth near the rate that was refused; requests that may go at once.
 PACE_END, PACE_STEP, PACE_BURST = 1000.0, 1.0625, 4.0
 
 CachedT = TypeVar("CachedT")
 
 
 def recall(cache: dict[str, CachedT], key: str, make: Callable[[str], CachedT]) -> CachedT:
-    """Return the cached value of `key`, made if it is missing; the least recently used goes when there are too many."""
+    """Return the cached value of `key`, made if it is missing; a full cache drops the least recently used."""
     value = cache.pop(key) if key in cache else make(key)
     if len(cache) >= MEMORY_MODELS:
         del cache[next(iter(cache))]
@@ -3994,7 +3996,7 @@ def next_backoff(last_s: float, bounds: tuple[float, float]) -> float:
 
 @dataclass(slots=True, eq=False)
 class Receipt:
-    """A charge. `expected`: the level that a reply should report; `sent_at`: NEVER before; `counted`: in its window."""
+    """A charge. `expected`: the level that its reply should report; `counted`: whether its window still has it."""
 
     amount: float
     expected: float = 0.0
@@ -4008,9 +4010,10 @@ class Bucket:
     `shift` is the sum of all corrections by replies. A receipt keeps the level right after its own charge, less the
     shift of that time; so a reply is compared with what was expected of it, and each error is corrected once.
 
-    Before a reply reported a `limit` it refuses nothing (`rate` 0) and only counts, below zero. `most`: no larger
-    `size` is believed. `newest`: the serial of the latest request that a reply reported on; `known_at`: when the first
-    did. `growth`: the factor of a slow start; `grown_at`: when it was applied last.
+    Until a reply reports a `limit`, `rate` is 0: the bucket refuses nothing and only counts, below zero. `most`: the
+    largest `size` that is believed. `newest`: the serial of the latest request whose reply counted. `known_at`: when
+    the first reply came. `threshold`: half of the rate that was refused last, in a slow start (TCP's ssthresh).
+    `grown_at`: when a slow start last became faster.
     """
 
     def __init__(self, by_tokens: bool, now: float = 0.0) -> None:
@@ -4021,21 +4024,21 @@ class Bucket:
         self.threshold, self.grown_at = NEVER, 0.0
 
     def level_at(self, now: float) -> float:
-        """Return what may be taken."""
+        """Return the amount that may be taken."""
         return min(self.level + (now - self.at) * self.rate, self.size)
 
     def opens_at(self, amount: float, now: float) -> float:
-        """Return when `amount` can be taken, 0 for now; more than the whole bucket goes when it is full."""
+        """Return when `amount` can be taken, 0 for now; a larger amount than the size goes when the bucket is full."""
         if not self.rate:
             return 0.0
-        # A millionth less is enough: adding floats loses that much.
+        # Sums of floats are wrong by less than a millionth.
         lacking = min(amount, self.size) - self.level_at(now - EDGE_S) - 1e-6
         return now + lacking / self.rate if lacking > 0 else 0.0
 
     def take(self, amount: float, now: float) -> Receipt:
         """Charge `amount`."""
         level = self.level_at(now) - amount
-        # Not below zero: the upstream takes nothing for a request that it refuses.
+        # Not below zero: the upstream charges nothing for a request that it refuses.
         self.level, self.at = max(level, 0.0) if self.rate else level, now
         return Receipt(amount, level - self.shift)
 
@@ -4048,7 +4051,7 @@ class Bucket:
         receipt.amount = amount
 
     def rebase(self, told: Allowance, serial: int, expected: float, sent_at: float, now: float) -> None:
-        """Learn from a reply, unless one to a later request was heard before. `expected`: from its receipt."""
+        """Learn from a reply, unless a later request's reply came before. `expected`: from the receipt."""
         if serial < self.newest:
             return
         self.newest = serial
@@ -4058,29 +4061,29 @@ class Bucket:
             self.known_at = now
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
-            # The time until it is full tells the fraction that `remaining` rounds down, and never more than that.
+            # `remaining` is rounded down; the time until the bucket is full has the fraction, but no more.
             left = min(max(self.size - told.reset_s * self.rate, left), left + 0.999)
         elif told.limit != self.limit:
             self.limit, self.rate = told.limit, told.limit / WINDOW_S
             self.size = min(told.limit, self.most)
-        # What was sent before the first reply was charged to a model that had no rate yet, and did not refill.
+        # A charge before the first reply met a bucket without a rate, which did not refill.
         expected -= max(0.0, self.known_at - sent_at) * self.rate
-        # `expected` was less the shift of its time: with today's it is what the model of today would have said then, so
-        # what replies in between have corrected already is no error any more.
+        # `expected` leaves out the shift of its time. With the shift of now it is what the model would have expected
+        # after all corrections, so no error is corrected twice.
         error = left - expected - self.shift
         self.shift += error
         self.level = min(max(self.level + error, 0.0), self.size)
 
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
-        """Learn size and rate. A bucket may hold less than a minute's worth: its content and its reset tell.
+        """Learn size and rate. A bucket may hold less than a minute's worth, as its content and its reset show.
 
-        The rate is the limit's per minute, unless two replies running say that it takes ten minutes and more to refill:
-        then the limit counts hours or days. One alone proves nothing, as resets are rounded and delayed.
+        The rate is the limit per minute. When two replies in a row report that the limit needs more than ten minutes to
+        refill, it counts hours or days. One such reply proves nothing, as resets are rounded and delayed.
         """
         spent = limit - left
         slow = spent > 0 and reset_s * limit > SLOW_PERIOD_S * spent
         if limit == self.limit == self.size and not (slow or self.slow):
-            return  # as for nearly each reply: all of this is known
+            return  # nothing new, as in nearly all replies
         self.slow = self.slow + 1 if slow else 0
         self.rate = spent / reset_s if self.slow > 1 else limit / WINDOW_S
         size = min(left + reset_s * self.rate, limit, self.most)
@@ -4091,7 +4094,7 @@ class Bucket:
     def slow_down(self, after_s: float, now: float) -> None:
         """Begin a slow start after a 429 of an account that reports no limit (self-hosted, Vertex, some gateways).
 
-        At the reopening one request goes, then one each time as long again; else the whole line would go at once.
+        At the reopening one request goes, and the next after `after_s` again; else the whole line would go at once.
         """
         self.take(0.0, now - EDGE_S)
         self.threshold = self.rate / 2 or NEVER
@@ -4099,9 +4102,9 @@ class Bucket:
         self.size, self.level, self.shift = 1.0, 1.0, self.shift + 1.0 - self.level
 
     def speed_up(self, sent_at: float, now: float) -> None:
-        """Continue a slow start after a good answer, once in a round trip: a rate has to be tried before it grows.
+        """Grow the rate of a slow start, once in a round trip: a rate must be tried before it grows.
 
-        From the threshold on it grows slowly: doubling there would meet each limit again.
+        From the threshold on it grows slowly, as doubling would exceed the same limit again.
         """
         if sent_at > self.grown_at:
             self.grown_at, self.size = now, PACE_BURST
@@ -4111,10 +4114,11 @@ class Bucket:
 
 
 class Window:
-    """A configured limit: at most `limit` in any `span_s` seconds; a counter that starts anew would let twice that.
+    """A configured limit: at most `limit` in any `span_s` seconds, where a counter per minute would let twice as many.
 
-    A charge that is not sent yet counts in `total` but is not queued: its time starts when it is sent. `burst`: of a
-    minute's window, as many as fit may go in the time that these are worth, so 1.67 a second are one each 0.6 s.
+    A charge counts in `total` at once, and gets its place in `queue` when it is sent. `burst`: this window bounds the
+    bursts of a minute's window. As many requests as fit may go within the time that they are worth, so 1.67 a second
+    become one each 0.6 s.
     """
 
     def __init__(self, by_tokens: bool, limit: float, span_s: float, burst: bool = False) -> None:
@@ -4128,19 +4132,19 @@ class Window:
         return Receipt(amount)
 
     def sent(self, receipt: Receipt, now: float) -> None:
-        """Start its time; a second sending moves it."""
+        """Let the time of a charge begin; a second sending begins it again."""
         if receipt.sent_at == NEVER:
             self.queue.append(receipt)
         receipt.sent_at = now
 
     def correct(self, receipt: Receipt, amount: float, now: float) -> None:
-        """Count `amount` in place of the receipt's, unless that has left the window already."""
+        """Count `amount` in place of the receipt's, unless the charge has left the window."""
         if receipt.counted:
             self.total += amount - receipt.amount
             receipt.amount = amount
 
     def opens_at(self, amount: float, now: float) -> float:
-        """Return when `amount` fits, 0 for now; more than the whole window goes when it is empty."""
+        """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
         while self.queue and self.queue[0].sent_at + self.span_s <= now:
             left = self.queue.popleft()
             self.total -= left.amount
@@ -4155,20 +4159,20 @@ class Window:
         return at if at > now else 0.0
 
     def _falls_to(self, rest: float, span_s: float, now: float) -> float:
-        """Return when no more than `rest` will be younger than `span_s`."""
+        """Return when at most `rest` is left of the charges of `span_s`."""
         excess = self.total - rest
         for receipt in self.queue:
             excess -= receipt.amount
             if excess <= 1e-9:
                 return receipt.sent_at + span_s
-        return now + span_s  # at the earliest: some has yet to be sent
+        return now + span_s  # at the earliest, as some charges are not sent yet
 
 
 class Ledger:
-    """What one quota may still be sent for one model: by replies, by configuration, by its last 429s.
+    """What one quota may still be sent for one model, by replies, by configuration and by the last 429s.
 
-    `closed`: until when, for requests of at least so many tokens; `closed_at`: when it last was, `closed_for`: for how
-    long at least, until an answer comes. `open`: its leases, in the order of their charges.
+    `closed`: pairs of tokens and a time; until then no request with at least so many tokens goes. `closed_at`: when the
+    ledger was closed last. `closed_for`: the last backoff, 0 after a good answer. `open`: the leases, by their serials.
     """
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
@@ -4183,7 +4187,7 @@ class Ledger:
         self._list_limits()
 
     def _list_limits(self) -> None:
-        """List all limits; a minute's window has one for bursts beside it, unless a minute's worth may go at once."""
+        """List all limits; each minute's window gets a window for bursts, unless a minute's worth may go at once."""
         self.limits: list[Bucket | Window] = [*self.buckets, *self.minutes]
         for minute in self.minutes if self.burst_s < WINDOW_S else ():
             rate = minute.limit / WINDOW_S
@@ -4206,7 +4210,7 @@ class Ledger:
         return [(limit, limit.take(need if limit.by_tokens else 1.0, now)) for limit in self.limits]
 
     def give_back(self, lease: "Lease", now: float) -> None:
-        """Undo a charge. Replies to later charges will know nothing of it: there, more is expected."""
+        """Undo a charge. The upstream never saw it, so replies to later requests report so much more."""
         for limit, receipt in lease.receipts:
             limit.correct(receipt, 0.0, now)
         for later in self.open:
@@ -4214,18 +4218,19 @@ class Ledger:
                 receipt.expected += amount if later.serial > lease.serial else 0.0
 
     def rate(self, need: float) -> float:
-        """Return how many requests a second it can take for long; NEVER while nothing is known."""
+        """Return how many such requests a second may go in the long run; NEVER while no limit is known."""
         known = [limit.rate / (max(1.0, need) if limit.by_tokens else 1.0) for limit in self.limits if limit.limit]
         return min(known, default=NEVER)
 
     def largest(self) -> float:
-        """Return the most tokens that one request may have here; 0 while nothing is known."""
+        """Return the most tokens that one request may have; 0 while no limit is known."""
         known = [minute.limit for minute in self.minutes if minute.by_tokens]
         return min([*known, self.tokens.limit] if self.tokens.limit else known, default=0.0)
 
     def answered(self, sent_at: float, now: float) -> None:
-        """Note a good answer: the next 429 without a time starts small again, and slow start continues."""
-        if sent_at > self.closed_at:  # else it had been let in before the last 429, and proves nothing
+        """Note a good answer: the backoff begins anew, and a slow start becomes faster."""
+        # An answer to a request from before the last 429 proves nothing.
+        if sent_at > self.closed_at:
             self.closed_for = 0.0
             if self.requests.rate and not self.requests.limit:
                 self.requests.speed_up(sent_at, now)
@@ -4233,13 +4238,13 @@ class Ledger:
     def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
         """Learn from a 429: close until the time it named, else until the lack is refilled, else for 1 s, doubling.
 
-        One about tokens closes for requests at least as large as the one it refused: smaller ones may fit. `under_way`:
-        its request already was at the last 429, so this is no second refusal: a burst that is refused doubles once.
+        A 429 about tokens closes for requests of at least the refused size: smaller ones may fit. `under_way`: the
+        request was sent before the last 429. So a whole burst that is refused doubles the backoff once.
         """
         after_s, bucket, amount = verdict.after_s, self.buckets[verdict.by_tokens], need if verdict.by_tokens else 1.0
         if after_s is None and bucket.limit:
             after_s = max(0.0, bucket.opens_at(amount, now) - now) or None
-        # "Now" (0, or a date that has passed, by our clock) may be rounded down once; again and again it is no time.
+        # "Now" (0, or a date in the past) may be a rounded time, but not again and again.
         if not (under_way and self.closed_for):
             bounds = CLOSED_S if after_s is None else (CLOSED_MIN_S, CLOSED_S[0])
             self.closed_for = next_backoff(self.closed_for, bounds)
@@ -4247,13 +4252,13 @@ class Ledger:
         until, self.closed_at = now + min(after_s, CLOSED_MAX_S), now
         if not (self.minutes or self.requests.limit or under_way):
             self.requests.slow_down(after_s, now)
-        # What another 429 said of larger requests, or until later, still holds; what this one covers is forgotten.
+        # Other 429s about larger requests, or until later, still hold; this one covers the others.
         least = need if verdict.by_tokens else 0.0
         self.closed = [item for item in self.closed if item[1] > now and (item[0] < least or item[1] > until)]
         self.closed.append((least, until))
 
     def halve_burst(self) -> None:
-        """Halve the burst after a 429 that came while there should have been room: Azure judges slices of 1 or 10 s."""
+        """Halve the burst after a 429 that came in spite of room: Azure counts slices of 1 or 10 s."""
         self.burst_s = max(self.burst_s / 2, 1.0)
         self._list_limits()
         for bucket in self.buckets:
@@ -4264,16 +4269,16 @@ class Ledger:
 # -- gates
 
 FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
-# How long a gate is shut, by reason, in seconds: the first time, and the end of doubling. An overload is over in
-# seconds, a refused key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
+# How long a gate is shut, by reason, in seconds: the first time, and the end of doubling. An overload ends in seconds, a
+# refused key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
 BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600), NO_MODEL: (600, 600)}
 
 
 class Gate:
-    """Shut for a `reason`, "" while it is open, until a time that doubles at each relapse; then for all but one probe.
+    """A gate is shut for a `reason` ("": open) until a time that doubles at each relapse; then one probe may pass.
 
-    `name`: the account for the log; without one nothing is logged. `out_since`: when it shut first, `shut_at`: when it
-    shut last. `backoff_s`: the last time by reason, until an answer ended well.
+    `name`: the account for the log; without a name nothing is logged. `out_since`: when the gate shut first, `shut_at`:
+    when it shut last. `backoff_s`: the last time by reason, until an answer ended well.
     """
 
     def __init__(self, name: str = "") -> None:
@@ -4282,53 +4287,53 @@ class Gate:
         self.backoff_s: dict[str, float] = {}
 
     def opens_at(self, now: float) -> float:
-        """Return when a request may pass: 0 for now, NEVER where only another request's end tells."""
+        """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
         if not self.reason or self.until > now:
             return self.until
         return 0.0 if self.probe is None else NEVER
 
     def enter(self, lease: "Lease", now: float) -> None:
-        """Let a request pass; the first after the time is over is the probe. One forced through before is not."""
+        """Let a request pass; the first after the time is the probe, a last resort before that is not."""
         if self.reason == BUSY and self.until <= now:
             self.open(now)
         elif self.reason and self.until <= now and self.probe is None:
             self.probe = lease
 
     def counts(self, lease: "Lease") -> bool:
-        """Return whether a failure of `lease` matters: while the gate is shut, only the probe's does."""
+        """Return whether a failure of `lease` counts: while the gate is shut, only the probe's does."""
         return self.reason in ("", BUSY) or self.probe is lease
 
     def shut(self, reason: str, now: float, why: str, for_s: float | None = None) -> None:
-        """Shut for `for_s`, by default for twice as long as the last time for this reason."""
+        """Shut for `for_s` seconds, by default twice the last time for this reason. `why`: for the log."""
         if for_s is None:
             for_s = self.backoff_s[reason] = next_backoff(self.backoff_s.get(reason, 0.0), BACKOFF_S[reason])
         self.out_since = self.out_since if self.reason else now
         self.reason, self.shut_at, self.until, self.probe = reason, now, now + for_s, None
         if self.name:
-            until = "until it answers" if for_s == NEVER else f"for {for_s:.3g} s"
+            until = "until it answers" if for_s == NEVER else f"for {math.ceil(for_s)} s"
             log.warning("account %s: disabled %s: %s", self.name, until, why)
 
     def works(self, lease: "Lease", now: float) -> None:
-        """Open after an answer, unless its request was sent before the gate shut. Silence ends with any answer."""
+        """Open after an answer, unless its request began before the gate shut. Any answer ends a silence."""
         if self.reason and (lease.since > self.shut_at or self.reason == SILENT):
             self.open(now)
 
     def open(self, now: float) -> None:
         """Let all requests pass."""
         if self.reason and self.name:
-            log.info("account %s: back after %.3g s", self.name, now - self.out_since)
+            log.info("account %s: back after %.0f s", self.name, now - self.out_since)
         self.reason, self.until, self.probe = "", 0.0, None
 
 
 class Quota:
-    """What a controller, or a group of them, may send: the ledgers by model, requests at once, and its credit."""
+    """What a controller, or a `quota_group`, may be sent: ledgers by model, requests at once, and a gate for credit."""
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
         self.name, self.limits = name, limits
         self.most = limits.concurrency or NEVER
         self.in_flight = 0
         self.gate = Gate(name)
-        self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share one
+        self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share a ledger
 
     def ledger(self, model: str) -> Ledger:
         """Return the ledger that counts for `model`."""
@@ -4338,11 +4343,14 @@ class Quota:
 # -- controllers and their models
 
 BREAKER_OUTCOMES, BREAKER_FAILURES, BREAKER_WITHIN_S = 20, 5, 30.0
-REFUSALS = {Outcome.AUTH: 2, Outcome.FORBIDDEN: 3}  # in a row, as a single 401 may be the provider's hiccup
-SUSPECT_COUNT = 3  # unanswered requests that make a suspicion
-SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0  # silence that makes one at least; and where the usual is not known
-HEDGE_SAMPLES, HEDGE_MIN_S = 20, 10.0  # fewer prove nothing; a hedge is paid for twice, so it comes late
-SAMPLES = 100  # times to the first answer that are remembered, per controller, model and kind
+# So many in a row shut the gate, as a single 401 may be a short fault of the provider.
+REFUSALS = {Outcome.AUTH: 2, Outcome.FORBIDDEN: 3}
+SUSPECT_COUNT = 3  # silent requests that make a controller suspect
+# The shortest suspicious silence, and the silence where no usual time is known.
+SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0
+# Fewer samples prove nothing; a hedge may be billed twice, so it comes late.
+HEDGE_SAMPLES, HEDGE_MIN_S = 20, 10.0
+SAMPLES = 100  # cached times to the first answer, per controller, model and kind
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
 
 
@@ -4361,9 +4369,8 @@ def unusual_s(times: Iterable[float], share: float) -> float:
 class Candidate:
     """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer.
 
-    `mapped`: what `model_map` makes of the model. `limited_as`: the name that its quota goes by, which is the account's
-    own name for it without its date (gpt-4.1-2025-04-14 counts as gpt-4.1), but a deployment's as it is. `times`: of
-    whole answers and of streams.
+    `mapped`: the name that `model_map` gives the model. `limited_as`: the model's name in the quota, without a date
+    (gpt-4.1-2025-04-14 counts as gpt-4.1) except for Azure's deployments. `times`: of whole answers and of streams.
     """
 
     def __init__(self, upstream: "Upstream", model: str) -> None:
@@ -4379,14 +4386,14 @@ class Candidate:
         return self.upstream.quota.ledger(self.limited_as)
 
     def room_at(self, need: float, now: float) -> float:
-        """Return when there is room, by quota and credit: 0 for now, NEVER where only another request's end tells."""
+        """Return when quota and credit have room: 0 for now, NEVER while that depends on another request's end."""
         quota = self.upstream.quota
         if quota.in_flight >= quota.most:
             return NEVER
         return max(quota.gate.opens_at(now), self.ledger.opens_at(need, now))
 
     def well_at(self, now: float) -> float:
-        """Return when it is due back, by health and the model alone: 0 for now."""
+        """Return when the controller works again and has the model, as far as is known: 0 for now."""
         return max(self.upstream.gate.opens_at(now), self.gate.opens_at(now))
 
     def opens_at(self, need: float, now: float) -> float:
@@ -4397,8 +4404,8 @@ class Candidate:
 class Upstream:
     """A controller with its live state.
 
-    `first_byte_s`: of whole answers and of streams, a mean that forgets; 0 is unknown. `recent`: the last outcomes,
-    when and whether they failed. `unanswered`: in the order of sending. `hedged`: requests in a row that another
+    `first_byte_s`: moving means, of whole answers and of streams; 0 is unknown. `recent`: when the last attempts ended,
+    and whether they failed. `unanswered`: leases in the order of sending. `hedged`: how many requests in a row another
     controller had to answer.
     """
 
@@ -4448,8 +4455,7 @@ class Upstream:
         elif outcome in (Outcome.FAULT, Outcome.CONNECT, Outcome.SILENT, Outcome.CUT):
             self._fail(lease, verdict, now, why)
         elif self.hedged >= SUSPECT_COUNT and gate.counts(lease):
-            # Where little is asked, no three requests are ever stuck at once, so those that were hedged one by one
-            # count.
+            # With little traffic no three requests are stuck at once, so hedges one after the other count.
             gate.shut(SILENT, now, f"{self.hedged} requests in a row were answered elsewhere", NEVER)
         if outcome is Outcome.QUOTA and self.quota.gate.counts(lease):
             self.quota.gate.shut(NO_CREDIT, now, why)
@@ -4457,48 +4463,46 @@ class Upstream:
             lease.candidate.gate.shut(NO_MODEL, now, why)
 
     def _fail(self, lease: "Lease", verdict: Verdict, now: float, why: str) -> None:
-        """Count a failure: the breaker needs a number and a share, so one in a hundred never opens it."""
+        """Count a failure: the breaker needs a number and a share, so one failure in a hundred never opens it."""
         self.failures += 1
         self.recent.append((now, True))
-        # Old outcomes do not count: a controller with one request a minute needs no breaker.
+        # Only outcomes of late count: a controller with one request a minute needs no breaker.
         fresh = [failed for at, failed in self.recent if now - at <= BREAKER_WITHIN_S]
         many = sum(fresh) >= BREAKER_FAILURES and 2 * sum(fresh) >= len(fresh)
         if self.gate.probe is lease or (many and self.gate.counts(lease)):
             self.gate.shut(FAILING, now, why)
-        if verdict.after_s:  # it named a time itself: that is no relapse, and needs no probe
+        if verdict.after_s:  # the upstream named a time: no relapse, and no probe is needed
             for_s = min(verdict.after_s, CLOSED_MAX_S)
             if not self.gate.reason:
                 self.gate.shut(BUSY, now, why, for_s)
             self.gate.until = max(self.gate.until, now + for_s)
 
     def is_busy(self, now: float) -> bool:
-        """Return whether it said when it will have time again."""
+        """Return whether the upstream named a time to come back, which is not over."""
         return self.gate.reason == BUSY and self.gate.until > now
 
     def is_silent(self, now: float) -> bool:
-        """Return whether three requests that were sent since its last answer, or a probe, are silent for unusually
-        long.
+        """Return whether a probe, or three requests sent since the last answer, are silent for unusually long.
 
-        A request that was sent before that answer is slow and not stuck. As long as it was silent then, others of its
-        model and kind may be.
+        A request from before that answer is slow and not stuck. Others of its model and kind may be as slow.
         """
         since, probe = self.answered_at, self.gate.probe
         asked = [lease for lease in self.unanswered if lease.sent_at > since and self.gate.counts(lease)]
         if not asked or (len(asked) + self.hedged < SUSPECT_COUNT and asked[0] is not probe):
             return False
         candidate, stream = asked[0].candidate, asked[0].stream
-        times = candidate.times[stream]  # by model and kind: a thinking model takes minutes
+        times = candidate.times[stream]  # by model and kind, as a thinking model takes minutes
         usual = max(SUSPECT_MIN_S, unusual_s(times, 0.95)) if times else SUSPECT_UNKNOWN_S
         alike = [lease for lease in self.unanswered if lease.candidate is candidate and lease.stream == stream]
-        slow = [since - lease.sent_at for lease in alike]  # negative where it was sent since: does not count
+        slow = [since - lease.sent_at for lease in alike]  # negative for a request sent since, and without effect
         return now - asked[0].sent_at > max(usual, *slow)
 
 
 class Lease:
     """The right to send one request to one controller: charged when granted, given back at most once by `release`.
 
-    `since`: when it was granted. `told`: what its reply said of requests and of tokens. `stuck`: called when it needs a
-    hedge, which is `urgent` from then on.
+    `since`: when it was granted. `told`: what its reply reported of requests and of tokens. `stuck`: called when the
+    request needs a hedge. `urgent`: whether it had a hedge, or is a probe, and gets the next hedge at once.
     """
 
     def __init__(self, candidate: Candidate, need: float, stream: bool, now: float) -> None:
@@ -4519,19 +4523,19 @@ class Lease:
         self.receipts = ledger.take(need, now)
 
     def sent(self, now: float) -> None:
-        """Note that the request was written: from now on it counts, whatever comes of it."""
+        """Note that the request was written: from now on it counts, whatever its result."""
         self.sent_at = now
         for limit, receipt in self.receipts:
             limit.sent(receipt, now)
         self.upstream.unanswered[self] = None
 
     def heard(self, now: float) -> None:
-        """Note that something of a reply has come: it is not silent."""
+        """Note that a part of a reply came: the request is not silent."""
         self.upstream.unanswered.pop(self, None)
         self.upstream.answered_at, self.upstream.hedged = now, 0
 
     def answered(self, now: float) -> None:
-        """Note that the answer has begun: the controller works, and the time counts as usual."""
+        """Note that the answer began: the controller works, and the time so far is a usual one."""
         upstream, took_s = self.upstream, now - self.since
         self.heard(now)
         self.candidate.times[self.stream].append(took_s)
@@ -4543,36 +4547,26 @@ class Lease:
         self.ledger.answered(self.sent_at, now)
 
     def learn(self, requests: Allowance | None, tokens: Allowance | None, now: float) -> None:
-        """Note what a reply says about its quota."""
+        """Note what the reply reports about the quota."""
         self.told = requests, tokens
         for bucket, told, (_, receipt) in zip(self.ledger.buckets, self.told, self.receipts, strict=False):
             if told:
                 bucket.rebase(told, self.serial, receipt.expected, self.sent_at, now)
 
     def was_early(self, verdict: Verdict) -> bool:
-        """Return whether a 429 came while there should have been room, by its own figures, else by our exact count."""
-        # The reply's own figures count more than ours: other programs may use the account too.
+        """Return whether a 429 came in spite of room, by the reply's own figures, else by our exact count."""
+        # The reply's figures come first: other programs may use the account too.
         told = self.told[verdict.by_tokens]
         if told is not None:
             return told.remaining >= (self.need if verdict.by_tokens else 1)
         return bool(self.ledger.minutes)
 
-    def correct(self, used: float, now: float) -> None:
-        """Charge the true cost of an answer, where the upstream does not report what is left.
-
-        Where it does, its word counts: OpenAI and Azure charge the maximum at admission and give nothing back.
-        """
-        for limit, receipt in self.receipts:
-            if limit.by_tokens:
-                limit.correct(receipt, used, now)
-
     def release(self, verdict: Verdict, now: float) -> None:
-        """End the attempt, well or as the verdict says, also after its answer began.
+        """End the attempt with this verdict, also after its answer began.
 
-        What was never sent is given back whole. What was sent stays charged: providers count failed calls too.
+        A request that was never sent is given back whole. A sent one stays charged: providers count failed calls too.
         """
-        # The place is held until here, the end of the answer: providers count a stream as one request until its last
-        # byte, and freeing it at the first one would exceed `concurrency`.
+        # Not before the end of the answer: providers count a stream as one request at once until its last byte.
         upstream = self.upstream
         upstream.in_flight -= 1
         upstream.quota.in_flight -= 1
@@ -4587,13 +4581,14 @@ class Lease:
         else:
             upstream.learn(self, verdict, now)
         for gate in self.gates:
-            # The beginning of an answer opens a gate, as it may last for minutes; only a good end forgets the past.
+            # An answer's beginning opens a gate, as the answer may last minutes; only a good end resets the backoff.
             if verdict is OK and not gate.reason:
                 gate.backoff_s.clear()
             if gate.probe is self:
                 gate.probe = None
         if upstream.gate.reason == SILENT and upstream.gate.until == NEVER and not upstream.unanswered:
-            upstream.gate.shut(SILENT, now, "it did not answer")  # nothing is stuck any more: a probe may go, later
+            # Nothing is stuck any more: after a time a probe may go.
+            upstream.gate.shut(SILENT, now, "it did not answer")
 
 
 # ==== 12. Balancing ====
@@ -4905,12 +4900,14 @@ class UpstreamPool:
         self.pump()
 
     def used(self, lease: Lease, model: str, total: int, answer: int, told: bool) -> None:
-        """Take the tokens that an answer used; `told`: the reply reported what is left, which counts more."""
+        """Charge the tokens that an answer used, in all, unless the reply reported what is left (`told`)."""
         if answer:
             mean = recall(self.answer_tokens, model, lambda name: float(answer))
             self.answer_tokens[model] = mean + (answer - mean) / 16
-        if total and not told:
-            lease.correct(total, self.timers.time())
+        # Reports of what is left count more: OpenAI and Azure charge the maximum at admission and give nothing back.
+        for limit, receipt in lease.receipts if total and not told else ():
+            if limit.by_tokens:
+                limit.correct(receipt, total, self.timers.time())
 
     # -- the line
 

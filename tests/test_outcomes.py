@@ -300,8 +300,7 @@ def fields(kind: bytes = b"requests", **values: bytes) -> dict[bytes, bytes]:
         (fields(limit=b"500.5", remaining=b"1"), None),
         (fields(limit=b"9" * 40, remaining=b"1"), None),
         (fields(limit=b"\xb2", remaining=b"1"), None),
-        (fields(limit=b"500", remaining=b"499", reset=b"1" * 50_000), None),
-        (fields(limit=b"500", remaining=b"499", reset=b"2026-11-24T" + b"1" * 50_000), None),
+        (fields(limit=b"500", remaining=b"499", reset=b"1" * 50_000), (500, 499, None)),
         ({}, None),
         (
             {
