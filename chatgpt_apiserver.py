@@ -3945,8 +3945,8 @@ def used_tokens(tail: bytes, cache_free: bool = False) -> tuple[int, int]:
 # How much an account may be sent, and whether it works. Pure arithmetic: `now` is the loop's clock and always passed
 # in; nothing here waits or knows HTTP.
 #
-# A *limit* computes when an amount may be sent (`opens_at`) and charges it (`take`). Later it learns when the amount was
-# sent (`sent`) and what it really cost (`correct`; 0 gives it back). A *window* is a configured limit, counted exactly.
+# A *limit* computes when an amount may be sent (`opens_at`) and charges it (`take`). Later it learns when the amount
+# was sent (`sent`) and its real cost (`correct`; 0 gives it back). A *window* is a configured limit, counted exactly.
 # A *bucket* follows replies: providers keep leaky buckets that refill all the time, and a reply reports what was left
 # when its own request was admitted; other requests were sent since. So the bucket is a model, charged at each sending
 # and refilled by the clock. A reply is compared with what the model expected for its request, and the difference
@@ -3971,8 +3971,9 @@ CLOSED_S = (1.0, 30.0)
 # For a 429 that says "now": the first closing. It doubles while more of them come.
 CLOSED_MIN_S = 0.01
 SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
-# Slow start: requests a second at which it ends; growth near the rate that was refused; requests that may go at once.
-PACE_END, PACE_STEP, PACE_BURST = 1000.0, 1.0625, 4.0
+# Slow start: requests per second at its end; growth for each request near the refused rate; requests that may go at
+# once.
+PACE_END, PACE_STEP, PACE_BURST = 1000.0, 0.0625, 4.0
 
 CachedT = TypeVar("CachedT")
 
@@ -4104,11 +4105,15 @@ class Bucket:
     def speed_up(self, sent_at: float, now: float) -> None:
         """Grow the rate of a slow start, once in a round trip: a rate must be tried before it grows.
 
-        From the threshold on it grows slowly, as doubling would exceed the same limit again.
+        Below the threshold it doubles, and one more request goes at once. Above it grows with the requests since the
+        last growth, as doubling would exceed the same limit again.
         """
         if sent_at > self.grown_at:
+            if self.rate < self.threshold:
+                self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
+            else:
+                self.rate *= 1 + PACE_STEP * min(self.rate * (now - self.grown_at), PACE_BURST)
             self.grown_at, self.size = now, PACE_BURST
-            self.rate *= 2 if self.rate < self.threshold else PACE_STEP
             if self.rate >= PACE_END:
                 self.rate, self.size = 0.0, NEVER
 
@@ -4209,14 +4214,6 @@ class Ledger:
         """Charge one request of `need` tokens to every limit, first to the buckets."""
         return [(limit, limit.take(need if limit.by_tokens else 1.0, now)) for limit in self.limits]
 
-    def give_back(self, lease: "Lease", now: float) -> None:
-        """Undo a charge. The upstream never saw it, so replies to later requests report so much more."""
-        for limit, receipt in lease.receipts:
-            limit.correct(receipt, 0.0, now)
-        for later in self.open:
-            for amount, (_, receipt) in zip((1.0, lease.need), later.receipts, strict=False):
-                receipt.expected += amount if later.serial > lease.serial else 0.0
-
     def rate(self, need: float) -> float:
         """Return how many such requests a second may go in the long run; NEVER while no limit is known."""
         known = [limit.rate / (max(1.0, need) if limit.by_tokens else 1.0) for limit in self.limits if limit.limit]
@@ -4269,8 +4266,8 @@ class Ledger:
 # -- gates
 
 FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
-# How long a gate is shut, by reason, in seconds: the first time, and the end of doubling. An overload ends in seconds, a
-# refused key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
+# How long a gate is shut, in seconds: the first time, and the end of doubling. An overload ends in seconds, a refused
+# key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
 BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600), NO_MODEL: (600, 600)}
 
 
@@ -4329,11 +4326,14 @@ class Quota:
     """What a controller, or a `quota_group`, may be sent: ledgers by model, requests at once, and a gate for credit."""
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name, self.limits = name, limits
-        self.most = limits.concurrency or NEVER
-        self.in_flight = 0
+        self.name, self.limits, self.in_flight = name, limits, 0
         self.gate = Gate(name)
         self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share a ledger
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests as `concurrency` allows are under way."""
+        return 0 < self.limits.concurrency <= self.in_flight
 
     def ledger(self, model: str) -> Ledger:
         """Return the ledger that counts for `model`."""
@@ -4388,9 +4388,7 @@ class Candidate:
     def room_at(self, need: float, now: float) -> float:
         """Return when quota and credit have room: 0 for now, NEVER while that depends on another request's end."""
         quota = self.upstream.quota
-        if quota.in_flight >= quota.most:
-            return NEVER
-        return max(quota.gate.opens_at(now), self.ledger.opens_at(need, now))
+        return NEVER if quota.is_full else max(quota.gate.opens_at(now), self.ledger.opens_at(need, now))
 
     def well_at(self, now: float) -> float:
         """Return when the controller works again and has the model, as far as is known: 0 for now."""
@@ -4575,7 +4573,12 @@ class Lease:
             upstream.hedged += self.urgent and verdict.outcome is Outcome.LOST
         del self.ledger.open[self]
         if not self.sent_at:
-            self.ledger.give_back(self, now)
+            for limit, receipt in self.receipts:
+                limit.correct(receipt, 0.0, now)
+            # The upstream never saw this request, so replies to later requests will report so much more.
+            for later in [lease for lease in self.ledger.open if lease.serial > self.serial]:
+                for amount, (_, receipt) in zip((1.0, self.need), later.receipts, strict=False):
+                    receipt.expected += amount
         if verdict is OK:
             upstream.recent.append((now, False))
         else:
@@ -4595,33 +4598,31 @@ class Lease:
 # Which controller gets a request, and in which order requests wait. The pool knows no connection and no head, only
 # leases and verdicts; its clock and its timers are passed in.
 #
-# A request asks for a *lease*. The pool takes the candidates that are open (section 11) and that this round has not
-# tried, and the *policy* chooses one; long conversations prefer the one whose prompt cache knows them. When none has
-# room, the request stands in the *line* of its model: first come, first served, and never behind a waiter for another
-# model. The line is not polled: each lease that ends, each answer and each known reopening runs `pump`, which hands out
-# as many leases as there are places. A request that cannot be served in time is refused at once, with the time to come
-# again.
+# A request asks for a *lease*. The *policy* chooses among the candidates that are open (section 11) and not tried in
+# this round; long conversations prefer the account whose prompt cache has them. When no candidate has room, the request
+# stands in the *line* of its model: first come, first served, and never behind a request for another model. The line is
+# not polled: at the end of each lease, at each answer and at each known reopening `pump` hands out as many leases as
+# there are places. A request that cannot be served in time is refused at once, with the time to come again.
 
-TOKENS_ANSWER = 500  # an answer is taken to need this much while nothing is known of the model
+TOKENS_ANSWER = 500  # the estimate for an answer of an unknown model
 MODEL_NAME_CHARS = 256  # longer names are not cached
 KEY_BUSY_S = 1.0  # Retry-After for a client key whose requests are all under way
 AFFINE_TOKENS = 1000  # 4,000 characters; providers cache no shorter prompts
-AFFINE_LOAD = 1.25  # times its share: a controller with more in flight is passed over
+AFFINE_LOAD = 1.25  # a controller with more in flight than so many times its share is passed over
 SWEEP_S = 0.25  # how often silent requests are looked for, while any is unanswered
-# Hedges may be billed twice. So many are allowed in a minute, or this share of all calls; quiet hours may save some.
+# Hedges may be billed twice. So many may go in a minute, or this share of all calls, of which so many are saved up.
 HEDGES_A_MINUTE, HEDGE_SHARE, HEDGES_SAVED = 10, 0.05, 500.0
 
 
-# -- conversations: providers keep the computed beginning of prompts for some minutes, and bill what they find there at
-# -- a
-# -- tenth to a half. Without affinity the turns of a conversation go everywhere, and hits fall from 95 % to nothing.
+# -- conversations. Providers cache the beginning of prompts for some minutes, and bill a cached part at a tenth to a
+# half. Without affinity the turns of a conversation go to all accounts, and the hits fall from 95 % to nothing.
 
 
 def thread_of(data: dict[str, Any]) -> bytes:
-    """Return what a conversation goes by: its prompt_cache_key, else its texts through the user's first; b"" if none.
+    """Return a conversation's name: its prompt_cache_key, else a checksum of its texts to the user's first, else b"".
 
-    So the turns of one conversation are equal, but a common system prompt alone does not make one: it would bring all
-    requests of an application to one account.
+    All turns of a conversation have the same name. A system prompt alone makes no name: it would bring all requests
+    of an application to one account.
     """
     key, messages = data.get("prompt_cache_key"), data.get("messages")
     if isinstance(key, str) and key:
@@ -4640,10 +4641,10 @@ def thread_of(data: dict[str, Any]) -> bytes:
 
 
 def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
-    """Return the candidates of the quota that a conversation prefers: caches belong to organisations.
+    """Return the candidates of the quota that a conversation prefers, as prompt caches belong to organisations.
 
-    Weighted rendezvous: each quota gets its weight's share of all conversations, and when one comes or goes only its
-    own move. One with more in flight than its share allows is passed over (consistent hashing with bounded loads).
+    Weighted rendezvous hashing: each quota gets its weight's share of the conversations, and when a quota comes or goes
+    only its own conversations move. A quota with too much in flight is passed over (bounded loads).
     """
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -4663,8 +4664,8 @@ def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
     return best
 
 
-# -- policies: which of the candidates that could take a request gets it. They are at least one, in the order of the
-# -- configuration; `stream`: whether the request is one. The names are the configuration's POOL_TYPES.
+# -- policies: which candidate gets a request. `candidates` has at least one, in the order of the configuration. The
+# names are POOL_TYPES of the configuration.
 
 
 def smooth_weighted(candidates: list[Candidate], stream: bool) -> Candidate:
@@ -4673,9 +4674,9 @@ def smooth_weighted(candidates: list[Candidate], stream: bool) -> Candidate:
 
 
 def take_turn(candidates: list[Candidate], chosen: Candidate) -> None:
-    """Settle the credits of that choice: all that took part gain their weight, the chosen one pays for it.
+    """Change the credits after a choice: each candidate gains its weight, and the chosen one pays the sum.
 
-    A controller that cannot take part neither gains nor loses, so the others' shares stay their weights'.
+    A controller that cannot take part gains and loses nothing, so the others share by their weights.
     """
     for candidate in candidates:
         candidate.upstream.credit += candidate.upstream.weight
@@ -4689,10 +4690,10 @@ POLICIES: dict[str, Callable[[list[Candidate], bool], Candidate]] = {
         candidates, key=lambda item: item.upstream.in_flight / item.upstream.weight
     ),
     "priority": lambda candidates, stream: candidates[0],
-    # First byte of late, of answers or of streams; unknown ones first.
+    # The shortest time to the first byte, of answers or of streams; an unknown time counts as the shortest.
     "fastest": lambda candidates, stream: min(candidates, key=lambda item: item.upstream.first_byte_s[stream]),
 }
-AFFINE_POLICIES = ("balanced", "random", "least_busy")  # to the others it is essential where a request goes
+AFFINE_POLICIES = ("balanced", "random", "least_busy")  # the other policies choose one certain controller
 
 
 # -- the pool and its lines
@@ -4716,10 +4717,11 @@ class Waiter:
 
 
 def turn_at(openings: list[tuple[float, float]], ahead: int, now: float) -> float:
-    """Return when the request that has `ahead` others before it gets its turn.
+    """Return when a request with `ahead` others before it gets its turn.
 
-    `openings`: when each controller has room, and its requests per second from then on. Each gives one place at its
-    opening and then its rate, so the places until T are a piecewise linear sum that has to exceed `ahead`.
+    `openings`: when each controller has room, and its requests per second from then on. It gives one place at its
+    opening and then its rate, so the number of places is a piecewise linear function of time, which must exceed
+    `ahead`.
     """
     speed = places = 0.0
     at = now
@@ -4736,8 +4738,8 @@ def turn_at(openings: list[tuple[float, float]], ahead: int, now: float) -> floa
 class UpstreamPool:
     """The controllers, the policy that chooses among them, and the lines of requests that wait for room.
 
-    `timers` is the loop, or its stand-in in a test: `time`, `call_at`, `create_future`. Everything is done within one
-    turn of the loop, so nothing needs a lock; only `lease` waits.
+    `timers` is the loop, of which `time`, `call_at` and `create_future` are used. Only `lease` waits; all else happens
+    in one turn of the loop, so there is no lock.
     """
 
     def __init__(self, upstreams: list[Upstream], config: PoolConfig, timers: asyncio.AbstractEventLoop) -> None:
@@ -4745,15 +4747,15 @@ class UpstreamPool:
         self.upstreams: list[Upstream] = []
         self.leaving: list[Upstream] = []  # gone from the configuration, with requests still under way
         self.serving: dict[str, list[Candidate]] = {}
-        self.lines: dict[str, deque[Waiter]] = {}  # none is empty
-        self.alarm: asyncio.TimerHandle | None = None  # for the soonest reopening that a waiter waits for
+        self.lines: dict[str, deque[Waiter]] = {}  # by model, without empty lines
+        self.alarm: asyncio.TimerHandle | None = None  # at the soonest reopening for a waiter
         self.sweeper: asyncio.TimerHandle | None = None
-        self.answer_tokens: dict[str, float] = {}  # the running mean per model
+        self.answer_tokens: dict[str, float] = {}  # the moving mean per model
         self.hedges, self.hedge_credit = Window(False, HEDGES_A_MINUTE, WINDOW_S), 0.0
         self.replace(upstreams, config)
 
     def replace(self, upstreams: list[Upstream], config: PoolConfig) -> None:
-        """Continue with these controllers, all of which are tried again; requests that wait now wait for them."""
+        """Continue with these controllers, and try all of them again; waiting requests wait for them now."""
         self.leaving = [item for item in (*self.leaving, *self.upstreams) if item.in_flight and item not in upstreams]
         self.upstreams, self.config, self.policy = upstreams, config, POLICIES[config.type]
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
@@ -4771,13 +4773,13 @@ class UpstreamPool:
 
     @property
     def waiting(self) -> int:
-        """How many stand in line."""
+        """The number of requests in all lines."""
         return sum(map(len, self.lines.values()))
 
     # -- choosing
 
     def candidates(self, model: str) -> list[Candidate]:
-        """Return the controllers that serve `model`, "" for all. Raise ProxyError (404) when there are none."""
+        """Return the candidates that serve `model`, "" for all. Raise ProxyError (404) when there are none."""
 
         def find(name: str) -> list[Candidate]:
             return [upstream.candidate(name) for upstream in self.upstreams if not name or upstream.serves(name)]
@@ -4792,7 +4794,7 @@ class UpstreamPool:
         return serving
 
     def candidates_for(self, request: ApiRequest, model: str) -> list[Candidate]:
-        """Return the controllers that serve `model` and can take the request. Raise ProxyError (404)."""
+        """Return the candidates that serve `model` and can take the request. Raise ProxyError (404)."""
         candidates = self.candidates(model)
         if request.path == CHAT_PATH:
             return candidates
@@ -4804,15 +4806,15 @@ class UpstreamPool:
         return candidates
 
     def estimate(self, request: ApiRequest) -> None:
-        """Set the tokens that the request needs, by its own limit or by recent answers of its model."""
+        """Set the tokens that the request needs, by its own limit or by recent answers of the model."""
         answer = request.max_tokens or self.answer_tokens.get(request.model, TOKENS_ANSWER)
         request.need = request.prompt_tokens + int(answer)
 
     async def lease(self, request: ApiRequest, candidates: list[Candidate], tried: set[Upstream]) -> Lease | None:
-        """Return the right to send to a candidate that is not in `tried`: now, or from the line.
+        """Return the right to send to a candidate that is not in `tried`, now or from the line; None if that is no use.
 
-        None when waiting is no use. A lease from the line begins a new round: then `tried` is empty. Raise NoRoom when
-        no controller has room in time. `request.wait_s` becomes less by the time that was waited.
+        A lease from the line begins a new round: `tried` becomes empty. `request.wait_s` becomes less by the time in
+        line. Raise NoRoom when no controller has room in time.
         """
         lease = self.lease_at_once(request, candidates, tried)
         if lease is None and request.model not in self.lines:
@@ -4821,7 +4823,7 @@ class UpstreamPool:
 
     def lease_at_once(self, request: ApiRequest, candidates: list[Candidate], tried: set[Upstream]) -> Lease | None:
         """Return the right to send to a candidate that is not in `tried` and has room, without waiting; else None."""
-        # A place that a waiter could use is not given to others. Mostly the first waiter could use any.
+        # A candidate that a waiter could use is for the waiter. Mostly the first waiter could use all of them.
         for waiter in self.lines.get(request.model, ()):
             candidates = [candidate for candidate in candidates if candidate not in waiter.candidates]
             if not candidates:
@@ -4829,14 +4831,10 @@ class UpstreamPool:
         return self._grant(request, [candidate for candidate in candidates if candidate.upstream not in tried])
 
     def _grant(self, request: ApiRequest, candidates: list[Candidate]) -> Lease | None:
-        """Lease the candidate that the policy chooses of those with room; None when there is none."""
+        """Lease the candidate with room that the policy chooses; None when no candidate has room."""
         now = self.timers.time()
-        ready = [
-            candidate
-            for candidate in candidates
-            if not candidate.well_at(now) and candidate.upstream.quota.in_flight < candidate.upstream.quota.most
-        ]
-        # Only the chosen one's ledger is asked, as mostly it has room: to ask twenty for each request costs 15 us.
+        ready = [item for item in candidates if not (item.upstream.quota.is_full or item.well_at(now))]
+        # Only the chosen ledger is asked, as mostly it has room: to ask twenty for each request costs 15 us.
         while ready:
             eligible = ready
             if request.prompt_tokens > self.affine_above:
@@ -4852,23 +4850,22 @@ class UpstreamPool:
         return None
 
     def _last_resort(self, request: ApiRequest, candidates: list[Candidate], tried: set[Upstream]) -> Lease | None:
-        """Lease the candidate that is due back first, if all are out by health; else None.
+        """Lease the candidate that is due back first, if all candidates are out; else None.
 
-        A sole controller passes its errors on this way. A limit still refuses, also a lack of credit, whose time is
-        long; and one that said when it will have time again is waited for.
+        So a sole controller passes its errors on. A limit or a lack of credit still refuses. A controller that named
+        its time is waited for, if that is within the request's time.
         """
         now = self.timers.time()
         until = now + request.wait_s
-        if not all(candidate.well_at(now) or candidate.upstream.quota.gate.opens_at(now) for candidate in candidates):
+        if not all(item.well_at(now) or item.upstream.quota.gate.opens_at(now) for item in candidates):
             return None
-        left = [candidate for candidate in candidates if candidate.upstream not in tried]
-        left = [candidate for candidate in left if not candidate.room_at(request.need, now)]
+        left = [item for item in candidates if item.upstream not in tried and not item.room_at(request.need, now)]
         if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= until for item in left):
             return None
-        return self._give(min(left, key=lambda candidate: candidate.well_at(now)), request, now)
+        return self._give(min(left, key=lambda item: item.well_at(now)), request, now)
 
     def _give(self, candidate: Candidate, request: ApiRequest, now: float) -> Lease:
-        """Return a lease, whose silence will be noticed."""
+        """Return a lease of this candidate, and look for silence from now on."""
         self.hedge_credit = min(self.hedge_credit + HEDGE_SHARE, HEDGES_SAVED)
         self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
         return Lease(candidate, request.need, request.stream, now)
@@ -4876,17 +4873,19 @@ class UpstreamPool:
     # -- results of attempts
 
     def settle(self, lease: Lease, verdict: Verdict) -> None:
-        """End an attempt: its controller learns, and waiters may have room now. A second time does nothing.
+        """End an attempt: its controller learns, and waiters may have room now. A second call does nothing.
 
-        Also for an error in a stream whose answer had begun: it counts as its verdict says, like one before.
+        An error after the answer began counts like an error before.
         """
-        if lease not in lease.ledger.open:  # a hedge that is dropped and a client that leaves may both come here
+        # The end of a hedge and a client that leaves may both settle a lease.
+        if lease not in lease.ledger.open:
             return
         now = self.timers.time()
         lease.release(verdict, now)
         if verdict.outcome is Outcome.RATE:
             quota, ledger = lease.upstream.quota, lease.candidate.ledger
-            if verdict.bucket and verdict.bucket != ledger.name:  # models that share this limit share its ledger now
+            # Models that share this limit share its ledger from now on.
+            if verdict.bucket and verdict.bucket != ledger.name:
                 ledger = quota.ledgers[lease.candidate.limited_as] = quota.ledger(verdict.bucket)
             under_way = lease.sent_at <= ledger.closed_at
             if not under_way and lease.was_early(verdict):
@@ -4895,7 +4894,7 @@ class UpstreamPool:
         self.pump()
 
     def answered(self, lease: Lease, good: bool, now: float) -> None:
-        """Note that a reply began to make sense, `good` if it is the answer: its controller is alive."""
+        """Note that a reply made sense so far, `good` if its answer began: the controller works."""
         (lease.answered if good else lease.heard)(now)
         self.pump()
 
@@ -4913,7 +4912,7 @@ class UpstreamPool:
 
     async def _wait(self, request: ApiRequest, candidates: list[Candidate], tried: set[Upstream]) -> Lease | None:
         """Stand in line until a candidate has room; see `lease`."""
-        # Of those that were tried only a full or busy one is waited for: the others would fail again.
+        # A tried candidate is only waited for if it is full or busy: any other would fail again.
         now = self.timers.time()
         busy = [item for item in candidates if item.room_at(request.need, now) or item.upstream.is_busy(now)]
         candidates = [item for item in candidates if item.upstream not in tried or item in busy]
@@ -4929,35 +4928,35 @@ class UpstreamPool:
             tried.clear()
             return lease
         except asyncio.CancelledError:
-            if waiter.future.done() and not waiter.future.cancelled():  # granted in the turn in which the client left
+            # The client may leave in the same turn of the loop in which the lease is granted.
+            if waiter.future.done() and not waiter.future.cancelled():
                 self.settle(waiter.future.result(), Verdict(Outcome.GONE))
             raise
         finally:
             handle.cancel()
             if waiter in self.lines.get(request.model, ()):
                 self.lines[request.model].remove(waiter)
-                self.pump()  # those behind it may be first now
+                self.pump()  # the next in line may be served now
             request.wait_s = max(0.0, request.wait_s - (self.timers.time() - now))
 
     def pump(self) -> None:
-        """Hand leases to the first in each line, one for each free place, and set the next alarm."""
+        """Hand a lease to the first in line for each free place, and set the next alarm."""
         if not self.lines:
             return
         now, soonest = self.timers.time(), NEVER
         for model, line in list(self.lines.items()):
-            blocked: list[Candidate] = []  # those that a waiter further ahead waits for
+            blocked: list[Candidate] = []  # waiters further ahead wait for these
             for waiter in list(line):
                 if not waiter.future.done():
                     candidates = [candidate for candidate in waiter.candidates if candidate not in blocked]
                     lease = self._grant(waiter.request, candidates)
                     if lease is None:
-                        # Also a candidate that has room for a smaller one is closed to those behind: else small
-                        # requests would pass a large one for ever.
+                        # A place that is too small is kept too: else small requests would pass a large one for ever.
                         openings = [candidate.opens_at(waiter.request.need, now) for candidate in candidates]
                         soonest = min([soonest, *openings])
                         blocked += candidates
                         if len(waiter.candidates) >= len(self.serving.get(model, ())):
-                            break  # those behind can wait for no other
+                            break  # no other candidate is left for the waiters behind
                         continue
                     waiter.future.set_result(lease)
                 line.remove(waiter)
@@ -4966,22 +4965,22 @@ class UpstreamPool:
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm = None
-        # Where no time is known, another request's end will come by here. At least a millisecond, as a timer may fire a
-        # moment before its time.
+        # Where no time is known, the end of another request calls this. A timer may fire a moment too early, so it is
+        # set at least a millisecond ahead.
         if soonest != NEVER:
             self.alarm = self.timers.call_at(max(soonest, now + 0.001), self.pump)
 
     def _check_line(self, request: ApiRequest, candidates: list[Candidate], now: float) -> None:
-        """Refuse a request that would wait in vain, at once and with the true time. Raise NoRoom."""
-        # A line without an end date hangs its clients for hours behind one long reset, and a 429 without a Retry-After
-        # makes them guess.
+        """Raise NoRoom, with the true time, for a request that would wait in vain."""
         openings = [(item.opens_at(request.need, now), item.ledger.rate(request.need)) for item in candidates]
-        known = all(opens != NEVER for opens, _ in openings)  # else another request's end may come at any time
+        # Another request may end at any time, so with a NEVER nothing is known.
+        known = all(opens != NEVER for opens, _ in openings)
         after_s = turn_at(openings, len(self.lines.get(request.model, ())), now) - now if known else NEVER
         waiting, most = self.waiting, self.config.max_queue
         if waiting >= most:
             raise NoRoom("the line is full", after_s)
-        if request.key and 2 * waiting >= most:  # one client's burst must not refuse all others
+        # A burst of one client must not fill the line.
+        if request.key and 2 * waiting >= most:
             own = sum(waiter.request.key == request.key for line in self.lines.values() for waiter in line)
             if 2 * own >= most:
                 raise NoRoom("this key holds half of the line", after_s)
@@ -4989,7 +4988,7 @@ class UpstreamPool:
             raise NoRoom("no controller has room in time", after_s)
 
     def _give_up(self, waiter: Waiter) -> None:
-        """End the waiting when the time is over."""
+        """Refuse a waiter whose time is over."""
         if not waiter.future.done():
             after_s = self.reopens_after(waiter.candidates, waiter.request.need)
             waiter.future.set_exception(NoRoom("no controller had room in time", after_s))
@@ -4997,28 +4996,29 @@ class UpstreamPool:
     # -- silence
 
     def _sweep(self) -> None:
-        """Look for silent controllers and requests stuck in them; runs while anything is under way."""
+        """Look for silent controllers and stuck requests, again and again while any request is under way."""
         now, self.sweeper = self.timers.time(), None
-        # A request that is connecting may be silent later; and a controller that hangs may have been removed for that.
+        # The operator may have removed a controller because it hangs.
         for upstream in [item for item in (*self.upstreams, *self.leaving) if item.in_flight]:
             self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
             if upstream.is_silent(now):
                 if upstream.gate.probe is not None:
-                    upstream.gate.probe.urgent = True  # it need not wait for as long as the others
+                    upstream.gate.probe.urgent = True
                 upstream.gate.shut(SILENT, now, "silent for far longer than usual", NEVER)
             for lease in list(upstream.unanswered):
                 if lease.stuck is not None and (lease.urgent or self._is_stuck(lease, now)):
-                    # A probe is hedged in any case: there is only one for each backoff.
+                    # A probe always gets a hedge, as there is one probe for each backoff.
                     within = lease.urgent or self.hedge_credit >= 1.0 or not self.hedges.opens_at(1.0, now)
                     if within and self.config.rescue_after != 0 and lease.stuck():
-                        lease.urgent = True  # should the hedge fail, the next one follows at once
+                        lease.urgent = True  # if the hedge fails, the next one follows at once
                         self.hedge_credit = max(0.0, self.hedge_credit - 1.0)
                         self.hedges.sent(self.hedges.take(1.0, now), now)
 
     def _is_stuck(self, lease: Lease, now: float) -> bool:
         """Return whether a request has been silent for so long that another controller should be asked too."""
         silent_s, after_s, candidate = now - lease.sent_at, self.config.rescue_after, lease.candidate
-        if not (lease.stream or lease.upstream.gate.reason == SILENT):  # a whole answer may just be long
+        # A whole answer may just be long.
+        if not (lease.stream or lease.upstream.gate.reason == SILENT):
             return False
         if after_s is not None:
             return 0 < after_s < silent_s
@@ -5031,18 +5031,17 @@ class UpstreamPool:
     # -- what is known
 
     def configured_models(self) -> list[str]:
-        """Return the model names that the configuration spells out, sorted."""
-        names = {name for upstream in self.upstreams for name in upstream.config.models}
-        names |= {name for upstream in self.upstreams for name, _ in upstream.config.model_map}
-        names |= self.fallbacks.keys()
-        return sorted(name for name in names if "*" not in name and "?" not in name)
+        """Return the model names in the configuration that are no patterns, sorted."""
+        configs = [upstream.config for upstream in self.upstreams]
+        names = {name for config in configs for name in (*config.models, *dict(config.model_map))}
+        return sorted(name for name in names | self.fallbacks.keys() if not {"*", "?"} & {*name})
 
     def is_served(self, model: str) -> bool:
         """Return whether a controller or a fallback serves `model`."""
         return model in self.fallbacks or any(upstream.serves(model) for upstream in self.upstreams)
 
     def reopens_after(self, candidates: list[Candidate], need: float) -> float:
-        """Return the seconds until a candidate has room, as far as is known; NEVER where nothing is."""
+        """Return the seconds until a candidate has room; NEVER where no time is known."""
         now = self.timers.time()
         return max(0.0, min((item.opens_at(need, now) for item in candidates), default=NEVER) - now)
 
@@ -5055,14 +5054,14 @@ class UpstreamPool:
 
 
 class ClientQuota:
-    """What one client key may still send: its own rpm, tpm and concurrency, over all models."""
+    """The quota of one client key: its own rpm, tpm and concurrency, over all models."""
 
     def __init__(self, key: ClientKey) -> None:
         self.key, self.quota = key, Quota(key.name, key.limits)
 
     def enter(self, need: float, now: float) -> float:
         """Count a request and let it pass (0), or return in how many seconds it may come again."""
-        if self.quota.in_flight >= self.quota.most:
+        if self.quota.is_full:
             return KEY_BUSY_S
         ledger = self.quota.ledger("")
         opens = ledger.opens_at(need, now)
@@ -5079,7 +5078,7 @@ class ClientQuota:
 
 
 def describe_ledger(ledger: Ledger, now: float) -> dict[str, Any]:
-    """Return what is known of one model's quota, for /status."""
+    """Return the state of one model's quota, for /status."""
     closed_until = max((until for _, until in ledger.closed), default=0.0)
     state: dict[str, Any] = {"closed_for_s": round(max(0.0, closed_until - now), 3)}
     for bucket in ledger.buckets:
@@ -5097,7 +5096,7 @@ def describe_upstream(upstream: Upstream, now: float) -> dict[str, Any]:
     gate = quota.gate if quota.gate.reason else upstream.gate
     out = gate.reason and not (gate.reason == BUSY and gate.until <= now)
     openings = [ledger.opens_at(1.0, now) for ledger in quota.ledgers.values()]
-    limited_until = NEVER if quota.in_flight >= quota.most else max(openings, default=0.0)
+    limited_until = NEVER if quota.is_full else max(openings, default=0.0)
     until = gate.until if out else limited_until
     return {
         "name": upstream.name,

@@ -469,21 +469,22 @@ def test_a_429_that_says_what_is_left_is_not_early() -> None:
 
 
 def test_a_429_without_limits_starts_slowly() -> None:
-    """Where replies report no limits, one goes at the reopening; the rate doubles once in a round trip, then slower."""
-    one, now = candidate(), T0
+    """Where replies report no limits, one goes at the reopening; after each round trip one more, and twice as fast."""
+    one, now = candidate(), T0 + 1.0
     assert refuse(one, after_s=1.0) == pytest.approx(1.0)
-    for wait_s in (1.0, 0.5, 0.25, 0.125):
-        now += wait_s
-        first = lease(one, now)
-        assert one.opens_at(1, now) == pytest.approx(now + wait_s, abs=0.01)
-        for made in (first, lease(one, now, sent=False), lease(one, now, sent=False)):
-            made.sent_at = now
+    for rate in (1, 2, 4, 8):
+        flying = [lease(one, now), lease(one, now)]
+        assert one.opens_at(1, now) == pytest.approx(now + 1 / rate, abs=0.01)
+        now += 0.01
+        for made in flying:
             made.answered(now)
+        now += 0.001
+        assert is_open(one, now)
     assert refuse(one, now, after_s=0.25) == pytest.approx(0.25)
-    for rate in (8, 8.5):  # doubled to half of the refused rate, then slower
-        now = one.opens_at(1, now)
-        lease(one, now).answered(now)
-        assert one.opens_at(1, now) - now == pytest.approx(1 / rate, abs=0.005)
+    for rate in (4, 8, 9):  # doubled to half of the refused rate, then slower
+        assert one.ledger.requests.rate == pytest.approx(rate)
+        now += 0.25
+        lease(one, now).answered(now + 0.125)
 
 
 # -- gates: what puts a controller out, for how long, and what brings it back
