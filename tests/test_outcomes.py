@@ -32,9 +32,6 @@ def error(code: str = "", message: str = "", kind: str = "") -> bytes:
 @pytest.mark.parametrize(
     ("status", "body", "outcome"),
     [
-        (200, b"", "ok"),
-        (204, b"", "ok"),
-        (301, b"", "fault"),
         (400, error("model_not_found"), "client"),
         (400, b'[{"error":{"code":400,"message":"API key not valid. Please pass a valid one.","status":"x"}}]', "auth"),
         (400, b'{"code":"Client specified ...","error":"Incorrect API key provided: na***ys. You can ..."}', "auth"),
@@ -60,37 +57,24 @@ def error(code: str = "", message: str = "", kind: str = "") -> bytes:
         (404, error("DeploymentNotFound"), "missing"),
         (404, error("", "No such file"), "client"),
         (404, b"<html>", "client"),
-        (405, b"", "client"),
-        (408, b"", "fault"),
-        (409, b"", "fault"),
         (412, error("", "Account x is suspended, possibly due to reaching the monthly spending limit."), "quota"),
-        (412, b"", "client"),
-        (413, b"", "client"),
         (413, error("rate_limit_exceeded", "... (TPM): Limit 6000, Requested 9000, please reduce ...", "tokens"), "large"),
-        (415, b"", "client"),
-        (422, b"", "client"),
-        (424, b"", "fault"),
-        (429, b"", "rate"),
         (429, b"\xff not json", "rate"),
         (429, b"[" * 100_000, "rate"),
         (429, error("rate_limit_exceeded", kind="requests"), "rate"),
-        (429, error("insufficient_quota"), "quota"),
-        (429, error("", kind="insufficient_quota"), "quota"),
+        *((429, error(code), "quota") for code in ("insufficient_quota", "billing_hard_limit_reached", "1113")),
+        *((429, error("", kind=kind), "quota") for kind in ("insufficient_quota", "exceeded_current_quota_error")),
         (429, error("other", kind="insufficient_quota"), "quota"),
-        (429, error("billing_hard_limit_reached"), "quota"),
-        (429, error("", kind="exceeded_current_quota_error"), "quota"),
         (429, error("billing_not_active", kind="billing_not_active"), "quota"),
-        (429, error("1113", "No balance"), "quota"),
         (429, error("1302", "Too many at once"), "rate"),
         (429, b'{"error":{"code":429,"message":"Your project has exceeded its monthly spending cap."}}', "quota"),
         (429, b'[{"error":{"code":429,"message":"Resource exhausted"}}]', "rate"),
         (429, b'{"error":"slow down"}', "rate"),
-        (498, b"", "rate"),
-        (500, b"", "fault"),
+        *((status, b"", "ok") for status in (200, 204)),
+        *((status, b"", "client") for status in (405, 412, 413, 415, 422)),
+        *((status, b"", "fault") for status in (301, 408, 409, 424, 500, 503, 529, 700)),
+        *((status, b"", "rate") for status in (429, 498)),
         (502, b"<html>", "fault"),
-        (503, b"", "fault"),
-        (529, b"", "fault"),
-        (700, b"", "fault"),
     ],
     ids=lambda value: repr(value[:60]) if isinstance(value, bytes) else None,
 )
@@ -182,12 +166,8 @@ def test_may_retry(outcome: app.Outcome) -> None:
     refused = outcome.value in {"unfit", "connect", "auth", "rate", "quota", "large"}
     for stream in (True, False):
         assert app.may_retry(verdict, request(stream, stateful=True)) is refused
-
-
-@pytest.mark.parametrize(("status", "moves"), [(503, True), (500, False)])
-def test_a_stateful_request_moves_on_from_a_503_only(status: int, moves: bool) -> None:
-    """A 503 says that nothing ran; a 500 does not."""
-    assert app.may_retry(app.Verdict(app.Outcome.FAULT, status), request(stateful=True)) is moves
+    unavailable = app.Verdict(app.Outcome.FAULT, 503)  # which says that nothing ran
+    assert app.may_retry(unavailable, request(stateful=True))
 
 
 def test_usefulness() -> None:
@@ -252,23 +232,16 @@ def test_durations_never_raise_and_are_never_negative() -> None:
         ({b"retry-after-ms": b"x", b"retry-after": b"3"}, "", 3.0),
         ({}, "Rate limit reached. Please try again in 41.724s. Visit", 41.724),
         ({}, "Please try again in 6m0s.", 360.0),
-        ({}, "Please try again in 20ms.", 0.02),
-        ({}, "Please retry after 45 seconds.", 45.0),
         ({}, "Please retry after 1 second.", 1.0),
         ({}, "try again in 2 minutes", 120.0),
-        ({}, "try again in 1 hour", 3600.0),
-        ({}, "try again in 1h2m3s", 3723.0),
+        ({}, '"retryDelay": "34s"', 34.0),  # as Google has it in the details of an error
         ({}, "nothing to see", None),
     ],
 )
 def test_retry_after(index: dict[bytes, bytes], message: str, seconds: float | None) -> None:
     """Milliseconds, seconds, a date, then the text: the first that makes sense."""
-    assert judge(429, error("", message), index).after_s == (None if seconds is None else pytest.approx(seconds))
-
-
-def test_a_delay_in_the_body_counts() -> None:
-    """Google names its delay in the details of the error."""
-    assert judge(429, b'[{"error":{"code":429,"details":[{"retryDelay": "34s"}]}}]').after_s == 34.0
+    body = b"[%b]" % message.encode() if message.startswith('"') else error("", message)
+    assert judge(429, body, index).after_s == (None if seconds is None else pytest.approx(seconds))
 
 
 # -- what a reply says about the quota
@@ -286,21 +259,14 @@ def fields(kind: bytes = b"requests", **values: bytes) -> dict[bytes, bytes]:
         (fields(limit=b"500", remaining=b"499"), (500, 499, None)),
         (fields(limit=b"500", remaining=b"0", reset=b"60"), (500, 0, 60.0)),
         (fields(limit=b"500", remaining=b"900", reset=b"1s"), (500, 500, 1.0)),
-        (fields(limit=b"500", remaining=b"499", reset=b"-1"), (500, 499, None)),
-        (fields(limit=b"500", remaining=b"499", reset=b"soon"), (500, 499, None)),
         (fields(limit=b"500", remaining=b"499", reset=b"720h"), (500, 499, 2_592_000.0)),
-        (fields(limit=b"500", remaining=b"499", reset=b"1795800000"), (500, 499, None)),
-        (fields(limit=b"500", remaining=b"499", reset=b"9999-01-01T00:00:00Z"), (500, 499, None)),
+        *(
+            (fields(limit=b"500", remaining=b"499", reset=reset), (500, 499, None))
+            for reset in (b"-1", b"soon", b"1795800000", b"9999-01-01T00:00:00Z", b"1" * 50_000)
+        ),
         (fields(limit=b"0", remaining=b"0", reset=b"0"), None),
-        (fields(limit=b"-1", remaining=b"-1"), None),
-        (fields(limit=b"500", remaining=b"-1"), None),
-        (fields(remaining=b"5"), None),
-        (fields(limit=b"500"), None),
-        (fields(limit=b"5e2", remaining=b"1"), None),
-        (fields(limit=b"500.5", remaining=b"1"), None),
-        (fields(limit=b"9" * 40, remaining=b"1"), None),
-        (fields(limit=b"\xb2", remaining=b"1"), None),
-        (fields(limit=b"500", remaining=b"499", reset=b"1" * 50_000), (500, 499, None)),
+        *((fields(limit=b"500", remaining=left), None) for left in (b"-1", b"", b"\xb2")),
+        *((fields(limit=limit, remaining=b"1"), None) for limit in (b"", b"-1", b"5e2", b"500.5", b"9" * 40, b"\xb2")),
         ({}, None),
         (
             {
@@ -321,7 +287,7 @@ def test_allowances(index: dict[bytes, bytes], expected: tuple[float, float, flo
 
 
 def test_allowances_of_tokens() -> None:
-    """A reply tells of requests and of tokens independently."""
+    """A reply reports requests and tokens independently."""
     index = {**fields(b"tokens", limit=b"9000", remaining=b"8000", reset=b"6s"), b"x-other": b"1"}
     assert app.read_allowances(index, lambda: WALL_S) == (None, (9000, 8000, 6.0))
 
@@ -330,8 +296,7 @@ def test_allowances_of_tokens() -> None:
     ("tail", "expected"),
     [
         (b'..."usage":{"prompt_tokens":5,"completion_tokens":7,"total_tokens":12}}', (12, 7)),
-        (b'"usage": {"prompt_tokens" : 5, "completion_tokens" : 7, "total_tokens" : 12}', (12, 7)),
-        (b'"usage":{"input_tokens":5,"output_tokens":7}', (12, 7)),
+        (b'"usage": {"input_tokens" : 5, "output_tokens" : 7}', (12, 7)),
         (b'"usage":{"input_tokens":5,"output_tokens":7,"total_tokens":13}', (13, 7)),
         (b'"usage":{"prompt_tokens":5,"total_tokens":5}', (5, 0)),
         (b'"usage":null}\n\ndata: [DONE]\n\n', (0, 0)),
