@@ -3888,7 +3888,7 @@ class Allowance(NamedTuple):
 
     limit: float
     remaining: float
-    reset_s: float | None
+    reset_s: float | None = None
 
 
 # OpenAI's names, which most vendors share; Anthropic's; Cerebras'; Mistral's. A reply's first known set counts.
@@ -4013,8 +4013,7 @@ class Bucket:
 
     Until a reply reports a `limit`, `rate` is 0: the bucket refuses nothing and only counts, below zero. `most`: the
     largest `size` that is believed. `newest`: the serial of the latest request whose reply counted. `known_at`: when
-    the first reply came. `threshold`: half of the rate that was refused last, in a slow start (TCP's ssthresh).
-    `grown_at`: when a slow start last became faster.
+    the first reply came. `doubles`: whether a slow start had no second 429. `grown_at`: when its rate grew last.
     """
 
     def __init__(self, by_tokens: bool, now: float = 0.0) -> None:
@@ -4022,7 +4021,7 @@ class Bucket:
         self.level = self.limit = self.rate = self.shift = 0.0
         self.size = self.most = NEVER
         self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
-        self.threshold, self.grown_at = NEVER, 0.0
+        self.doubles, self.grown_at = True, 0.0
 
     def level_at(self, now: float) -> float:
         """Return the amount that may be taken."""
@@ -4095,21 +4094,22 @@ class Bucket:
     def slow_down(self, after_s: float, now: float) -> None:
         """Begin a slow start after a 429 of an account that reports no limit (self-hosted, Vertex, some gateways).
 
-        At the reopening one request goes, and the next after `after_s` again; else the whole line would go at once.
+        At the reopening one request goes, and the next after `after_s` again; else the whole line would go at once. A
+        429 during the slow start halves the rate.
         """
         self.take(0.0, now - EDGE_S)
-        self.threshold = self.rate / 2 or NEVER
-        self.rate = max(min(self.threshold, 1 / after_s), 1 / CLOSED_S[1])
+        self.doubles = not self.rate
+        self.rate = max(self.rate / 2 or 1 / after_s, 1 / CLOSED_S[1])
         self.size, self.level, self.shift = 1.0, 1.0, self.shift + 1.0 - self.level
 
     def speed_up(self, sent_at: float, now: float) -> None:
         """Grow the rate of a slow start, once in a round trip: a rate must be tried before it grows.
 
-        Below the threshold it doubles, and one more request goes at once. Above it grows with the requests since the
+        Until the second 429 it doubles, and one more request goes at once. Then it grows with the requests since the
         last growth, as doubling would exceed the same limit again.
         """
         if sent_at > self.grown_at:
-            if self.rate < self.threshold:
+            if self.doubles:
                 self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
             else:
                 self.rate *= 1 + PACE_STEP * min(self.rate * (now - self.grown_at), PACE_BURST)
@@ -4798,9 +4798,9 @@ class UpstreamPool:
         candidates = self.candidates(model)
         if request.path == CHAT_PATH:
             return candidates
-        candidates = [candidate for candidate in candidates if not candidate.upstream.controller.chat_only]
+        candidates = [item for item in candidates if not item.upstream.controller.chat_only]
         if request.pinned:
-            candidates = [candidate for candidate in candidates if candidate.upstream.name == request.pinned]
+            candidates = [item for item in candidates if item.upstream.name == request.pinned]
         if not candidates:
             raise ProxyError(404, f"No controller here can take {request.path[:200]} for this model.", "unknown_url")
         return candidates
