@@ -3884,7 +3884,7 @@ def usefulness(verdict: Verdict) -> int:
 
 
 class Allowance(NamedTuple):
-    """What a reply reports of one limit: its size, the rest, and the seconds until it is full (None: not reported)."""
+    """A reply's report of one limit: its size, the rest, and the seconds until all is back (None: not reported)."""
 
     limit: float
     remaining: float
@@ -3963,7 +3963,7 @@ MEMORY_MODELS = 256  # models in each cache, as clients choose the names
 WINDOW_S = 60.0  # the time that rpm and tpm count
 # A bucket refills this much later than computed: a request that is 1 ms too early gets a 429.
 EDGE_S = 0.005
-# Of two requests, one may take this much longer to reach the upstream, and is counted there so much later.
+# A request may need this much longer than another to reach the upstream, which then counts it later.
 SLACK_S = 0.25
 CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
 # For a 429 that names no time: the first closing, and the end of doubling.
@@ -3997,7 +3997,7 @@ def next_backoff(last_s: float, bounds: tuple[float, float]) -> float:
 
 @dataclass(slots=True, eq=False)
 class Receipt:
-    """A charge. `expected`: the level that its reply should report; `counted`: whether its window still has it."""
+    """A charge. `expected`: the level that the reply should report. `counted`: whether the charge is in its window."""
 
     amount: float
     expected: float = 0.0
@@ -4174,7 +4174,7 @@ class Window:
 
 
 class Ledger:
-    """What one quota may still be sent for one model, by replies, by configuration and by the last 429s.
+    """The limits of one quota for one model: by replies, by configuration and by the last 429s.
 
     `closed`: pairs of tokens and a time; until then no request with at least so many tokens goes. `closed_at`: when the
     ledger was closed last. `closed_for`: the last backoff, 0 after a good answer. `open`: the leases, by their serials.
@@ -4249,7 +4249,7 @@ class Ledger:
         until, self.closed_at = now + min(after_s, CLOSED_MAX_S), now
         if not (self.minutes or self.requests.limit or under_way):
             self.requests.slow_down(after_s, now)
-        # Other 429s about larger requests, or until later, still hold; this one covers the others.
+        # Earlier 429s still hold for larger requests and for later times; this 429 covers the rest.
         least = need if verdict.by_tokens else 0.0
         self.closed = [item for item in self.closed if item[1] > now and (item[0] < least or item[1] > until)]
         self.closed.append((least, until))
@@ -4464,7 +4464,7 @@ class Upstream:
         """Count a failure: the breaker needs a number and a share, so one failure in a hundred never opens it."""
         self.failures += 1
         self.recent.append((now, True))
-        # Only outcomes of late count: a controller with one request a minute needs no breaker.
+        # Old outcomes do not count: a controller with one request a minute needs no breaker.
         fresh = [failed for at, failed in self.recent if now - at <= BREAKER_WITHIN_S]
         many = sum(fresh) >= BREAKER_FAILURES and 2 * sum(fresh) >= len(fresh)
         if self.gate.probe is lease or (many and self.gate.counts(lease)):
@@ -4476,13 +4476,13 @@ class Upstream:
             self.gate.until = max(self.gate.until, now + for_s)
 
     def is_busy(self, now: float) -> bool:
-        """Return whether the upstream named a time to come back, which is not over."""
+        """Return whether the upstream named a time to come back that is not over yet."""
         return self.gate.reason == BUSY and self.gate.until > now
 
     def is_silent(self, now: float) -> bool:
         """Return whether a probe, or three requests sent since the last answer, are silent for unusually long.
 
-        A request from before that answer is slow and not stuck. Others of its model and kind may be as slow.
+        A request sent before that answer is slow and not stuck, and others of its model and kind may be as slow.
         """
         since, probe = self.answered_at, self.gate.probe
         asked = [lease for lease in self.unanswered if lease.sent_at > since and self.gate.counts(lease)]
@@ -4533,7 +4533,7 @@ class Lease:
         self.upstream.answered_at, self.upstream.hedged = now, 0
 
     def answered(self, now: float) -> None:
-        """Note that the answer began: the controller works, and the time so far is a usual one."""
+        """Note that the answer began: the controller works, and the time so far becomes a sample."""
         upstream, took_s = self.upstream, now - self.since
         self.heard(now)
         self.candidate.times[self.stream].append(took_s)
@@ -4700,7 +4700,7 @@ AFFINE_POLICIES = ("balanced", "random", "least_busy")  # the other policies cho
 
 
 class NoRoom(Exception):
-    """No controller has room within the time that a request may wait. `after_s`: when one will, NEVER if unknown."""
+    """No controller has room while a request may wait. `after_s`: seconds until there is room, NEVER if unknown."""
 
     def __init__(self, why: str, after_s: float) -> None:
         super().__init__(why)
@@ -5060,7 +5060,7 @@ class ClientQuota:
         self.key, self.quota = key, Quota(key.name, key.limits)
 
     def enter(self, need: float, now: float) -> float:
-        """Count a request and let it pass (0), or return in how many seconds it may come again."""
+        """Count a request and return 0, or return the seconds until it may come again."""
         if self.quota.is_full:
             return KEY_BUSY_S
         ledger = self.quota.ledger("")

@@ -640,13 +640,13 @@ def test_the_log_says_why_a_controller_is_out_and_when_it_is_back(caplog: pytest
     with caplog.at_level(logging.INFO, "chatgpt_apiserver"):
         for at in (0, 0, 0, 31):
             fail(one, "auth", T0 + at, 401, message="Incorrect API key")
-        succeed(one, T0 + 31 + 60)
-        fail(one, "fault", T0 + 100, 503, after_s=7.0)
-        one.upstream.try_again(T0 + 101)
+        succeed(one, T0 + 4000)
+        fail(one, "fault", T0 + 4100, 503, after_s=7.0)
+        one.upstream.try_again(T0 + 4101)
     assert [f"{record.levelname} {record.getMessage()}" for record in caplog.records] == [
         "WARNING account team-a: disabled for 30 s: 401 Incorrect API key",
         "WARNING account team-a: disabled for 60 s: 401 Incorrect API key",
-        "INFO account team-a: back after 91 s",
+        "INFO account team-a: back after 4000 s",
         "WARNING account team-a: disabled for 7 s: 503 ",
         "INFO account team-a: back after 1 s",
     ]
