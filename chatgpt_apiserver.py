@@ -203,8 +203,6 @@ def error_body(error: ProxyError | UpstreamError) -> bytes:
 # in. Every message names the file, the path in it, what was found and what is allowed.
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
-ENDPOINTS = ("inference", "objects", "*")
-THINKING = ("effort", "adaptive", "budget")  # what `to_messages` makes of reasoning_effort
 FIXED_PARAMS = ("model", "messages", "stream")  # routing and relaying depend on them
 CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "/etc/chatgpt-apiserver")
@@ -212,13 +210,13 @@ ENV_PREFIX = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
 AZURE_API_VERSION = "2024-10-21"  # the newest stable version of the classic surface
 # A header name (RFC 9110, 5.1), but none that frames messages: a file that set one could smuggle requests.
-FIELD_NAME = (
-    r"(?!(?i:host|content-length|transfer-encoding|connection|expect|upgrade|te|trailer)\Z)"
-    r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-)
+FRAMING = "host|content-length|transfer-encoding|connection|expect|upgrade|te|trailer"
+FIELD_NAME = rf"(?!(?i:{FRAMING})\Z)[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 FIELD_NAME_IS = "a header name (RFC 9110, 5.1) that does not frame messages"
 ORIGIN = r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+"  # editors and mobile apps have schemes of their own
 ORIGIN_IS = 'scheme://host[:port] without a path, "null" or "*"'
+# A name, an IPv4 address, or an IPv6 address that may stand in brackets.
+LISTEN_HOST = r"[^/*\s\[\]:]*|(\[)?[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*(?:%\w+)?(?(1)\])"
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 
 _OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # for APIs that refuse or ignore the newer name
@@ -406,7 +404,7 @@ class Place:
                 hint = " or ".join(place for place in places_of(key) if place != here)
                 hint = hint and "its place is " + hint
             hint = hint or "allowed here: " + ", ".join(sorted(known))
-            raise ConfigError(f"{self.source}: {self.inside(key).path}: unknown key; {hint}")
+            raise self.inside(key).problem("unknown key; " + hint)
 
 
 # -- checks: each takes a place, the value that stands there and what the key's annotation adds. It returns what the
@@ -425,15 +423,10 @@ def check_object(place: Place, value: Any) -> dict[str, Any]:
     return dict(check_type(place, value, dict, "an object, {...}"))
 
 
-def list_items(place: Place, value: Any) -> list[tuple[Place, Any]]:
-    """Return the items of a list, each with its place; null is an empty list."""
-    items = [] if value is None else check_type(place, value, list, "a list, [...]")
-    return [(place.inside(number), item) for number, item in enumerate(items)]
-
-
 def check_list(place: Place, value: Any, check: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
     """Return a list as a tuple of checked items."""
-    return tuple(check(item_place, item, *args) for item_place, item in list_items(place, value))
+    items = check_type(place, value, list, "a list, [...]")
+    return tuple(check(place.inside(number), item, *args) for number, item in enumerate(items))
 
 
 def check_number(place: Place, value: Any, low: float, high: float, otherwise: str = "") -> float:
@@ -446,7 +439,7 @@ def check_number(place: Place, value: Any, low: float, high: float, otherwise: s
     raise place.error(show(value), f"a {kind} from {bounds}{quoted}{otherwise}")
 
 
-def check_text(place: Place, value: Any, pattern: str = "(?s).*", allowed: str = "a string") -> str:
+def check_text(place: Place, value: Any, pattern: str = ".*", allowed: str = "a string") -> str:
     """Return a string that matches `pattern`; `allowed` describes it."""
     text: str = check_type(place, value, str, allowed)
     if VARIABLE.fullmatch(text):
@@ -456,11 +449,6 @@ def check_text(place: Place, value: Any, pattern: str = "(?s).*", allowed: str =
     if not re.fullmatch(pattern, text):
         raise place.error(show(text), allowed)
     return text
-
-
-def check_word(place: Place, value: Any) -> str:
-    """Return a string that is not empty."""
-    return check_text(place, value, "(?s).+", "a non-empty string")
 
 
 def check_choice(place: Place, value: Any, names: Collection[str]) -> str:
@@ -499,22 +487,16 @@ def check_secret(place: Place, value: Any) -> Secret:
     return Secret(value)
 
 
-def check_file(place: Place, value: Any) -> str:
-    """Return the path of a file that exists."""
+def check_file(place: Place, value: Any, certificates: bool = False) -> str:
+    """Return the path of a file that exists. A file of certificates is loaded, since the first request is too late."""
     name = check_text(place, value)
     path = resolve_path(place.source, name) if name else ""
     if path and not os.path.isfile(path):
         raise place.problem(f"no file {show(name)} beside the configuration or in the working directory")
-    return path
-
-
-def check_ca_file(place: Place, value: Any) -> str:
-    """Return the path of a file of certificates. It is loaded now: a bad one would only fail at the first request."""
-    path = check_file(place, value)
     try:
-        if path:
+        if path and certificates:
             ssl.create_default_context(cafile=path)
-    except OSError as error:  # SSLError is one
+    except OSError as error:  # SSLError is a subclass
         raise place.error(show(path), f"a file of PEM certificates ({reason_of(error)})") from error
     return path
 
@@ -526,16 +508,9 @@ def check_port(place: Place, value: Any) -> float:
 
 
 def check_listen_host(place: Place, value: Any) -> str:
-    """Return the name or address to listen on; an IPv6 address may stand in brackets."""
-    host = check_text(place, value)
-    bare = host[1:-1] if re.fullmatch(r"\[.*:.*\]", host) else host
-    try:
-        valid = ":" not in bare or bool(ipaddress.IPv6Address(bare))
-    except ValueError:
-        valid = False
-    if not valid or re.search(r"[/*\s\[\]]", bare):
-        raise place.error(show(host), "a name or an address of this machine, without scheme and port")
-    return bare
+    """Return the name or address to listen on; an IPv6 address comes back without brackets."""
+    allowed = "a name or an address of this machine, without scheme and port"
+    return check_text(place, value, LISTEN_HOST, allowed).strip("[]")
 
 
 def is_url(text: str, scheme: str, forbidden: str) -> bool:
@@ -600,28 +575,46 @@ def checks_of(record: type) -> dict[str, tuple[Any, ...]]:
     """Return, by key, the check of each field that the configuration may set, and the check's further arguments."""
     hints = get_type_hints(record, include_extras=True)
     names = [item.name for item in fields(record) if item.default is not MISSING]
-    checks = {name: (check_record, hints[name]) for name in names if is_dataclass(hints[name])}
-    return {name: checks.get(name) or hints[name].__metadata__ for name in names}
+    return {
+        name: (check_record, hints[name]) if is_dataclass(hints[name]) else hints[name].__metadata__ for name in names
+    }
 
 
-def check_keys(place: Place, data: Mapping[str, Any], record: type) -> dict[str, Any]:
-    """Return the checked values that `data` has for keys of `record`; null counts as absent."""
-    given = {name: check for name, check in checks_of(record).items() if data.get(name) is not None}
+def check_keys(place: Place, value: Any, record: type, *others: str) -> dict[str, Any]:
+    """Return the checked values of an object's keys of `record`; it may have `others`, too. Null counts as absent."""
+    data, checks = check_object(place, value), checks_of(record)
+    place.refuse_unknown(data, [*others, *checks])
+    given = {name: check for name, check in checks.items() if data.get(name) is not None}
     return {name: check(place.inside(name), data[name], *args) for name, (check, *args) in given.items()}
 
 
 def check_record(place: Place, value: Any, record: type) -> Any:
-    """Return an object with the keys of `record` as an instance of it."""
-    place.refuse_unknown(check_object(place, value), checks_of(record))
+    """Return an object as an instance of `record`."""
     return record(**check_keys(place, value, record))
+
+
+def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[Any, ...]:
+    """Return a list of records that have names; `parse` also gets those before, to compare with them."""
+    members: list[Any] = []
+    for number, item in enumerate(check_type(place, value, list, "a list, [...]")):
+        item_place = place.inside(number)
+        member = parse(item_place, item, members)
+        if member.name in [other.name for other in members]:
+            raise item_place.inside("name").error(show(member.name), "a name that no other in this list has")
+        members.append(member)
+    return tuple(members)
 
 
 Text = Annotated[str, check_text]
 Flag = Annotated[bool, check_type, bool, "true or false"]
-Words = Annotated[tuple[str, ...], check_list, check_word]
-Pairs = Annotated[tuple[tuple[str, str], ...], check_pairs, check_word]
-Fallbacks = Annotated[tuple[tuple[str, tuple[str, ...]], ...], check_pairs, check_list, check_word]
+Words = Annotated[tuple[str, ...], check_list, check_text, ".+", "a non-empty string"]
+Pairs = Annotated[tuple[tuple[str, str], ...], check_pairs, check_text, ".+", "a non-empty string"]
+Fallbacks = Annotated[
+    tuple[tuple[str, tuple[str, ...]], ...], check_pairs, check_list, check_text, ".+", "a non-empty string"
+]
 FileName = Annotated[str, check_file]
+Seconds = Annotated[float, check_number, 0.0, 3600.0]
+Timeout = Annotated[float, check_number, 0.001, 86400.0]  # for what must never wait for ever
 
 
 # -- records: README.md explains the keys, and a test compares them with it. Values are tuples, not lists, as a reload
@@ -632,7 +625,7 @@ FileName = Annotated[str, check_file]
 class Timeouts:
     """Seconds; 0 means no limit. `first_byte` None: 120 for streams, 600 for whole answers, as in the SDKs."""
 
-    connect: Annotated[float, check_number, 0.001, 3600.0] = 10.0  # never unlimited: the kernel would wait two minutes
+    connect: Timeout = 10.0  # never unlimited: the kernel would wait two minutes
     first_byte: Annotated[float | None, check_number, 0.0, 86400.0] = None
     idle: Annotated[float, check_number, 0.0, 86400.0] = 300.0
     total: Annotated[float, check_number, 0.0, 86400.0] = 0.0
@@ -661,20 +654,20 @@ class AccountConfig:
     organization: Text = ""
     project: Text = ""
     proxy: Annotated[Secret, check_proxy] = Secret()
-    ca_file: Annotated[str, check_ca_file] = ""
+    ca_file: Annotated[str, check_file, True] = ""
     headers: Annotated[tuple[tuple[str, Secret], ...], check_headers] = ()
     auth_header: Annotated[str, check_text, FIELD_NAME, FIELD_NAME_IS] = "Authorization"
     auth_scheme: Annotated[str, check_text, "[!-~]*", 'one word of ASCII, or "" for the bare key'] = "Bearer"
     chat_path: Annotated[str, check_text, r"/[!-\"$->@-~]+", "/path without blanks, ? and #"] = "/chat/completions"
     api_version: Annotated[str, check_text, "[0-9A-Za-z-]*", "a date such as " + AZURE_API_VERSION] = ""  # Azure only
     max_tokens: Annotated[int, check_number, 1, 10**7] = 4096  # Anthropic only; its oldest models take no more
-    thinking: Annotated[str, check_choice, THINKING] = THINKING[0]  # Anthropic only
+    thinking: Annotated[str, check_choice, ("effort", "adaptive", "budget")] = "effort"  # Anthropic only
     drop_params: Words = ()
     rename_params: Pairs = ()
     extra_body: Annotated[tuple[tuple[str, Any], ...], check_extra_body] = ()
     rate_codes: Words = ()  # error codes of a 429 that mean a rate limit here, and no credit elsewhere
     delay: Annotated[float, check_number, 0.0, 600.0] = 0.0  # echo only, as the next one
-    first_delay: Annotated[float, check_number, 0.0, 3600.0] = 0.0
+    first_delay: Seconds = 0.0
 
 
 @dataclass(frozen=True)
@@ -698,7 +691,7 @@ class PoolConfig:
     """How the pool chooses and waits. `rescue_after` None is "auto", 0 is never."""
 
     type: Annotated[str, check_choice, POOL_TYPES] = POOL_TYPES[0]
-    max_wait: Annotated[float, check_number, 0.0, 3600.0] = 30.0  # more looks like a failure, not like a slow answer
+    max_wait: Seconds = 30.0  # more looks like a failure, not like a slow answer
     max_queue: Annotated[int, check_number, 0, 1_000_000] = 1000
     rescue_after: Annotated[float | None, check_rescue_after] = None
     affinity: Flag = True
@@ -727,12 +720,12 @@ class ServerLimits:
     header_bytes: Annotated[int, check_number, 1024, 2**24] = 65536
     connections: Annotated[int, check_number, 1, 1_000_000] = 10000
     connections_per_client: Annotated[int, check_number, 0, 1_000_000] = 0
-    header_timeout: Annotated[float, check_number, 0.001, 3600.0] = 20.0
-    body_timeout: Annotated[float, check_number, 0.001, 86400.0] = 120.0
+    header_timeout: Timeout = 20.0
+    body_timeout: Timeout = 120.0
     body_rate: Annotated[int, check_number, 0, 2**30] = 1024  # bytes per second, less than any modem
     # Longer than proxies keep a connection (nginx 60 s): they close it, and no request crosses a close from here.
-    idle_timeout: Annotated[float, check_number, 0.001, 86400.0] = 75.0
-    write_timeout: Annotated[float, check_number, 0.001, 86400.0] = 120.0
+    idle_timeout: Timeout = 75.0
+    write_timeout: Timeout = 120.0
 
 
 @dataclass(frozen=True)
@@ -758,64 +751,23 @@ class LogConfig:
     level: Annotated[str, check_choice, ("debug", "info", "warning", "error")] = "info"
 
 
-@dataclass(frozen=True)
-class Config:
-    """Everything that the server runs by; `source` says where it came from."""
-
-    controllers: tuple[ControllerConfig, ...]
-    client_keys: tuple[ClientKey, ...]
-    source: str
-    host: Annotated[str, check_listen_host] = "127.0.0.1"  # a key in the environment is no permission to share it
-    port: Annotated[int, check_port] = 8080
-    pool: PoolConfig = PoolConfig()
-    endpoints: Annotated[tuple[str, ...], check_list, check_choice, ENDPOINTS] = ENDPOINTS[:1]
-    allowed_hosts: Annotated[tuple[str, ...], check_host_names] = ()
-    cors: CorsConfig = CorsConfig()
-    tls: TlsFiles = TlsFiles()
-    limits: ServerLimits = ServerLimits()
-    log: LogConfig = LogConfig()
-    drain_delay: Annotated[float, check_number, 0.0, 3600.0] = 0.0
-    drain_timeout: Annotated[float, check_number, 0.0, 3600.0] = 30.0
+# -- members of the two lists: `others` are those that stand before in the list
 
 
-def places_of(key: str) -> list[str]:
-    """Return the paths of all objects that have this key: for `api_key`, "controllers[].config"."""
-    top = {"controllers[].config": AccountConfig, "controllers[]": ControllerConfig, "client_keys[]": ClientKey}
-    places: dict[str, type] = {**top, "the top level": Config}
-    for path, record in list(places.items()):
-        for name, (check, *args) in checks_of(record).items():
-            if check is check_record:
-                places[name if record is Config else f"{path}.{name}"] = args[0]
-    return [path for path, record in places.items() if key in checks_of(record)]
-
-
-# -- from a mapping to records
-
-
-def parse_name(place: Place, data: Mapping[str, Any], default: str, others: Sequence[Any]) -> str:
-    """Return the `name` of a controller or client key, else `default`. No other in the list may have it."""
-    name = default if data.get("name") in (None, "") else check_text(place.inside("name"), data["name"])
-    if name in [other.name for other in others]:
-        raise place.inside("name").error(show(name), "a name that no other in this list has")
-    return name
-
-
-def parse_client_keys(place: Place, value: Any) -> tuple[ClientKey, ...]:
-    """Return the `client_keys`. The log and the messages show their names, so a key itself need never be shown."""
-    clients: list[ClientKey] = []
-    for item_place, data in list_items(place, value):
-        item_place.refuse_unknown(check_object(item_place, data), ("name", "key", *checks_of(ClientKey)))
-        name, key_place = parse_name(item_place, data, f"key-{len(clients) + 1}", clients), item_place.inside("key")
-        key = check_secret(key_place, data.get("key") or "").reveal()
-        hashed = re.fullmatch("sha256:([0-9a-fA-F]{64})", key)
-        if not key or (key.startswith("sha256:") and not hashed):
-            raise key_place.problem("must be a key, $NAME, file:PATH or sha256:<64 hex digits>")
-        digest = bytes.fromhex(hashed.group(1)) if hashed else hashlib.sha256(key.encode()).digest()
-        for other in clients:
-            if other.digest == digest:
-                raise key_place.problem(f"is the same key as that of {other.name!r}")
-        clients.append(ClientKey(name, digest, **check_keys(item_place, data, ClientKey)))
-    return tuple(clients)
+def parse_client_key(place: Place, data: Any, others: Sequence[ClientKey]) -> ClientKey:
+    """Return the next of the `client_keys`. Logs and messages show its name, so they never need the key itself."""
+    values = check_keys(place, data, ClientKey, "name", "key")
+    name = check_text(place.inside("name"), data.get("name") or f"key-{len(others) + 1}")
+    key_place = place.inside("key")
+    key = check_secret(key_place, data.get("key") or "").reveal()
+    hashed = re.fullmatch("sha256:([0-9a-fA-F]{64})", key)
+    if not key or (key.startswith("sha256:") and not hashed):
+        raise key_place.problem("must be a key, $NAME, file:PATH or sha256:<64 hex digits>")
+    digest = bytes.fromhex(hashed.group(1)) if hashed else hashlib.sha256(key.encode()).digest()
+    for other in others:
+        if other.digest == digest:
+            raise key_place.problem(f"is the same key as that of {other.name!r}")
+    return ClientKey(name, digest, **values)
 
 
 _SHARED_KEYS = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
@@ -829,17 +781,13 @@ ACCOUNT_KEYS = {  # by controller type, where it differs from openai's
 
 def check_account(place: Place, account: AccountConfig) -> None:
     """Raise ConfigError for changes to parameters that routing needs, and for values that were pasted with too much."""
-    new_names = [new for _, new in account.rename_params]
-    changed = {
-        "drop_params": account.drop_params,
-        "rename_params": [name for pair in account.rename_params for name in pair],
-        "extra_body": [name for name, _ in account.extra_body],
-    }
-    for key, names in changed.items():
+    renames = dict(account.rename_params)
+    changed = {"drop_params": account.drop_params, "rename_params": [*renames, *renames.values()]}
+    for key, names in {**changed, "extra_body": dict(account.extra_body)}.items():
         for name in set(names) & set(FIXED_PARAMS):
             raise place.inside(key).error(show(name), "any parameter but " + ", ".join(FIXED_PARAMS))
-    for name in new_names:
-        if new_names.count(name) > 1:
+    for name, count in Counter(renames.values()).items():
+        if count > 1:
             raise place.inside("rename_params").problem(f"gives the new name {show(name)} twice")
     # Files for docker's --env-file keep their quotation marks, and examples for curl show "Bearer sk-...".
     if re.search("[\"' ]" if account.auth_scheme else "[\"']", account.api_key.reveal()):
@@ -862,7 +810,7 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
         preset.pop("auth_scheme", None)
     # Templates leave an empty string for a variable that is not set; where there is a preset it counts as absent.
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
-    account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig))
+    account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig, *words))
     check_account(place, account)
     # Only an address of the user's own or a local one may do without a key: vendors always need one.
     url = account.base_url
@@ -877,19 +825,18 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
 
 def parse_controller(place: Place, data: Any, others: Sequence[ControllerConfig]) -> ControllerConfig:
     """Return the next of the `controllers`. Its `config` may stand in a file of its own, as the Go original's did."""
-    known = ("type", "name", "config", "config_file", *checks_of(ControllerConfig))
-    place.refuse_unknown(check_object(place, data), known)
-    kind = data.get("type")
-    kind = "openai" if kind is None else check_choice(place.inside("type"), kind, PRESETS)
-    name = parse_name(place, data, f"{kind}-{len(others) + 1}", others)
+    values = check_keys(place, data, ControllerConfig, "type", "name", "config", "config_file")
+    kind = check_choice(place.inside("type"), "openai" if data.get("type") is None else data["type"], PRESETS)
+    name = check_text(place.inside("name"), data.get("name") or f"{kind}-{len(others) + 1}")
     config, config_place, file = data.get("config"), place.inside("config"), data.get("config_file")
     if file and config:
         raise place.inside("config_file").problem("stands beside `config`; only one of them may be used")
     if file:
         path = check_file(place.inside("config_file"), file)
-        config, config_place = read_file(path), Place(path, place.env, {})  # messages name that file
+        # Messages name that file.
+        config, config_place = read_file(path), Place(path, place.env, {})
     account = parse_account(config_place, check_object(config_place, {} if config is None else config), kind)
-    controller = ControllerConfig(kind, name, account, **check_keys(place, data, ControllerConfig))
+    controller = ControllerConfig(kind, name, account, **values)
     if controller.objects and kind in ("anthropic", "echo"):
         raise place.inside("objects").problem(f"must be false: type {kind} has no files, batches or vector stores")
     for other in others:
@@ -901,20 +848,46 @@ def parse_controller(place: Place, data: Any, others: Sequence[ControllerConfig]
     return controller
 
 
+@dataclass(frozen=True)
+class Config:
+    """Everything that the server runs by; `source` says where it came from."""
+
+    source: str
+    controllers: Annotated[tuple[ControllerConfig, ...], check_members, parse_controller] = ()
+    client_keys: Annotated[tuple[ClientKey, ...], check_members, parse_client_key] = ()
+    host: Annotated[str, check_listen_host] = "127.0.0.1"  # a key in the environment is no permission to share it
+    port: Annotated[int, check_port] = 8080
+    pool: PoolConfig = PoolConfig()
+    endpoints: Annotated[tuple[str, ...], check_list, check_choice, ("inference", "objects", "*")] = ("inference",)
+    allowed_hosts: Annotated[tuple[str, ...], check_host_names] = ()
+    cors: CorsConfig = CorsConfig()
+    tls: TlsFiles = TlsFiles()
+    limits: ServerLimits = ServerLimits()
+    log: LogConfig = LogConfig()
+    drain_delay: Seconds = 0.0
+    drain_timeout: Seconds = 30.0
+
+
+def places_of(key: str) -> list[str]:
+    """Return the paths of all objects that have this key: for `api_key`, "controllers[].config"."""
+    top = {"controllers[].config": AccountConfig, "controllers[]": ControllerConfig, "client_keys[]": ClientKey}
+    places: dict[str, type] = {**top, "the top level": Config}
+    for path, record in list(places.items()):
+        for name, (check, *args) in checks_of(record).items():
+            if check is check_record:
+                places[name if record is Config else f"{path}.{name}"] = args[0]
+    return [path for path, record in places.items() if key in checks_of(record)]
+
+
 def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mapping[str, str] | None = None) -> Config:
-    """Return the configuration in `data`, which was read from `source`. Raises ConfigError.
+    """Return the configuration in `data`, which was read from `source`. Raise ConfigError.
 
     `setters`: see `Place`. Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
     """
     top = Place(source, env, setters or {})
-    top.refuse_unknown(check_object(top, data), ("controllers", "client_keys", *checks_of(Config)))
-    controllers: list[ControllerConfig] = []
-    for place, item in list_items(top.inside("controllers"), data.get("controllers")):
-        controllers.append(parse_controller(place, item, controllers))
-    if not controllers:
+    config = Config(source, **check_keys(top, data, Config))
+    if not config.controllers:
         raise top.inside("controllers").error("nothing", "a list of at least one controller")
-    client_keys = parse_client_keys(top.inside("client_keys"), data.get("client_keys"))
-    config = Config(tuple(controllers), client_keys, source, **check_keys(top, data, Config))
     if bool(config.tls.cert) != bool(config.tls.key):
         raise top.inside("tls").error("one of cert and key", "both or none")
     return config
@@ -1079,19 +1052,21 @@ def show_setting(path: str, value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else mask_keys(str(value)) or "none"
 
 
+def changed_settings(record: Any, between: str) -> list[str]:
+    """Return path and value of every setting below `record` that differs from its default."""
+    settings = settings_of(record)
+    return [path + between + show_setting(path, value) for path, value, default in settings if value != default]
+
+
 def describe(config: Config) -> list[str]:
     """Return a summary for --check and the log: every setting that differs from its default, without secrets."""
     lines = [f"configuration: {config.source}"]
     members: Sequence[Any] = (*config.controllers, *config.client_keys)
     for member in members:
         kind = "client key" if isinstance(member, ClientKey) else "controller"
-        changed = [(path, value) for path, value, default in settings_of(member) if value != default]
-        settings = [f"{path} {show_setting(path, value)}" for path, value in changed]
-        lines.append(f"{kind} {member.name}: " + "; ".join(settings if member.models else [*settings, "models all"]))
-    for path, value, default in settings_of(config):
-        if value != default and not path.startswith(("controllers", "client_keys")):
-            lines.append(f"{path}: {show_setting(path, value)}")
-    return lines
+        settings = [*changed_settings(member, " "), *([] if member.models else ["models all"])]
+        lines.append(f"{kind} {member.name}: " + "; ".join(settings))
+    return lines + changed_settings(replace(config, controllers=(), client_keys=()), ": ")
 
 
 def diff_config(old: Config, new: Config) -> list[str]:
@@ -1099,7 +1074,7 @@ def diff_config(old: Config, new: Config) -> list[str]:
     before = {path: value for path, value, _ in settings_of(old)}
     lines = []
     for path, value, _ in settings_of(new):
-        if path in before and before[path] != value:
+        if before.get(path, value) != value:
             restart = " (needs a restart)" if path in ("host", "port") else ""  # the listener is open already
             lines.append(f"{path}: {show_setting(path, before[path])} -> {show_setting(path, value)}{restart}")
     return lines

@@ -90,7 +90,7 @@ FIELD_MISTAKES: list[tuple[dict[str, Any], str, str]] = [  # added to a valid to
     ({"port": 65536}, "port", "found 65536"),
     ({"port": 80.5}, "port", "found 80.5"),
     ({"port": "80a"}, "port", 'found "80a"'),
-    ({"host": 1}, "host", "found a number, allowed: a string"),
+    ({"host": 1}, "host", "found a number, allowed: a name or an address"),
     ({"host": "a\nb"}, "host", "a character that cannot be printed"),
     *(({"host": host}, "host", "a name or an address of this machine, without scheme and port") for host in
       ("127.0.0.1:80", "http://a", "a b", "*", "[::1]:80", "[a]", "::1]", "a/b")),
