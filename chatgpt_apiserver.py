@@ -217,6 +217,8 @@ ORIGIN = r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+"  # editors and mobile app
 ORIGIN_IS = 'scheme://host[:port] without a path, "null" or "*"'
 # A name, an IPv4 address, or an IPv6 address that may stand in brackets.
 LISTEN_HOST = r"[^/*\s\[\]:]*|(\[)?[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*(?:%\w+)?(?(1)\])"
+LISTEN_HOST_IS = "a name or an address of this machine, without scheme and port"
+ALLOWED_HOST, ALLOWED_HOST_IS = r"\*|[^/*\s]+", 'a host with or without port, or "*" for all'
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 
 _OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # for APIs that refuse or ignore the newer name
@@ -434,13 +436,14 @@ def check_number(place: Place, value: Any, low: float, high: float, otherwise: s
     whole = isinstance(low, int)
     if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:  # type(): a bool is an int
         return value if whole else float(value)
-    kind, bounds = ("whole number", f"{low} to {high}") if whole else ("number", f"{low:g} to {high:g}")
     quoted = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
-    raise place.error(show(value), f"a {kind} from {bounds}{quoted}{otherwise}")
+    raise place.error(show(value), f"a {'whole ' * whole}number from {low:.15g} to {high:.15g}{quoted}{otherwise}")
 
 
-def check_text(place: Place, value: Any, pattern: str = ".*", allowed: str = "a string") -> str:
-    """Return a string that matches `pattern`; `allowed` describes it."""
+def check_text(
+    place: Place, value: Any, pattern: str = ".*", allowed: str = "a string", convert: Callable[[str], str] = str
+) -> str:
+    """Return a string that matches `pattern`, converted; `allowed` describes the pattern."""
     text: str = check_type(place, value, str, allowed)
     if VARIABLE.fullmatch(text):
         raise place.error(show(text), "the text itself; variables work for keys, proxies and headers only")
@@ -448,7 +451,7 @@ def check_text(place: Place, value: Any, pattern: str = ".*", allowed: str = "a 
         raise place.problem("contains a character that cannot be printed")
     if not re.fullmatch(pattern, text):
         raise place.error(show(text), allowed)
-    return text
+    return convert(text)
 
 
 def check_choice(place: Place, value: Any, names: Collection[str]) -> str:
@@ -459,10 +462,12 @@ def check_choice(place: Place, value: Any, names: Collection[str]) -> str:
     raise place.problem(f"found {show(value)}; {hint}") if hint else place.error(show(value), " | ".join(names))
 
 
-def check_pairs(place: Place, value: Any, check: Callable[..., Any], *args: Any) -> tuple[tuple[str, Any], ...]:
-    """Return an object as pairs of names and checked values."""
-    members = check_object(place, value).items()
-    return tuple((check_text(place, name), check(place.inside(name), item, *args)) for name, item in members)
+def check_pairs(
+    place: Place, value: Any, names: tuple[str, str], check: Callable[..., Any], *args: Any
+) -> tuple[tuple[str, Any], ...]:
+    """Return an object as pairs of names and checked values; `names` are the arguments to check a name as a text."""
+    members = [(place.inside(name), name, item) for name, item in check_object(place, value).items()]
+    return tuple((check_text(at, name, *names), check(at, item, *args)) for at, name, item in members)
 
 
 def check_secret(place: Place, value: Any) -> Secret:
@@ -507,58 +512,36 @@ def check_port(place: Place, value: Any) -> float:
     return check_number(place, number, 0, 65535, " (0: any free port)")
 
 
-def check_listen_host(place: Place, value: Any) -> str:
-    """Return the name or address to listen on; an IPv6 address comes back without brackets."""
-    allowed = "a name or an address of this machine, without scheme and port"
-    return check_text(place, value, LISTEN_HOST, allowed).strip("[]")
-
-
-def is_url(text: str, scheme: str, forbidden: str) -> bool:
-    """Return whether requests can be sent to this URL; `scheme` and `forbidden` are patterns."""
-    # Stricter than urllib, which takes line ends and blanks out of a URL before it looks at it.
+def check_url(place: Place, url: str, scheme: str, forbidden: str, allowed: str) -> str:
+    """Return a URL that requests can be sent to; `scheme` and `forbidden` are patterns, `allowed` describes them."""
+    # urllib alone would remove line ends and blanks from the URL before it looks at it.
     try:
-        parts = urllib.parse.urlsplit(text)
-        valid = bool(re.fullmatch(scheme, parts.scheme) and parts.hostname) and parts.port != 0
+        parts = urllib.parse.urlsplit(url)
+        valid = re.fullmatch(scheme, parts.scheme) and parts.hostname and parts.port != 0
     except ValueError:  # brackets that do not match, or a port that is not a number
         valid = False
-    return valid and not re.search(r"[^!-~]|" + forbidden, text)
+    if not valid or re.search("[^!-~]|" + forbidden, url):
+        start = re.match("[a-z0-9]+://", url)  # the rest may be or hold a password
+        raise place.error((start.group() if start else "a value without http://") + "…", allowed)
+    return url
 
 
 def check_base_url(place: Place, value: Any) -> str:
     """Return the URL of an API without its trailing slash."""
-    url = check_text(place, value)
-    if is_url(url, "https?", "[?#@]"):
-        return url.rstrip("/")
-    found = "a URL with ?, # or @" if re.search("[?#@]", url) else show(url)  # what may hold a password is not shown
-    raise place.error(found, "http://host[:port][/path] or https://host[:port][/path]")
+    allowed = "http://host[:port][/path] or https://host[:port][/path], without ?, # and @"
+    return check_url(place, check_text(place, value), "https?", "[?#@]", allowed).rstrip("/")
 
 
 def check_proxy(place: Place, value: Any) -> Secret:
     """Return the URL of a proxy; it is a secret because it may hold a password."""
     proxy = check_secret(place, value)
-    if proxy and not is_url(proxy.reveal(), "http", "[?#]"):
-        scheme = re.match("[a-z0-9]+://", proxy.reveal())
-        allowed = "http://host:port, with user:password@ before the host if needed (HTTPS and SOCKS are not supported)"
-        raise place.error(f"{scheme.group()}…" if scheme else "a value without http://", allowed)
-    return proxy
+    allowed = "http://host:port, with user:password@ before the host if needed (HTTPS and SOCKS are not supported)"
+    return Secret(check_url(place, proxy.reveal(), "http", "[?#]", allowed)) if proxy else proxy
 
 
 def check_rescue_after(place: Place, value: Any) -> float | None:
     """Return seconds, or None for "auto"."""
     return None if value == "auto" else check_number(place, value, 0.0, 3600.0, ', or "auto"')
-
-
-def check_host_names(place: Place, value: Any) -> tuple[str, ...]:
-    """Return names of hosts in lower case."""
-    names = check_list(place, value, check_text, r"\*|[^/*\s]+", 'a host with or without port, or "*" for all')
-    return tuple(name.lower() for name in names)
-
-
-def check_headers(place: Place, value: Any) -> tuple[tuple[str, Secret], ...]:
-    """Return further header fields for each request; their values may be keys."""
-    for name in check_object(place, value):
-        check_text(place.inside(name), name, FIELD_NAME, FIELD_NAME_IS)
-    return check_pairs(place, value, check_secret)
 
 
 def check_extra_body(place: Place, value: Any) -> tuple[tuple[str, Any], ...]:
@@ -606,11 +589,12 @@ def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[
 
 
 Text = Annotated[str, check_text]
+ANY_NAME = (".*", "a string")
 Flag = Annotated[bool, check_type, bool, "true or false"]
 Words = Annotated[tuple[str, ...], check_list, check_text, ".+", "a non-empty string"]
-Pairs = Annotated[tuple[tuple[str, str], ...], check_pairs, check_text, ".+", "a non-empty string"]
+Pairs = Annotated[tuple[tuple[str, str], ...], check_pairs, ANY_NAME, check_text, ".+", "a non-empty string"]
 Fallbacks = Annotated[
-    tuple[tuple[str, tuple[str, ...]], ...], check_pairs, check_list, check_text, ".+", "a non-empty string"
+    tuple[tuple[str, tuple[str, ...]], ...], check_pairs, ANY_NAME, check_list, check_text, ".+", "a non-empty string"
 ]
 FileName = Annotated[str, check_file]
 Seconds = Annotated[float, check_number, 0.0, 3600.0]
@@ -655,7 +639,7 @@ class AccountConfig:
     project: Text = ""
     proxy: Annotated[Secret, check_proxy] = Secret()
     ca_file: Annotated[str, check_file, True] = ""
-    headers: Annotated[tuple[tuple[str, Secret], ...], check_headers] = ()
+    headers: Annotated[tuple[tuple[str, Secret], ...], check_pairs, (FIELD_NAME, FIELD_NAME_IS), check_secret] = ()
     auth_header: Annotated[str, check_text, FIELD_NAME, FIELD_NAME_IS] = "Authorization"
     auth_scheme: Annotated[str, check_text, "[!-~]*", 'one word of ASCII, or "" for the bare key'] = "Bearer"
     chat_path: Annotated[str, check_text, r"/[!-\"$->@-~]+", "/path without blanks, ? and #"] = "/chat/completions"
@@ -855,11 +839,13 @@ class Config:
     source: str
     controllers: Annotated[tuple[ControllerConfig, ...], check_members, parse_controller] = ()
     client_keys: Annotated[tuple[ClientKey, ...], check_members, parse_client_key] = ()
-    host: Annotated[str, check_listen_host] = "127.0.0.1"  # a key in the environment is no permission to share it
+    host: Annotated[str, check_text, LISTEN_HOST, LISTEN_HOST_IS, lambda host: host.strip("[]")] = (
+        "127.0.0.1"  # a key in the environment is no permission to share it
+    )
     port: Annotated[int, check_port] = 8080
     pool: PoolConfig = PoolConfig()
     endpoints: Annotated[tuple[str, ...], check_list, check_choice, ("inference", "objects", "*")] = ("inference",)
-    allowed_hosts: Annotated[tuple[str, ...], check_host_names] = ()
+    allowed_hosts: Annotated[tuple[str, ...], check_list, check_text, ALLOWED_HOST, ALLOWED_HOST_IS, str.lower] = ()
     cors: CorsConfig = CorsConfig()
     tls: TlsFiles = TlsFiles()
     limits: ServerLimits = ServerLimits()
@@ -896,23 +882,28 @@ def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mappin
 # -- where a configuration comes from
 
 
-def named_places(flag: str, value: str, env: Mapping[str, str]) -> Iterator[str]:
-    """Yield the paths that a flag and its two variables name, in this order. Raises ConfigError for a missing one."""
-    kind, exists = ("file", os.path.isfile) if flag == "--config_file" else ("folder", os.path.isdir)
-    name = flag[2:].upper()
-    for setter, path in ((flag, value), (ENV_PREFIX + name, env.get(ENV_PREFIX + name)), (name, env.get(name))):
-        if path and not exists(path):
-            raise ConfigError(f"{setter}: {path}: {'is not a' if os.path.exists(path) else 'no such'} {kind}")
-        if path:
-            yield path
-
-
 def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str:
-    """Return the path of the configuration file to read; "" when there is none. Raises ConfigError."""
-    for path in named_places("--config_file", config_file, env):
-        return path
-    folders = (*named_places("--config_path", config_path, env), *CONFIG_FOLDERS)
-    paths = (os.path.join(folder, name) for folder in folders for name in CONFIG_NAMES)
+    """Return the path of the configuration file to read; "" when there is none.
+
+    Raise ConfigError for a file or folder that a flag or variable names and that does not exist.
+    """
+    folders = []
+    for flag, value, exists in (
+        ("config_file", config_file, os.path.isfile),
+        ("config_path", config_path, os.path.isdir),
+    ):
+        kind, name = flag.rpartition("_")[2].replace("path", "folder"), flag.upper()
+        for setter, path in (
+            (f"--{flag}", value),
+            (ENV_PREFIX + name, env.get(ENV_PREFIX + name)),
+            (name, env.get(name)),
+        ):
+            if path and not exists(path):
+                raise ConfigError(f"{setter}: {path}: {'is not a' if os.path.exists(path) else 'no such'} {kind}")
+            if path and kind == "file":
+                return path
+            folders += [path] if path else []
+    paths = (os.path.join(folder, name) for folder in (*folders, *CONFIG_FOLDERS) for name in CONFIG_NAMES)
     return next(filter(os.path.isfile, paths), "")
 
 
@@ -943,26 +934,20 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
             yield known[name], variable, value
 
 
-def environment_proxy(url: str) -> str:
-    """Return the proxy that https_proxy, http_proxy and no_proxy name for `url`, by urllib's rules; "" for none."""
-    parts = urllib.parse.urlsplit(url)
-    if urllib.request.proxy_bypass(parts.netloc):
-        return ""
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
-    return "http://" + proxy if proxy and "://" not in proxy else proxy
-
-
 def environment_config(env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from.
 
-    The variables are those of OpenAI's own SDKs. Only such a start takes a proxy from the environment.
+    The variables are those of OpenAI's own SDKs. Only such a start takes a proxy from the environment, by urllib's
+    rules.
     """
     variables = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL", "organization": "OPENAI_ORG_ID"}
     variables["project"] = "OPENAI_PROJECT_ID"
     account = {key: env.get(variable, "") for key, variable in variables.items()}
-    variables["proxy"] = "https_proxy, http_proxy or all_proxy"
-    account["proxy"] = environment_proxy(account["base_url"] or OPENAI_URL)
+    url, proxies = urllib.parse.urlsplit(account["base_url"] or OPENAI_URL), urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(url.netloc):
+        variables["proxy"] = "https_proxy, http_proxy or all_proxy"
+        account["proxy"] = proxy if "://" in proxy else "http://" + proxy
     setters = {"controllers[0].config." + key: variable for key, variable in variables.items()}
     return {"controllers": [{"name": "openai", "config": account}]}, setters
 
