@@ -209,16 +209,8 @@ CONFIG_FOLDERS = (".", ".config", "/etc/chatgpt-apiserver")
 ENV_PREFIX = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
 AZURE_API_VERSION = "2024-10-21"  # the newest stable version of the classic surface
-# A header name (RFC 9110, 5.1), but none that frames messages: a file that set one could smuggle requests.
-FRAMING = "host|content-length|transfer-encoding|connection|expect|upgrade|te|trailer"
-FIELD_NAME = rf"(?!(?i:{FRAMING})\Z)[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-FIELD_NAME_IS = "a header name (RFC 9110, 5.1) that does not frame messages"
 ORIGIN = r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+"  # editors and mobile apps have schemes of their own
 ORIGIN_IS = 'scheme://host[:port] without a path, "null" or "*"'
-# A name, an IPv4 address, or an IPv6 address that may stand in brackets.
-LISTEN_HOST = r"[^/*\s\[\]:]*|(\[)?[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*(?:%\w+)?(?(1)\])"
-LISTEN_HOST_IS = "a name or an address of this machine, without scheme and port"
-ALLOWED_HOST, ALLOWED_HOST_IS = r"\*|[^/*\s]+", 'a host with or without port, or "*" for all'
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 
 _OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # for APIs that refuse or ignore the newer name
@@ -413,6 +405,9 @@ class Place:
 # server works with, or raises ConfigError.
 
 
+Check = Callable[..., Any]
+
+
 def check_type(place: Place, value: Any, kind: type, allowed: str) -> Any:
     """Return a value of type `kind`. Another one is not shown: it may be a misplaced key (`"config": "sk-..."`)."""
     if isinstance(value, kind):
@@ -425,7 +420,7 @@ def check_object(place: Place, value: Any) -> dict[str, Any]:
     return dict(check_type(place, value, dict, "an object, {...}"))
 
 
-def check_list(place: Place, value: Any, check: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+def check_list(place: Place, value: Any, check: Check, *args: Any) -> tuple[Any, ...]:
     """Return a list as a tuple of checked items."""
     items = check_type(place, value, list, "a list, [...]")
     return tuple(check(place.inside(number), item, *args) for number, item in enumerate(items))
@@ -440,10 +435,8 @@ def check_number(place: Place, value: Any, low: float, high: float, otherwise: s
     raise place.error(show(value), f"a {'whole ' * whole}number from {low:.15g} to {high:.15g}{quoted}{otherwise}")
 
 
-def check_text(
-    place: Place, value: Any, pattern: str = ".*", allowed: str = "a string", convert: Callable[[str], str] = str
-) -> str:
-    """Return a string that matches `pattern`, converted; `allowed` describes the pattern."""
+def check_text(place: Place, value: Any, pattern: str = ".+", allowed: str = "a non-empty string") -> str:
+    """Return a string that matches `pattern`; `allowed` describes the pattern."""
     text: str = check_type(place, value, str, allowed)
     if VARIABLE.fullmatch(text):
         raise place.error(show(text), "the text itself; variables work for keys, proxies and headers only")
@@ -451,7 +444,14 @@ def check_text(
         raise place.problem("contains a character that cannot be printed")
     if not re.fullmatch(pattern, text):
         raise place.error(show(text), allowed)
-    return convert(text)
+    return text
+
+
+def check_field_name(place: Place, value: Any) -> str:
+    """Return the name of a header that does not frame messages: such a header could smuggle a second request."""
+    framing = "host|content-length|transfer-encoding|connection|expect|upgrade|te|trailer"
+    pattern = rf"(?!(?i:{framing})\Z)[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+    return check_text(place, value, pattern, "a header name (RFC 9110, 5.1) that does not frame messages")
 
 
 def check_choice(place: Place, value: Any, names: Collection[str]) -> str:
@@ -462,12 +462,10 @@ def check_choice(place: Place, value: Any, names: Collection[str]) -> str:
     raise place.problem(f"found {show(value)}; {hint}") if hint else place.error(show(value), " | ".join(names))
 
 
-def check_pairs(
-    place: Place, value: Any, names: tuple[str, str], check: Callable[..., Any], *args: Any
-) -> tuple[tuple[str, Any], ...]:
-    """Return an object as pairs of names and checked values; `names` are the arguments to check a name as a text."""
+def check_pairs(place: Place, value: Any, check_name: Check, check: Check, *args: Any) -> tuple[tuple[str, Any], ...]:
+    """Return an object as pairs of checked names and checked values."""
     members = [(place.inside(name), name, item) for name, item in check_object(place, value).items()]
-    return tuple((check_text(at, name, *names), check(at, item, *args)) for at, name, item in members)
+    return tuple((check_name(at, name), check(at, item, *args)) for at, name, item in members)
 
 
 def check_secret(place: Place, value: Any) -> Secret:
@@ -494,7 +492,7 @@ def check_secret(place: Place, value: Any) -> Secret:
 
 def check_file(place: Place, value: Any, certificates: bool = False) -> str:
     """Return the path of a file that exists. A file of certificates is loaded, since the first request is too late."""
-    name = check_text(place, value)
+    name = check_text(place, value, ".*", "a string")
     path = resolve_path(place.source, name) if name else ""
     if path and not os.path.isfile(path):
         raise place.problem(f"no file {show(name)} beside the configuration or in the working directory")
@@ -510,6 +508,18 @@ def check_port(place: Place, value: Any) -> float:
     """Return a port number. The Go original's files write it as a string, and so do flags and variables."""
     number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value) else value
     return check_number(place, number, 0, 65535, " (0: any free port)")
+
+
+def check_listen_host(place: Place, value: Any) -> str:
+    """Return the name or address to listen on: an IPv6 address may stand in brackets, and is returned without them."""
+    pattern = r"[^/*\s\[\]:]*|(\[)?[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*(?:%\w+)?(?(1)\])"
+    allowed = "a name or an address of this machine, without scheme and port"
+    return check_text(place, value, pattern, allowed).strip("[]")
+
+
+def check_host_name(place: Place, value: Any) -> str:
+    """Return a host as clients may name it, in lower case."""
+    return check_text(place, value, r"\*|[^/*\s]+", 'a host with or without port, or "*" for all').lower()
 
 
 def check_url(place: Place, url: str, scheme: str, forbidden: str, allowed: str) -> str:
@@ -588,14 +598,11 @@ def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[
     return tuple(members)
 
 
-Text = Annotated[str, check_text]
-ANY_NAME = (".*", "a string")
+Text = Annotated[str, check_text, ".*", "a string"]
 Flag = Annotated[bool, check_type, bool, "true or false"]
-Words = Annotated[tuple[str, ...], check_list, check_text, ".+", "a non-empty string"]
-Pairs = Annotated[tuple[tuple[str, str], ...], check_pairs, ANY_NAME, check_text, ".+", "a non-empty string"]
-Fallbacks = Annotated[
-    tuple[tuple[str, tuple[str, ...]], ...], check_pairs, ANY_NAME, check_list, check_text, ".+", "a non-empty string"
-]
+Words = Annotated[tuple[str, ...], check_list, check_text]
+Pairs = Annotated[tuple[tuple[str, str], ...], check_pairs, check_text, check_text]
+Fallbacks = Annotated[tuple[tuple[str, tuple[str, ...]], ...], check_pairs, check_text, check_list, check_text]
 FileName = Annotated[str, check_file]
 Seconds = Annotated[float, check_number, 0.0, 3600.0]
 Timeout = Annotated[float, check_number, 0.001, 86400.0]  # for what must never wait for ever
@@ -639,8 +646,8 @@ class AccountConfig:
     project: Text = ""
     proxy: Annotated[Secret, check_proxy] = Secret()
     ca_file: Annotated[str, check_file, True] = ""
-    headers: Annotated[tuple[tuple[str, Secret], ...], check_pairs, (FIELD_NAME, FIELD_NAME_IS), check_secret] = ()
-    auth_header: Annotated[str, check_text, FIELD_NAME, FIELD_NAME_IS] = "Authorization"
+    headers: Annotated[tuple[tuple[str, Secret], ...], check_pairs, check_field_name, check_secret] = ()
+    auth_header: Annotated[str, check_field_name] = "Authorization"
     auth_scheme: Annotated[str, check_text, "[!-~]*", 'one word of ASCII, or "" for the bare key'] = "Bearer"
     chat_path: Annotated[str, check_text, r"/[!-\"$->@-~]+", "/path without blanks, ? and #"] = "/chat/completions"
     api_version: Annotated[str, check_text, "[0-9A-Za-z-]*", "a date such as " + AZURE_API_VERSION] = ""  # Azure only
@@ -839,13 +846,11 @@ class Config:
     source: str
     controllers: Annotated[tuple[ControllerConfig, ...], check_members, parse_controller] = ()
     client_keys: Annotated[tuple[ClientKey, ...], check_members, parse_client_key] = ()
-    host: Annotated[str, check_text, LISTEN_HOST, LISTEN_HOST_IS, lambda host: host.strip("[]")] = (
-        "127.0.0.1"  # a key in the environment is no permission to share it
-    )
+    host: Annotated[str, check_listen_host] = "127.0.0.1"  # a key in the environment is no permission to share it
     port: Annotated[int, check_port] = 8080
     pool: PoolConfig = PoolConfig()
     endpoints: Annotated[tuple[str, ...], check_list, check_choice, ("inference", "objects", "*")] = ("inference",)
-    allowed_hosts: Annotated[tuple[str, ...], check_list, check_text, ALLOWED_HOST, ALLOWED_HOST_IS, str.lower] = ()
+    allowed_hosts: Annotated[tuple[str, ...], check_list, check_host_name] = ()
     cors: CorsConfig = CorsConfig()
     tls: TlsFiles = TlsFiles()
     limits: ServerLimits = ServerLimits()
@@ -882,28 +887,23 @@ def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mappin
 # -- where a configuration comes from
 
 
-def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str:
-    """Return the path of the configuration file to read; "" when there is none.
+def named_places(flag: str, value: str, env: Mapping[str, str]) -> Iterator[str]:
+    """Yield the paths that a flag and its two variables name, in this order. Raise ConfigError for a missing path."""
+    kind, exists = ("file", os.path.isfile) if flag == "--config_file" else ("folder", os.path.isdir)
+    name = flag[2:].upper()
+    for setter, path in ((flag, value), (ENV_PREFIX + name, env.get(ENV_PREFIX + name)), (name, env.get(name))):
+        if path and not exists(path):
+            raise ConfigError(f"{setter}: {path}: {'is not a' if os.path.exists(path) else 'no such'} {kind}")
+        if path:
+            yield path
 
-    Raise ConfigError for a file or folder that a flag or variable names and that does not exist.
-    """
-    folders = []
-    for flag, value, exists in (
-        ("config_file", config_file, os.path.isfile),
-        ("config_path", config_path, os.path.isdir),
-    ):
-        kind, name = flag.rpartition("_")[2].replace("path", "folder"), flag.upper()
-        for setter, path in (
-            (f"--{flag}", value),
-            (ENV_PREFIX + name, env.get(ENV_PREFIX + name)),
-            (name, env.get(name)),
-        ):
-            if path and not exists(path):
-                raise ConfigError(f"{setter}: {path}: {'is not a' if os.path.exists(path) else 'no such'} {kind}")
-            if path and kind == "file":
-                return path
-            folders += [path] if path else []
-    paths = (os.path.join(folder, name) for folder in (*folders, *CONFIG_FOLDERS) for name in CONFIG_NAMES)
+
+def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str:
+    """Return the path of the configuration file to read; "" when there is none. Raise ConfigError."""
+    for path in named_places("--config_file", config_file, env):
+        return path
+    folders = (*named_places("--config_path", config_path, env), *CONFIG_FOLDERS)
+    paths = (os.path.join(folder, name) for folder in folders for name in CONFIG_NAMES)
     return next(filter(os.path.isfile, paths), "")
 
 
@@ -943,9 +943,9 @@ def environment_config(env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str
     variables = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL", "organization": "OPENAI_ORG_ID"}
     variables["project"] = "OPENAI_PROJECT_ID"
     account = {key: env.get(variable, "") for key, variable in variables.items()}
-    url, proxies = urllib.parse.urlsplit(account["base_url"] or OPENAI_URL), urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if proxy and not urllib.request.proxy_bypass(url.netloc):
+    scheme, _, rest = (account["base_url"] or OPENAI_URL).partition("://")
+    proxy = urllib.request.getproxies().get(scheme) or urllib.request.getproxies().get("all")
+    if proxy and not urllib.request.proxy_bypass(rest.partition("/")[0]):
         variables["proxy"] = "https_proxy, http_proxy or all_proxy"
         account["proxy"] = proxy if "://" in proxy else "http://" + proxy
     setters = {"controllers[0].config." + key: variable for key, variable in variables.items()}
@@ -982,13 +982,16 @@ def load_config(
         (data, setters), source = environment_config(env), "OPENAI_API_KEY"
     else:
         raise ConfigError(NOTHING_TO_RUN)
-    overrides = [*environment_overrides(env)]
-    overrides += [(key, "--" + key, value) for key, value in flags.items() if value is not None]
-    for path, setter, value in overrides:  # "port", "pool.type"
+    top = Place(source, env, setters)
+    data = check_object(top, data)
+    flag_values = ((key, "--" + key, value) for key, value in flags.items() if value is not None)
+    for path, setter, value in (*environment_overrides(env), *flag_values):  # "port", "pool.type"
         setters[path] = setter
         group, _, key = path.rpartition(".")
-        if isinstance(data, dict) and isinstance(data.get(group) or {}, dict):
-            data = {**data, group: {**(data.get(group) or {}), key: value}} if group else {**data, key: value}
+        if group:
+            data[group] = {**check_object(top.inside(group), data.get(group) or {}), key: value}
+        else:
+            data[key] = value
     return parse_config(data, source, env, setters)
 
 
