@@ -6709,7 +6709,6 @@ class Server:
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
 # cannot be listened on, for output that cannot be written, and after a second signal.
 
-LOG_LAST_MS = 200  # at exit, how long a slow reader of the log is waited for, for each piece
 # Threads for DNS lookups. asyncio has 6 on a small machine; a dead resolver would hold each of them for up to 30 s, and
 # no other name could be looked up.
 LOOKUP_THREADS = 64
@@ -6717,29 +6716,24 @@ FEW_OPEN_FILES = 1000  # below this limit a warning says how many clients can be
 DEMO_BODY = '{"model": "echo", "stream": true, "messages": [{"role": "user", "content": "hello"}]}'
 
 
-class FlagParser(argparse.ArgumentParser):
-    """A parser whose errors are one message, as those of the configuration are."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError."""
-        raise ConfigError(f"{message}; --help shows every flag")
-
-
 def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, str]:
-    """Return the flags and the text of --help. Raises ConfigError for a mistake."""
-    parser = FlagParser(prog="chatgpt_apiserver.py", usage="%(prog)s [flags]", add_help=False, allow_abbrev=False)
-    parser.description = "Several rate-limited OpenAI-style accounts behind one endpoint."
-    add, text = parser.add_argument, "the configuration file"
-    add("-c", "--config", "--config_file", "--config-file", metavar="FILE", dest="config_file", default="", help=text)
-    text = "a folder to look for it in"
-    add("--config_path", "--config-path", metavar="DIR", dest="config_path", default="", help=text)
+    """Return the flags and the text of --help. Raise ConfigError for a mistake."""
+    parser = argparse.ArgumentParser("chatgpt_apiserver.py", "%(prog)s [flags]", add_help=False, exit_on_error=False)
+    parser.description, parser.allow_abbrev = "Several rate-limited OpenAI-style accounts behind one endpoint.", False
+    add = parser.add_argument
+    names = ("-c", "--config", "--config_file", "--config-file")
+    add(*names, metavar="FILE", dest="config_file", default="", help="the configuration file")
+    add("--config_path", "--config-path", metavar="DIR", default="", help="a folder to look for it in")
     add("--host", help="address to listen on (default: 127.0.0.1)")
     add("--port", help="port to listen on (default: 8080)")
     add("--check", action="store_true", help="check the configuration, print a summary, exit")
     add("--demo", action="store_true", help="run without any key: two controllers that echo")
     add("--version", action="store_true", help="print the version, exit")
     add("-h", "--help", action="store_true", help="print this, exit")
-    flags, rest = parser.parse_known_args(argv)
+    try:
+        flags, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; --help shows every flag") from None
     if rest:
         hint = suggest(rest[0].partition("=")[0], ["--" + name for name in vars(flags)])
         raise ConfigError(f"unknown argument {rest[0]!r}; {hint or '--help shows every flag'}")
@@ -6760,45 +6754,41 @@ def raise_open_files() -> None:
         log.warning("only %d open files are allowed, enough for about %d clients at once (ulimit -n)", soft, clients)
 
 
-def exposure(config: Config, host: str, port: int) -> str:
+def exposure(config: Config) -> str:
     """Return the warning about a listener that is open to all; "" for any other."""
     # Not an error: in a container every address is public, and a proxy in front may ask for keys.
-    if is_loopback(host) or config.client_keys:
+    if is_loopback(config.host) or config.client_keys:
         return ""
-    return f"EVERY CLIENT THAT REACHES {mask_keys(host)}:{port} CAN USE THESE ACCOUNTS: no client_keys are configured"
+    address = f"{mask_keys(config.host)}:{config.port}"
+    return f"EVERY CLIENT THAT REACHES {address} CAN USE THESE ACCOUNTS: no client_keys are configured"
 
 
-def reload_config(current: Config, load: Callable[[], Config]) -> Config | None:
-    """Return the configuration that `load` finds now; None, with an error in the log, if it cannot be used."""
+def reload_config(server: Server, load: Callable[[], Config]) -> None:
+    """Make `server` use the configuration that `load` finds now. It keeps the running one if the new one is wrong."""
+    current = server.config
     try:
         new = load()
-        if new.tls.cert:
-            server_tls(new)  # a certificate may have been replaced, and its key not yet
     except ConfigError as error:
         log.error("reload: keeping the running configuration: %s", error)
-        return None
+        return
     redactor.watch([*secrets_of(current), *secrets_of(new)])  # running requests may still show the old ones
     log.setLevel(new.log.level.upper())
     for line in diff_config(current, new) or ["nothing changed"]:
         log.info("reload: %s", line)
-    warning = exposure(new, current.host, current.port)
+    warning = exposure(replace(new, host=current.host, port=current.port))  # the listener stays as it is
     if warning and current.client_keys:
         log.warning("%s", warning)
-    return new
+    server.reconfigure(new)
 
 
 def leave(status: int) -> NoReturn:
     """Write what is left of the log and end the process."""
-    # Not sys.exit: the interpreter would wait for a lookup thread that hangs on a dead resolver.
-    log_writer.send(LOG_LAST_MS)
-    os._exit(status)
+    log_writer.send(200)  # milliseconds that a slow reader of the log has for each piece
+    os._exit(status)  # sys.exit would wait for a lookup thread that hangs on a dead resolver
 
 
 async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
-    """Run the server until a signal stops it; SIGHUP makes it `load` the configuration again.
-
-    Raises ConfigError for a certificate that does not fit its key.
-    """
+    """Run the server until a signal stops it; SIGHUP makes it `load` the configuration again."""
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS))
     server = Server(config, loop)
@@ -6810,15 +6800,10 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
             leave(1)
         stop.set()
 
-    def on_reload() -> None:
-        new = reload_config(server.config, load)
-        if new is not None:
-            server.reconfigure(new)
-
     # Before the listener: a supervisor may signal as soon as it can connect.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_stop)
-    loop.add_signal_handler(signal.SIGHUP, on_reload)
+    loop.add_signal_handler(signal.SIGINT, on_stop)
+    loop.add_signal_handler(signal.SIGTERM, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, reload_config, server, load)
     raise_open_files()
     try:
         addresses = await server.start()
@@ -6855,14 +6840,17 @@ def main(argv: list[str] | None = None) -> int:
         flags, usage = parse_flags(sys.argv[1:] if argv is None else argv)
         if flags.help or flags.version:
             return tell(usage if flags.help else "chatgpt_apiserver " + __version__)
-        overrides = {"host": flags.host, "port": flags.port}
-        paths = (flags.config_file, flags.config_path)
-        load = functools.partial(load_config, *paths, overrides, os.environ, demo=flags.demo)
-        config = load()
-        warning = exposure(config, config.host, config.port)
-        if flags.check:
+
+        def load() -> Config:
+            overrides = {"host": flags.host, "port": flags.port}
+            config = load_config(flags.config_file, flags.config_path, overrides, os.environ, flags.demo)
             if config.tls.cert:
-                server_tls(config)
+                server_tls(config)  # a certificate may have been replaced, and its key not yet
+            return config
+
+        config = load()
+        warning = exposure(config)
+        if flags.check:
             lines = ["configuration OK", *describe(config), "address: " + url_of(config, config.host, config.port)]
             return tell("\n".join(lines + (["warning: " + warning] if warning else [])))
         set_up_logging(config)
