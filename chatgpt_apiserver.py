@@ -199,8 +199,8 @@ def error_body(error: ProxyError | UpstreamError) -> bytes:
 
 # ==== 2. Configuration ====
 # One JSON or TOML mapping becomes frozen dataclasses. Each key is declared once: its default, and in its annotation the
-# function that checks it. Unknown keys are errors: an ignored option leaves people running without a limit they believe
-# in. Every message names the file, the path in it, what was found and what is allowed.
+# function that checks it. Unknown keys are errors: a server that ignored one could run without a limit that it should
+# have. Every message names the file, the path in it, what was found and what is allowed.
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
 FIXED_PARAMS = ("model", "messages", "stream")  # routing and relaying depend on them
@@ -271,7 +271,7 @@ class Secret:
     _value: str = ""
 
     def reveal(self) -> str:
-        """Return the value, to send it to its owner."""
+        """Return the value, for the header or connection that needs it."""
         return self._value
 
     def __bool__(self) -> bool:
@@ -306,7 +306,7 @@ class ConfigError(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """Return what went wrong in words: for an OSError without its number and the file's name."""
+    """Return the reason of an error in words, without the number and the file name of an OSError."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -326,7 +326,7 @@ def show(value: Any) -> str:
 
 
 def suggest(word: str, known: Collection[str]) -> str:
-    """Return a hint for a misspelt word, in whatever case; "" when nothing is close."""
+    """Return a hint for a misspelt word, ignoring case; "" if no known word is close."""
     names = {name.lower(): name for name in known}
     names.update((other, name) for other, name in OTHER_NAMES.items() if name in known)
     close = difflib.get_close_matches(word.lower(), sorted(names), 1)
@@ -334,13 +334,13 @@ def suggest(word: str, known: Collection[str]) -> str:
 
 
 def resolve_path(source: str, name: str) -> str:
-    """Return where a relative path in the file `source` leads: beside that file, else in the working directory."""
+    """Return the path of a file that `source` names: beside `source` if it exists there, else as it is."""
     near = os.path.join(os.path.dirname(source), name)
     return near if os.path.exists(near) else name
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Raises ValueError for a key that stands in it twice: json.loads would take the last."""
+    """Return a JSON object. Raise ValueError if a key stands in it twice; json.loads would use the last value."""
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1:
             raise ValueError(f"the key {name!r} stands twice in one object")
@@ -348,7 +348,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_file(path: str) -> Any:
-    """Return the mapping in a JSON or TOML file. Raises ConfigError with line and column."""
+    """Return the mapping in a JSON or TOML file. Raise ConfigError with line and column."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # Windows editors write a byte order mark
             text = file.read()
@@ -404,7 +404,6 @@ class Place:
 # -- checks: each takes a place, the value that stands there and what the key's annotation adds. It returns what the
 # server works with, or raises ConfigError.
 
-
 Check = Callable[..., Any]
 
 
@@ -427,7 +426,7 @@ def check_list(place: Place, value: Any, check: Check, *args: Any) -> tuple[Any,
 
 
 def check_number(place: Place, value: Any, low: float, high: float, otherwise: str = "") -> float:
-    """Return a number from `low` to `high`, a whole one where these are. `otherwise`: what else a message allows."""
+    """Return a number from `low` to `high`; an int as `low` allows whole numbers only. `otherwise` ends the message."""
     whole = isinstance(low, int)
     if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:  # type(): a bool is an int
         return value if whole else float(value)
@@ -491,7 +490,7 @@ def check_secret(place: Place, value: Any) -> Secret:
 
 
 def check_file(place: Place, value: Any, certificates: bool = False) -> str:
-    """Return the path of a file that exists. A file of certificates is loaded, since the first request is too late."""
+    """Return the path of a file that exists. Load certificates, so that bad ones fail at the start."""
     name = check_text(place, value, ".*", "a string")
     path = resolve_path(place.source, name) if name else ""
     if path and not os.path.isfile(path):
@@ -567,14 +566,12 @@ def check_extra_body(place: Place, value: Any) -> tuple[tuple[str, Any], ...]:
 def checks_of(record: type) -> dict[str, tuple[Any, ...]]:
     """Return, by key, the check of each field that the configuration may set, and the check's further arguments."""
     hints = get_type_hints(record, include_extras=True)
-    names = [item.name for item in fields(record) if item.default is not MISSING]
-    return {
-        name: (check_record, hints[name]) if is_dataclass(hints[name]) else hints[name].__metadata__ for name in names
-    }
+    keys = {item.name: hints[item.name] for item in fields(record) if item.default is not MISSING}
+    return {key: (check_record, hint) if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
 
 
 def check_keys(place: Place, value: Any, record: type, *others: str) -> dict[str, Any]:
-    """Return the checked values of an object's keys of `record`; it may have `others`, too. Null counts as absent."""
+    """Return the checked values of an object that may have the keys of `record` and `others`. Null counts as absent."""
     data, checks = check_object(place, value), checks_of(record)
     place.refuse_unknown(data, [*others, *checks])
     given = {name: check for name, check in checks.items() if data.get(name) is not None}
@@ -587,7 +584,7 @@ def check_record(place: Place, value: Any, record: type) -> Any:
 
 
 def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[Any, ...]:
-    """Return a list of records that have names; `parse` also gets those before, to compare with them."""
+    """Return a list of named records. `parse` gets a place, an item, and the records before it to compare with."""
     members: list[Any] = []
     for number, item in enumerate(check_type(place, value, list, "a list, [...]")):
         item_place = place.inside(number)
@@ -603,9 +600,8 @@ Flag = Annotated[bool, check_type, bool, "true or false"]
 Words = Annotated[tuple[str, ...], check_list, check_text]
 Pairs = Annotated[tuple[tuple[str, str], ...], check_pairs, check_text, check_text]
 Fallbacks = Annotated[tuple[tuple[str, tuple[str, ...]], ...], check_pairs, check_text, check_list, check_text]
-FileName = Annotated[str, check_file]
 Seconds = Annotated[float, check_number, 0.0, 3600.0]
-Timeout = Annotated[float, check_number, 0.001, 86400.0]  # for what must never wait for ever
+Timeout = Annotated[float, check_number, 0.001, 86400.0]  # without 0: these waits must end
 
 
 # -- records: README.md explains the keys, and a test compares them with it. Values are tuples, not lists, as a reload
@@ -656,9 +652,9 @@ class AccountConfig:
     drop_params: Words = ()
     rename_params: Pairs = ()
     extra_body: Annotated[tuple[tuple[str, Any], ...], check_extra_body] = ()
-    rate_codes: Words = ()  # error codes of a 429 that mean a rate limit here, and no credit elsewhere
-    delay: Annotated[float, check_number, 0.0, 600.0] = 0.0  # echo only, as the next one
-    first_delay: Seconds = 0.0
+    rate_codes: Words = ()  # a 429 with one of these is a rate limit; elsewhere it means no credit
+    delay: Annotated[float, check_number, 0.0, 600.0] = 0.0  # echo only
+    first_delay: Seconds = 0.0  # echo only
 
 
 @dataclass(frozen=True)
@@ -714,7 +710,7 @@ class ServerLimits:
     header_timeout: Timeout = 20.0
     body_timeout: Timeout = 120.0
     body_rate: Annotated[int, check_number, 0, 2**30] = 1024  # bytes per second, less than any modem
-    # Longer than proxies keep a connection (nginx 60 s): they close it, and no request crosses a close from here.
+    # Longer than proxies keep a connection (nginx: 60 s). So the proxy closes it first, and no request is lost.
     idle_timeout: Timeout = 75.0
     write_timeout: Timeout = 120.0
 
@@ -723,8 +719,8 @@ class ServerLimits:
 class TlsFiles:
     """The listener's certificate and its key; without them the listener speaks plain HTTP."""
 
-    cert: FileName = ""
-    key: FileName = ""
+    cert: Annotated[str, check_file] = ""
+    key: Annotated[str, check_file] = ""
 
 
 @dataclass(frozen=True)
@@ -771,7 +767,7 @@ ACCOUNT_KEYS = {  # by controller type, where it differs from openai's
 
 
 def check_account(place: Place, account: AccountConfig) -> None:
-    """Raise ConfigError for changes to parameters that routing needs, and for values that were pasted with too much."""
+    """Raise ConfigError if `account` changes parameters that routing needs, or if its key or URL has extra text."""
     renames = dict(account.rename_params)
     changed = {"drop_params": account.drop_params, "rename_params": [*renames, *renames.values()]}
     for key, names in {**changed, "extra_body": dict(account.extra_body)}.items():
@@ -803,7 +799,7 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
     account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig, *words))
     check_account(place, account)
-    # Only an address of the user's own or a local one may do without a key: vendors always need one.
+    # Vendors always need a key. A local server, or one at an address that the user gave, may work without a key.
     url = account.base_url
     vendor = not own_url or url.startswith("https://api.openai.com")
     if not account.api_key and url and vendor and not url.startswith("http://localhost"):
@@ -846,7 +842,8 @@ class Config:
     source: str
     controllers: Annotated[tuple[ControllerConfig, ...], check_members, parse_controller] = ()
     client_keys: Annotated[tuple[ClientKey, ...], check_members, parse_client_key] = ()
-    host: Annotated[str, check_listen_host] = "127.0.0.1"  # a key in the environment is no permission to share it
+    # A key in the environment does not mean that other machines may use it.
+    host: Annotated[str, check_listen_host] = "127.0.0.1"
     port: Annotated[int, check_port] = 8080
     pool: PoolConfig = PoolConfig()
     endpoints: Annotated[tuple[str, ...], check_list, check_choice, ("inference", "objects", "*")] = ("inference",)
@@ -912,7 +909,7 @@ SERVICE_VARIABLE = re.compile(r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)")
 
 
 def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
-    """Yield path, variable and value of what CHATGPT_APISERVER_<KEY> sets. Raises ConfigError for a misspelt name."""
+    """Yield path, variable and value of what CHATGPT_APISERVER_<KEY> sets. Raise ConfigError for a misspelt name."""
     paths = ["host", "port", "drain_delay", "drain_timeout"]
     paths += ["pool." + item.name for item in fields(PoolConfig) if item.default != ()]
     known = {path.replace(".", "_").upper(): path for path in paths}
@@ -923,7 +920,7 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
             continue
         if name not in known:
             hint = suggest(name, known)
-            if hint or name.partition("_")[0].lower() in checks_of(Config):  # else the file may read a secret from it
+            if hint or name.partition("_")[0].lower() in checks_of(Config):  # others may be secrets for the file
                 hint = hint or f"known after {ENV_PREFIX}: {', '.join(sorted(known))}"
                 raise ConfigError(f"{variable}: unknown variable; {hint}")
         elif text and known[name]:
@@ -937,8 +934,7 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
 def environment_config(env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from.
 
-    The variables are those of OpenAI's own SDKs. Only such a start takes a proxy from the environment, by urllib's
-    rules.
+    The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
     """
     variables = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL", "organization": "OPENAI_ORG_ID"}
     variables["project"] = "OPENAI_PROJECT_ID"
@@ -960,7 +956,7 @@ NOTHING_TO_RUN = """chatgpt_apiserver: no configuration found. Three ways to sta
 
 
 def demo_controllers() -> list[dict[str, Any]]:
-    """Return the controllers of --demo: two that echo, to show balancing, and slowly, to show streaming."""
+    """Return the controllers of --demo: two, to show balancing, that echo slowly, to show streaming."""
     echo = {"type": "echo", "models": ["echo", "gpt-*"], "config": {"delay": 0.03}}
     return [{**echo, "name": "echo-a"}, {**echo, "name": "echo-b"}]
 
@@ -968,7 +964,7 @@ def demo_controllers() -> list[dict[str, Any]]:
 def load_config(
     config_file: str, config_path: str, flags: Mapping[str, Any], env: Mapping[str, str], demo: bool = False
 ) -> Config:
-    """Return the configuration of this start: flags over environment over file over defaults. Raises ConfigError.
+    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError.
 
     A reload calls this again with the same arguments, so flags still override a file that has changed.
     """
