@@ -511,7 +511,7 @@ def check_port(place: Place, value: Any) -> float:
 
 def check_listen_host(place: Place, value: Any) -> str:
     """Return the name or address to listen on: an IPv6 address may stand in brackets, and is returned without them."""
-    pattern = r"[^/*\s\[\]:]*|(\[)?[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*(?:%\w+)?(?(1)\])"
+    pattern = r"[^/*\s\[\]:]*|(\[)?[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*(?:%[\w.-]+)?(?(1)\])"
     allowed = "a name or an address of this machine, without scheme and port"
     return check_text(place, value, pattern, allowed).strip("[]")
 
