@@ -199,24 +199,16 @@ def error_body(error: ProxyError | UpstreamError) -> bytes:
 
 # ==== 2. Configuration ====
 # One JSON or TOML mapping becomes frozen dataclasses. Each key is declared once: its default, and in its annotation the
-# function that checks it. Unknown keys are errors: an ignored option leaves people running without a limit they believe
-# in. Every message names the file, the path in it, what was found and what is allowed.
+# function that checks it. Unknown keys are errors: a server that ignored one could run without a limit that it should
+# have. Every message names the file, the path in it, what was found and what is allowed.
 
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
-ENDPOINTS = ("inference", "objects", "*")
-THINKING = ("effort", "adaptive", "budget")  # what `to_messages` makes of reasoning_effort
 FIXED_PARAMS = ("model", "messages", "stream")  # routing and relaying depend on them
 CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "/etc/chatgpt-apiserver")
 ENV_PREFIX = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
 AZURE_API_VERSION = "2024-10-21"  # the newest stable version of the classic surface
-# A header name (RFC 9110, 5.1), but none that frames messages: a file that set one could smuggle requests.
-FIELD_NAME = (
-    r"(?!(?i:host|content-length|transfer-encoding|connection|expect|upgrade|te|trailer)\Z)"
-    r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-)
-FIELD_NAME_IS = "a header name (RFC 9110, 5.1) that does not frame messages"
 ORIGIN = r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+"  # editors and mobile apps have schemes of their own
 ORIGIN_IS = 'scheme://host[:port] without a path, "null" or "*"'
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
@@ -279,7 +271,7 @@ class Secret:
     _value: str = ""
 
     def reveal(self) -> str:
-        """Return the value, to send it to its owner."""
+        """Return the value, for the header or connection that needs it."""
         return self._value
 
     def __bool__(self) -> bool:
@@ -314,7 +306,7 @@ class ConfigError(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """Return what went wrong in words: for an OSError without its number and the file's name."""
+    """Return the reason of an error in words, without the number and the file name of an OSError."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -334,7 +326,7 @@ def show(value: Any) -> str:
 
 
 def suggest(word: str, known: Collection[str]) -> str:
-    """Return a hint for a misspelt word, in whatever case; "" when nothing is close."""
+    """Return a hint for a misspelt word, ignoring case; "" if no known word is close."""
     names = {name.lower(): name for name in known}
     names.update((other, name) for other, name in OTHER_NAMES.items() if name in known)
     close = difflib.get_close_matches(word.lower(), sorted(names), 1)
@@ -342,13 +334,13 @@ def suggest(word: str, known: Collection[str]) -> str:
 
 
 def resolve_path(source: str, name: str) -> str:
-    """Return where a relative path in the file `source` leads: beside that file, else in the working directory."""
+    """Return the path of a file that `source` names: beside `source` if it exists there, else as it is."""
     near = os.path.join(os.path.dirname(source), name)
     return near if os.path.exists(near) else name
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Raises ValueError for a key that stands in it twice: json.loads would take the last."""
+    """Return a JSON object. Raise ValueError if a key stands in it twice; json.loads would use the last value."""
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1:
             raise ValueError(f"the key {name!r} stands twice in one object")
@@ -356,7 +348,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_file(path: str) -> Any:
-    """Return the mapping in a JSON or TOML file. Raises ConfigError with line and column."""
+    """Return the mapping in a JSON or TOML file. Raise ConfigError with line and column."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # Windows editors write a byte order mark
             text = file.read()
@@ -406,11 +398,13 @@ class Place:
                 hint = " or ".join(place for place in places_of(key) if place != here)
                 hint = hint and "its place is " + hint
             hint = hint or "allowed here: " + ", ".join(sorted(known))
-            raise ConfigError(f"{self.source}: {self.inside(key).path}: unknown key; {hint}")
+            raise self.inside(key).problem("unknown key; " + hint)
 
 
 # -- checks: each takes a place, the value that stands there and what the key's annotation adds. It returns what the
 # server works with, or raises ConfigError.
+
+Check = Callable[..., Any]
 
 
 def check_type(place: Place, value: Any, kind: type, allowed: str) -> Any:
@@ -425,29 +419,23 @@ def check_object(place: Place, value: Any) -> dict[str, Any]:
     return dict(check_type(place, value, dict, "an object, {...}"))
 
 
-def list_items(place: Place, value: Any) -> list[tuple[Place, Any]]:
-    """Return the items of a list, each with its place; null is an empty list."""
-    items = [] if value is None else check_type(place, value, list, "a list, [...]")
-    return [(place.inside(number), item) for number, item in enumerate(items)]
-
-
-def check_list(place: Place, value: Any, check: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+def check_list(place: Place, value: Any, check: Check, *args: Any) -> tuple[Any, ...]:
     """Return a list as a tuple of checked items."""
-    return tuple(check(item_place, item, *args) for item_place, item in list_items(place, value))
+    items = check_type(place, value, list, "a list, [...]")
+    return tuple(check(place.inside(number), item, *args) for number, item in enumerate(items))
 
 
 def check_number(place: Place, value: Any, low: float, high: float, otherwise: str = "") -> float:
-    """Return a number from `low` to `high`, a whole one where these are. `otherwise`: what else a message allows."""
+    """Return a number from `low` to `high`; an int as `low` allows whole numbers only. `otherwise` ends the message."""
     whole = isinstance(low, int)
     if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:  # type(): a bool is an int
         return value if whole else float(value)
-    kind, bounds = ("whole number", f"{low} to {high}") if whole else ("number", f"{low:g} to {high:g}")
     quoted = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
-    raise place.error(show(value), f"a {kind} from {bounds}{quoted}{otherwise}")
+    raise place.error(show(value), f"a {'whole ' * whole}number from {low:.15g} to {high:.15g}{quoted}{otherwise}")
 
 
-def check_text(place: Place, value: Any, pattern: str = "(?s).*", allowed: str = "a string") -> str:
-    """Return a string that matches `pattern`; `allowed` describes it."""
+def check_text(place: Place, value: Any, pattern: str = ".+", allowed: str = "a non-empty string") -> str:
+    """Return a string that matches `pattern`; `allowed` describes the pattern."""
     text: str = check_type(place, value, str, allowed)
     if VARIABLE.fullmatch(text):
         raise place.error(show(text), "the text itself; variables work for keys, proxies and headers only")
@@ -458,9 +446,11 @@ def check_text(place: Place, value: Any, pattern: str = "(?s).*", allowed: str =
     return text
 
 
-def check_word(place: Place, value: Any) -> str:
-    """Return a string that is not empty."""
-    return check_text(place, value, "(?s).+", "a non-empty string")
+def check_field_name(place: Place, value: Any) -> str:
+    """Return the name of a header that does not frame messages: such a header could smuggle a second request."""
+    framing = "host|content-length|transfer-encoding|connection|expect|upgrade|te|trailer"
+    pattern = rf"(?!(?i:{framing})\Z)[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+    return check_text(place, value, pattern, "a header name (RFC 9110, 5.1) that does not frame messages")
 
 
 def check_choice(place: Place, value: Any, names: Collection[str]) -> str:
@@ -471,10 +461,10 @@ def check_choice(place: Place, value: Any, names: Collection[str]) -> str:
     raise place.problem(f"found {show(value)}; {hint}") if hint else place.error(show(value), " | ".join(names))
 
 
-def check_pairs(place: Place, value: Any, check: Callable[..., Any], *args: Any) -> tuple[tuple[str, Any], ...]:
-    """Return an object as pairs of names and checked values."""
-    members = check_object(place, value).items()
-    return tuple((check_text(place, name), check(place.inside(name), item, *args)) for name, item in members)
+def check_pairs(place: Place, value: Any, check_name: Check, check: Check, *args: Any) -> tuple[tuple[str, Any], ...]:
+    """Return an object as pairs of checked names and checked values."""
+    members = [(place.inside(name), name, item) for name, item in check_object(place, value).items()]
+    return tuple((check_name(at, name), check(at, item, *args)) for at, name, item in members)
 
 
 def check_secret(place: Place, value: Any) -> Secret:
@@ -499,22 +489,16 @@ def check_secret(place: Place, value: Any) -> Secret:
     return Secret(value)
 
 
-def check_file(place: Place, value: Any) -> str:
-    """Return the path of a file that exists."""
-    name = check_text(place, value)
+def check_file(place: Place, value: Any, certificates: bool = False) -> str:
+    """Return the path of a file that exists. Load certificates, so that bad ones fail at the start."""
+    name = check_text(place, value, ".*", "a string")
     path = resolve_path(place.source, name) if name else ""
     if path and not os.path.isfile(path):
         raise place.problem(f"no file {show(name)} beside the configuration or in the working directory")
-    return path
-
-
-def check_ca_file(place: Place, value: Any) -> str:
-    """Return the path of a file of certificates. It is loaded now: a bad one would only fail at the first request."""
-    path = check_file(place, value)
     try:
-        if path:
+        if path and certificates:
             ssl.create_default_context(cafile=path)
-    except OSError as error:  # SSLError is one
+    except OSError as error:  # SSLError is a subclass
         raise place.error(show(path), f"a file of PEM certificates ({reason_of(error)})") from error
     return path
 
@@ -526,64 +510,47 @@ def check_port(place: Place, value: Any) -> float:
 
 
 def check_listen_host(place: Place, value: Any) -> str:
-    """Return the name or address to listen on; an IPv6 address may stand in brackets."""
-    host = check_text(place, value)
-    bare = host[1:-1] if re.fullmatch(r"\[.*:.*\]", host) else host
-    try:
-        valid = ":" not in bare or bool(ipaddress.IPv6Address(bare))
-    except ValueError:
-        valid = False
-    if not valid or re.search(r"[/*\s\[\]]", bare):
-        raise place.error(show(host), "a name or an address of this machine, without scheme and port")
-    return bare
+    """Return the name or address to listen on: an IPv6 address may stand in brackets, and is returned without them."""
+    pattern = r"[^/*\s\[\]:]*|(\[)?[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*(?:%[\w.-]+)?(?(1)\])"
+    allowed = "a name or an address of this machine, without scheme and port"
+    return check_text(place, value, pattern, allowed).strip("[]")
 
 
-def is_url(text: str, scheme: str, forbidden: str) -> bool:
-    """Return whether requests can be sent to this URL; `scheme` and `forbidden` are patterns."""
-    # Stricter than urllib, which takes line ends and blanks out of a URL before it looks at it.
+def check_host_name(place: Place, value: Any) -> str:
+    """Return a host as clients may name it, in lower case."""
+    return check_text(place, value, r"\*|[^/*\s]+", 'a host with or without port, or "*" for all').lower()
+
+
+def check_url(place: Place, url: str, scheme: str, forbidden: str, allowed: str) -> str:
+    """Return a URL that requests can be sent to; `scheme` and `forbidden` are patterns, `allowed` describes them."""
+    # urllib alone would remove line ends and blanks from the URL before it looks at it.
     try:
-        parts = urllib.parse.urlsplit(text)
-        valid = bool(re.fullmatch(scheme, parts.scheme) and parts.hostname) and parts.port != 0
+        parts = urllib.parse.urlsplit(url)
+        valid = re.fullmatch(scheme, parts.scheme) and parts.hostname and parts.port != 0
     except ValueError:  # brackets that do not match, or a port that is not a number
         valid = False
-    return valid and not re.search(r"[^!-~]|" + forbidden, text)
+    if not valid or re.search("[^!-~]|" + forbidden, url):
+        start = re.match("[a-z0-9]+://", url)  # the rest may be or hold a password
+        raise place.error((start.group() if start else "a value without http://") + "…", allowed)
+    return url
 
 
 def check_base_url(place: Place, value: Any) -> str:
     """Return the URL of an API without its trailing slash."""
-    url = check_text(place, value)
-    if is_url(url, "https?", "[?#@]"):
-        return url.rstrip("/")
-    found = "a URL with ?, # or @" if re.search("[?#@]", url) else show(url)  # what may hold a password is not shown
-    raise place.error(found, "http://host[:port][/path] or https://host[:port][/path]")
+    allowed = "http://host[:port][/path] or https://host[:port][/path], without ?, # and @"
+    return check_url(place, check_text(place, value), "https?", "[?#@]", allowed).rstrip("/")
 
 
 def check_proxy(place: Place, value: Any) -> Secret:
     """Return the URL of a proxy; it is a secret because it may hold a password."""
     proxy = check_secret(place, value)
-    if proxy and not is_url(proxy.reveal(), "http", "[?#]"):
-        scheme = re.match("[a-z0-9]+://", proxy.reveal())
-        allowed = "http://host:port, with user:password@ before the host if needed (HTTPS and SOCKS are not supported)"
-        raise place.error(f"{scheme.group()}…" if scheme else "a value without http://", allowed)
-    return proxy
+    allowed = "http://host:port, with user:password@ before the host if needed (HTTPS and SOCKS are not supported)"
+    return Secret(check_url(place, proxy.reveal(), "http", "[?#]", allowed)) if proxy else proxy
 
 
 def check_rescue_after(place: Place, value: Any) -> float | None:
     """Return seconds, or None for "auto"."""
     return None if value == "auto" else check_number(place, value, 0.0, 3600.0, ', or "auto"')
-
-
-def check_host_names(place: Place, value: Any) -> tuple[str, ...]:
-    """Return names of hosts in lower case."""
-    names = check_list(place, value, check_text, r"\*|[^/*\s]+", 'a host with or without port, or "*" for all')
-    return tuple(name.lower() for name in names)
-
-
-def check_headers(place: Place, value: Any) -> tuple[tuple[str, Secret], ...]:
-    """Return further header fields for each request; their values may be keys."""
-    for name in check_object(place, value):
-        check_text(place.inside(name), name, FIELD_NAME, FIELD_NAME_IS)
-    return check_pairs(place, value, check_secret)
 
 
 def check_extra_body(place: Place, value: Any) -> tuple[tuple[str, Any], ...]:
@@ -599,29 +566,42 @@ def check_extra_body(place: Place, value: Any) -> tuple[tuple[str, Any], ...]:
 def checks_of(record: type) -> dict[str, tuple[Any, ...]]:
     """Return, by key, the check of each field that the configuration may set, and the check's further arguments."""
     hints = get_type_hints(record, include_extras=True)
-    names = [item.name for item in fields(record) if item.default is not MISSING]
-    checks = {name: (check_record, hints[name]) for name in names if is_dataclass(hints[name])}
-    return {name: checks.get(name) or hints[name].__metadata__ for name in names}
+    keys = {item.name: hints[item.name] for item in fields(record) if item.default is not MISSING}
+    return {key: (check_record, hint) if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
 
 
-def check_keys(place: Place, data: Mapping[str, Any], record: type) -> dict[str, Any]:
-    """Return the checked values that `data` has for keys of `record`; null counts as absent."""
-    given = {name: check for name, check in checks_of(record).items() if data.get(name) is not None}
+def check_keys(place: Place, value: Any, record: type, *others: str) -> dict[str, Any]:
+    """Return the checked values of an object that may have the keys of `record` and `others`. Null counts as absent."""
+    data, checks = check_object(place, value), checks_of(record)
+    place.refuse_unknown(data, [*others, *checks])
+    given = {name: check for name, check in checks.items() if data.get(name) is not None}
     return {name: check(place.inside(name), data[name], *args) for name, (check, *args) in given.items()}
 
 
 def check_record(place: Place, value: Any, record: type) -> Any:
-    """Return an object with the keys of `record` as an instance of it."""
-    place.refuse_unknown(check_object(place, value), checks_of(record))
+    """Return an object as an instance of `record`."""
     return record(**check_keys(place, value, record))
 
 
-Text = Annotated[str, check_text]
+def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[Any, ...]:
+    """Return a list of named records. `parse` gets a place, an item, and the records before it to compare with."""
+    members: list[Any] = []
+    for number, item in enumerate(check_type(place, value, list, "a list, [...]")):
+        item_place = place.inside(number)
+        member = parse(item_place, item, members)
+        if member.name in [other.name for other in members]:
+            raise item_place.inside("name").error(show(member.name), "a name that no other in this list has")
+        members.append(member)
+    return tuple(members)
+
+
+Text = Annotated[str, check_text, ".*", "a string"]
 Flag = Annotated[bool, check_type, bool, "true or false"]
-Words = Annotated[tuple[str, ...], check_list, check_word]
-Pairs = Annotated[tuple[tuple[str, str], ...], check_pairs, check_word]
-Fallbacks = Annotated[tuple[tuple[str, tuple[str, ...]], ...], check_pairs, check_list, check_word]
-FileName = Annotated[str, check_file]
+Words = Annotated[tuple[str, ...], check_list, check_text]
+Pairs = Annotated[tuple[tuple[str, str], ...], check_pairs, check_text, check_text]
+Fallbacks = Annotated[tuple[tuple[str, tuple[str, ...]], ...], check_pairs, check_text, check_list, check_text]
+Seconds = Annotated[float, check_number, 0.0, 3600.0]
+Timeout = Annotated[float, check_number, 0.001, 86400.0]  # without 0: these waits must end
 
 
 # -- records: README.md explains the keys, and a test compares them with it. Values are tuples, not lists, as a reload
@@ -632,7 +612,7 @@ FileName = Annotated[str, check_file]
 class Timeouts:
     """Seconds; 0 means no limit. `first_byte` None: 120 for streams, 600 for whole answers, as in the SDKs."""
 
-    connect: Annotated[float, check_number, 0.001, 3600.0] = 10.0  # never unlimited: the kernel would wait two minutes
+    connect: Timeout = 10.0  # never unlimited: the kernel would wait two minutes
     first_byte: Annotated[float | None, check_number, 0.0, 86400.0] = None
     idle: Annotated[float, check_number, 0.0, 86400.0] = 300.0
     total: Annotated[float, check_number, 0.0, 86400.0] = 0.0
@@ -661,20 +641,20 @@ class AccountConfig:
     organization: Text = ""
     project: Text = ""
     proxy: Annotated[Secret, check_proxy] = Secret()
-    ca_file: Annotated[str, check_ca_file] = ""
-    headers: Annotated[tuple[tuple[str, Secret], ...], check_headers] = ()
-    auth_header: Annotated[str, check_text, FIELD_NAME, FIELD_NAME_IS] = "Authorization"
+    ca_file: Annotated[str, check_file, True] = ""
+    headers: Annotated[tuple[tuple[str, Secret], ...], check_pairs, check_field_name, check_secret] = ()
+    auth_header: Annotated[str, check_field_name] = "Authorization"
     auth_scheme: Annotated[str, check_text, "[!-~]*", 'one word of ASCII, or "" for the bare key'] = "Bearer"
     chat_path: Annotated[str, check_text, r"/[!-\"$->@-~]+", "/path without blanks, ? and #"] = "/chat/completions"
     api_version: Annotated[str, check_text, "[0-9A-Za-z-]*", "a date such as " + AZURE_API_VERSION] = ""  # Azure only
     max_tokens: Annotated[int, check_number, 1, 10**7] = 4096  # Anthropic only; its oldest models take no more
-    thinking: Annotated[str, check_choice, THINKING] = THINKING[0]  # Anthropic only
+    thinking: Annotated[str, check_choice, ("effort", "adaptive", "budget")] = "effort"  # Anthropic only
     drop_params: Words = ()
     rename_params: Pairs = ()
     extra_body: Annotated[tuple[tuple[str, Any], ...], check_extra_body] = ()
-    rate_codes: Words = ()  # error codes of a 429 that mean a rate limit here, and no credit elsewhere
-    delay: Annotated[float, check_number, 0.0, 600.0] = 0.0  # echo only, as the next one
-    first_delay: Annotated[float, check_number, 0.0, 3600.0] = 0.0
+    rate_codes: Words = ()  # a 429 with one of these is a rate limit; elsewhere it means no credit
+    delay: Annotated[float, check_number, 0.0, 600.0] = 0.0  # echo only
+    first_delay: Seconds = 0.0  # echo only
 
 
 @dataclass(frozen=True)
@@ -698,7 +678,7 @@ class PoolConfig:
     """How the pool chooses and waits. `rescue_after` None is "auto", 0 is never."""
 
     type: Annotated[str, check_choice, POOL_TYPES] = POOL_TYPES[0]
-    max_wait: Annotated[float, check_number, 0.0, 3600.0] = 30.0  # more looks like a failure, not like a slow answer
+    max_wait: Seconds = 30.0  # more looks like a failure, not like a slow answer
     max_queue: Annotated[int, check_number, 0, 1_000_000] = 1000
     rescue_after: Annotated[float | None, check_rescue_after] = None
     affinity: Flag = True
@@ -727,20 +707,20 @@ class ServerLimits:
     header_bytes: Annotated[int, check_number, 1024, 2**24] = 65536
     connections: Annotated[int, check_number, 1, 1_000_000] = 10000
     connections_per_client: Annotated[int, check_number, 0, 1_000_000] = 0
-    header_timeout: Annotated[float, check_number, 0.001, 3600.0] = 20.0
-    body_timeout: Annotated[float, check_number, 0.001, 86400.0] = 120.0
+    header_timeout: Timeout = 20.0
+    body_timeout: Timeout = 120.0
     body_rate: Annotated[int, check_number, 0, 2**30] = 1024  # bytes per second, less than any modem
-    # Longer than proxies keep a connection (nginx 60 s): they close it, and no request crosses a close from here.
-    idle_timeout: Annotated[float, check_number, 0.001, 86400.0] = 75.0
-    write_timeout: Annotated[float, check_number, 0.001, 86400.0] = 120.0
+    # Longer than proxies keep a connection (nginx: 60 s). So the proxy closes it first, and no request is lost.
+    idle_timeout: Timeout = 75.0
+    write_timeout: Timeout = 120.0
 
 
 @dataclass(frozen=True)
 class TlsFiles:
     """The listener's certificate and its key; without them the listener speaks plain HTTP."""
 
-    cert: FileName = ""
-    key: FileName = ""
+    cert: Annotated[str, check_file] = ""
+    key: Annotated[str, check_file] = ""
 
 
 @dataclass(frozen=True)
@@ -758,64 +738,23 @@ class LogConfig:
     level: Annotated[str, check_choice, ("debug", "info", "warning", "error")] = "info"
 
 
-@dataclass(frozen=True)
-class Config:
-    """Everything that the server runs by; `source` says where it came from."""
-
-    controllers: tuple[ControllerConfig, ...]
-    client_keys: tuple[ClientKey, ...]
-    source: str
-    host: Annotated[str, check_listen_host] = "127.0.0.1"  # a key in the environment is no permission to share it
-    port: Annotated[int, check_port] = 8080
-    pool: PoolConfig = PoolConfig()
-    endpoints: Annotated[tuple[str, ...], check_list, check_choice, ENDPOINTS] = ENDPOINTS[:1]
-    allowed_hosts: Annotated[tuple[str, ...], check_host_names] = ()
-    cors: CorsConfig = CorsConfig()
-    tls: TlsFiles = TlsFiles()
-    limits: ServerLimits = ServerLimits()
-    log: LogConfig = LogConfig()
-    drain_delay: Annotated[float, check_number, 0.0, 3600.0] = 0.0
-    drain_timeout: Annotated[float, check_number, 0.0, 3600.0] = 30.0
+# -- members of the two lists: `others` are those that stand before in the list
 
 
-def places_of(key: str) -> list[str]:
-    """Return the paths of all objects that have this key: for `api_key`, "controllers[].config"."""
-    top = {"controllers[].config": AccountConfig, "controllers[]": ControllerConfig, "client_keys[]": ClientKey}
-    places: dict[str, type] = {**top, "the top level": Config}
-    for path, record in list(places.items()):
-        for name, (check, *args) in checks_of(record).items():
-            if check is check_record:
-                places[name if record is Config else f"{path}.{name}"] = args[0]
-    return [path for path, record in places.items() if key in checks_of(record)]
-
-
-# -- from a mapping to records
-
-
-def parse_name(place: Place, data: Mapping[str, Any], default: str, others: Sequence[Any]) -> str:
-    """Return the `name` of a controller or client key, else `default`. No other in the list may have it."""
-    name = default if data.get("name") in (None, "") else check_text(place.inside("name"), data["name"])
-    if name in [other.name for other in others]:
-        raise place.inside("name").error(show(name), "a name that no other in this list has")
-    return name
-
-
-def parse_client_keys(place: Place, value: Any) -> tuple[ClientKey, ...]:
-    """Return the `client_keys`. The log and the messages show their names, so a key itself need never be shown."""
-    clients: list[ClientKey] = []
-    for item_place, data in list_items(place, value):
-        item_place.refuse_unknown(check_object(item_place, data), ("name", "key", *checks_of(ClientKey)))
-        name, key_place = parse_name(item_place, data, f"key-{len(clients) + 1}", clients), item_place.inside("key")
-        key = check_secret(key_place, data.get("key") or "").reveal()
-        hashed = re.fullmatch("sha256:([0-9a-fA-F]{64})", key)
-        if not key or (key.startswith("sha256:") and not hashed):
-            raise key_place.problem("must be a key, $NAME, file:PATH or sha256:<64 hex digits>")
-        digest = bytes.fromhex(hashed.group(1)) if hashed else hashlib.sha256(key.encode()).digest()
-        for other in clients:
-            if other.digest == digest:
-                raise key_place.problem(f"is the same key as that of {other.name!r}")
-        clients.append(ClientKey(name, digest, **check_keys(item_place, data, ClientKey)))
-    return tuple(clients)
+def parse_client_key(place: Place, data: Any, others: Sequence[ClientKey]) -> ClientKey:
+    """Return the next of the `client_keys`. Logs and messages show its name, so they never need the key itself."""
+    values = check_keys(place, data, ClientKey, "name", "key")
+    name = check_text(place.inside("name"), data.get("name") or f"key-{len(others) + 1}")
+    key_place = place.inside("key")
+    key = check_secret(key_place, data.get("key") or "").reveal()
+    hashed = re.fullmatch("sha256:([0-9a-fA-F]{64})", key)
+    if not key or (key.startswith("sha256:") and not hashed):
+        raise key_place.problem("must be a key, $NAME, file:PATH or sha256:<64 hex digits>")
+    digest = bytes.fromhex(hashed.group(1)) if hashed else hashlib.sha256(key.encode()).digest()
+    for other in others:
+        if other.digest == digest:
+            raise key_place.problem(f"is the same key as that of {other.name!r}")
+    return ClientKey(name, digest, **values)
 
 
 _SHARED_KEYS = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
@@ -828,18 +767,14 @@ ACCOUNT_KEYS = {  # by controller type, where it differs from openai's
 
 
 def check_account(place: Place, account: AccountConfig) -> None:
-    """Raise ConfigError for changes to parameters that routing needs, and for values that were pasted with too much."""
-    new_names = [new for _, new in account.rename_params]
-    changed = {
-        "drop_params": account.drop_params,
-        "rename_params": [name for pair in account.rename_params for name in pair],
-        "extra_body": [name for name, _ in account.extra_body],
-    }
-    for key, names in changed.items():
+    """Raise ConfigError if `account` changes parameters that routing needs, or if its key or URL has extra text."""
+    renames = dict(account.rename_params)
+    changed = {"drop_params": account.drop_params, "rename_params": [*renames, *renames.values()]}
+    for key, names in {**changed, "extra_body": dict(account.extra_body)}.items():
         for name in set(names) & set(FIXED_PARAMS):
             raise place.inside(key).error(show(name), "any parameter but " + ", ".join(FIXED_PARAMS))
-    for name in new_names:
-        if new_names.count(name) > 1:
+    for name, count in Counter(renames.values()).items():
+        if count > 1:
             raise place.inside("rename_params").problem(f"gives the new name {show(name)} twice")
     # Files for docker's --env-file keep their quotation marks, and examples for curl show "Bearer sk-...".
     if re.search("[\"' ]" if account.auth_scheme else "[\"']", account.api_key.reveal()):
@@ -862,9 +797,9 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
         preset.pop("auth_scheme", None)
     # Templates leave an empty string for a variable that is not set; where there is a preset it counts as absent.
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
-    account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig))
+    account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig, *words))
     check_account(place, account)
-    # Only an address of the user's own or a local one may do without a key: vendors always need one.
+    # Vendors always need a key. A local server, or one at an address that the user gave, may work without a key.
     url = account.base_url
     vendor = not own_url or url.startswith("https://api.openai.com")
     if not account.api_key and url and vendor and not url.startswith("http://localhost"):
@@ -877,19 +812,18 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
 
 def parse_controller(place: Place, data: Any, others: Sequence[ControllerConfig]) -> ControllerConfig:
     """Return the next of the `controllers`. Its `config` may stand in a file of its own, as the Go original's did."""
-    known = ("type", "name", "config", "config_file", *checks_of(ControllerConfig))
-    place.refuse_unknown(check_object(place, data), known)
-    kind = data.get("type")
-    kind = "openai" if kind is None else check_choice(place.inside("type"), kind, PRESETS)
-    name = parse_name(place, data, f"{kind}-{len(others) + 1}", others)
+    values = check_keys(place, data, ControllerConfig, "type", "name", "config", "config_file")
+    kind = check_choice(place.inside("type"), "openai" if data.get("type") is None else data["type"], PRESETS)
+    name = check_text(place.inside("name"), data.get("name") or f"{kind}-{len(others) + 1}")
     config, config_place, file = data.get("config"), place.inside("config"), data.get("config_file")
     if file and config:
         raise place.inside("config_file").problem("stands beside `config`; only one of them may be used")
     if file:
         path = check_file(place.inside("config_file"), file)
-        config, config_place = read_file(path), Place(path, place.env, {})  # messages name that file
+        # Messages name that file.
+        config, config_place = read_file(path), Place(path, place.env, {})
     account = parse_account(config_place, check_object(config_place, {} if config is None else config), kind)
-    controller = ControllerConfig(kind, name, account, **check_keys(place, data, ControllerConfig))
+    controller = ControllerConfig(kind, name, account, **values)
     if controller.objects and kind in ("anthropic", "echo"):
         raise place.inside("objects").problem(f"must be false: type {kind} has no files, batches or vector stores")
     for other in others:
@@ -901,20 +835,47 @@ def parse_controller(place: Place, data: Any, others: Sequence[ControllerConfig]
     return controller
 
 
+@dataclass(frozen=True)
+class Config:
+    """Everything that the server runs by; `source` says where it came from."""
+
+    source: str
+    controllers: Annotated[tuple[ControllerConfig, ...], check_members, parse_controller] = ()
+    client_keys: Annotated[tuple[ClientKey, ...], check_members, parse_client_key] = ()
+    # A key in the environment does not mean that other machines may use it.
+    host: Annotated[str, check_listen_host] = "127.0.0.1"
+    port: Annotated[int, check_port] = 8080
+    pool: PoolConfig = PoolConfig()
+    endpoints: Annotated[tuple[str, ...], check_list, check_choice, ("inference", "objects", "*")] = ("inference",)
+    allowed_hosts: Annotated[tuple[str, ...], check_list, check_host_name] = ()
+    cors: CorsConfig = CorsConfig()
+    tls: TlsFiles = TlsFiles()
+    limits: ServerLimits = ServerLimits()
+    log: LogConfig = LogConfig()
+    drain_delay: Seconds = 0.0
+    drain_timeout: Seconds = 30.0
+
+
+def places_of(key: str) -> list[str]:
+    """Return the paths of all objects that have this key: for `api_key`, "controllers[].config"."""
+    top = {"controllers[].config": AccountConfig, "controllers[]": ControllerConfig, "client_keys[]": ClientKey}
+    places: dict[str, type] = {**top, "the top level": Config}
+    for path, record in list(places.items()):
+        for name, (check, *args) in checks_of(record).items():
+            if check is check_record:
+                places[name if record is Config else f"{path}.{name}"] = args[0]
+    return [path for path, record in places.items() if key in checks_of(record)]
+
+
 def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mapping[str, str] | None = None) -> Config:
-    """Return the configuration in `data`, which was read from `source`. Raises ConfigError.
+    """Return the configuration in `data`, which was read from `source`. Raise ConfigError.
 
     `setters`: see `Place`. Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
     """
     top = Place(source, env, setters or {})
-    top.refuse_unknown(check_object(top, data), ("controllers", "client_keys", *checks_of(Config)))
-    controllers: list[ControllerConfig] = []
-    for place, item in list_items(top.inside("controllers"), data.get("controllers")):
-        controllers.append(parse_controller(place, item, controllers))
-    if not controllers:
+    config = Config(source, **check_keys(top, data, Config))
+    if not config.controllers:
         raise top.inside("controllers").error("nothing", "a list of at least one controller")
-    client_keys = parse_client_keys(top.inside("client_keys"), data.get("client_keys"))
-    config = Config(tuple(controllers), client_keys, source, **check_keys(top, data, Config))
     if bool(config.tls.cert) != bool(config.tls.key):
         raise top.inside("tls").error("one of cert and key", "both or none")
     return config
@@ -924,7 +885,7 @@ def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mappin
 
 
 def named_places(flag: str, value: str, env: Mapping[str, str]) -> Iterator[str]:
-    """Yield the paths that a flag and its two variables name, in this order. Raises ConfigError for a missing one."""
+    """Yield the paths that a flag and its two variables name, in this order. Raise ConfigError for a missing path."""
     kind, exists = ("file", os.path.isfile) if flag == "--config_file" else ("folder", os.path.isdir)
     name = flag[2:].upper()
     for setter, path in ((flag, value), (ENV_PREFIX + name, env.get(ENV_PREFIX + name)), (name, env.get(name))):
@@ -935,7 +896,7 @@ def named_places(flag: str, value: str, env: Mapping[str, str]) -> Iterator[str]
 
 
 def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str:
-    """Return the path of the configuration file to read; "" when there is none. Raises ConfigError."""
+    """Return the path of the configuration file to read; "" when there is none. Raise ConfigError."""
     for path in named_places("--config_file", config_file, env):
         return path
     folders = (*named_places("--config_path", config_path, env), *CONFIG_FOLDERS)
@@ -948,7 +909,7 @@ SERVICE_VARIABLE = re.compile(r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)")
 
 
 def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
-    """Yield path, variable and value of what CHATGPT_APISERVER_<KEY> sets. Raises ConfigError for a misspelt name."""
+    """Yield path, variable and value of what CHATGPT_APISERVER_<KEY> sets. Raise ConfigError for a misspelt name."""
     paths = ["host", "port", "drain_delay", "drain_timeout"]
     paths += ["pool." + item.name for item in fields(PoolConfig) if item.default != ()]
     known = {path.replace(".", "_").upper(): path for path in paths}
@@ -959,7 +920,7 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
             continue
         if name not in known:
             hint = suggest(name, known)
-            if hint or name.partition("_")[0].lower() in checks_of(Config):  # else the file may read a secret from it
+            if hint or name.partition("_")[0].lower() in checks_of(Config):  # others may be secrets for the file
                 hint = hint or f"known after {ENV_PREFIX}: {', '.join(sorted(known))}"
                 raise ConfigError(f"{variable}: unknown variable; {hint}")
         elif text and known[name]:
@@ -970,26 +931,19 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
             yield known[name], variable, value
 
 
-def environment_proxy(url: str) -> str:
-    """Return the proxy that https_proxy, http_proxy and no_proxy name for `url`, by urllib's rules; "" for none."""
-    parts = urllib.parse.urlsplit(url)
-    if urllib.request.proxy_bypass(parts.netloc):
-        return ""
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
-    return "http://" + proxy if proxy and "://" not in proxy else proxy
-
-
 def environment_config(env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from.
 
-    The variables are those of OpenAI's own SDKs. Only such a start takes a proxy from the environment.
+    The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
     """
     variables = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL", "organization": "OPENAI_ORG_ID"}
     variables["project"] = "OPENAI_PROJECT_ID"
     account = {key: env.get(variable, "") for key, variable in variables.items()}
-    variables["proxy"] = "https_proxy, http_proxy or all_proxy"
-    account["proxy"] = environment_proxy(account["base_url"] or OPENAI_URL)
+    scheme, _, rest = (account["base_url"] or OPENAI_URL).partition("://")
+    proxy = urllib.request.getproxies().get(scheme) or urllib.request.getproxies().get("all")
+    if proxy and not urllib.request.proxy_bypass(rest.partition("/")[0]):
+        variables["proxy"] = "https_proxy, http_proxy or all_proxy"
+        account["proxy"] = proxy if "://" in proxy else "http://" + proxy
     setters = {"controllers[0].config." + key: variable for key, variable in variables.items()}
     return {"controllers": [{"name": "openai", "config": account}]}, setters
 
@@ -1002,7 +956,7 @@ NOTHING_TO_RUN = """chatgpt_apiserver: no configuration found. Three ways to sta
 
 
 def demo_controllers() -> list[dict[str, Any]]:
-    """Return the controllers of --demo: two that echo, to show balancing, and slowly, to show streaming."""
+    """Return the controllers of --demo: two, to show balancing, that echo slowly, to show streaming."""
     echo = {"type": "echo", "models": ["echo", "gpt-*"], "config": {"delay": 0.03}}
     return [{**echo, "name": "echo-a"}, {**echo, "name": "echo-b"}]
 
@@ -1010,7 +964,7 @@ def demo_controllers() -> list[dict[str, Any]]:
 def load_config(
     config_file: str, config_path: str, flags: Mapping[str, Any], env: Mapping[str, str], demo: bool = False
 ) -> Config:
-    """Return the configuration of this start: flags over environment over file over defaults. Raises ConfigError.
+    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError.
 
     A reload calls this again with the same arguments, so flags still override a file that has changed.
     """
@@ -1024,13 +978,16 @@ def load_config(
         (data, setters), source = environment_config(env), "OPENAI_API_KEY"
     else:
         raise ConfigError(NOTHING_TO_RUN)
-    overrides = [*environment_overrides(env)]
-    overrides += [(key, "--" + key, value) for key, value in flags.items() if value is not None]
-    for path, setter, value in overrides:  # "port", "pool.type"
+    top = Place(source, env, setters)
+    data = check_object(top, data)
+    flag_values = ((key, "--" + key, value) for key, value in flags.items() if value is not None)
+    for path, setter, value in (*environment_overrides(env), *flag_values):  # "port", "pool.type"
         setters[path] = setter
         group, _, key = path.rpartition(".")
-        if isinstance(data, dict) and isinstance(data.get(group) or {}, dict):
-            data = {**data, group: {**(data.get(group) or {}), key: value}} if group else {**data, key: value}
+        if group:
+            data[group] = {**check_object(top.inside(group), data.get(group) or {}), key: value}
+        else:
+            data[key] = value
     return parse_config(data, source, env, setters)
 
 
@@ -1079,19 +1036,21 @@ def show_setting(path: str, value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else mask_keys(str(value)) or "none"
 
 
+def changed_settings(record: Any, between: str) -> list[str]:
+    """Return path and value of every setting below `record` that differs from its default."""
+    settings = settings_of(record)
+    return [path + between + show_setting(path, value) for path, value, default in settings if value != default]
+
+
 def describe(config: Config) -> list[str]:
     """Return a summary for --check and the log: every setting that differs from its default, without secrets."""
     lines = [f"configuration: {config.source}"]
     members: Sequence[Any] = (*config.controllers, *config.client_keys)
     for member in members:
         kind = "client key" if isinstance(member, ClientKey) else "controller"
-        changed = [(path, value) for path, value, default in settings_of(member) if value != default]
-        settings = [f"{path} {show_setting(path, value)}" for path, value in changed]
-        lines.append(f"{kind} {member.name}: " + "; ".join(settings if member.models else [*settings, "models all"]))
-    for path, value, default in settings_of(config):
-        if value != default and not path.startswith(("controllers", "client_keys")):
-            lines.append(f"{path}: {show_setting(path, value)}")
-    return lines
+        settings = [*changed_settings(member, " "), *([] if member.models else ["models all"])]
+        lines.append(f"{kind} {member.name}: " + "; ".join(settings))
+    return lines + changed_settings(replace(config, controllers=(), client_keys=()), ": ")
 
 
 def diff_config(old: Config, new: Config) -> list[str]:
@@ -1099,7 +1058,7 @@ def diff_config(old: Config, new: Config) -> list[str]:
     before = {path: value for path, value, _ in settings_of(old)}
     lines = []
     for path, value, _ in settings_of(new):
-        if path in before and before[path] != value:
+        if before.get(path, value) != value:
             restart = " (needs a restart)" if path in ("host", "port") else ""  # the listener is open already
             lines.append(f"{path}: {show_setting(path, before[path])} -> {show_setting(path, value)}{restart}")
     return lines
@@ -6741,7 +6700,6 @@ class Server:
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
 # cannot be listened on, for output that cannot be written, and after a second signal.
 
-LOG_LAST_MS = 200  # at exit, how long a slow reader of the log is waited for, for each piece
 # Threads for DNS lookups. asyncio has 6 on a small machine; a dead resolver would hold each of them for up to 30 s, and
 # no other name could be looked up.
 LOOKUP_THREADS = 64
@@ -6749,29 +6707,24 @@ FEW_OPEN_FILES = 1000  # below this limit a warning says how many clients can be
 DEMO_BODY = '{"model": "echo", "stream": true, "messages": [{"role": "user", "content": "hello"}]}'
 
 
-class FlagParser(argparse.ArgumentParser):
-    """A parser whose errors are one message, as those of the configuration are."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError."""
-        raise ConfigError(f"{message}; --help shows every flag")
-
-
 def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, str]:
-    """Return the flags and the text of --help. Raises ConfigError for a mistake."""
-    parser = FlagParser(prog="chatgpt_apiserver.py", usage="%(prog)s [flags]", add_help=False, allow_abbrev=False)
-    parser.description = "Several rate-limited OpenAI-style accounts behind one endpoint."
-    add, text = parser.add_argument, "the configuration file"
-    add("-c", "--config", "--config_file", "--config-file", metavar="FILE", dest="config_file", default="", help=text)
-    text = "a folder to look for it in"
-    add("--config_path", "--config-path", metavar="DIR", dest="config_path", default="", help=text)
+    """Return the flags and the text of --help. Raise ConfigError for a mistake."""
+    parser = argparse.ArgumentParser("chatgpt_apiserver.py", "%(prog)s [flags]", add_help=False, exit_on_error=False)
+    parser.description, parser.allow_abbrev = "Several rate-limited OpenAI-style accounts behind one endpoint.", False
+    add = parser.add_argument
+    names = ("-c", "--config", "--config_file", "--config-file")
+    add(*names, metavar="FILE", dest="config_file", default="", help="the configuration file")
+    add("--config_path", "--config-path", metavar="DIR", default="", help="a folder to look for it in")
     add("--host", help="address to listen on (default: 127.0.0.1)")
     add("--port", help="port to listen on (default: 8080)")
     add("--check", action="store_true", help="check the configuration, print a summary, exit")
     add("--demo", action="store_true", help="run without any key: two controllers that echo")
     add("--version", action="store_true", help="print the version, exit")
     add("-h", "--help", action="store_true", help="print this, exit")
-    flags, rest = parser.parse_known_args(argv)
+    try:
+        flags, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; --help shows every flag") from None
     if rest:
         hint = suggest(rest[0].partition("=")[0], ["--" + name for name in vars(flags)])
         raise ConfigError(f"unknown argument {rest[0]!r}; {hint or '--help shows every flag'}")
@@ -6792,45 +6745,41 @@ def raise_open_files() -> None:
         log.warning("only %d open files are allowed, enough for about %d clients at once (ulimit -n)", soft, clients)
 
 
-def exposure(config: Config, host: str, port: int) -> str:
+def exposure(config: Config) -> str:
     """Return the warning about a listener that is open to all; "" for any other."""
     # Not an error: in a container every address is public, and a proxy in front may ask for keys.
-    if is_loopback(host) or config.client_keys:
+    if is_loopback(config.host) or config.client_keys:
         return ""
-    return f"EVERY CLIENT THAT REACHES {mask_keys(host)}:{port} CAN USE THESE ACCOUNTS: no client_keys are configured"
+    address = f"{mask_keys(config.host)}:{config.port}"
+    return f"EVERY CLIENT THAT REACHES {address} CAN USE THESE ACCOUNTS: no client_keys are configured"
 
 
-def reload_config(current: Config, load: Callable[[], Config]) -> Config | None:
-    """Return the configuration that `load` finds now; None, with an error in the log, if it cannot be used."""
+def reload_config(server: Server, load: Callable[[], Config]) -> None:
+    """Make `server` use the configuration that `load` finds now. It keeps the running one if the new one is wrong."""
+    current = server.config
     try:
         new = load()
-        if new.tls.cert:
-            server_tls(new)  # a certificate may have been replaced, and its key not yet
     except ConfigError as error:
         log.error("reload: keeping the running configuration: %s", error)
-        return None
+        return
     redactor.watch([*secrets_of(current), *secrets_of(new)])  # running requests may still show the old ones
     log.setLevel(new.log.level.upper())
     for line in diff_config(current, new) or ["nothing changed"]:
         log.info("reload: %s", line)
-    warning = exposure(new, current.host, current.port)
+    warning = exposure(replace(new, host=current.host, port=current.port))  # the listener stays as it is
     if warning and current.client_keys:
         log.warning("%s", warning)
-    return new
+    server.reconfigure(new)
 
 
 def leave(status: int) -> NoReturn:
     """Write what is left of the log and end the process."""
-    # Not sys.exit: the interpreter would wait for a lookup thread that hangs on a dead resolver.
-    log_writer.send(LOG_LAST_MS)
-    os._exit(status)
+    log_writer.send(200)  # milliseconds that a slow reader of the log has for each piece
+    os._exit(status)  # sys.exit would wait for a lookup thread that hangs on a dead resolver
 
 
 async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
-    """Run the server until a signal stops it; SIGHUP makes it `load` the configuration again.
-
-    Raises ConfigError for a certificate that does not fit its key.
-    """
+    """Run the server until a signal stops it; SIGHUP makes it `load` the configuration again."""
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS))
     server = Server(config, loop)
@@ -6842,15 +6791,10 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
             leave(1)
         stop.set()
 
-    def on_reload() -> None:
-        new = reload_config(server.config, load)
-        if new is not None:
-            server.reconfigure(new)
-
     # Before the listener: a supervisor may signal as soon as it can connect.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_stop)
-    loop.add_signal_handler(signal.SIGHUP, on_reload)
+    loop.add_signal_handler(signal.SIGINT, on_stop)
+    loop.add_signal_handler(signal.SIGTERM, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, reload_config, server, load)
     raise_open_files()
     try:
         addresses = await server.start()
@@ -6887,14 +6831,17 @@ def main(argv: list[str] | None = None) -> int:
         flags, usage = parse_flags(sys.argv[1:] if argv is None else argv)
         if flags.help or flags.version:
             return tell(usage if flags.help else "chatgpt_apiserver " + __version__)
-        overrides = {"host": flags.host, "port": flags.port}
-        paths = (flags.config_file, flags.config_path)
-        load = functools.partial(load_config, *paths, overrides, os.environ, demo=flags.demo)
-        config = load()
-        warning = exposure(config, config.host, config.port)
-        if flags.check:
+
+        def load() -> Config:
+            overrides = {"host": flags.host, "port": flags.port}
+            config = load_config(flags.config_file, flags.config_path, overrides, os.environ, flags.demo)
             if config.tls.cert:
-                server_tls(config)
+                server_tls(config)  # a certificate may have been replaced, and its key not yet
+            return config
+
+        config = load()
+        warning = exposure(config)
+        if flags.check:
             lines = ["configuration OK", *describe(config), "address: " + url_of(config, config.host, config.port)]
             return tell("\n".join(lines + (["warning: " + warning] if warning else [])))
         set_up_logging(config)
