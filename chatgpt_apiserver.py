@@ -2485,10 +2485,10 @@ class NetworkExchange:
 # Translates chat completions to Anthropic's Messages API, and its answers back. Pure functions: no I/O, no clock.
 # Source: https://platform.claude.com/docs/en/api/messages and the types of the anthropic-sdk-python package.
 #
-# A request is validated first and built second. `_REQUEST` is a table of all fields that have an equivalent; one
-# recursive function, `_convert`, checks a request against it. A field outside the table raises Untranslatable: nothing
-# is dropped silently. A new field needs a row in the table, a line in `to_messages` or in a function that it calls, and
-# a golden file in tests/golden/anthropic.
+# A request is checked first and built second. `_REQUEST` is a table of all fields that have an equivalent, and
+# `_convert` checks a request against it. Any other field raises Untranslatable: nothing is dropped silently. A new
+# field needs a row in the table, a line in `to_messages` or in a function that it calls, and a golden file in
+# tests/golden/anthropic.
 
 # A form describes what one place of a request may hold:
 #   None                     any value
@@ -2505,10 +2505,6 @@ _OBJECT: Form = (lambda value: value if isinstance(value, dict) else None, "must
 _LIST: Form = (lambda value: value if isinstance(value, list) else None, "must be a list.")
 # Compared by type: isinstance would accept true as a number.
 _POSITIVE: Form = (lambda value: value if type(value) is int and value > 0 else None, "must be a whole number above 0.")
-_TEMPERATURE: Form = (
-    lambda value: value if type(value) in (int, float) and 0 <= value <= 2 else None,
-    "must be a number from 0 to 2.",
-)
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # of reasoning_effort; see `_reasoning`
 # allowed_tools is missing: the other tools would have to be removed, and the prompt cache begins with the tools.
 _TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
@@ -2532,19 +2528,15 @@ def _tool_input(value: str) -> dict[str, Any] | None:
     return arguments if isinstance(arguments, dict) else None
 
 
-def _data_source(url: str, kinds: str) -> dict[str, str]:
-    """Return the source block for a data URL of these media types (a pattern). Raise IndexError for any other URL.
+def _source(kinds: str, url: str) -> dict[str, str]:
+    """Return the source block for a web address, or for a data URL of these media types (a pattern).
 
-    The data itself, which may have megabytes, is left to the API to judge.
+    Raise IndexError for any other URL. The API judges the address and the data, which may have megabytes.
     """
+    if url.startswith(("https://", "http://")):
+        return {"type": "url", "url": url}
     kind = re.findall(f"^data:({kinds})(?:;[^;,]*)*;base64,", url[:128], re.IGNORECASE)[0]
     return {"type": "base64", "media_type": kind.lower().replace("jpg", "jpeg"), "data": url.partition(",")[2]}
-
-
-def _image_source(url: str) -> dict[str, str]:
-    """Return the source block of an image. The API fetches addresses itself, and judges which it accepts."""
-    remote = url.startswith(("https://", "http://"))
-    return {"type": "url", "url": url} if remote else _data_source(url, "image/(?:jpeg|jpg|png|gif|webp)")
 
 
 def _thinking_block(block: dict[str, Any]) -> dict[str, Any]:
@@ -2553,18 +2545,23 @@ def _thinking_block(block: dict[str, Any]) -> dict[str, Any]:
     return {name: block[name] for name in names}
 
 
-_PDF_SOURCE = functools.partial(_data_source, kinds="application/pdf")
 _PARTS: dict[str, Form] = {
     "text": _STRING,
     "refusal": _STRING,
     "image_url": {
         "": ("url",),
-        "url": (_image_source, "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp."),
+        "url": (
+            functools.partial(_source, "image/(?:jpeg|jpg|png|gif|webp)"),
+            "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp.",
+        ),
         "detail": _only("auto", "high"),
     },
     "file": {
         "": ("file_data",),
-        "file_data": (_PDF_SOURCE, "must be a data URL in base64 of type application/pdf."),
+        "file_data": (
+            functools.partial(_source, "application/pdf"),
+            "must be an https URL, or a data URL in base64 of type application/pdf.",
+        ),
         "filename": None,
     },
 }
@@ -2601,7 +2598,7 @@ _MESSAGES: dict[str, Form] = {
         "refusal": _STRING,
         "thinking_blocks": [(_thinking_block, "must be a thinking block of an earlier answer, unchanged.")],
         "tool_calls": [_CALL],
-        # Thinking without a signature is left out: the API accepts none that it did not sign.
+        # Thinking without a signature is left out: the API accepts no thinking that it did not sign.
         **dict.fromkeys(("annotations", "parsed", "reasoning_content", "reasoning", "reasoning_details")),
     },
     "tool": {"": ("tool_call_id",), "tool_call_id": _CALL_ID, "name": None, **_USER},
@@ -2619,15 +2616,16 @@ _REQUEST: Form = {
     **dict.fromkeys(_COPIED),
     "messages": [("role", _MESSAGES)],
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), _POSITIVE),
-    "temperature": _TEMPERATURE,
+    "temperature": (lambda value: value if 0 <= value <= 2 else None, "must be a number from 0 to 2."),
+    "top_p": (lambda value: value if 0 <= value <= 1 else None, "must be a number from 0 to 1."),
     "stop": (_stop_sequences, "must be texts that are more than white space for Anthropic's Messages API."),
-    **dict.fromkeys(("top_p", "user", "safety_identifier", "parallel_tool_calls")),
+    **dict.fromkeys(("user", "safety_identifier", "parallel_tool_calls")),
     "tools": [{"": ("function",), "function": _FUNCTION, **dict.fromkeys(("type", "cache_control"))}],
     "tool_choice": lambda value: ("type", {"function": _TOOL_NAME}) if isinstance(value, dict) else _TOOL_WORD,
     "response_format": ("type", {"text": {}, "json_object": {}, "json_schema": _SCHEMA}),
     "reasoning_effort": (_EFFORTS.index, f"must be one of {', '.join(_EFFORTS)}."),
     # The rest is checked and left out: hints, options of our own stream translation, and defaults. Libraries send
-    # defaults whether they were set or not.
+    # defaults that the user did not set.
     **dict.fromkeys(("stream_options", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")),
     "n": _only(1),
     **dict.fromkeys(("store", "logprobs"), _only(False)),
@@ -2641,7 +2639,7 @@ _REQUEST: Form = {
 
 
 def _convert_value(value: Any, form: Form, path: str) -> Any:
-    """Return what the form's function makes of `value`. Raise Untranslatable with the form's message."""
+    """Return the result of the form's function for `value`. Raise Untranslatable with the form's message."""
     function, message = form
     try:
         converted = function(value)
@@ -2652,30 +2650,14 @@ def _convert_value(value: Any, form: Form, path: str) -> Any:
     return converted
 
 
-def _convert_object(value: Any, form: dict[str, Form], path: str, drop: frozenset[str]) -> dict[str, Any]:
-    """Return the fields of the object `value`, converted. See `_convert`."""
-    prefix = path and path + "."
-    required = form.get("", ())
-    converted = {}
-    for name, member in _convert_value(value, _OBJECT, path).items():
-        if member is None or (name in drop and name not in required):
-            continue
-        if name and name in form:
-            converted[name] = _convert(member, form[name], prefix + name, drop)
-        elif not path or member not in ("", [], {}, False):
-            raise Untranslatable(prefix + name[:100], _NO_EQUIVALENT)
-    for name in required:
-        if name not in converted:
-            _convert(None, form[name], prefix + name, drop)  # raises: no form of a required field accepts null
-    return converted
-
-
 def _convert(value: Any, form: Form, path: str, drop: frozenset[str]) -> Any:
     """Check `value` against `form` and return it converted. Raise Untranslatable with the path of the first fault.
 
     Left out are fields and parts named in `drop`, nulls, and unknown fields that are empty, except at the top level:
     clients send messages back with all fields that vendors and libraries add, but web_search_options: {} has a meaning.
     """
+    if callable(form):
+        form = form(value)
     if form is None:
         return value
     if isinstance(form, list):
@@ -2684,17 +2666,27 @@ def _convert(value: Any, form: Form, path: str, drop: frozenset[str]) -> Any:
             for index, item in enumerate(_convert_value(value, _LIST, path))
             if not (isinstance(item, dict) and str(item.get("type")) in drop)
         ]
-    if isinstance(form, dict):
-        return _convert_object(value, form, path, drop)
-    if callable(form):
-        return _convert(value, form(value), path, drop)
-    if callable(form[0]):
+    if isinstance(form, tuple) and callable(form[0]):
         return _convert_value(value, form, path)
-    field, forms = form
-    word = str(_convert_value(value, _OBJECT, path).get(field))
-    if word not in forms:
-        raise Untranslatable(f"{path}.{field}", f"must be {' or '.join(forms)} for Anthropic's Messages API.")
-    return _convert_object(value, {field: None, **forms[word]}, path, drop)
+    members = _convert_value(value, _OBJECT, path)
+    if isinstance(form, tuple):
+        field, forms = form
+        word = str(members.get(field))
+        if word not in forms:
+            raise Untranslatable(f"{path}.{field}", f"must be {' or '.join(forms)} for Anthropic's Messages API.")
+        form = {field: None, **forms[word]}
+    prefix = path and path + "."
+    required = form.get("", ())
+    converted = {}
+    for name in dict.fromkeys((*members, *required)):
+        member = members.get(name)
+        if name not in required and (member is None or name in drop):
+            continue
+        if name and name in form:  # no form of a required field accepts null
+            converted[name] = _convert(member, form[name], prefix + name, drop)
+        elif not path or member not in ("", [], {}, False):
+            raise Untranslatable(prefix + name[:100], _NO_EQUIVALENT)
+    return converted
 
 
 def _set(**fields: Any) -> dict[str, Any]:
@@ -2702,46 +2694,42 @@ def _set(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value}
 
 
-_SOURCES = {"image_url": ("image", "url"), "file": ("document", "file_data")}
-
-
 def _blocks(content: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """Return the blocks of a message's content. The API refuses blank texts; answers that only call tools often have
-    one (hermes-agent PR 11929)."""
+    """Return the blocks of a message's content.
+
+    The API refuses blank texts. Answers that only call tools often have a blank text (hermes-agent PR 11929).
+    """
     blocks = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
-        value, cache = part[part["type"]], part.get("cache_control")
-        if not isinstance(value, str):
-            kind, source = _SOURCES[part["type"]]
-            optional = _set(title=value.get("filename"), cache_control=cache)
-            blocks.append({"type": kind, "source": value[source], **optional})
+        value, optional = part[part["type"]], _set(cache_control=part.get("cache_control"))
+        if part["type"] == "image_url":
+            blocks.append({"type": "image", "source": value["url"], **optional})
+        elif part["type"] == "file":
+            optional.update(_set(title=value.get("filename")))
+            blocks.append({"type": "document", "source": value["file_data"], **optional})
         elif value.strip():
-            blocks.append({"type": "text", "text": value, **_set(cache_control=cache)})
-    return blocks
-
-
-def _message_blocks(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the content blocks of one message."""
-    content = message.get("content")
-    if message["role"] == "tool":  # OpenAI has no field for is_error
-        result = content if isinstance(content, str) else _blocks(content)
-        return [{"type": "tool_result", "tool_use_id": message["tool_call_id"], **_set(content=result)}]
-    blocks = [*message.get("thinking_blocks", ()), *_blocks(content), *_blocks(message.get("refusal"))]
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        arguments = function.get("arguments", {})
-        blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": arguments})
+            blocks.append({"type": "text", "text": value, **optional})
     return blocks
 
 
 def _conversation(messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return the fields `messages` and `system`. All system messages move to the top, as in the vendor's own endpoint
-    for OpenAI's format. Messages without content are left out (nanobot PR 193)."""
+    """Return the fields `messages` and `system`.
+
+    All system messages move to the top, as in the vendor's own endpoint for OpenAI's format. Messages without content
+    are left out (nanobot PR 193).
+    """
     system: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []
     for message in messages:
-        blocks = _message_blocks(message)
-        role = "user" if message["role"] == "tool" else message["role"]
+        role, content = message["role"], message.get("content")
+        blocks = [*message.get("thinking_blocks", ()), *_blocks(content), *_blocks(message.get("refusal"))]
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            arguments = function.get("arguments", {})
+            blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": arguments})
+        if role == "tool":  # OpenAI has no field for is_error
+            result = _set(content=content if isinstance(content, str) else blocks)
+            role, blocks = "user", [{"type": "tool_result", "tool_use_id": message["tool_call_id"], **result}]
         if role in ("system", "developer"):
             system += blocks
         elif blocks and turns and turns[-1]["role"] == role:  # results of parallel calls must share one turn
@@ -2821,10 +2809,8 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
     default = max(max_tokens, 16384) if thinks else max_tokens
     sent["max_tokens"] = asked.get("max_completion_tokens") or asked.get("max_tokens") or default
     # Newer models refuse temperature beside top_p, even with its default: 1, the default in both APIs, is not sent.
-    if asked.get("temperature", 1) < 1:  # Anthropic's scale ends at 1, and its own endpoint lowers higher values to it
-        sent["temperature"] = asked["temperature"]
-    if asked.get("top_p", 1) != 1:
-        sent["top_p"] = asked["top_p"]
+    # Anthropic's scale ends at 1; its own endpoint for OpenAI's format lowers higher values to 1.
+    sent.update({name: asked[name] for name in ("temperature", "top_p") if asked.get(name, 1) < 1})
     user = asked.get("safety_identifier") or asked.get("user")
     sent.update(_set(stop_sequences=asked.get("stop"), metadata=user and {"user_id": user}))
     sent.update(_conversation(asked.get("messages", ())))
@@ -2842,36 +2828,33 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
     return sent
 
 
-# stop_reason to finish_reason. All others mean "stop": end_turn, stop_sequence, and pause_turn of server tools.
-_FINISH_REASONS = {
-    "max_tokens": "length",
-    "model_context_window_exceeded": "length",
-    "tool_use": "tool_calls",
-    "refusal": "content_filter",
-}
-
-
 def _tool_call(block: dict[str, Any], arguments: str) -> dict[str, Any]:
     return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
 
 
-def _refusal(ending: dict[str, Any]) -> str | None:
-    """Return the model's reason for a refusal, if there is one."""
-    details = ending.get("stop_details")
-    return details.get("explanation") or None if isinstance(details, dict) else None
+def _ending(reply: dict[str, Any]) -> tuple[str, str | None]:
+    """Return the finish_reason, and the model's explanation of a refusal."""
+    reasons = {
+        "max_tokens": "length",
+        "model_context_window_exceeded": "length",
+        "tool_use": "tool_calls",
+        "refusal": "content_filter",
+    }
+    # All others mean "stop": end_turn, stop_sequence, and pause_turn of server tools.
+    reason = reasons.get(reply.get("stop_reason") or "", "stop")
+    return reason, (reply.get("stop_details") or {}).get("explanation") or None
 
 
-def messages_usage(usage: Any) -> dict[str, Any]:
+def messages_usage(usage: dict[str, Any]) -> dict[str, Any]:
     """Return OpenAI's usage object for Anthropic's. Any number may be missing: gateways leave some out.
 
     Anthropic's input_tokens exclude what the prompt cache read or wrote, OpenAI's prompt_tokens include it (Portkey
     PR 1754). The answer's tokens include thinking in both.
     """
-    counts = usage if isinstance(usage, dict) else {}
-    written, read = counts.get("cache_creation_input_tokens") or 0, counts.get("cache_read_input_tokens") or 0
-    prompt = (counts.get("input_tokens") or 0) + written + read
-    answer = counts.get("output_tokens") or 0
-    thinking = (counts.get("output_tokens_details") or {}).get("thinking_tokens") or 0
+    written, read = usage.get("cache_creation_input_tokens") or 0, usage.get("cache_read_input_tokens") or 0
+    prompt = (usage.get("input_tokens") or 0) + written + read
+    answer = usage.get("output_tokens") or 0
+    thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
@@ -2897,32 +2880,33 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
             _tool_call(block, compact_json(block["input"]).decode()) for block in blocks if block["type"] == "tool_use"
         ]
         optional = _set(reasoning_content=thinking, tool_calls=calls, thinking_blocks=calls and signed)
-        message = {"role": "assistant", "content": text or None, "refusal": _refusal(reply), **optional}
-        reason = _FINISH_REASONS.get(reply["stop_reason"], "stop")
+        reason, refusal = _ending(reply)
+        message = {"role": "assistant", "content": text or None, "refusal": refusal, **optional}
         return {
             "id": reply["id"],
             "object": "chat.completion",
             "created": created,
             "model": reply["model"],
             "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
-            "usage": messages_usage(reply.get("usage")),
+            "usage": messages_usage(reply.get("usage") or {}),
         }
     except (LookupError, TypeError, AttributeError):
         raise ValueError("the upstream's answer is not a message") from None
 
 
-# A word that is an error's type or stands in its message, and OpenAI's type and code for it; a type that is missing
-# here becomes the code. Messages come first: an account out of credit is an invalid_request_error there.
+# OpenAI's type and code for an error `TYPE: MESSAGE`. Messages come first: an account out of credit is an
+# invalid_request_error there. A type that is missing here becomes the code.
 _MESSAGES_ERRORS: tuple[tuple[str, str, str | None], ...] = (
-    ("credit balance is too low", "insufficient_quota", "insufficient_quota"),
-    ("enforced_spend_limit_reached", "insufficient_quota", "insufficient_quota"),
-    ("prompt is too long", "invalid_request_error", "context_length_exceeded"),
-    ("exceed context limit", "invalid_request_error", "context_length_exceeded"),
-    ("invalid_request_error", "invalid_request_error", None),
-    ("authentication_error", "invalid_request_error", "invalid_api_key"),
-    ("billing_error", "insufficient_quota", "insufficient_quota"),
-    ("not_found_error", "invalid_request_error", "model_not_found"),
-    ("rate_limit_error", "rate_limit_error", "rate_limit_exceeded"),
+    (
+        "^billing_error:|credit balance is too low|enforced_spend_limit_reached",
+        "insufficient_quota",
+        "insufficient_quota",
+    ),
+    ("prompt is too long|exceed context limit", "invalid_request_error", "context_length_exceeded"),
+    ("^invalid_request_error:", "invalid_request_error", None),
+    ("^authentication_error:", "invalid_request_error", "invalid_api_key"),
+    ("^not_found_error:", "invalid_request_error", "model_not_found"),
+    ("^rate_limit_error:", "rate_limit_error", "rate_limit_exceeded"),
 )
 
 
@@ -2936,11 +2920,10 @@ def _openai_error(value: Any, status: int) -> dict[str, Any]:
     if not isinstance(message, str):
         message = f"The upstream answered with status {status}."
     word = str(error.get("type") or error.get("code") or "")
-    for known, kind, code in _MESSAGES_ERRORS:
-        if known == word or known in message:
+    for pattern, kind, code in _MESSAGES_ERRORS:
+        if re.search(pattern, f"{word}: {message}"):
             return error_object(message, kind, code)
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-    return error_object(message, kind, word or None)
+    return error_object(message, ProxyError(status, message).type, word or None)
 
 
 def error_from_messages(status: int, body: bytes) -> tuple[int, bytes]:
@@ -2959,7 +2942,7 @@ def error_from_messages(status: int, body: bytes) -> tuple[int, bytes]:
 
 
 class MessageStream:
-    """Translates a Messages stream to a chat stream, event by event. A method `on_TYPE` handles events of one type.
+    """Translates a Messages stream to a chat stream, event by event.
 
     `done` is set by the last event, `failed` by an error; a stream that ends with neither was cut. No chunk is made
     before the first content, so that another controller can be asked after an early error. A later error becomes
@@ -2969,7 +2952,8 @@ class MessageStream:
     def __init__(self, created: int, include_usage: bool = False) -> None:
         self.created, self.include_usage = created, include_usage
         self.head = b""  # of every chunk, up to its choices
-        self.calls: dict[int, list[Any]] = {}  # by block: the call's number, and its input unless it comes in deltas
+        # By block: the call's number, and its input unless it comes in deltas.
+        self.calls: dict[int, tuple[int, dict[str, Any] | None]] = {}
         self.thoughts: dict[int, tuple[dict[str, Any], list[str]]] = {}  # by block: thinking since the last call
         self.usage: dict[str, Any] = {}  # usage and ending come in several events; the last value of a field counts
         self.ending: dict[str, Any] = {}
@@ -2985,73 +2969,64 @@ class MessageStream:
             return b""
         try:
             event = json.loads(data)
-            handle = getattr(self, "on_" + (event.get("type") or event_type.decode("latin-1")), None)
-            return handle(event) if handle else b""
+            kind = event.get("type") or event_type.decode("latin-1")
+            return self._block_event(kind, event) if kind.startswith("content_") else self._message_event(kind, event)
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            return self.on_error({"type": "api_error", "message": "The upstream sent an event that cannot be read."})
+            return self.fail({"type": "api_error", "message": "The upstream sent an event that cannot be read."})
 
-    def on_error(self, event: dict[str, Any]) -> bytes:
-        """Pass an error on; no later event counts. One of unknown type is the upstream's fault: status 500."""
+    def fail(self, error: dict[str, Any]) -> bytes:
+        """Return the error event; no later event counts. An error of unknown type is the upstream's fault: 500."""
         self.failed = True
-        return b"data: " + compact_json(_openai_error(event, 500)) + b"\n\n"
+        return b"data: " + compact_json(_openai_error(error, 500)) + b"\n\n"
 
-    def on_message_start(self, event: dict[str, Any]) -> bytes:
-        """Store the id and model of all chunks, and the prompt's tokens."""
-        message = event["message"]
-        self.usage.update(_set(**(message.get("usage") or {})))
-        if not self.head:  # there is a second one if another model takes over; the answer keeps its id
-            fields = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
-            self.head = b"data: " + compact_json({**fields, "model": message["model"]})[:-1] + b',"choices":'
+    def _message_event(self, kind: str, event: dict[str, Any]) -> bytes:
+        """Return the chunks for an event about the whole message, or for an error."""
+        if kind == "error":
+            return self.fail(event)
+        if kind == "message_start":
+            message = event["message"]
+            self.usage.update(_set(**(message.get("usage") or {})))
+            if not self.head:  # there is a second one if another model takes over; the answer keeps its id
+                fields = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
+                self.head = b"data: " + compact_json({**fields, "model": message["model"]})[:-1] + b',"choices":'
+        elif kind == "message_delta":  # some gateways send the cache's counts here (rust-genai PR 258)
+            self.usage.update(_set(**(event.get("usage") or {})))
+            self.ending.update(_set(**(event.get("delta") or {})))
+        elif kind == "message_stop":
+            reason, refusal = _ending(self.ending)
+            chunks = self._chunk(_set(refusal=refusal), reason)
+            if self.include_usage:
+                chunks += self.head + b'[],"usage":' + compact_json(messages_usage(self.usage)) + b"}\n\n"
+            self.done = True
+            return chunks + b"data: [DONE]\n\n"
         return b""
 
-    def on_content_block_start(self, event: dict[str, Any]) -> bytes:
-        """Begin a tool call, or store thinking. Some gateways put the whole text here."""
-        block, index = event["content_block"], event["index"]
-        if block["type"] in _THINKING_BLOCKS:
-            self.thoughts[index] = {**block, "index": index}, [block.get("thinking") or ""]
-        if block["type"] != "tool_use":
-            return self._text(block)
-        number = len(self.calls)  # clients join a call's pieces by number; the upstream's index counts all blocks
-        self.calls[index] = [number, block.get("input") or {}]
-        # Signed thinking goes out with the call that it led to: a client keeps both or neither.
-        call = {"index": number, **_tool_call(block, "")}
-        return self._chunk({"tool_calls": [call], **_set(thinking_blocks=self._signed_thinking())})
-
-    def on_content_block_delta(self, event: dict[str, Any]) -> bytes:
-        """Pass on a piece of text, thinking or arguments; store a signature. Citations have no equivalent."""
-        delta, index = event["delta"], event["index"]
-        piece, call, thought = delta.get("partial_json"), self.calls.get(index), self.thoughts.get(index)
+    def _block_event(self, kind: str, event: dict[str, Any]) -> bytes:
+        """Return the chunk for the start of a block, for a piece of it or for its end. Citations have no equivalent."""
+        index, piece = event["index"], event.get("content_block") or event.get("delta") or {}
+        block_type, arguments = piece.get("type"), piece.get("partial_json")
+        if kind == "content_block_start" and block_type == "tool_use":
+            number = len(self.calls)  # clients join a call's pieces by number; the upstream's index counts all blocks
+            self.calls[index] = number, piece.get("input") or {}
+            # Signed thinking goes out with the call that it led to: a client keeps both or neither.
+            call = {"index": number, **_tool_call(piece, "")}
+            return self._chunk({"tool_calls": [call], **_set(thinking_blocks=self._signed_thinking())})
+        if kind == "content_block_start" and block_type in _THINKING_BLOCKS:
+            self.thoughts[index] = {**piece, "index": index}, []
+        number, whole_input = self.calls.get(index, (0, None))
+        if kind == "content_block_stop" and whole_input is not None:
+            arguments = compact_json(whole_input).decode()
         # The first piece is always empty; a tool without arguments gets no other one (llmgateway PR 2468).
-        if piece and call:
-            call[1] = None
-            return self._chunk({"tool_calls": [{"index": call[0], "function": {"arguments": piece}}]})
-        if thought:
-            thought[0]["signature"] = delta.get("signature") or thought[0].get("signature")
-            thought[1].append(delta.get("thinking") or "")
-        return self._text(delta)
-
-    def on_content_block_stop(self, event: dict[str, Any]) -> bytes:
-        """Pass on the arguments of a call that had no pieces."""
-        number, arguments = self.calls.get(event["index"], (0, None))
-        if arguments is None:
-            return b""
-        function = {"arguments": compact_json(arguments).decode()}
-        return self._chunk({"tool_calls": [{"index": number, "function": function}]})
-
-    def on_message_delta(self, event: dict[str, Any]) -> bytes:
-        """Store the reason of the end and the usage; some gateways send the cache's counts here (rust-genai PR 258)."""
-        self.usage.update(_set(**(event.get("usage") or {})))
-        self.ending.update(_set(**(event.get("delta") or {})))
-        return b""
-
-    def on_message_stop(self, event: dict[str, Any]) -> bytes:
-        """End the stream: finish_reason, usage if it was asked for, [DONE]."""
-        reason = _FINISH_REASONS.get(self.ending.get("stop_reason", ""), "stop")
-        chunks = self._chunk(_set(refusal=_refusal(self.ending)), reason)
-        if self.include_usage:
-            chunks += self.head + b'[],"usage":' + compact_json(messages_usage(self.usage)) + b"}\n\n"
-        self.done = True
-        return chunks + b"data: [DONE]\n\n"
+        if arguments and index in self.calls:
+            self.calls[index] = number, None
+            return self._chunk({"tool_calls": [{"index": number, "function": {"arguments": arguments}}]})
+        if index in self.thoughts:
+            block, texts = self.thoughts[index]
+            block.update(_set(signature=piece.get("signature")))
+            texts.append(piece.get("thinking") or "")
+        # Some gateways put the whole text into the start of its block. Most clients know DeepSeek's name for thinking.
+        delta = _set(content=piece.get("text"), reasoning_content=piece.get("thinking"))
+        return self._chunk(delta) if delta else b""
 
     def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> bytes:
         """Return one chunk. With include_usage each has the field `usage`, null in all but the last."""
@@ -3060,12 +3035,6 @@ class MessageStream:
         choice = {"index": 0, "delta": {**self.role, **delta}, "logprobs": None, "finish_reason": reason}
         self.role = {}
         return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
-
-    def _text(self, piece: dict[str, Any]) -> bytes:
-        """Return the chunk for a text, or for thinking under DeepSeek's name, which most clients know."""
-        if piece.get("text"):
-            return self._chunk({"content": piece["text"]})
-        return self._chunk({"reasoning_content": piece["thinking"]}) if piece.get("thinking") else b""
 
     def _signed_thinking(self) -> list[dict[str, Any]]:
         """Return the signed thinking since the last call; the openai package joins such lists by their `index`."""
@@ -3436,7 +3405,7 @@ class MessagesExchange:
         if len(self.splitter.pending) > EVENT_BYTES:
             self.splitter.pending = b""
             message = f"The upstream sent an event of more than {EVENT_BYTES} bytes."
-            self.ready += stream.on_error({"type": "api_error", "message": message})
+            self.ready += stream.fail({"type": "api_error", "message": message})
         if ended and not (stream.done or stream.failed):
             raise UpstreamClosed("the upstream ended its stream before the last event")
 
