@@ -2528,15 +2528,20 @@ def _tool_input(value: str) -> dict[str, Any] | None:
     return arguments if isinstance(arguments, dict) else None
 
 
-def _source(kinds: str, url: str) -> dict[str, str]:
-    """Return the source block for a web address, or for a data URL of these media types (a pattern).
+def _url(*kinds: str) -> Form:
+    """Return the form of a URL that becomes a source block: a web address, or a data URL of these media types.
 
-    Raise IndexError for any other URL. The API judges the address and the data, which may have megabytes.
+    The API judges the address and the data, which may have megabytes.
     """
-    if url.startswith(("https://", "http://")):
-        return {"type": "url", "url": url}
-    kind = re.findall(f"^data:({kinds})(?:;[^;,]*)*;base64,", url[:128], re.IGNORECASE)[0]
-    return {"type": "base64", "media_type": kind.lower().replace("jpg", "jpeg"), "data": url.partition(",")[2]}
+
+    def convert(url: str) -> dict[str, str] | None:
+        if url.startswith(("https://", "http://")):
+            return {"type": "url", "url": url}
+        kind = re.findall("^data:([^;,]*)(?:;[^;,]*)*;base64,", url[:128], re.IGNORECASE)[0]
+        kind = kind.lower().replace("jpg", "jpeg")
+        return {"type": "base64", "media_type": kind, "data": url.partition(",")[2]} if kind in kinds else None
+
+    return convert, f"must be an https URL, or a data URL in base64 of type {' or '.join(kinds)}."
 
 
 def _thinking_block(block: dict[str, Any]) -> dict[str, Any]:
@@ -2550,20 +2555,10 @@ _PARTS: dict[str, Form] = {
     "refusal": _STRING,
     "image_url": {
         "": ("url",),
-        "url": (
-            functools.partial(_source, "image/(?:jpeg|jpg|png|gif|webp)"),
-            "must be an https URL, or a data URL in base64 of type image/jpeg, png, gif or webp.",
-        ),
+        "url": _url("image/jpeg", "image/png", "image/gif", "image/webp"),
         "detail": _only("auto", "high"),
     },
-    "file": {
-        "": ("file_data",),
-        "file_data": (
-            functools.partial(_source, "application/pdf"),
-            "must be an https URL, or a data URL in base64 of type application/pdf.",
-        ),
-        "filename": None,
-    },
+    "file": {"": ("file_data",), "file_data": _url("application/pdf"), "filename": None},
 }
 
 
@@ -2897,11 +2892,7 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
 # OpenAI's type and code for an error `TYPE: MESSAGE`. Messages come first: an account out of credit is an
 # invalid_request_error there. A type that is missing here becomes the code.
 _MESSAGES_ERRORS: tuple[tuple[str, str, str | None], ...] = (
-    (
-        "^billing_error:|credit balance is too low|enforced_spend_limit_reached",
-        "insufficient_quota",
-        "insufficient_quota",
-    ),
+    ("^billing_error:|credit balance is too low|spend_limit_reached", "insufficient_quota", "insufficient_quota"),
     ("prompt is too long|exceed context limit", "invalid_request_error", "context_length_exceeded"),
     ("^invalid_request_error:", "invalid_request_error", None),
     ("^authentication_error:", "invalid_request_error", "invalid_api_key"),
@@ -2954,7 +2945,7 @@ class MessageStream:
         self.head = b""  # of every chunk, up to its choices
         # By block: the call's number, and its input unless it comes in deltas.
         self.calls: dict[int, tuple[int, dict[str, Any] | None]] = {}
-        self.thoughts: dict[int, tuple[dict[str, Any], list[str]]] = {}  # by block: thinking since the last call
+        self.thoughts: dict[int, dict[str, Any]] = {}  # by block: thinking since the last call
         self.usage: dict[str, Any] = {}  # usage and ending come in several events; the last value of a field counts
         self.ending: dict[str, Any] = {}
         self.role = {"role": "assistant"}  # empty once it was sent, in the first chunk
@@ -3009,10 +3000,17 @@ class MessageStream:
             number = len(self.calls)  # clients join a call's pieces by number; the upstream's index counts all blocks
             self.calls[index] = number, piece.get("input") or {}
             # Signed thinking goes out with the call that it led to: a client keeps both or neither.
+            # The openai package joins such lists by their `index`.
+            signed = [block for block in self.thoughts.values() if block.get("signature") or block.get("data")]
+            self.thoughts.clear()
             call = {"index": number, **_tool_call(piece, "")}
-            return self._chunk({"tool_calls": [call], **_set(thinking_blocks=self._signed_thinking())})
+            return self._chunk({"tool_calls": [call], **_set(thinking_blocks=signed)})
         if kind == "content_block_start" and block_type in _THINKING_BLOCKS:
-            self.thoughts[index] = {**piece, "index": index}, []
+            self.thoughts[index] = {**piece, "index": index}
+        elif index in self.thoughts:
+            block = self.thoughts[index]
+            pieces = {name: piece[name] for name in ("thinking", "signature") if piece.get(name)}
+            block.update({name: (block.get(name) or "") + text for name, text in pieces.items()})
         number, whole_input = self.calls.get(index, (0, None))
         if kind == "content_block_stop" and whole_input is not None:
             arguments = compact_json(whole_input).decode()
@@ -3020,10 +3018,6 @@ class MessageStream:
         if arguments and index in self.calls:
             self.calls[index] = number, None
             return self._chunk({"tool_calls": [{"index": number, "function": {"arguments": arguments}}]})
-        if index in self.thoughts:
-            block, texts = self.thoughts[index]
-            block.update(_set(signature=piece.get("signature")))
-            texts.append(piece.get("thinking") or "")
         # Some gateways put the whole text into the start of its block. Most clients know DeepSeek's name for thinking.
         delta = _set(content=piece.get("text"), reasoning_content=piece.get("thinking"))
         return self._chunk(delta) if delta else b""
@@ -3035,17 +3029,6 @@ class MessageStream:
         choice = {"index": 0, "delta": {**self.role, **delta}, "logprobs": None, "finish_reason": reason}
         self.role = {}
         return self.head + compact_json([choice]) + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
-
-    def _signed_thinking(self) -> list[dict[str, Any]]:
-        """Return the signed thinking since the last call; the openai package joins such lists by their `index`."""
-        signed = []
-        for block, texts in self.thoughts.values():
-            if block["type"] == "thinking":
-                block["thinking"] = "".join(texts)
-            if block.get("signature") or block.get("data"):
-                signed.append(block)
-        self.thoughts = {}
-        return signed
 
 
 # ==== 9. Controllers ====
