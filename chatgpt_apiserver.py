@@ -3033,9 +3033,9 @@ class MessageStream:
 
 # ==== 9. Controllers ====
 # Makes the request that one account gets: a parsed request in, the bytes for the upstream out. First the request and
-# what is read from its body, then a class for each kind of account: one that speaks OpenAI's API (Azure's is a dialect
-# of it), one whose answers are translated, one that makes answers up. A vendor that speaks OpenAI's API is a row in
-# VENDORS. Another kind of account is a class here, a line in CONTROLLERS and a file of tests.
+# what is read from its body, then a class for each kind of account: OpenAI's API, Azure's dialect of it,
+# Anthropic's API with translations, and an echo without a network. A vendor that speaks OpenAI's API is a row in
+# PRESETS. Another kind of account is a class here, a line in CONTROLLERS and a file of tests.
 
 CHAT_PATH = "/chat/completions"  # without /v1, which belongs to the base URL of an account
 HOLD_BYTES = 65536  # kept of a stream before its first real event, and read of an error
@@ -3155,15 +3155,16 @@ def count_text(value: Any, depth: int = 0) -> int:
     if isinstance(value, list) and depth <= 8:
         return sum([count_text(item, depth + 1) for item in value])
     if isinstance(value, dict) and depth <= 8:
-        if "text" in value or "content" in value:  # a part, a message, an item of the responses API
+        # A message, a part of its content, or an item of the responses API.
+        if "text" in value or "content" in value or "role" in value:
             return count_text(value.get("text") or value.get("content"), depth + 1)
         return 4 * TOKENS_PER_PART
     return 0
 
 
 def estimate_prompt(data: dict[str, Any]) -> int:
-    """Return about how many tokens a chat's prompt has: a quarter of its characters. Replies correct the estimate."""
-    return sum([count_text(message.get("content")) for message in data["messages"]]) // 4
+    """Return about how many tokens a prompt has: a quarter of its characters. Replies correct the estimate."""
+    return count_text([data.get(name) for name in ("messages", "prompt", "input", "instructions")]) // 4
 
 
 def answer_limit(data: dict[str, Any]) -> int:
@@ -3204,6 +3205,7 @@ class OpenAIController:
     """
 
     chat_only = cache_free = False
+    api_fields: dict[str, str] = {}  # header fields that every request of this API has
 
     def __init__(self, config: ControllerConfig) -> None:
         account = config.account
@@ -3213,20 +3215,31 @@ class OpenAIController:
         self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
         self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")  # RFC 3986, 3.3; escapes stay as they are
         self.paths = {CHAT_PATH: account.chat_path}
+        key = account.api_key.reveal()
+        fields = {
+            "Host": self.origin.authority,
+            "Accept-Encoding": "identity",  # events, errors and answers to translate must be readable
+            account.auth_header: key and (account.auth_scheme + " " + key).lstrip(),
+            "OpenAI-Organization": account.organization,
+            "OpenAI-Project": account.project,
+            **self.api_fields,
+        }
         # Configured headers replace ours, and both replace the client's.
-        configured = frozenset(name.lower().encode() for name, _ in account.headers)
-        self.hidden = configured | ({account.auth_header.lower().encode()} - REQUEST_DROPPED)
-        self.fixed = self._fixed_lines(account, configured)
+        configured = {name.lower() for name, _ in account.headers}
+        lines = [(name, value) for name, value in fields.items() if value and name.lower() not in configured]
+        lines += [(name, value.reveal()) for name, value in account.headers]
+        self.fixed = render_fields([(name.encode(), value.encode()) for name, value in lines])
+        # The client's fields in REQUEST_DROPPED were removed when its head was parsed.
+        self.hidden = {name.lower().encode() for name in (*fields, *configured)} - REQUEST_DROPPED
         if self.origin.proxy and self.origin.scheme == "http":
             # A proxy gets plain requests in absolute form, with its password (RFC 9112, 3.2.2). For TLS it is a tunnel.
             self.base = "http://" + self.origin.authority + self.base
             self.fixed += proxy_authorization(self.origin.proxy)
         # SDKs wait 600 s for a whole answer; the first byte of a stream does not wait for the last.
-        times = config.timeouts
-        first_bytes = (600.0, 120.0) if times.first_byte is None else (times.first_byte, times.first_byte)
+        first_byte = config.timeouts.first_byte
         self.timeouts = [
-            Timeouts(connect=times.connect, first_byte=first_byte, idle=times.idle, total=times.total)
-            for first_byte in first_bytes
+            replace(config.timeouts, first_byte=default if first_byte is None else first_byte)
+            for default in (600.0, 120.0)
         ]
 
     def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
@@ -3259,19 +3272,6 @@ class OpenAIController:
         # max_completion_tokens for servers that know only one.
         renamed = {new: edited.pop(old) for old, new in self.rename.items() if old in edited}
         return (compact_json({**edited, **renamed, **extra, **({"model": model} if model else {})}),)
-
-    def _fixed_lines(self, account: AccountConfig, configured: frozenset[bytes]) -> bytes:
-        key = account.api_key.reveal()
-        fields = {
-            "Host": self.origin.authority,
-            "Accept-Encoding": "identity",  # events, errors and answers to translate must be readable
-            account.auth_header: key and (account.auth_scheme + " " + key).lstrip(),
-            "OpenAI-Organization": account.organization,
-            "OpenAI-Project": account.project,
-        }
-        lines = [(name, value) for name, value in fields.items() if value and name.lower().encode() not in configured]
-        lines += [(name, value.reveal()) for name, value in account.headers]
-        return render_fields([(name.encode(), value.encode()) for name, value in lines])
 
 
 # Azure's classic API serves these below a deployment, all others beside it (openai-python, lib/azure.py).
@@ -3326,7 +3326,7 @@ async def read_all(exchange: Exchange, most: int) -> bytes:
 
 
 class MessagesExchange:
-    """An exchange with Anthropic's Messages API that reads as one with OpenAI's. See `Exchange`.
+    """An exchange with Anthropic's Messages API that reads like an exchange with OpenAI's. See `Exchange`.
 
     Streams are translated event by event as they arrive, whole answers and errors when they are complete.
     """
@@ -3400,15 +3400,13 @@ class AnthropicController(OpenAIController):
     """
 
     chat_only = cache_free = True
+    # This translation speaks one version of the API, whatever the client sends; the configuration may change it.
+    api_fields = {"anthropic-version": "2023-06-01"}
 
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
         self.max_tokens, self.thinking = config.account.max_tokens, config.account.thinking
         self.paths["/models"] = "/models?limit=1000"  # the default is 20
-        # This translation speaks one version of the API, whatever the client sends; the configuration may change it.
-        if b"anthropic-version" not in self.hidden:
-            self.hidden |= {b"anthropic-version"}
-            self.fixed += b"anthropic-version: 2023-06-01\r\n"
 
     def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
         """See `Controller`."""
@@ -3436,24 +3434,20 @@ def echo_pieces(request: ApiRequest) -> Iterator[bytes]:
     words = re.findall(r"\S*\s*", content)[:-1]
     prompt = max(1, request.prompt_tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
-    kind, part_name = ("chat.completion.chunk", "delta") if request.stream else ("chat.completion", "message")
-    name, created = "chatcmpl-echo-" + request.request_id, int(time.time())
-    fields = {"id": name, "object": kind, "created": created, "model": request.model}
-
-    def answer(part: dict[str, Any], reason: str | None, **more: Any) -> bytes:
-        choice = {"index": 0, part_name: part, "logprobs": None, "finish_reason": reason}
-        return compact_json({**fields, "choices": [choice], **more})
-
+    kind = "chat.completion.chunk" if request.stream else "chat.completion"
+    name = "chatcmpl-echo-" + request.request_id
+    fields = {"id": name, "object": kind, "created": int(time.time()), "model": request.model}
     if not request.stream:
-        yield answer({"role": "assistant", "content": content, "refusal": None}, "stop", usage=usage)
+        message = {"role": "assistant", "content": content, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        yield compact_json({**fields, "choices": [choice], "usage": usage})
         return
     more: dict[str, Any] = {"usage": None} if wants_usage(request) else {}
-    yield b"data: %b\n\n" % answer({"role": "assistant", "content": ""}, None, **more)
-    for word in words:
-        yield b"data: %b\n\n" % answer({"content": word}, None, **more)
-    yield b"data: %b\n\n" % answer({}, "stop", **more)
+    for delta in ({"role": "assistant", "content": ""}, *({"content": word} for word in words), {}):
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None if delta else "stop"}
+        yield b"data: %b\n\n" % compact_json({**fields, "choices": [choice], **more})
     if more:
-        yield b"data: %b\n\n" % answer({}, None, choices=[], usage=usage)
+        yield b"data: %b\n\n" % compact_json({**fields, "choices": [], "usage": usage})
     yield b"data: [DONE]\n\n"
 
 
