@@ -2696,7 +2696,8 @@ def _blocks(content: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """
     blocks = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
-        value, optional = part[part["type"]], _set(cache_control=part.get("cache_control"))
+        value: Any = part[part["type"]]
+        optional = _set(cache_control=part.get("cache_control"))
         if part["type"] == "image_url":
             blocks.append({"type": "image", "source": value["url"], **optional})
         elif part["type"] == "file":
