@@ -3206,7 +3206,7 @@ class OpenAIController:
     """
 
     chat_only = cache_free = False
-    api_fields: dict[str, str] = {}  # header fields that every request of this API has
+    api_fields: tuple[tuple[str, str], ...] = ()  # header fields that every request of this API has
 
     def __init__(self, config: ControllerConfig) -> None:
         account = config.account
@@ -3223,7 +3223,7 @@ class OpenAIController:
             account.auth_header: key and (account.auth_scheme + " " + key).lstrip(),
             "OpenAI-Organization": account.organization,
             "OpenAI-Project": account.project,
-            **self.api_fields,
+            **dict(self.api_fields),
         }
         # Configured headers replace ours, and both replace the client's.
         configured = {name.lower() for name, _ in account.headers}
@@ -3402,7 +3402,7 @@ class AnthropicController(OpenAIController):
 
     chat_only = cache_free = True
     # This translation speaks one version of the API, whatever the client sends; the configuration may change it.
-    api_fields = {"anthropic-version": "2023-06-01"}
+    api_fields = (("anthropic-version", "2023-06-01"),)
 
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
