@@ -242,12 +242,21 @@ async def test_bodies_and_headers_pass_as_designed() -> None:
         assert answer.headers["x-thing"] == "1" and not {"set-cookie", "x-hop"} & set(answer.headers)
 
 
-async def test_capitalised_keys_of_go_clients() -> None:
-    """`Model`, `Messages` and `Stream` go upstream in the API's spelling."""
-    data = {"Model": "m", "Messages": [{"Role": "user", "Content": "x"}], "Stream": False}
+@pytest.mark.parametrize(
+    ("body", "sent"),
+    [
+        (
+            b'{"Model":"M","Messages":[{"Role":"user","Content":"Hi"}],"Stream":false,"Max_Tokens":3,"Odd":{"Model":1}}',
+            {"model": "M", "messages": [{"role": "user", "content": "Hi"}], "stream": False, "max_tokens": 3, "odd": {"Model": 1}},
+        ),
+        (b'{"model":"m","messages":[{"role":"user"}],"Stream":false}', {"model": "m", "messages": [{"role": "user"}], "stream": False}),
+    ],
+)
+async def test_capitalised_keys_of_go_clients(body: bytes, sent: dict[str, object]) -> None:
+    """Keys that Go clients capitalise become lower case, in messages too; values stay."""
     async with Upstream(answers(OK)) as one, Running(controller("a", one.url)) as server:
-        assert (await server.ask("POST", "/v1/chat/completions", data)).status == 200
-        assert one.seen[0].json() == {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": False}
+        assert (await server.ask("POST", "/v1/chat/completions", body)).status == 200
+        assert one.seen[0].json() == sent
 
 
 async def test_a_repeated_key_is_struck_out() -> None:
