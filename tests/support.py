@@ -215,7 +215,7 @@ class Upstream:
 
     @property
     def url(self) -> str:
-        return f"http{'s' if self.tls else ''}://{'localhost' if self.tls else '127.0.0.1'}:{self.port}/v1"
+        return f"https://localhost:{self.port}/v1" if self.tls else f"http://127.0.0.1:{self.port}/v1"
 
 
 @contextlib.contextmanager
