@@ -4,12 +4,13 @@ Every choice follows from a seed and from the mark that each request carries. `t
 """
 
 import asyncio
+import contextlib
+import functools
 import gc
 import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -98,10 +99,9 @@ class Session:
     async def hear(self, enough: Callable[[bytes], bool]) -> None:
         """Read until `enough`, or until the connection is over."""
         while not (enough(self.heard) or self.over):
-            try:
+            data = b""
+            with contextlib.suppress(ConnectionError):
                 data = await self.client.reader.read(65536)
-            except ConnectionError:
-                data = b""
             self.heard += data
             self.over = not data
 
@@ -248,14 +248,10 @@ class Round:
     async def run(self) -> None:
         """Run all sessions; check that nothing is left and that everything has happened."""
         before = open_files()
-        async with AsyncExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
             configured = []
             for name, limits in LIMITS.items():
-
-                async def script(peer: Peer, message: Message, name: str = name) -> None:
-                    await self.answer(name, peer, message)
-
-                upstream = await stack.enter_async_context(Upstream(script))
+                upstream = await stack.enter_async_context(Upstream(functools.partial(self.answer, name)))
                 timeouts = {"connect": 5, "first_byte": 20, "idle": 30}
                 configured.append(controller(name, upstream.url, timeouts=timeouts, limits=limits))
             server = await stack.enter_async_context(Running(*configured, pool={"max_wait": 5}))
@@ -263,11 +259,8 @@ class Round:
 
             async def session(number: int) -> None:
                 async with places:
-                    client = await server.open()
-                    try:
+                    with contextlib.closing(await server.open()) as client:
                         await Session(self, number, client).run()
-                    finally:
-                        client.close()
 
             await asyncio.gather(*(session(number) for number in range(SESSIONS)))
             await self.settle(server, base)
@@ -303,12 +296,9 @@ async def test_faults_on_both_sides_lose_nothing_and_leave_nothing() -> None:
 async def test_a_client_that_leaves_during_the_connect_leaves_no_file_open() -> None:
     """However far a connection to the upstream has come when its client leaves, it is closed at once."""
 
-    async def script(peer: Peer, _: Message) -> None:
-        await peer.gone()
-
     gc.disable()  # it would close the sockets that were forgotten
     try:
-        async with Upstream(script) as upstream, Running(controller("a", upstream.url)) as server:
+        async with Upstream(lambda peer, _: peer.gone()) as upstream, Running(controller("a", upstream.url)) as server:
             base = open_files()
             for count in range(16):
                 client = await server.open()
