@@ -71,7 +71,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class Guard:
-    """Cancels a test that takes too much real time, and prints where each task waits."""
+    """A timer that cancels a test after too much real time, and prints where each task waits."""
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
         self.expired = False
@@ -117,7 +117,7 @@ async def settle() -> tuple[set[asyncio.Task[Any]], list[asyncio.BaseTransport]]
 
 
 async def supervise(test: Callable[[], Any], problems: list[str]) -> None:
-    """Await a test under a guard; add what it leaves behind to `problems`."""
+    """Await a test under a guard; add leftover tasks and transports to `problems`."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _loop, context: note_exception(context, problems))
     task = asyncio.current_task()
@@ -141,7 +141,7 @@ async def supervise(test: Callable[[], Any], problems: list[str]) -> None:
 
 
 def note_exception(context: dict[str, Any], problems: list[str]) -> None:
-    """Add what asyncio would only log to `problems`."""
+    """Add an error that asyncio would only log to `problems`."""
     if context["message"] != EVERYDAY:
         problems.append(f"{context['message']}: {context.get('exception')!r} {context.get('task') or ''}".rstrip())
 

@@ -61,7 +61,7 @@ def loads(pool: app.UpstreamPool, count: int) -> Counter[str]:
 
 
 async def test_turns_of_a_conversation_go_to_one_controller() -> None:
-    """Whatever follows the first user message, and whatever other conversations do meanwhile."""
+    """All requests that begin with the same messages go to one controller, whatever other conversations do."""
     pool = pool_of(1, 1, 1, 1)
     for number in range(50):
         first = f"question {number}"
@@ -74,7 +74,7 @@ async def test_turns_of_a_conversation_go_to_one_controller() -> None:
 
 @pytest.mark.parametrize("kind", ["balanced", "random", "least_busy"])
 async def test_shares_are_the_weights(kind: str) -> None:
-    """Over many conversations each controller gets its weight's share, though their system prompt is one."""
+    """Over many conversations with one system prompt each controller gets the share of its weight."""
     pool = pool_of(1, 2, 1, type=kind)
     seen = Counter(send(pool, chat(LONG, f"question {number}")) for number in range(4000))
     assert abs(seen["a"] - 1000) < 120 and abs(seen["b"] - 2000) < 150 and abs(seen["c"] - 1000) < 120
@@ -111,7 +111,7 @@ async def test_the_load_is_bounded() -> None:
 
 
 async def test_only_the_conversations_of_the_lost_move() -> None:
-    """When a controller is out the others keep what they had; when it is back it gets back what it had."""
+    """When a controller is out only its conversations move; when it is back they return."""
     pool = pool_of(1, 1, 1, 1)
     before = {number: send(pool, chat(LONG, str(number))) for number in range(200)}
     lost = pool.upstreams[1]
@@ -124,7 +124,7 @@ async def test_only_the_conversations_of_the_lost_move() -> None:
 
 
 async def test_a_quota_group_is_one_account() -> None:
-    """Keys of one organisation share its conversations, as its cache is one; shares stay the weights'."""
+    """Keys of one organisation share its conversations, because they share its cache; shares stay those of the weights."""
     pool = pool_of(1, 1, 1, 1, groups="ggxy")
     before = {number: send(pool, chat(LONG, str(number))) for number in range(2000)}
     assert all(abs(Counter(before.values())[name] - 500) < 80 for name in "abcd")
@@ -166,5 +166,5 @@ def user(content: Any, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_what_a_conversation_goes_by(first: dict[str, Any], second: dict[str, Any], same: bool) -> None:
-    """Texts through the first of the user count; anything at all is taken."""
+    """The texts up to the first message of the user identify a conversation; no shape of request is an error."""
     assert (app.thread_of(first) == app.thread_of(second)) is same

@@ -22,7 +22,7 @@ PATH = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
-    """A server with an echo controller."""
+    """Yield a server with an echo controller."""
     with Stage() as made:
         yield made
 
@@ -94,7 +94,7 @@ def test_uploads(size: int, padding: int, stage: Stage) -> None:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers with the prompt of the request, framed as its server says."""
+    """A handler that answers with the prompt of the request, framed as its server says."""
 
     server: "Up"
 

@@ -108,7 +108,7 @@ async def loop(server: Running, stream: bool) -> list[Any]:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", ["openai", "azure", "anthropic"])
 async def test_the_loop_is_the_same_everywhere(kind: str, stream: bool) -> None:
-    """Texts, calls, their ids and arguments, and finish_reasons are the model's, in its order, on every kind of account."""
+    """On every kind of account the client gets the model's texts, calls, ids, arguments and finish_reasons in order."""
 
     async def script(peer: Peer, seen: Message) -> None:
         found = results_in(seen.json())

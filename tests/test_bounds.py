@@ -77,7 +77,7 @@ async def end_of_all(server: Running, most_s: float) -> float:
     ],
 )
 async def test_a_reader_that_stops_in_a_whole_answer(size: int, more: bytes, limits: Any, least_s: float) -> None:
-    """It is dropped after write_timeout, also when its connection is to end; its controller was free long before."""
+    """A client that does not read its answer is dropped after write_timeout; its controller is free long before."""
     async with Upstream(answers(json_reply(200, {"pad": "x" * size}))) as one:
         async with Running(controller("a", one.url), limits=limits) as server:
             client = await open_stalled(server)
@@ -208,7 +208,7 @@ async def test_sizes_of_requests(key: str, value: int, good: bytes, bad: bytes, 
 
 
 async def test_a_reload_bounds_the_bodies_of_open_connections() -> None:
-    """A client that repeats its request byte for byte is judged by the limits of now."""
+    """The limits of a new configuration apply to open connections."""
     async with Upstream(answers(json_reply(200, ANSWER))) as one, Running(controller("a", one.url)) as server:
         client = await server.open()
         for limit, status in ((4000, 200), (4000, 200), (40, 413)):
@@ -230,7 +230,7 @@ async def test_a_reload_bounds_the_bodies_of_open_connections() -> None:
 )
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
 async def test_the_depth_of_json(body: str, opening: str, closing: str) -> None:
-    """A body that is nested too deep for the decoder gets 400, wherever it is deep; what is less deep passes."""
+    """A body that is nested too deep for the decoder gets 400, wherever it is deep; a less deep one passes."""
     target = "/v1/embeddings" if "input" in body else "/v1/chat/completions"
     keys = [{**KEYS[0], "models": ["*"]}]
     async with Upstream(answers(json_reply(200, {"choices": []}))) as one:

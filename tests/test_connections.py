@@ -153,7 +153,7 @@ async def test_a_proxy_is_used(tls: bool) -> None:
 
 
 async def test_models_are_asked_of_the_upstream() -> None:
-    """Lists are merged and kept, each upstream is asked once, and one that fails does not break them."""
+    """The upstreams' lists of models are merged and kept; a list that fails does no harm to the others."""
     listed = json_reply(200, {"object": "list", "data": [{"id": "up-1", "object": "model"}]})
     async with Upstream(answers(listed)) as good, Upstream(answers(json_reply(500, {}))) as bad:
         configured = controller("c", good.url, models=["mine", "gpt-*"])

@@ -54,7 +54,7 @@ def body_for(body: bytes, account: dict[str, Any] | None = None, **more: Any) ->
 
 
 def test_message() -> None:
-    """The request line, our own header lines, the client's, the length (but for a GET), and the body as it came."""
+    """An account gets the request line, its own header lines, the client's, the length (not for a GET) and the body as it came."""
     asked = request(lines=b"Content-Type: application/json\r\nX-A: b\r\n")
     lines, body = split(controller({"organization": "org-1", "project": "proj-1"}), asked)
     assert body == asked.body and lines == [
@@ -199,7 +199,7 @@ def test_edited_parameters(account: dict[str, Any], body: dict[str, Any], sent: 
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_another_model_in_a_form(mapped: bool) -> None:
-    """A fallback takes the model's place in a form, in memory or mapped from a file, and a mapped name takes its."""
+    """The model of a fallback, or the name it is mapped to, replaces the model in a form, in memory or in a mapped file."""
     body = b"--b\r\nfast\r\n--b--"
     with tempfile.TemporaryFile() as file:
         file.write(body)
@@ -265,7 +265,7 @@ async def test_restricted_keys_cannot_name_two_models(body: bytes, field: bytes)
     ],
 )
 def test_estimate_prompt(content: Any, tokens: int) -> None:
-    """Characters / 4, and 1,000 for each other part, however long its data."""
+    """A prompt counts a quarter of its characters, and 1,000 for each other part, however long its data."""
     assert app.estimate_prompt({"messages": [{"role": "user", "content": content}]}) == tokens
 
 
@@ -320,7 +320,7 @@ async def test_echo_whole(content: Any, text: str) -> None:
 @pytest.mark.parametrize("usage", [False, True])
 @pytest.mark.parametrize("text", ["hello  world\n", "", " x", "ünd ☃"])
 async def test_echo_stream(text: str, usage: bool) -> None:
-    """Word by word: role, words, finish_reason, usage if asked for, [DONE]."""
+    """A streamed echo has the role, each word, finish_reason, usage if the client asks for it, and [DONE]."""
     pieces, head = await echo(text, stream=True, stream_options={"include_usage": usage})
     assert head.index[b"content-type"].startswith(b"text/event-stream")
     assert list(app.EventSplitter().feed(b"".join(pieces))) == pieces

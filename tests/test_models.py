@@ -114,7 +114,7 @@ async def test_a_model_without_room(retry_after: int, name: str) -> None:
 
 
 async def test_a_model_that_no_controller_serves() -> None:
-    """Its fallback answers; where that is not served either, the client gets 404."""
+    """The fallback of an unserved model answers; if no controller serves the fallback, the client gets 404."""
     pool = {"fallbacks": {"gone": ["m-1"], "lost": ["nowhere"]}}
     async with two_models(answers(OK), answers(OK), pool) as (server, _, _two):
         assert (await server.post("gone")).headers["x-apiserver-model"] == "gone -> m-1"
@@ -134,7 +134,7 @@ async def test_a_model_that_no_controller_serves() -> None:
     ],
 )
 async def test_when_a_fallback_is_tried(failure: bytes, more: dict[str, Any], status: int, calls: int) -> None:
-    """It is not tried for a client's mistake, nor for a stateful request that may have run; the best error is returned."""
+    """No fallback is tried after a client's mistake, nor for a stateful request that may have run."""
     async with two_models(answers(failure), answers(error_reply(401)), FALLBACK) as (server, _, two):
         assert (await server.post("m-1", **more)).status == status and len(two.seen) == calls
     async with two_models(answers(failure), answers(STREAM if "stream" in more else OK), FALLBACK) as (server, _, two):
@@ -150,7 +150,7 @@ async def test_what_may_be_running_is_not_asked_for_twice() -> None:
 
 
 async def test_prompts_that_are_too_long() -> None:
-    """They have a list of fallbacks of their own, which other errors do not use."""
+    """Only prompts that are too long use the context_fallbacks."""
     async with Upstream(answers(TOO_LONG, error_reply(400, "other"), TOO_LONG)) as one:
         async with Upstream(answers(TOO_LONG)) as two, Upstream(answers(OK)) as three:
             controllers = [sole("a", one, "m-1"), sole("b", two, "m-2"), sole("c", three, "m-3")]

@@ -89,7 +89,7 @@ def test_upstream_bytes_are_scrubbed(secrets: list[str], text: str, scrubbed: st
 
 @contextmanager
 def writer_on(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[app.LogWriter]:
-    """Give a LogWriter whose stderr is an open file; close both at the end."""
+    """Yield a LogWriter whose stderr is an open file; close both at the end."""
     stderr = os.fdopen(descriptor, "w", encoding="utf-8")
     monkeypatch.setattr(sys, "stderr", stderr)
     log_writer = app.LogWriter()

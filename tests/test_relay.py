@@ -64,7 +64,7 @@ async def test_events_leave_as_they_arrive() -> None:
 
 @pytest.mark.parametrize("cut", range(1, 280, 7))
 async def test_a_stream_cut_anywhere_is_the_same_stream(cut: int) -> None:
-    """Where the network cuts the upstream's bytes changes nothing in the body."""
+    """The client gets the same body wherever the network cuts the upstream's bytes."""
     body = event("a\u00e9") + b": c\n\n" + event("b") + b"data: [DONE]\n\n"
     wire = sse_reply(body)
 
@@ -79,7 +79,7 @@ async def test_a_stream_cut_anywhere_is_the_same_stream(cut: int) -> None:
 
 @pytest.mark.parametrize("cut", [False, True])
 async def test_a_compressed_stream_passes_as_it_comes(cut: bool) -> None:
-    """Its events cannot be read, so no other controller is asked, and no error event is written when it is cut."""
+    """The events of a compressed stream are not read: no other controller is asked, and a cut adds no error event."""
     step, packed = asyncio.Event(), gzip.compress(event("a"))
     first = SSE_HEAD.replace(b"Transfer", b"Content-Encoding: gzip\r\nTransfer") + chunk(packed[:20])
     script = steps(first, chunk(packed[20:]) + (b"" if cut else b"0\r\n\r\n"), step=step, close=cut)
@@ -99,7 +99,7 @@ async def test_a_compressed_stream_passes_as_it_comes(cut: bool) -> None:
 @pytest.mark.parametrize("kind", [b"", b"Content-Type: text/plain\r\n", b"Content-Type: Text/Event-Stream\r\n"])
 @pytest.mark.parametrize("count", [1, 2])
 async def test_a_stream_with_another_content_type(kind: bytes, count: int) -> None:
-    """Each event leaves as it comes; what is no stream stays a whole answer, or an error that is judged."""
+    """Events leave as they come under any content type; JSON instead of events is a whole answer or an error."""
     step, head = asyncio.Event(), SSE_HEAD.replace(b"Content-Type: text/event-stream\r\n", kind)
     async with Upstream(steps(head + chunk(event("a")), chunk(event("b")) + b"0\r\n\r\n", step=step)) as one:
         async with Running(*(controller(name, one.url) for name in "ab"[:count])) as server:
@@ -170,7 +170,7 @@ async def test_a_cut_answer_never_looks_whole_to_http_1_0(why: str) -> None:
 
 
 async def test_a_body_goes_out_as_it_came() -> None:
-    """Spaces, numbers and fields that are unknown here stay; /v1 may be left out."""
+    """Spaces, numbers and unknown fields of a body stay as they are; a client may leave out /v1."""
     body = b'{ "model":"m", "messages":[{"role":"user","content":"\\u00e9"}], "x":1.0e5, "unknown":{"a":[]} }'
     async with Upstream(answers(OK)) as one, Running(controller("a", one.url)) as server:
         assert (await server.ask("POST", "/chat/completions", body)).json() == ANSWER
@@ -204,7 +204,7 @@ async def test_an_error_names_the_model_that_was_sent(raw: bytes) -> None:
 
 
 async def test_the_error_that_is_shown_names_its_own_model() -> None:
-    """Of two refusals the one that is shown, not the last one, names controller and model."""
+    """An answer after two refusals names controller and model of the refusal that the client gets, not of the last one."""
     async with Upstream(answers(error_reply(429))) as one, Upstream(answers(error_reply(401))) as other:
         mapped = controller("a", one.url, **MAPPED)
         async with Running(mapped, controller("b", other.url), pool={"max_wait": 0}) as server:
@@ -228,7 +228,7 @@ OVERLOADED = b'data: {"error":{"message":"overloaded","type":"overloaded_error",
 )
 @pytest.mark.parametrize("size", [5, 9, 4000])
 async def test_an_error_in_the_middle_of_a_stream(late: bytes, failures: int, size: int) -> None:
-    """It passes unchanged and counts once against its controller, however it is cut; the access line says so."""
+    """A late error event passes unchanged, counts once against its controller, and stands in the access line."""
     first = event("x")
 
     async def script(peer: Peer, _: Message) -> None:
@@ -247,7 +247,7 @@ async def test_an_error_in_the_middle_of_a_stream(late: bytes, failures: int, si
 
 
 async def test_retry_headers_of_a_sole_controller_are_passed_on() -> None:
-    """Its error took neither waiting nor failover, also on the real clock, and the access line tells no wait."""
+    """An error without waiting or failover keeps the upstream's retry headers, and the access line has no wait."""
     async with Upstream(answers(error_reply(500, None, "no", "x-should-retry: true"), error_reply(401))) as one:
         async with Running(controller("a", one.url)) as server:
             first, second = await server.post(), await server.post()

@@ -164,7 +164,7 @@ async def test_a_large_upload_takes_little_memory(chunked: bool) -> None:
 
 @pytest.mark.parametrize("more", [0, 2_000_000])
 async def test_a_model_that_follows_its_file(more: int) -> None:
-    """curl -F file=@x -F model=y puts it last: it is found all the same, and mapped in place."""
+    """A model after the file, as `curl -F file=@x -F model=y` sends it, is found and mapped in place."""
     body = FILE + b"x" * (500_000 + more) + b"\r\n" + MODEL + field("stream", b"true")
     rest = field("more", b"y" * (more and 1_500_000)) + END
     async with Digest() as upstream:
@@ -246,7 +246,7 @@ async def test_an_upload_fails_over_at_any_size(size: int) -> None:
 
 @pytest.mark.virtual_time
 async def test_an_upstream_that_never_answers_an_upload() -> None:
-    """Its time begins when it has the whole body."""
+    """The timeout for the first byte begins when the upstream has the whole body."""
     async with Digest(b"") as one, Running(controller("a", one.url, timeouts={"first_byte": 5})) as server:
         since = now()
         assert (await upload(server, MODEL + FILE + PIECE * 20 + END)).status == 504 and 4 <= now() - since <= 6
@@ -265,7 +265,7 @@ async def begin(server: Running, size: int | None = 50_000_000) -> Client:
 
 @pytest.mark.parametrize("how", ["reset", "fin"])
 async def test_a_client_that_leaves_in_its_upload(how: str) -> None:
-    """Nothing was sent upstream, and no controller is blamed."""
+    """When a client leaves during its upload nothing is sent upstream, and no controller is blamed."""
     async with Upstream(answers(TEXT)) as one, Running(controller("a", one.url)) as server:
         client = await begin(server)
         client.reset() if how == "reset" else client.writer.close()
@@ -302,7 +302,7 @@ async def test_a_client_that_stalls_in_its_upload(limits: dict[str, int], least:
     ],
 )
 async def test_an_upload_that_turns_bad(bad: bytes, status: int) -> None:
-    """Bad framing, more than upload_bytes, or a second model: the client learns it, and nothing is sent upstream."""
+    """After bad framing, too many bytes or a second model the client gets an error, and nothing is sent upstream."""
     async with Upstream(answers(TEXT)) as one:
         async with Running(controller("a", one.url), limits={"upload_bytes": 10_000_000}) as server:
             client = await begin(server, None)
@@ -313,7 +313,7 @@ async def test_an_upload_that_turns_bad(bad: bytes, status: int) -> None:
 
 
 async def test_nothing_is_left_of_uploads() -> None:
-    """Clients that leave, upstreams that answer early, break or are slow, in any mixture: everything is given back."""
+    """Clients that leave and upstreams that answer early or break, in any mixture, leave no connection and no lease behind."""
     chance = random.Random(7)
     done: list[int] = []
 

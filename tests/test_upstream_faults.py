@@ -131,7 +131,7 @@ REFUSED = b"HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Ba
     ],
 )
 async def test_a_proxy_that_makes_no_tunnel(raw: bytes, word: str) -> None:
-    """A refusal, a redirect, garbage, a flood or a close in answer to CONNECT: nothing is sent, the next is asked."""
+    """After a refusal, a redirect, garbage, a flood or a close in answer to CONNECT the next controller is asked."""
 
     async def talk(peer: Peer) -> None:
         head = await peer.reader.readuntil(b"\r\n\r\n")
