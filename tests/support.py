@@ -190,17 +190,17 @@ class Upstream:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        task = asyncio.get_running_loop().create_task(self._serve(Peer(reader, writer)))
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _serve(self, peer: Peer) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            await self.talk(peer)
+            await self.talk(Peer(reader, writer))
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
-            peer.writer.transport.abort()
+            writer.transport.abort()
 
     async def _converse(self, peer: Peer) -> None:
         assert self.script is not None
