@@ -356,6 +356,9 @@ async def test_only_a_short_and_small_body_is_skipped(rest: bytes, status: int) 
 
 # -- slowness
 
+FORM = "Content-Type: multipart/form-data; boundary=xx"
+UPLOAD = request(b"x" * 9_000_000, FORM, target="/v1/audio/transcriptions")[:-7_000_000]  # the first 2 MB
+
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize(
@@ -365,6 +368,8 @@ async def test_only_a_short_and_small_body_is_skipped(rest: bytes, status: int) 
         ("idle_timeout", 9.0, b"\r\n", b"\r\n", 9),
         ("header_timeout", 9.0, b"GET /status HTTP/1.1\r\nHost: localhost\r\nX: ", b"x", 9),
         ("body_timeout", 40.0, request(b"x" * 9_000_000)[:-9_000_000], b"x" * 16000, 40),
+        ("body_timeout", 40.0, UPLOAD, b"", 40),
+        ("body_rate", 100_000, UPLOAD, b"x" * 1000, 40),
         ("body_rate", 1000, chunked(), app.chunk(b"x" * 2000), 40),
         ("body_rate", 1000, chunked(), b"1;" + b"x" * 200 + b"\r\nx\r\n", 20),
     ],

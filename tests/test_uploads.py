@@ -23,7 +23,6 @@ from .support import (
     error_reply,
     json_reply,
     now,
-    pause,
     refusing,
     until,
 )
@@ -273,24 +272,6 @@ async def test_a_client_that_leaves_in_its_upload(how: str) -> None:
         assert not one.connections
         (shown,) = (await server.status())["controllers"]
         assert (shown["in_flight"], shown["failures"]) == (0, 0)
-
-
-@pytest.mark.virtual_time
-@pytest.mark.parametrize(
-    ("limits", "least", "most"), [({"body_timeout": 30}, 29, 32), ({"body_rate": 100_000}, 10, 45)]
-)
-async def test_a_client_that_stalls_in_its_upload(limits: dict[str, int], least: int, most: int) -> None:
-    """Silence for body_timeout, or less than body_rate, ends in 408."""
-    async with Upstream(answers(TEXT)) as one, Running(controller("a", one.url), limits=limits) as server:
-        client = await begin(server)
-        since, answer = now(), asyncio.ensure_future(client.read())
-        while not answer.done():
-            await pause(1)
-            client.writer.write(b"x" * 1000 if "body_rate" in limits else b"")
-            assert now() - since <= most
-        assert ((await answer).status, (await answer).headers["connection"]) == (408, "close")
-        assert least <= now() - since and not one.connections
-        client.close()
 
 
 @pytest.mark.parametrize(
