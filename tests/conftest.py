@@ -1,19 +1,17 @@
 """Runs `async def` tests without a plug-in: debug mode, a real-time guard, a check for leftovers, virtual time on request.
 
 `@pytest.mark.virtual_time` gives a test a loop whose clock stands still while anything is ready and jumps to the next
-timer when nothing is. Sockets between peers on that loop are real. Jobs of an executor, and a `with loop.hold():`, keep
-the clock from jumping.
+timer when nothing is. Sockets between peers on that loop are real. Jobs of an executor keep the clock from jumping.
 """
 
 import asyncio
-import contextlib
 import gc
 import inspect
 import selectors
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,15 +56,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self.clock.now_s
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep the clock from jumping while a thread or a process works for a test."""
-        self.clock.holds += 1
-        try:
-            yield
-        finally:
-            self.clock.holds -= 1
-
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         future = super().run_in_executor(executor, func, *args)
         self.clock.holds += 1
@@ -77,12 +66,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.clock.holds -= 1
 
     async def shutdown_default_executor(self, *args: Any, **kwargs: Any) -> None:
-        with self.hold():
-            await super().shutdown_default_executor(*args, **kwargs)
+        self.clock.holds += 1
+        await super().shutdown_default_executor(*args, **kwargs)
 
 
 class Guard:
-    """Cancels a test that takes too much real time, and prints where each task waits."""
+    """A timer that cancels a test after too much real time, and prints where each task waits."""
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
         self.expired = False
@@ -107,6 +96,13 @@ def open_transports() -> list[asyncio.BaseTransport]:
     return list(getattr(asyncio.get_running_loop(), "_transports", {}).values())
 
 
+def abort(transports: list[asyncio.BaseTransport]) -> None:
+    """Close transports at once: their warnings would fail the next test."""
+    for transport in transports:
+        if isinstance(transport, asyncio.WriteTransport):
+            transport.abort()
+
+
 async def settle() -> tuple[set[asyncio.Task[Any]], list[asyncio.BaseTransport]]:
     """Wait for tasks and transports to end; return those that did not."""
     this = asyncio.current_task()
@@ -121,7 +117,7 @@ async def settle() -> tuple[set[asyncio.Task[Any]], list[asyncio.BaseTransport]]
 
 
 async def supervise(test: Callable[[], Any], problems: list[str]) -> None:
-    """Await a test under a guard; add what it leaves behind to `problems`."""
+    """Await a test under a guard; add leftover tasks and transports to `problems`."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _loop, context: note_exception(context, problems))
     task = asyncio.current_task()
@@ -130,9 +126,7 @@ async def supervise(test: Callable[[], Any], problems: list[str]) -> None:
     try:
         await test()
     except BaseException as failure:
-        for transport in open_transports():  # their warnings would fail the next test
-            if isinstance(transport, asyncio.WriteTransport):
-                transport.abort()
+        abort(open_transports())
         if guard.expired and isinstance(failure, asyncio.CancelledError):
             task.uncancel()
             pytest.fail(f"still running after {GUARD_S:g} s of real time; its tasks are on stderr", pytrace=False)
@@ -141,15 +135,13 @@ async def supervise(test: Callable[[], Any], problems: list[str]) -> None:
         guard.stop()
     tasks, transports = await settle()
     problems += [f"task left running: {task!r}" for task in tasks]
-    for transport in transports:
-        problems.append(f"transport left open: {transport!r}")
-        if isinstance(transport, asyncio.WriteTransport):
-            transport.abort()
+    problems += [f"transport left open: {transport!r}" for transport in transports]
+    abort(transports)
     await asyncio.sleep(0)
 
 
 def note_exception(context: dict[str, Any], problems: list[str]) -> None:
-    """Add what asyncio would only log to `problems`."""
+    """Add an error that asyncio would only log to `problems`."""
     if context["message"] != EVERYDAY:
         problems.append(f"{context['message']}: {context.get('exception')!r} {context.get('task') or ''}".rstrip())
 

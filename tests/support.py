@@ -46,13 +46,6 @@ async def until(condition: Callable[[], Any]) -> None:
         await (asyncio.sleep(0) if turns % 8 else pause(0.005))
 
 
-def reset(writer: asyncio.StreamWriter) -> None:
-    """Close with a RST instead of a FIN."""
-    sock = writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
-
-
 @dataclass
 class Message:
     """A request or a reply as a peer saw it.
@@ -130,8 +123,8 @@ def sse_reply(*events: bytes) -> bytes:
     return SSE_HEAD + b"".join(map(app.chunk, events)) + b"0\r\n\r\n"
 
 
-class Peer:
-    """One connection of a scripted upstream."""
+class End:
+    """One end of a connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -142,47 +135,50 @@ class Peer:
             self.writer.write(piece)
             await self.writer.drain()
 
+    def reset(self) -> None:
+        """Close with a RST instead of a FIN."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+
+class Peer(End):
+    """One connection of a scripted upstream."""
+
     async def chunk(self, payload: bytes) -> None:
         """Send one chunk."""
         await self.send(app.chunk(payload))
 
     async def gone(self) -> None:
         """Wait until the other side has closed."""
-        try:
+        with contextlib.suppress(ConnectionError):
             while await self.reader.read(65536):
                 pass
-        except ConnectionError:
-            pass
 
     def close(self) -> None:
         """Close with a FIN once everything is sent."""
         self.writer.close()
 
-    def reset(self) -> None:
-        """Close with a RST."""
-        reset(self.writer)
-
 
 Script = Callable[[Peer, Message], Awaitable[None]]
+Talk = Callable[[Peer], Awaitable[None]]
 
 
 class Upstream:
-    """A scripted upstream on loopback; `script` runs once for each request."""
+    """A scripted upstream on loopback; `script` runs once for each request, or `talk` once for each connection."""
 
-    def __init__(self, script: Script, tls: bool = False) -> None:
-        self.script, self.tls = script, tls
+    def __init__(self, script: Script | None = None, tls: bool = False, talk: Talk | None = None) -> None:
+        self.talk, self.tls = talk or self._converse, tls
+        self.script = script
         self.seen: list[Message] = []
         self.connections = 0
-        self.port = 0
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "Upstream":
-        context = None
-        if self.tls:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(CERT, KEY)
-            context.set_alpn_protocols(["h2", "http/1.1"])  # as the front ends of large vendors
-        self.server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=context)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(CERT, KEY)
+        context.set_alpn_protocols(["h2", "http/1.1"])  # as the front ends of large vendors
+        self.server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=context if self.tls else None)
         self.port = self.server.sockets[0].getsockname()[1]
         return self
 
@@ -200,14 +196,17 @@ class Upstream:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while not writer.is_closing():
-                message = await read_message(reader)
-                self.seen.append(message)
-                await self.script(Peer(reader, writer), message)
+            await self.talk(Peer(reader, writer))
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
             writer.transport.abort()
+
+    async def _converse(self, peer: Peer) -> None:
+        assert self.script is not None
+        while not peer.writer.is_closing():
+            self.seen.append(await read_message(peer.reader))
+            await self.script(peer, self.seen[-1])
 
     @property
     def open_connections(self) -> int:
@@ -216,7 +215,7 @@ class Upstream:
 
     @property
     def url(self) -> str:
-        return f"http{'s' if self.tls else ''}://{'localhost' if self.tls else '127.0.0.1'}:{self.port}/v1"
+        return f"https://localhost:{self.port}/v1" if self.tls else f"http://127.0.0.1:{self.port}/v1"
 
 
 @contextlib.contextmanager
@@ -268,23 +267,17 @@ class Running:
     async def post(self, model: str = "gpt-4.1", *headers: str, **more: Any) -> Message:
         """Send one chat request on a connection of its own; return the answer."""
         client = await self.open()
-        try:
+        with contextlib.closing(client):
             await client.post(model, *headers, **more)
             return await client.read()
-        finally:
-            client.close()
 
-    async def ask(
-        self, method: str, target: str, data: Any = b"", *headers: str, kind: str = "application/json"
-    ) -> Message:
+    async def ask(self, method: str, target: str, data: Any = b"", *lines: str, kind: str = "application/json") -> Message:
         """Send any request on a connection of its own; `data` is sent as JSON unless it is bytes."""
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
         client = await self.open()
-        try:
-            await client.send(request(body, f"Content-Type: {kind}", *headers, target=target, method=method))
+        with contextlib.closing(client):
+            await client.send(request(body, f"Content-Type: {kind}", *lines, target=target, method=method))
             return await client.read(head_only=method == "HEAD")
-        finally:
-            client.close()
 
     async def status(self) -> Any:
         """Return what `/status?verbose=1` shows."""
@@ -292,8 +285,7 @@ class Running:
 
     def reload(self, *controllers: dict[str, Any], **more: Any) -> None:
         """Give the server another configuration, as SIGHUP does."""
-        data = {"port": 0, "controllers": list(controllers), **more}
-        self.server.reconfigure(app.parse_config(data, "test", {}))
+        self.server.reconfigure(app.parse_config({"port": 0, "controllers": list(controllers), **more}, "test", {}))
 
     def access_lines(self) -> list[str]:
         """Return the access lines written so far, each of them with its line end."""
@@ -301,15 +293,8 @@ class Running:
         return "".join(self.lines).splitlines(keepends=True)
 
 
-class Client:
+class Client(End):
     """A client that sends what a test says."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-
-    async def send(self, data: bytes) -> None:
-        self.writer.write(data)
-        await self.writer.drain()
 
     async def post(self, model: str = "gpt-4.1", *headers: str, **more: Any) -> None:
         """Send a chat request."""
@@ -328,9 +313,6 @@ class Client:
 
     def close(self) -> None:
         self.writer.transport.abort()
-
-    def reset(self) -> None:
-        reset(self.writer)
 
 
 def request(body: bytes, *headers: str, target: str = "/v1/chat/completions", method: str = "POST") -> bytes:

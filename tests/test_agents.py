@@ -12,8 +12,9 @@ TOOLS = [
     for name, properties in (("get_weather", {"city": {"type": "string"}}), ("now", {}))
 ]
 QUESTION = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Warmer in Oslo or in Rome, and when?"}]
-# The model's answers, round by round: text, calls as (id, name, arguments).
-ROUNDS: list[tuple[str, list[tuple[str, str, dict[str, str]]]]] = [
+Calls = list[tuple[str, str, dict[str, str]]]  # id, name, arguments
+# The model's answers, round by round: text and calls.
+ROUNDS: list[tuple[str, Calls]] = [
     ("Let me look.", [("call_1", "get_weather", {"city": "Oslo ☃"}), ("call_2", "get_weather", {"city": "Rome"})]),
     ("", [("call_3", "now", {})]),
     ("Rome, at noon.", []),
@@ -21,7 +22,7 @@ ROUNDS: list[tuple[str, list[tuple[str, str, dict[str, str]]]]] = [
 RESULTS = {"call_1": "5 degrees", "call_2": "20 degrees", "call_3": "12:00"}
 
 
-def said_by_openai(text: str, calls: list[tuple[str, str, dict[str, str]]], stream: bool) -> bytes:
+def said_by_openai(text: str, calls: Calls, stream: bool) -> bytes:
     """Return one round as a reply of OpenAI or Azure."""
     tool_calls = [
         {"id": name, "type": "function", "function": {"name": tool, "arguments": json.dumps(given)}}
@@ -29,16 +30,17 @@ def said_by_openai(text: str, calls: list[tuple[str, str, dict[str, str]]], stre
     ]
     reason = "tool_calls" if calls else "stop"
     if not stream:
-        message = {"role": "assistant", "content": text or None, "refusal": None, **({"tool_calls": tool_calls} if tool_calls else {})}
+        message = {"role": "assistant", "content": text or None, **({"tool_calls": tool_calls} if tool_calls else {})}
         return json_reply(200, {**ANSWER, "choices": [{"index": 0, "message": message, "finish_reason": reason}]})
-    deltas: list[dict[str, Any]] = [{"tool_calls": [{"index": at, **call}]} for at, call in enumerate(tool_calls)]
-    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+    deltas = [({"tool_calls": [{"index": at, **call}]}, None) for at, call in enumerate(tool_calls)]
+    chunks = [
+        {"choices": [{"index": 0, "delta": delta, "finish_reason": end}]} for delta, end in (*deltas, ({}, reason))
+    ]
     first = [event(text)] if text else []
     return sse_reply(*first, *(b"data: %b\n\n" % json.dumps(chunk).encode() for chunk in chunks), b"data: [DONE]\n\n")
 
 
-def said_by_anthropic(text: str, calls: list[tuple[str, str, dict[str, str]]], stream: bool) -> bytes:
+def said_by_anthropic(text: str, calls: Calls, stream: bool) -> bytes:
     """Return the same round as a reply of the Messages API."""
     blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
     blocks += [{"type": "tool_use", "id": name, "name": tool, "input": given} for name, tool, given in calls]
@@ -61,14 +63,9 @@ def said_by_anthropic(text: str, calls: list[tuple[str, str, dict[str, str]]], s
 
 def results_in(seen: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the tool results in a request of either API: the call's id, and the content."""
-    found = []
-    for message in seen["messages"]:
-        if message["role"] == "tool":
-            found.append((message["tool_call_id"], message["content"]))
-        elif isinstance(message["content"], list):
-            blocks = [block for block in message["content"] if block["type"] == "tool_result"]
-            found += [(block["tool_use_id"], block["content"]) for block in blocks]
-    return found
+    found = [(message["tool_call_id"], message["content"]) for message in seen["messages"] if message["role"] == "tool"]
+    blocks = [block for message in seen["messages"] if isinstance(message["content"], list) for block in message["content"]]
+    return found + [(block["tool_use_id"], block["content"]) for block in blocks if block["type"] == "tool_result"]
 
 
 def message_of(reply: Message, stream: bool) -> tuple[dict[str, Any], str]:
@@ -98,10 +95,8 @@ async def loop(server: Running, stream: bool) -> list[Any]:
         reply = await server.post("gpt-4.1", messages=messages, tools=TOOLS, stream=stream, tool_choice="auto")
         assert reply.status == 200, reply.body
         message, reason = message_of(reply, stream)
-        calls = [
-            (call["id"], call["function"]["name"], json.loads(call["function"]["arguments"]))
-            for call in message.get("tool_calls") or ()
-        ]
+        functions = [(call["id"], call["function"]) for call in message.get("tool_calls") or ()]
+        calls = [(name, function["name"], json.loads(function["arguments"])) for name, function in functions]
         trace.append((message["content"], calls, reason))
         if not calls:
             return trace
@@ -113,15 +108,13 @@ async def loop(server: Running, stream: bool) -> list[Any]:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", ["openai", "azure", "anthropic"])
 async def test_the_loop_is_the_same_everywhere(kind: str, stream: bool) -> None:
-    """Texts, calls, their ids and arguments, and finish_reasons are the model's, in its order, on every kind of account."""
+    """On every kind of account the client gets the model's texts, calls, ids, arguments and finish_reasons in order."""
 
     async def script(peer: Peer, seen: Message) -> None:
         found = results_in(seen.json())
-        number = {0: 0, 2: 1, 3: 2}[len(found)]
-        assert found == list(RESULTS.items())[: len(found)]
-        assert len(seen.json()["tools"]) == 2
+        assert found == list(RESULTS.items())[: len(found)] and len(seen.json()["tools"]) == 2
         say = said_by_anthropic if kind == "anthropic" else said_by_openai
-        await peer.send(say(*ROUNDS[number], stream))
+        await peer.send(say(*ROUNDS[{0: 0, 2: 1, 3: 2}[len(found)]], stream))
 
     async with Upstream(script) as one:
         base_url = one.url.removesuffix("/v1") if kind == "azure" else one.url

@@ -1,15 +1,10 @@
 """Azure's deployments behind the relay: their first chunk, their filter's chunks, their headers and their errors."""
 
-import json
 from typing import Any
 
-import chatgpt_apiserver as app
+from .support import ANSWER, Running, Upstream, answers, controller, error_reply, event, json_reply, sse_reply
 
-from .support import ANSWER, Running, Upstream, answers, controller, error_reply, event, json_reply, reply, sse_reply
-
-FIRST = (
-    b'data: {"choices":[],"created":0,"id":"","model":"","object":"","prompt_filter_results":[{"prompt_index":0}]}\n\n'
-)
+FIRST = b'data: {"choices":[],"created":0,"id":"","model":"","prompt_filter_results":[{"prompt_index":0}]}\n\n'
 FILTER = (
     b'data: {"choices":[{"content_filter_offsets":{"check_offset":1,"end_offset":9,"start_offset":0},'
     b'"content_filter_results":{"hate":{"filtered":false,"severity":"safe"}},"finish_reason":null,"index":0}]}\n\n'
@@ -46,14 +41,11 @@ async def test_the_first_chunk_decides_nothing() -> None:
             assert found.headers["x-apiserver-controller"] == "b" and found.body == b"".join(pieces)
 
 
-def rate_fields(requests: "tuple[int, int, int]", tokens: "tuple[int, int, int]") -> "list[str]":
+def rate_fields(requests: tuple[int, int, int], tokens: tuple[int, int, int]) -> list[str]:
     """Return Azure's header lines for limit, remaining and reset of requests and tokens."""
-    values = {"requests": requests, "tokens": tokens}
-    return [
-        f"x-ratelimit-{what}-{unit}: {number}"
-        for unit, numbers in values.items()
-        for what, number in zip(("limit", "remaining", "reset"), numbers, strict=True)
-    ]
+    kinds = ("limit", "remaining", "reset")
+    lines = [f"x-ratelimit-{kind}-requests: {number}" for kind, number in zip(kinds, requests, strict=True)]
+    return lines + [f"x-ratelimit-{kind}-tokens: {number}" for kind, number in zip(kinds, tokens, strict=True)]
 
 
 async def test_each_deployment_has_its_ledger() -> None:
@@ -62,13 +54,11 @@ async def test_each_deployment_has_its_ledger() -> None:
     async with Upstream(answers(json_reply(200, ANSWER, *rate))) as one:
         models = {"new": "gpt-4o-2024-08-06", "old": "gpt-4o"}
         async with Running(azure("a", one, model_map=models)) as server:
-            for model in ("new", "old", "gpt-4o"):
-                assert (await server.post(model)).status == 200
-            ledgers = app.describe_pool(server.server.pool, server.server.loop.time())["controllers"][0]["ledger"]
+            assert [(await server.post(model)).status for model in ("new", "old", "gpt-4o")] == [200] * 3
+            ledgers = (await server.status())["controllers"][0]["ledger"]
             assert sorted(ledgers) == ["gpt-4o", "gpt-4o-2024-08-06"]
-            shown = ledgers["gpt-4o"]
-            assert shown["requests"]["limit"] == 120 and shown["tokens"]["limit"] == 20_000
-            assert shown["requests"]["left"] < 119 and shown["requests"]["per_s"] == 2
+            requests, tokens = ledgers["gpt-4o"]["requests"], ledgers["gpt-4o"]["tokens"]
+            assert (requests["limit"], requests["per_s"], tokens["limit"]) == (120, 2, 20_000) and requests["left"] < 119
 
 
 async def test_unknown_limits_close_nothing() -> None:
@@ -79,35 +69,24 @@ async def test_unknown_limits_close_nothing() -> None:
 
 
 async def test_azures_errors() -> None:
-    """A missing deployment and a 429 move the request on; a filtered prompt is the client's answer."""
-    missing = json_reply(
-        404, {"error": {"code": "DeploymentNotFound", "message": "The API deployment does not exist."}}
-    )
+    """A missing deployment, a 429 and the gateway's 401 move the request on; a filtered prompt is the client's answer."""
+    missing = error_reply(404, "DeploymentNotFound", "The API deployment does not exist.")
     busy = error_reply(429, "429", "Please retry after 45 seconds.", "retry-after: 45")
+    refused = json_reply(401, {"statusCode": 401, "message": "Unauthorized. Access token is missing."})
     filtered = {"error": {"message": "no", "type": None, "param": "prompt", "code": "content_filter", "status": 400}}
-    async with Upstream(answers(missing)) as one, Upstream(answers(busy)) as two:
-        async with Upstream(answers(OK, json_reply(400, filtered))) as three:
-            async with Running(azure("a", one), azure("b", two), azure("c", three)) as server:
-                assert (await server.post()).headers["x-apiserver-controller"] == "c"
+    async with Upstream(answers(missing)) as one, Upstream(answers(busy)) as two, Upstream(answers(refused)) as three:
+        async with Upstream(answers(OK, json_reply(400, filtered))) as four:
+            upstreams = dict(zip("abcd", (one, two, three, four), strict=True))
+            async with Running(*(azure(name, upstream) for name, upstream in upstreams.items())) as server:
+                assert (await server.post()).headers["x-apiserver-controller"] == "d"
                 found = await server.post()
                 assert found.status == 400 and found.json() == filtered
-                assert (len(one.seen), len(two.seen), len(three.seen)) == (1, 1, 2)
-
-
-async def test_a_refusal_by_the_gateway_moves_on() -> None:
-    """The 401 of Azure's gateway has a shape of its own."""
-    refused = reply(401, json.dumps({"statusCode": 401, "message": "Unauthorized. Access token is missing."}).encode())
-    async with Upstream(answers(refused)) as one, Upstream(answers(OK)) as two:
-        async with Running(azure("a", one), azure("b", two)) as server:
-            assert (await server.post()).headers["x-apiserver-controller"] == "b"
+                assert len(one.seen) == len(two.seen) == 1 and len(four.seen) == 2
 
 
 async def test_models_are_those_of_the_configuration() -> None:
     """The resource is not asked: its list has all models that could be deployed."""
     async with Upstream(answers(OK)) as one:
         async with Running(azure("a", one, model_map={"gpt-4.1": "d"})) as server:
-            client = await server.open()
-            await client.send(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert [model["id"] for model in (await client.read()).json()["data"]] == ["gpt-4.1"]
-            client.close()
+            assert [model["id"] for model in (await server.ask("GET", "/v1/models")).json()["data"]] == ["gpt-4.1"]
         assert not one.seen

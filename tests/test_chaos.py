@@ -4,12 +4,13 @@ Every choice follows from a seed and from the mark that each request carries. `t
 """
 
 import asyncio
+import contextlib
+import functools
 import gc
 import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -98,10 +99,9 @@ class Session:
     async def hear(self, enough: Callable[[bytes], bool]) -> None:
         """Read until `enough`, or until the connection is over."""
         while not (enough(self.heard) or self.over):
-            try:
+            data = b""
+            with contextlib.suppress(ConnectionError):
                 data = await self.client.reader.read(65536)
-            except ConnectionError:
-                data = b""
             self.heard += data
             self.over = not data
 
@@ -153,7 +153,7 @@ class Session:
         return not self.over and answers[-1][1].get("connection") != "close"
 
     async def leave(self, manner: str, raw: bytes, end: int) -> None:
-        """Send some, hear some, and leave: with a FIN, with a RST, or with the FIN of one direction."""
+        """Send a part, read a part, and leave with a FIN, a RST, or the FIN of one direction."""
         cuts = {"head": self.chooser.randrange(1, end), "body": self.chooser.randrange(end, len(raw) - 1)}
         self.transport.write(raw[: cuts.get(manner.rpartition("-")[2], len(raw))])
         if manner.endswith("answer"):
@@ -235,7 +235,7 @@ class Round:
         self.outcomes["error"] += 1
 
     def check_cut(self, rest: bytes, mark: str, stream: bool) -> None:
-        """Check that an answer that is not whole is a stream that says so."""
+        """Check that a cut answer is a stream that ends with an error event."""
         head, end, body = rest.partition(b"\r\n\r\n")
         assert stream and end and head.startswith(b"HTTP/1.1 200 "), (mark, rest[:300])
         assert mark not in self.served, (mark, "an upstream's good answer was cut")
@@ -248,14 +248,10 @@ class Round:
     async def run(self) -> None:
         """Run all sessions; check that nothing is left and that everything has happened."""
         before = open_files()
-        async with AsyncExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
             configured = []
             for name, limits in LIMITS.items():
-
-                async def script(peer: Peer, message: Message, name: str = name) -> None:
-                    await self.answer(name, peer, message)
-
-                upstream = await stack.enter_async_context(Upstream(script))
+                upstream = await stack.enter_async_context(Upstream(functools.partial(self.answer, name)))
                 timeouts = {"connect": 5, "first_byte": 20, "idle": 30}
                 configured.append(controller(name, upstream.url, timeouts=timeouts, limits=limits))
             server = await stack.enter_async_context(Running(*configured, pool={"max_wait": 5}))
@@ -263,11 +259,8 @@ class Round:
 
             async def session(number: int) -> None:
                 async with places:
-                    client = await server.open()
-                    try:
+                    with contextlib.closing(await server.open()) as client:
                         await Session(self, number, client).run()
-                    finally:
-                        client.close()
 
             await asyncio.gather(*(session(number) for number in range(SESSIONS)))
             await self.settle(server, base)
@@ -277,7 +270,7 @@ class Round:
         assert len(self.faults) > len({*SERVED, *FAULTS}) - 3 and set(self.manners) == set(MANNERS)
 
     async def settle(self, server: Running, base: int) -> None:
-        """Check that soon nothing is in flight, and no descriptor is open but the two of each idle connection."""
+        """Wait until nothing is in flight and only idle connections have descriptors open, two each."""
         links, pool, busy, files = server.server.links, server.server.pool, 0, 0
         for _ in range(60):
             busy = sum(upstream.in_flight for upstream in pool.upstreams) + pool.waiting + len(server.server.connections)
@@ -301,14 +294,11 @@ async def test_faults_on_both_sides_lose_nothing_and_leave_nothing() -> None:
 
 @pytest.mark.skipif(not FDS.exists(), reason="counts the descriptors in /proc")
 async def test_a_client_that_leaves_during_the_connect_leaves_no_file_open() -> None:
-    """However far a connection to the upstream has come when its client leaves, it is closed at once."""
-
-    async def script(peer: Peer, _: Message) -> None:
-        await peer.gone()
+    """A connection to the upstream is closed at once when its client leaves, at any step of the connect."""
 
     gc.disable()  # it would close the sockets that were forgotten
     try:
-        async with Upstream(script) as upstream, Running(controller("a", upstream.url)) as server:
+        async with Upstream(lambda peer, _: peer.gone()) as upstream, Running(controller("a", upstream.url)) as server:
             base = open_files()
             for count in range(16):
                 client = await server.open()

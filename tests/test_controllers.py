@@ -4,7 +4,7 @@ import asyncio
 import json
 import mmap
 import tempfile
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,19 +16,19 @@ from .support import ANSWER, Running, Upstream, answers, json_reply
 MESSAGES = [{"role": "user", "content": "hello world"}]
 CHAT = "/chat/completions"
 AZURE = "https://r.openai.azure.com"
+DEPLOYMENT = "/openai/deployments/gpt%204%2F1"
+PROXIED = {"base_url": "http://up.example:81/v1", "proxy": "http://us%40er:p%3Aw@proxy:3128"}
 
 
-def controller(account: "dict[str, Any] | None" = None, **more: Any) -> app.OpenAIController:
+def controller(account: dict[str, Any] | None = None, **more: Any) -> app.OpenAIController:
     """Return a controller as a configuration makes it."""
     base = {"api_key": "sk-test-key-0000", "base_url": "https://up.example/v1"}
     section = {"type": "openai", "config": {**base, **(account or {})}, **more}
     config = app.parse_config({"controllers": [section]}, "c.json", {}).controllers[0]
-    made = app.CONTROLLERS[config.type](config)
-    assert isinstance(made, app.OpenAIController)
-    return made
+    return cast(app.OpenAIController, app.CONTROLLERS[config.type](config))
 
 
-def request(data: "dict[str, Any] | None" = None, lines: bytes = b"", **more: Any) -> app.ApiRequest:
+def request(data: dict[str, Any] | None = None, lines: bytes = b"", **more: Any) -> app.ApiRequest:
     """Return a chat request as the server makes it."""
     data = {"model": "m", "messages": MESSAGES} if data is None else data
     made = app.ApiRequest("POST", CHAT, "", lines, json.dumps(data).encode(), data=data, model=data.get("model", ""))
@@ -38,7 +38,7 @@ def request(data: "dict[str, Any] | None" = None, lines: bytes = b"", **more: An
     return made
 
 
-def split(account: app.OpenAIController, asked: app.ApiRequest) -> "tuple[list[bytes], bytes]":
+def split(account: app.OpenAIController, asked: app.ApiRequest) -> tuple[list[bytes], bytes]:
     """Return the lines of the head and the body that the account gets."""
     message = b"".join(account.message(asked))
     head, _, body = message.partition(b"\r\n\r\n")
@@ -47,14 +47,14 @@ def split(account: app.OpenAIController, asked: app.ApiRequest) -> "tuple[list[b
     return head.split(b"\r\n"), body
 
 
-def body_for(body: bytes, account: "dict[str, Any] | None" = None, **more: Any) -> bytes:
+def body_for(body: bytes, account: dict[str, Any] | None = None, **more: Any) -> bytes:
     """Return what an account makes of a JSON body."""
     path = more.pop("path", CHAT)
     return split(controller(account, **more), request(json.loads(body), body=body, path=path))[1]
 
 
 def test_message() -> None:
-    """The request line, our own header lines, the client's, the length, and the body as it came."""
+    """An account gets the request line, its own header lines, the client's, the length (not for a GET) and the body as it came."""
     asked = request(lines=b"Content-Type: application/json\r\nX-A: b\r\n")
     lines, body = split(controller({"organization": "org-1", "project": "proj-1"}), asked)
     assert body == asked.body and lines == [
@@ -68,13 +68,15 @@ def test_message() -> None:
         b"X-A: b",
         b"Content-Length: %d" % len(asked.body),
     ]
+    for method, lengths in (("GET", []), ("DELETE", [b"Content-Length: 0"])):
+        lines, _ = split(controller(), request({}, method=method, path="/models", body=b""))
+        assert [line for line in lines if line.lower().startswith(b"content-length")] == lengths
 
 
 @pytest.mark.parametrize(
     ("account", "asked", "target", "host"),
     [
         ({"base_url": "http://up.example"}, {}, "/chat/completions", "up.example"),
-        ({"base_url": "http://up.example:8080/"}, {}, "/chat/completions", "up.example:8080"),
         ({"base_url": "http://up.example:80/a/b/"}, {}, "/a/b/chat/completions", "up.example"),
         ({"base_url": "https://up.example:443/v1"}, {}, "/v1/chat/completions", "up.example"),
         ({"base_url": "http://[::1]:9/v1"}, {}, "/v1/chat/completions", "[::1]:9"),
@@ -82,12 +84,7 @@ def test_message() -> None:
         ({"chat_path": "/chat"}, {"query": "a=/chat/completions"}, "/v1/chat?a=/chat/completions", "up.example"),
         ({"chat_path": "/chat"}, {"path": "/embeddings"}, "/v1/embeddings", "up.example"),
         # A proxy gets plain HTTP in absolute form; a tunnel for TLS shows nothing of the proxy.
-        (
-            {"base_url": "http://up.example:81/v1", "proxy": "http://us%40er:p%3Aw@proxy:3128"},
-            {},
-            "http://up.example:81/v1/chat/completions",
-            "up.example:81",
-        ),
+        (PROXIED, {}, "http://up.example:81/v1/chat/completions", "up.example:81"),
         ({"proxy": "http://user:word@proxy:3128"}, {}, "/v1/chat/completions", "up.example"),
     ],
 )
@@ -98,13 +95,6 @@ def test_targets(account: dict[str, Any], asked: dict[str, Any], target: str, ho
     assert (b"Proxy-Authorization: Basic dXNAZXI6cDp3" in lines) == target.startswith("http:")
 
 
-def test_a_get_has_no_length() -> None:
-    """A GET without a body has no Content-Length, any other method has one."""
-    for method, lengths in (("GET", []), ("DELETE", [b"Content-Length: 0"])):
-        lines, _ = split(controller(), request({}, method=method, path="/models", body=b""))
-        assert [line for line in lines if line.lower().startswith(b"content-length")] == lengths
-
-
 @pytest.mark.parametrize(
     ("account", "line"),
     [
@@ -113,38 +103,28 @@ def test_a_get_has_no_length() -> None:
         ({"auth_header": "X-Goog-Api-Key", "auth_scheme": ""}, b"X-Goog-Api-Key: sk-test-key-0000"),
         ({"api_key": ""}, b"x-goog-api-key: theirs"),
         ({"headers": {"authorization": "Basic x", "X-A": "mine"}}, b"authorization: Basic x"),
-        ({"type": "azure", "auth_header": "Authorization"}, b"Authorization: Bearer sk-test-key-0000"),
+        ({"api_key": "of-azure", "auth_header": "Authorization"}, b"Authorization: Bearer of-azure"),
     ],
 )
 def test_where_the_key_goes(account: dict[str, Any], line: bytes) -> None:
     """Header and scheme are configured, an empty key is not sent; a client cannot send a configured header again."""
-    account = dict(account)
-    made = controller(account, type=account.pop("type", "openai"))
-    lines, _ = split(made, request(lines=b"x-goog-api-key: theirs\r\nx-a: b\r\n"))
+    more = {"type": "azure"} if line.endswith(b"of-azure") else {}
+    lines, _ = split(controller(account, **more), request(lines=b"x-goog-api-key: theirs\r\nx-a: b\r\n"))
     assert lines[3] == line
     assert (b"x-goog-api-key: theirs" in lines) == (b"X-Goog" not in line)
-    assert [line for line in lines if line.lower().startswith(b"x-a:")] == [
-        b"X-A: mine" if "headers" in account else b"x-a: b"
-    ]
+    assert [b"X-A: mine" if "headers" in account else b"x-a: b"] == [a for a in lines if a[:4].lower() == b"x-a:"]
 
 
 @pytest.mark.parametrize(
     ("account", "path", "target"),
     [
-        ({}, CHAT, "/openai/deployments/gpt%204%2F1/chat/completions?api-version=2024-10-21"),
-        ({"api_version": "v-preview"}, CHAT, "/openai/deployments/gpt%204%2F1/chat/completions?api-version=v-preview"),
-        (
-            {"base_url": AZURE + "/openai/"},
-            "/embeddings?api-version=1&a=b",
-            "/openai/deployments/gpt%204%2F1/embeddings?a=b&api-version=2024-10-21",
-        ),
+        ({}, CHAT, DEPLOYMENT + "/chat/completions?api-version=2024-10-21"),
+        ({"api_version": "v-preview"}, CHAT, DEPLOYMENT + "/chat/completions?api-version=v-preview"),
+        ({}, "/embeddings?api-version=1&a=b", DEPLOYMENT + "/embeddings?a=b&api-version=2024-10-21"),
+        ({"base_url": AZURE + "/openai/"}, "/files", "/openai/files?api-version=2024-10-21"),
         ({"base_url": "https://g.example/t"}, "/files?limit=2", "/t/openai/files?limit=2&api-version=2024-10-21"),
         ({"base_url": AZURE + "/openai/v1"}, CHAT, "/openai/v1/chat/completions"),
-        (
-            {"base_url": AZURE + "/openai/v1/", "api_version": "preview"},
-            "/responses",
-            "/openai/v1/responses?api-version=preview",
-        ),
+        ({"base_url": AZURE + "/openai/v1/", "api_version": "preview"}, "/x", "/openai/v1/x?api-version=preview"),
     ],
 )
 def test_azure_targets(account: dict[str, Any], path: str, target: str) -> None:
@@ -166,17 +146,16 @@ def test_azure_paths_stay_below_the_deployments(model: str) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (b'"messages":[{"content":"\\"model\\":\\"x\\""}],', b""),
+        (b'"messages":[{"content":"\\"model\\":\\"x\\""}],', b"}"),
         ('"a" : "grüße ☃ 😀 \\u00e9 \\ud800",\r\n\t'.encode(), b' , "b":1.50e+3, "c":[ ] }  \n'),
-        (b'"n":null,"t":true,"f":-0.0,"s":"}{",', b',"x":"\x7f"'),
+        (b'"n":null,"t":true,"f":-0.0,"s":"}{",', b',"x":"\x7f"}'),
     ],
 )
 def test_a_mapped_model_leaves_every_other_byte(before: bytes, after: bytes) -> None:
     """Where the model's key stands once, only its value changes."""
-    tail = after if after.rstrip().endswith(b"] }") else after + b"}"
-    body = b" {" + before + b'"model" :\n"old\\"\\u0041"' + tail
-    sent = body_for(body, model_map={'old"A': 'n"ew\\1'})
-    assert sent == body.replace(b'"old\\"\\u0041"', b'"n\\"ew\\\\1"')
+    old, new = b'"old\\"\\u0041"', b'"n\\"ew\\\\1"'
+    body = b" {" + before + b'"model" :\n' + old + after
+    assert body_for(body, model_map={'old"A': 'n"ew\\1'}) == body.replace(old, new)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +164,6 @@ def test_a_mapped_model_leaves_every_other_byte(before: bytes, after: bytes) -> 
         b'{"model":"no","model":"fast","messages":[]}',
         b'{"messages":[{"model":"fast"}],"model":"fast"}',
         b'{"\\u006dodel":"fast","messages":[{"model":"fast"}]}',
-        b'{"messages":[{"content":"say \\"model"}],"model":"fast"}',
     ],
 )
 def test_a_mapped_model_where_its_key_stands_twice(body: bytes) -> None:
@@ -210,29 +188,18 @@ PARAMS = {"drop_params": ["user", "seed"], "rename_params": {"max_completion_tok
         ({"extra_body": {"b": None}, "rename_params": {"a": "b"}}, {"a": 1, "c": 2}, {"c": 2, "b": None}),
         ({"drop_params": ["a"], "extra_body": {"a": {"x": "é"}}}, {"a": 1}, {"a": {"x": "é"}}),
         ({"drop_params": ["a"]}, {"a": 1}, {}),
+        ({"extra_body": {"k": 5}, "drop_params": ["user"]}, {"input": "x", "user": "u"}, {"input": "x"}),  # no chat
     ],
 )
 def test_edited_parameters(account: dict[str, Any], body: dict[str, Any], sent: dict[str, Any]) -> None:
-    """Outermost keys are dropped, renamed and added, in this order; a mapped model goes along."""
-    assert json.loads(body_for(json.dumps(body).encode(), account, model_map={"fast": "slow"})) == sent
-
-
-@pytest.mark.parametrize("body", [b'{"model": "m",  "messages":[{"user":1}]}', b'{"x":{"max_completion_tokens":1}}'])
-def test_a_body_without_such_parameters_goes_as_it_came(body: bytes) -> None:
-    """Inner keys are not parameters, and an unedited body keeps every byte."""
-    assert body_for(body, PARAMS) == body
-
-
-def test_only_chats_get_the_extra_body() -> None:
-    """Other calls have other parameters; parameters are dropped there too."""
-    account = {"extra_body": {"top_k": 5}, "drop_params": ["user"]}
-    sent = body_for(b'{"model":"m","input":"x","user":"u"}', account, path="/embeddings")
-    assert json.loads(sent) == {"model": "m", "input": "x"}
+    """Outermost keys are dropped, renamed and added to chats, in this order; a mapped model goes along."""
+    path = "/embeddings" if "input" in body else CHAT
+    assert json.loads(body_for(json.dumps(body).encode(), account, model_map={"fast": "slow"}, path=path)) == sent
 
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_another_model_in_a_form(mapped: bool) -> None:
-    """A fallback takes the model's place in a form, in memory or mapped from a file, and a mapped name takes its."""
+    """The model of a fallback, or the name it is mapped to, replaces the model in a form, in memory or in a mapped file."""
     body = b"--b\r\nfast\r\n--b--"
     with tempfile.TemporaryFile() as file:
         file.write(body)
@@ -247,39 +214,21 @@ def test_another_model_in_a_form(mapped: bool) -> None:
 
 
 def test_a_chat_body_goes_as_it_came() -> None:
-    """A good body is handed on byte by byte, whatever is in it."""
+    """A good body is handed on byte by byte, whatever is in it; inner keys are not parameters."""
+    for inner in (b'{"model": "m",  "messages":[{"user":1}]}', b'{"x":{"max_completion_tokens":1}}'):
+        assert body_for(inner, PARAMS) == inner
     brackets = json.dumps("[{" * 500 + '"\\').encode()
-    body = b' {"messages": [ {"content":%b,"model":"x"} ], "model":"m", "new_key": [%b]}\n' % (
-        brackets,
-        b"[]," * 500 + b"1",
-    )
+    body = b' {"messages": [ {"content":%b,"model":"x"} ], "model":"m", "new_key": [%b1]}\n' % (brackets, b"[]," * 500)
     data, sent = app.parse_chat(body)
     assert sent is body and data["model"] == "m"
     assert app.parse_chat(b"\xef\xbb\xbf" + body)[0] == data
 
 
-def test_capitalised_keys_of_go_clients() -> None:
-    """Keys that Go clients capitalise become lower case, in messages too; values stay."""
-    body = b'{"Model":"M","Messages":[{"Role":"user","Content":"Hi"}],"Stream":true,"Max_Tokens":3,"Odd":{"Model":1}}'
-    expected = {"model": "M", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 3}
-    data, sent = app.parse_chat(body)
-    assert data == json.loads(sent) == {**expected, "odd": {"Model": 1}}
-    data, sent = app.parse_chat(b'{"model":"m","messages":[{"role":"user"}],"Stream":true}')
-    assert data["stream"] is json.loads(sent)["stream"] is True
-
-
 @pytest.mark.parametrize(
     "body",
     [
-        *(b"", b"{", b"[]", b'"x"', b"null", b"\xff", b"{}", b'{"model":"m"}', b'{"messages":[{}]}'),
-        b'{"model":"","messages":[{}]}',
-        b'{"model":1,"messages":[{}]}',
-        b'{"model":"m","messages":[]}',
-        b'{"model":"m","messages":{}}',
-        b'{"model":"m","messages":["x"]}',
-        b'{"model":"m","messages":[{}],"stream":"yes"}',
-        b'{"model":"m","messages":[{}],"stream":1}',
-        b"[" * 100_000,
+        *(b"{", b'"x"', b"null", b"\xff", b"{}", b'{"messages":[{}]}', b'{"model":"","messages":[{}]}'),
+        *(b'{"model":1,"messages":[{}]}', b'{"model":"m","messages":{}}', b'{"model":"m","messages":[{}],"stream":1}'),
         b'{"model":"m","messages":[{}],"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"model":"m","messages":[{}],"x":' + b"9" * 5000 + b"}",
         '{"model":"m","messages":[{}]}'.encode("utf-16"),
@@ -293,32 +242,15 @@ def test_refused_bodies(body: bytes) -> None:
     assert caught.value.status == 400 and len(caught.value.message) < 300
 
 
-def test_a_body_of_many_small_values() -> None:
-    """Over a million values are refused before they take memory: parsed, each can take 20 times its size."""
-    with pytest.raises(app.ProxyError) as caught:
-        app.parse_object(b'{"x":[' + b"[]," * 600_000 + b"0]}")
-    assert caught.value.status == 413
-    assert app.count_text(app.parse_object(b'{"x":[' + b"1," * 300_000 + b"0]}")["x"]) == 4 * 300_001
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b'{"model":"other","messages":[{"model":"x"}],"model":"m"}',
-        b'{"messages":[{}],"model":"other","\\u006dodel":"m"}',
-        b'{"model":"m","messages":[{}],"Model":"other"}',
-    ],
-)
-async def test_restricted_keys_cannot_name_two_models(body: bytes) -> None:
+@pytest.mark.parametrize("field", [b'"model":"other"', b'"\\u006dodel":"other"', b'"Model":"other"'])
+@pytest.mark.parametrize("body", [b'{%b,"messages":[{"model":"x"}],"model":"m"}', b'{"model":"m","messages":[{}],%b}'])
+async def test_restricted_keys_cannot_name_two_models(body: bytes, field: bytes) -> None:
     """With a client key that may use some models only, an upstream never reads another model than the one checked."""
     async with Upstream(answers(json_reply(200, ANSWER))) as upstream:
         keys = [{"name": "alice", "key": "sk-alice-0000", "models": ["m"]}]
         async with Running(support.controller("a", upstream.url), client_keys=keys) as server:
-            client = await server.open()
-            await client.send(support.request(body, "Authorization: Bearer sk-alice-0000"))
-            reply = await client.read()
-            client.close()
-            assert reply.status in (200, 400) and (reply.status == 200) == bool(upstream.seen)
+            reply = await server.ask("POST", "/v1" + CHAT, body % field, "Authorization: Bearer sk-alice-0000")
+            assert reply.status in (200, 400, 403) and (reply.status == 200) == bool(upstream.seen)
         for seen in upstream.seen:
             pairs = json.loads(seen.body, object_pairs_hook=list)
             assert [value for name, value in pairs if name.lower() == "model"] == ["m"]
@@ -327,29 +259,22 @@ async def test_restricted_keys_cannot_name_two_models(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("content", "tokens"),
     [
-        ("x" * 400, 100),
-        (None, 0),
-        ([{"type": "text", "text": "x" * 40}], 10),
+        *(("x" * 400, 100), (None, 0), ([{"type": "text", "text": "x" * 40}], 10)),
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}], 1000),
         ([{"type": "text", "text": "xxxx"}, {"type": "file"}, {"type": "input_audio"}, {"type": "?"}], 3001),
     ],
 )
 def test_estimate_prompt(content: Any, tokens: int) -> None:
-    """Characters / 4, and 1,000 for each other part, however long its data."""
+    """A prompt counts a quarter of its characters, and 1,000 for each other part, however long its data."""
     assert app.estimate_prompt({"messages": [{"role": "user", "content": content}]}) == tokens
 
 
 @pytest.mark.parametrize(
     ("data", "tokens"),
     [
-        ({}, 0),
-        ({"max_completion_tokens": 20, "max_tokens": 10}, 20),
-        ({"max_tokens": 10, "n": 3}, 30),
-        ({"max_tokens": -10}, 0),
-        ({"max_tokens": 10, "n": -3}, 10),
-        ({"max_tokens": "10"}, 0),
-        ({"max_tokens": None, "n": None}, 0),
-        ({"max_tokens": 1, "n": 10**9}, 128),
+        *(({}, 0), ({"max_tokens": -10}, 0), ({"max_tokens": "10"}, 0), ({"max_tokens": None, "n": None}, 0)),
+        *(({"max_completion_tokens": 20, "max_tokens": 10}, 20), ({"max_tokens": 10, "n": 3}, 30)),
+        *(({"max_tokens": 10, "n": -3}, 10), ({"max_tokens": 1, "n": 10**9}, 128)),
     ],
 )
 def test_answer_limit(data: dict[str, Any], tokens: int) -> None:
@@ -357,7 +282,7 @@ def test_answer_limit(data: dict[str, Any], tokens: int) -> None:
     assert app.answer_limit(data) == tokens
 
 
-async def echo(content: Any, **more: Any) -> "tuple[list[bytes], app.ResponseHead]":
+async def echo(content: Any, **more: Any) -> tuple[list[bytes], app.ResponseHead]:
     """Return all pieces that an echo controller answers, and the head."""
     config = app.parse_config({"controllers": [{"type": "echo"}]}, "c.json", {}).controllers[0]
     sent: list[float] = []
@@ -365,13 +290,11 @@ async def echo(content: Any, **more: Any) -> "tuple[list[bytes], app.ResponseHea
     asked = request({"model": "m", "messages": messages, **more}, request_id="r1", prompt_tokens=3)
     pool = app.ConnectionPool(app.WriteBatcher(asyncio.get_running_loop()))
     exchange = app.CONTROLLERS["echo"](config).exchange(asked, pool, sent.append)
-    assert sent == []
     await exchange.start()
     assert len(sent) == 1
     pieces = []
     while piece := await exchange.read():
         pieces.append(piece)
-    exchange.interrupt(app.UpstreamTimeout("x"))
     for _ in range(2):
         exchange.finish()
         exchange.abort()
@@ -381,15 +304,15 @@ async def echo(content: Any, **more: Any) -> "tuple[list[bytes], app.ResponseHea
 PARTS = [{"type": "text", "text": "hello "}, {"type": "image_url", "image_url": {"url": "u"}}, {"text": "world"}]
 
 
-@pytest.mark.parametrize("content", ["hello world", PARTS, 5, {"text": "x y"}])
-async def test_echo_whole(content: Any) -> None:
+@pytest.mark.parametrize(
+    ("content", "text"), [("hello world", "hello world"), (PARTS, "hello world"), ({"text": "x y"}, "{'text': 'x y'}")]
+)
+async def test_echo_whole(content: Any, text: str) -> None:
     """The last user message comes back with usage; text parts are joined, other content is printed."""
     pieces, head = await echo(content)
-    found = json.loads(b"".join(pieces))
-    text = "hello world" if content is PARTS else str(content)
+    found, count = json.loads(b"".join(pieces)), len(text.split())
     assert found["choices"][0]["message"] == {"role": "assistant", "content": text, "refusal": None}
-    answer = len(text.split())
-    assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": answer, "total_tokens": 3 + answer}
+    assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": count, "total_tokens": 3 + count}
     assert (found["object"], found["model"], found["id"]) == ("chat.completion", "m", "chatcmpl-echo-r1")
     assert head.index[b"content-type"] == b"application/json"
 
@@ -397,7 +320,7 @@ async def test_echo_whole(content: Any) -> None:
 @pytest.mark.parametrize("usage", [False, True])
 @pytest.mark.parametrize("text", ["hello  world\n", "", " x", "ünd ☃"])
 async def test_echo_stream(text: str, usage: bool) -> None:
-    """Word by word: role, words, finish_reason, usage if asked for, [DONE]."""
+    """A streamed echo has the role, each word, finish_reason, usage if the client asks for it, and [DONE]."""
     pieces, head = await echo(text, stream=True, stream_options={"include_usage": usage})
     assert head.index[b"content-type"].startswith(b"text/event-stream")
     assert list(app.EventSplitter().feed(b"".join(pieces))) == pieces

@@ -3,8 +3,6 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 
 import pytest
 
@@ -23,41 +21,14 @@ from .support import (
     error_reply,
     event,
     json_reply,
+    now,
     pause,
     read_message,
-    reset,
 )
 from .wirefeed import turns
 
 OK = json_reply(200, ANSWER)
 NOTHING_LEFT = "<ConnectionPool idle=0 active=0>"
-Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-@asynccontextmanager
-async def listener(talk: Talk) -> AsyncIterator[int]:
-    """Listen on a port; treat each connection as `talk` says, then close it."""
-    tasks = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await talk(reader, writer)
-        except (OSError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.transport.abort()
-
-    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.get_running_loop().create_task(serve(reader, writer)))
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def fails(server: Running, word: str, status: int = 502, code: str = "upstream_unreachable") -> None:
@@ -89,18 +60,17 @@ ALERT = b"\x15\x03\x03\x00\x02\x02\x28"  # fatal, handshake_failure
 async def test_handshakes_that_fail(sent: bytes, word: str, end: str) -> None:
     """An alert, plain HTTP, a cut or a reset in the handshake is a connect failure with its reason."""
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(100)
-        writer.write(sent)
-        await writer.drain()
+    async def talk(peer: Peer) -> None:
+        await peer.reader.read(100)
+        await peer.send(sent)
         if end == "reset" and not sent:
-            reset(writer)
+            peer.reset()
         elif end == "fin":
-            writer.write_eof()
-            await reader.read()
+            peer.writer.write_eof()
+            await peer.gone()
 
-    async with listener(talk) as port:
-        async with Running(controller("a", f"https://localhost:{port}/v1", account={"ca_file": CERT})) as server:
+    async with Upstream(talk=talk) as one:
+        async with Running(controller("a", f"https://localhost:{one.port}/v1", account={"ca_file": CERT})) as server:
             await fails(server, word if end == "fin" else "")
 
 
@@ -161,17 +131,17 @@ REFUSED = b"HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Ba
     ],
 )
 async def test_a_proxy_that_makes_no_tunnel(raw: bytes, word: str) -> None:
-    """A refusal, a redirect, garbage, a flood or a close in answer to CONNECT: nothing is sent, the next is asked."""
+    """After a refusal, a redirect, garbage, a flood or a close in answer to CONNECT the next controller is asked."""
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
+    async def talk(peer: Peer) -> None:
+        head = await peer.reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"CONNECT localhost:9 HTTP/1.1\r\n") and b"sk-secret" not in head
-        writer.write(raw)
-        writer.write_eof()
-        await reader.read()
+        peer.writer.write(raw)
+        peer.writer.write_eof()
+        await peer.gone()
 
-    async with listener(talk) as port, Upstream(answers(OK)) as other:
-        account = {"proxy": f"http://user:hunter2-hunter2@127.0.0.1:{port}", "ca_file": CERT}
+    async with Upstream(talk=talk) as proxy, Upstream(answers(OK)) as other:
+        account = {"proxy": f"http://user:hunter2-hunter2@127.0.0.1:{proxy.port}", "ca_file": CERT}
         bad = controller("a", "https://localhost:9/v1", account=account)
         async with Running(bad) as server:
             await fails(server, word)
@@ -191,13 +161,13 @@ async def test_a_proxy_that_cannot_be_reached(scheme: str) -> None:
 async def test_a_407_is_not_the_clients_fault() -> None:
     """A plain proxy that wants another password is an upstream failure: the next controller is asked."""
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_message(reader)
-        writer.write(REFUSED)
-        await reader.read()
+    async def talk(peer: Peer) -> None:
+        await read_message(peer.reader)
+        await peer.send(REFUSED)
+        await peer.gone()
 
-    async with listener(talk) as port, Upstream(answers(OK)) as other:
-        bad = controller("a", other.url, account={"proxy": f"http://127.0.0.1:{port}"})
+    async with Upstream(talk=talk) as proxy, Upstream(answers(OK)) as other:
+        bad = controller("a", other.url, account={"proxy": f"http://127.0.0.1:{proxy.port}"})
         async with Running(bad, controller("b", other.url)) as server:
             assert (await server.post("m")).status == 200
         async with Running(bad) as server:
@@ -215,15 +185,14 @@ async def test_a_407_is_not_the_clients_fault() -> None:
 async def test_a_connect_that_hangs(proxy: bool, sent: bytes) -> None:
     """Silence in a TLS handshake, or of a proxy before or behind its tunnel, ends with the connect timeout."""
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(2000)
-        writer.write(sent)
-        while await reader.read(2000):
-            pass
+    async def talk(peer: Peer) -> None:
+        await peer.reader.read(2000)
+        await peer.send(sent)
+        await peer.gone()
 
-    async with listener(talk) as port:
-        account = {"ca_file": CERT, **({"proxy": f"http://127.0.0.1:{port}"} if proxy else {})}
-        url = f"https://localhost:{9 if proxy else port}/v1"
+    async with Upstream(talk=talk) as one:
+        account = {"ca_file": CERT, **({"proxy": f"http://127.0.0.1:{one.port}"} if proxy else {})}
+        url = f"https://localhost:{9 if proxy else one.port}/v1"
         async with Running(controller("a", url, timeouts={"connect": 3}, account=account)) as server:
             await fails(server, "within 3 s")
 
@@ -239,9 +208,7 @@ async def test_a_connect_that_hangs(proxy: bool, sent: bytes) -> None:
         ({"idle": 0, "total": 1.2}, 40, 504, 1.2),
     ],
 )
-async def test_an_answer_that_trickles(
-    timeouts: dict[str, float], every_s: float, status: int, ends_s: float, stream: bool
-) -> None:
+async def test_a_trickle(timeouts: dict[str, float], every_s: float, status: int, ends_s: float, stream: bool) -> None:
     """Each pause is bounded by idle and all of them by total; a stream that is cut says so."""
     body = b"".join(event(str(n)) for n in range(6)) if stream else json.dumps({"pad": "x" * 500}).encode()
     head = SSE_HEAD if stream else b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -253,12 +220,11 @@ async def test_an_answer_that_trickles(
             await pause(every_s)
         await peer.send(b"0\r\n\r\n")
 
-    loop = asyncio.get_running_loop()
     async with Upstream(script) as upstream, Running(controller("a", upstream.url, timeouts=timeouts)) as server:
-        client, since = await server.open(), loop.time()
+        client, since = await server.open(), now()
         await client.post("m", "Connection: close", stream=stream)
         answer = await client.closed()
-        assert ends_s - 0.01 <= loop.time() - since <= ends_s + 0.3
+        assert ends_s - 0.01 <= now() - since <= ends_s + 0.3
         assert answer.startswith(b"HTTP/1.1 %d " % (200 if stream else status))
         assert (b'"upstream_timeout"' in answer) is (status == 504)
         client.close()
@@ -280,11 +246,10 @@ async def test_a_head_that_does_not_end(pieces: list[bytes], timeouts: dict[str,
             await pause(0.9)
         await peer.gone()
 
-    loop = asyncio.get_running_loop()
     async with Upstream(script) as upstream, Running(controller("a", upstream.url, timeouts=timeouts)) as server:
-        since = loop.time()
+        since = now()
         await fails(server, "within 9 s", 504, "upstream_timeout")
-        assert 9 <= loop.time() - since <= 10
+        assert 9 <= now() - since <= 10
 
 
 # ---- pooled connections
@@ -319,18 +284,6 @@ async def test_what_comes_on_an_idle_connection(late: str, tls: bool) -> None:
             assert upstream.connections == 2
 
 
-@pytest.mark.parametrize("late", [OK, b"x", b"HTTP/1.1 408 X\r\nContent-Length: 0\r\n\r\n"])
-async def test_bytes_behind_a_reply(late: bytes) -> None:
-    """What comes together with the end of a reply is never taken for the next reply."""
-
-    async def script(peer: Peer, _: Message) -> None:
-        await peer.send(json_reply(200, {"mark": len(upstream.seen)}) + late)
-
-    async with Upstream(script) as upstream, Running(controller("a", upstream.url)) as server:
-        assert [(await server.post("m")).json()["mark"] for _ in range(3)] == [1, 2, 3]
-        assert upstream.connections == 3
-
-
 # ---- large requests
 
 
@@ -338,29 +291,23 @@ async def test_bytes_behind_a_reply(late: bytes) -> None:
 @pytest.mark.parametrize("then", ["stays", "closes", "resets"])
 async def test_a_reply_before_the_request_is_sent_whole(status: int, then: str) -> None:
     """The client gets the early answer to a large request, and the half-sent request's connection is not used again."""
-    asked = 0
-    error = {"error": {"message": "early", "code": None}}
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal asked
-        await reader.readuntil(b"\r\n\r\n")
-        asked += 1
-        writer.write(json_reply(status, error if status >= 300 else ANSWER))
-        await writer.drain()
+    async def talk(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await peer.send(json_reply(status, {"error": {"message": "early", "code": None}} if status >= 300 else ANSWER))
         await turns(20)
         if then == "closes":
-            writer.write_eof()
+            peer.writer.write_eof()
         elif then == "resets":
-            reset(writer)
-        while then != "resets" and await reader.read(1000):
+            peer.reset()
+        while then != "resets" and await peer.reader.read(1000):
             await turns(1)
 
-    async with listener(talk) as port, Running(controller("a", f"http://127.0.0.1:{port}/v1")) as server:
+    async with Upstream(talk=talk) as one, Running(controller("a", one.url)) as server:
         for count in (1, 2):
             answer = await server.post("m", "Content-Type: application/json", pad="x" * 7_000_000)
             assert answer.status == status or (then == "resets" and answer.status == 502), answer.body
             await turns()
-            assert repr(server.server.links) == NOTHING_LEFT and asked == count
+            assert repr(server.server.links) == NOTHING_LEFT and one.connections == count
 
 
 @pytest.mark.virtual_time
@@ -368,15 +315,15 @@ async def test_a_reply_before_the_request_is_sent_whole(status: int, then: str) 
 async def test_an_upstream_that_takes_a_large_request_slowly(every_s: float, status: int) -> None:
     """The time for the first byte begins anew with each part that the upstream takes, however long all of it lasts."""
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        left = int((await reader.readuntil(b"\r\n\r\n")).lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    async def talk(peer: Peer) -> None:
+        head = await peer.reader.readuntil(b"\r\n\r\n")
+        left = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
         for size in (4_000_000, left - 4_000_000):
             await pause(every_s)
-            await reader.readexactly(size)
-        writer.write(OK)
-        await reader.read()
+            await peer.reader.readexactly(size)
+        await peer.send(OK)
+        await peer.gone()
 
-    async with listener(talk) as port:
-        async with Running(controller("a", f"http://127.0.0.1:{port}/v1", timeouts={"first_byte": 9})) as server:
-            answer = await server.post("m", "Content-Type: application/json", pad="x" * 20_000_000)
-            assert answer.status == status
+    async with Upstream(talk=talk) as one, Running(controller("a", one.url, timeouts={"first_byte": 9})) as server:
+        answer = await server.post("m", "Content-Type: application/json", pad="x" * 20_000_000)
+        assert answer.status == status
