@@ -1761,6 +1761,7 @@ def split_target(target: str) -> tuple[str, str, str]:
 # An event ends with an empty line. Each of its two line ends may be CRLF, LF or CR; "\r\n" alone is one line end, so
 # the longest alternative stands first.
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
+TAIL_BYTES = 4096  # what is kept of the end of an answer
 # Responses API events that come before any output: an error after them can still go to another controller. The last
 # two keep a connection open while a model thinks, also behind gateways to Anthropic.
 _PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress", "keepalive", "ping")
@@ -1797,28 +1798,78 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 class EventKind(enum.Enum):
     """The meaning of an event for the decision to commit to an upstream."""
 
-    PREFACE = "preface"  # comments, Azure's chunk without choices, response.created
+    PREFACE = "preface"  # comments, pings, a role without content, response.created
     REAL = "real"
     ERROR = "error"
 
 
+def holds_error(value: dict[str, Any]) -> bool:
+    """Return whether an answer, or an event of one, is an error in the place of an answer.
+
+    OpenRouter puts the error into a choice, and Java gateways send a code, a message and `success`.
+    """
+    choices = value.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    in_choice = choice.get("error") or choice.get("finish_reason") == "error"
+    named = value.get("type") in ("error", "response.failed") or value.get("object") == "error"
+    return bool(value.get("error") or in_choice or named or value.get("success") is False)
+
+
+def _says_nothing(choices: Any) -> bool:
+    """Return whether the choices of a chunk bring no word yet: there are none, or only a role."""
+    choice = choices[0] if isinstance(choices, list) and choices else {}
+    delta = choice.get("delta") if isinstance(choice, dict) and not choice.get("finish_reason") else None
+    brings = isinstance(delta, dict) and any(value for name, value in delta.items() if name != "role")
+    return choices == [] or (isinstance(delta, dict) and not brings)
+
+
 def judge_event(event: bytes) -> EventKind:
     """Return whether an event belongs to a real answer, is an error, or may come before either."""
-    if b'"choices":[{' in event and b'"error"' not in event:  # nearly all events: no need to parse them
-        return EventKind.REAL
     kind, data = event_fields(event)
     data = data.strip()
-    if not data.startswith(b"{"):  # "[DONE]" is real: an answer may be empty
+    if not data.startswith(b"{"):
+        # "[DONE]" is real: an answer may be empty.
         return EventKind.REAL if data else EventKind.PREFACE
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return EventKind.REAL  # the client gets it as it is
-    if value.get("error") or kind == b"error" or value.get("type") in ("error", "response.failed"):
+    if kind == b"error" or holds_error(value):
         return EventKind.ERROR
-    if value.get("type") in _PREFACE_TYPES or value.get("choices") == []:
+    if value.get("type") in _PREFACE_TYPES or _says_nothing(value.get("choices")):
         return EventKind.PREFACE
     return EventKind.REAL
+
+
+# What ends a stream of the Responses API, and one of chats or completions. Inside a JSON string each quote has a
+# backslash, so no text of an answer looks like this. Some vendors write "" for a reason that is not known yet.
+_RESPONSE_END = re.compile(rb'"type"\s*:\s*"response\.(?:completed|failed|incomplete)"')
+_CHOICE_END = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+
+
+class StreamEnd:
+    """Watches a stream for its end, as many a connection closes politely in the middle of an answer.
+
+    `tail` is the last part of the stream: usage, late errors and [DONE] stand there.
+    """
+
+    def __init__(self, is_response: bool) -> None:
+        self.pattern, self.seen, self.tail = _RESPONSE_END if is_response else _CHOICE_END, False, b"\n"
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        last = len(self.tail)
+        self.tail += data
+        # A bit of what came before, as the words may be cut in two.
+        self.seen = self.seen or self.pattern.search(self.tail, max(0, last - 64)) is not None
+        self.tail = self.tail[-TAIL_BYTES:]
+
+    def is_whole(self) -> bool:
+        """Return whether the stream has its end, and the last event is not cut in half."""
+        lines = self.tail.split()
+        # Some servers close after the last event without its blank line.
+        is_done = bool(lines) and lines[-1].removeprefix(b"data:") == b"[DONE]"
+        return is_done or (self.seen and self.tail.endswith((b"}", b"\n", b"\r")))
 
 
 def error_event(message: str, code: str) -> bytes:
@@ -5045,7 +5096,6 @@ def describe_pool(pool: UpstreamPool, now: float) -> dict[str, Any]:
 
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head is sent, and can be replayed
 HOLD_S = 15.0  # the longest time for which the beginning of a stream is held back
-TAIL_BYTES = 4096  # the end of an answer that is kept: usage and late errors stand there
 OBJECTS_KNOWN = 10_000  # ids of objects whose controller is remembered; the oldest are forgotten
 ONE_LINE = bytes.maketrans(b"\r\n", b"  ")  # JSON text on several lines becomes one line
 JSON_TYPE = b"Content-Type: application/json\r\n"
