@@ -41,6 +41,13 @@ import sys
 if sys.version_info < (3, 11):  # before the imports that older versions do not have
     sys.exit("chatgpt_apiserver needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
+import signal
+
+# They wait from here on until `serve` handles them: SIGHUP would end a program that is still starting.
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
 import argparse
 import asyncio
 import base64
@@ -64,7 +71,6 @@ import re
 import resource
 import secrets
 import select
-import signal
 import socket
 import ssl
 import struct
@@ -6792,6 +6798,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     loop.add_signal_handler(signal.SIGINT, on_stop)
     loop.add_signal_handler(signal.SIGTERM, on_stop)
     loop.add_signal_handler(signal.SIGHUP, reload_config, server, load)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     raise_open_files()
     try:
         addresses = await server.start()

@@ -90,18 +90,22 @@ class Program:
 
 
 @asynccontextmanager
-async def running(program: Program) -> AsyncIterator[Program]:
-    """Run the program until SIGTERM ends it with status 0."""
-    program.start()
+async def running(program: Program, stops: bool = False, **env: str) -> AsyncIterator[Program]:
+    """Run the program until SIGTERM ends it with status 0; `stops`: until it ends by itself."""
+    program.start(**env)
     try:
-        await program.ready()
-        yield program
-        program.process.terminate()
-        await program.logged("stopped")
+        if not stops:
+            await program.ready()
+            yield program
+            program.process.terminate()
+        else:
+            yield program
+        assert program.process.wait(15) == 0
     finally:
         program.process.kill()
-        assert program.process.wait() in (0, -signal.SIGKILL)
-    assert "Traceback" not in program.log.read_text() and "sk-secret" not in program.log.read_text()
+        program.process.wait()
+    text = program.log.read_text()
+    assert text.endswith("INFO stopped\n") and "Traceback" not in text and "sk-secret" not in text
 
 
 async def test_sighup_under_load(tmp_path: Path) -> None:
@@ -253,6 +257,28 @@ def getaddrinfo(host, *more, real=socket.getaddrinfo, **named):
     threading.Event().wait()
 socket.getaddrinfo = getaddrinfo
 """
+
+
+# As NO_RESOLVER: the program sends itself a signal at its first import of asyncio, long before it could serve.
+EARLY = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "asyncio":
+            os.kill(os.getpid(), int(os.environ["EARLY_SIGNAL"]))
+sys.meta_path.insert(0, Finder())
+"""
+
+
+async def test_signals_that_come_before_the_server(tmp_path: Path) -> None:
+    """A SIGHUP during the start reloads once the server is up; a SIGTERM or SIGINT stops it with status 0."""
+    (tmp_path / "sitecustomize.py").write_text(EARLY)
+    program = Program(tmp_path)
+    program.write({"type": "echo", "models": ["*"]})
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        async with running(program, stops=number != signal.SIGHUP, PYTHONPATH=str(tmp_path), EARLY_SIGNAL=str(int(number))):
+            if number == signal.SIGHUP:
+                await program.logged("reload: nothing changed")
 
 
 async def test_a_hanging_lookup_does_not_delay_the_end(tmp_path: Path) -> None:
