@@ -214,23 +214,23 @@ CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "/etc/chatgpt-apiserver")
 ENV_PREFIX = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
+ANTHROPIC_URL = "https://api.anthropic.com/v1"
 AZURE_API_VERSION = "2024-10-21"  # the newest stable version of the classic surface
 ORIGIN = r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+"  # editors and mobile apps have schemes of their own
 ORIGIN_IS = 'scheme://host[:port] without a path, "null" or "*"'
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 
-_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # for APIs that refuse or ignore the newer name
-_RATE_CODES = ["insufficient_quota"]  # a rate limit at DashScope (openclaw PR 148275); elsewhere no credit is left
+_BARE_KEY = {"auth_header": "api-key", "auth_scheme": ""}
+# For APIs that refuse or ignore the newer name.
+_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}
+_MISTRAL = {**_OLD_LIMIT, "seed": "random_seed"}
+# A rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
+_RATE_CODES = ["insufficient_quota"]
 # By controller type, the `config` that counts unless the user says otherwise. Words in braces are keys to fill in.
 PRESETS: dict[str, dict[str, Any]] = {
     "openai": {"base_url": OPENAI_URL},
-    "azure": {"auth_header": "api-key", "auth_scheme": ""},
-    "anthropic": {
-        "base_url": "https://api.anthropic.com/v1",
-        "auth_header": "x-api-key",
-        "auth_scheme": "",
-        "chat_path": "/messages",
-    },
+    "azure": _BARE_KEY,
+    "anthropic": {**_BARE_KEY, "auth_header": "x-api-key", "base_url": ANTHROPIC_URL, "chat_path": "/messages"},
     "echo": {},
     "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
     "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
@@ -246,11 +246,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "huggingface": {"base_url": "https://router.huggingface.co/v1"},
     "llamacpp": {"base_url": "http://localhost:8080/v1"},
     "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
-    "mistral": {  # refuses stream_options, and sends usage without it
-        "base_url": "https://api.mistral.ai/v1",
-        "rename_params": {**_OLD_LIMIT, "seed": "random_seed"},
-        "drop_params": ["stream_options"],
-    },
+    # It refuses stream_options, and sends usage without it.
+    "mistral": {"base_url": "https://api.mistral.ai/v1", "rename_params": _MISTRAL, "drop_params": ["stream_options"]},
     "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
     "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
     "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
@@ -367,15 +364,18 @@ def read_file(path: str) -> Any:
         raise ConfigError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
+# For a hint about a misplaced key, the paths of all objects that may have it: for `api_key`, ["controllers[].config"].
+# It is filled below the records.
+KEY_PATHS: dict[str, list[str]] = {}
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: the file, the path in it, the environment that `$NAME` refers to.
-
-    `setters` names, by path, the flag or variable that overrides the file there.
-    """
+    """Where a value stands: the file, the path in it, and the environment that `$NAME` refers to."""
 
     source: str
     env: Mapping[str, str]
+    # By path, the flag or variable that overrides the file there.
     setters: Mapping[str, str]
     path: str = ""
 
@@ -383,7 +383,8 @@ class Place:
         """Return the place of an object's member or a list's item."""
         if isinstance(key, int):
             return replace(self, path=f"{self.path}[{key}]")
-        key = key if key.isprintable() else ascii(key)[1:-1]  # a line end would make two lines of a message
+        # A line end would make two lines of a message.
+        key = key if key.isprintable() else ascii(key)[1:-1]
         return replace(self, path=f"{self.path}.{key}" if self.path else key)
 
     def problem(self, message: str) -> ConfigError:
@@ -399,9 +400,10 @@ class Place:
         """Raise ConfigError for a key that is not in `known`, with the nearest name or the key's right place."""
         for key in data.keys() - set(known):
             hint = suggest(key, known)
-            if not hint and (self.path or "controllers" in known):  # the hint would mislead in a `config_file`
+            # In a `config_file`, whose top level is a `config`, the path would mislead.
+            if not hint and (self.path or "controllers" in known):
                 here = re.sub(r"\[\d+\]", "[]", self.path)
-                hint = " or ".join(place for place in places_of(key) if place != here)
+                hint = " or ".join(path for path in KEY_PATHS.get(key, ()) if path != here)
                 hint = hint and "its place is " + hint
             hint = hint or "allowed here: " + ", ".join(sorted(known))
             raise self.inside(key).problem("unknown key; " + hint)
@@ -434,7 +436,8 @@ def check_list(place: Place, value: Any, check: Check, *args: Any) -> tuple[Any,
 def check_number(place: Place, value: Any, low: float, high: float, otherwise: str = "") -> float:
     """Return a number from `low` to `high`; an int as `low` allows whole numbers only. `otherwise` ends the message."""
     whole = isinstance(low, int)
-    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:  # type(): a bool is an int
+    # Not isinstance: a bool is an int.
+    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:
         return value if whole else float(value)
     quoted = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
     raise place.error(show(value), f"a {'whole ' * whole}number from {low:.15g} to {high:.15g}{quoted}{otherwise}")
@@ -489,7 +492,8 @@ def check_secret(place: Place, value: Any) -> Secret:
                 value = file.read()
         except (OSError, ValueError) as error:
             raise place.problem(f"cannot read the file {show(value[5:])}: {reason_of(error)}") from error
-    value = value.strip()  # `echo` and editors end a file with a line end, which no header can hold
+    # `echo` and editors end a file with a line end, which no header can hold.
+    value = value.strip()
     if not (value.isascii() and value.isprintable()):
         raise place.error("a character outside printable ASCII", "printable ASCII (it goes into a header)")
     return Secret(value)
@@ -569,24 +573,26 @@ def check_extra_body(place: Place, value: Any) -> tuple[tuple[str, Any], ...]:
 
 
 @functools.cache
-def checks_of(record: type) -> dict[str, tuple[Any, ...]]:
-    """Return, by key, the check of each field that the configuration may set, and the check's further arguments."""
+def checks_of(record: type) -> dict[str, Any]:
+    """Return what checks each key of `record`: another record, or a function and its further arguments."""
+    # A field without a default is no key: its parser fills it in.
     hints = get_type_hints(record, include_extras=True)
     keys = {item.name: hints[item.name] for item in fields(record) if item.default is not MISSING}
-    return {key: (check_record, hint) if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
+    return {key: hint if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
 
 
 def check_keys(place: Place, value: Any, record: type, *others: str) -> dict[str, Any]:
     """Return the checked values of an object that may have the keys of `record` and `others`. Null counts as absent."""
-    data, checks = check_object(place, value), checks_of(record)
+    data, checks, values = check_object(place, value), checks_of(record), {}
     place.refuse_unknown(data, [*others, *checks])
-    given = {name: check for name, check in checks.items() if data.get(name) is not None}
-    return {name: check(place.inside(name), data[name], *args) for name, (check, *args) in given.items()}
-
-
-def check_record(place: Place, value: Any, record: type) -> Any:
-    """Return an object as an instance of `record`."""
-    return record(**check_keys(place, value, record))
+    for key, check in checks.items():
+        if data.get(key) is None:
+            continue
+        if isinstance(check, type):
+            values[key] = check(**check_keys(place.inside(key), data[key], check))
+        else:
+            values[key] = check[0](place.inside(key), data[key], *check[1:])
+    return values
 
 
 def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[Any, ...]:
@@ -862,22 +868,23 @@ class Config:
     drain_timeout: Seconds = 30.0
 
 
-def places_of(key: str) -> list[str]:
-    """Return the paths of all objects that have this key: for `api_key`, "controllers[].config"."""
-    top = {"controllers[].config": AccountConfig, "controllers[]": ControllerConfig, "client_keys[]": ClientKey}
-    places: dict[str, type] = {**top, "the top level": Config}
-    for path, record in list(places.items()):
-        for name, (check, *args) in checks_of(record).items():
-            if check is check_record:
-                places[name if record is Config else f"{path}.{name}"] = args[0]
-    return [path for path, record in places.items() if key in checks_of(record)]
+def note_keys(path: str, record: type) -> None:
+    """Add the keys of `record`, and of the records in it, to KEY_PATHS."""
+    for key, check in checks_of(record).items():
+        KEY_PATHS.setdefault(key, []).append(path or "the top level")
+        if isinstance(check, type):
+            note_keys(f"{path}.{key}".lstrip("."), check)
+
+
+note_keys("controllers[].config", AccountConfig)
+note_keys("controllers[]", ControllerConfig)
+note_keys("client_keys[]", ClientKey)
+note_keys("", Config)
 
 
 def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mapping[str, str] | None = None) -> Config:
-    """Return the configuration in `data`, which was read from `source`. Raise ConfigError.
-
-    `setters`: see `Place`. Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
-    """
+    """Return the configuration in `data`, which was read from `source`. Raise ConfigError."""
+    # Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
     top = Place(source, env, setters or {})
     config = Config(source, **check_keys(top, data, Config))
     if not config.controllers:
@@ -938,10 +945,8 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
 
 
 def environment_config(env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from.
-
-    The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
-    """
+    """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from."""
+    # The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
     variables = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL", "organization": "OPENAI_ORG_ID"}
     variables["project"] = "OPENAI_PROJECT_ID"
     account = {key: env.get(variable, "") for key, variable in variables.items()}
@@ -970,11 +975,10 @@ def demo_controllers() -> list[dict[str, Any]]:
 def load_config(
     config_file: str, config_path: str, flags: Mapping[str, Any], env: Mapping[str, str], demo: bool = False
 ) -> Config:
-    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError.
-
-    A reload calls this again with the same arguments, so flags still override a file that has changed.
-    """
-    path = "" if demo else find_file(config_file, config_path, env)  # a demo spends no key, whatever file is there
+    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError."""
+    # A reload calls this again with the same arguments, so flags still override a file that has changed.
+    # A demo spends no key, whatever file is there.
+    path = "" if demo else find_file(config_file, config_path, env)
     setters: dict[str, str] = {}
     if path:
         data, source = read_file(path), path
@@ -6794,7 +6798,7 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
             leave(1)
         stop.set()
 
-    # Before the listener: a supervisor may signal as soon as it can connect.
+    # Before the listener: a supervisor may signal as soon as it can connect. What came earlier is handled now.
     loop.add_signal_handler(signal.SIGINT, on_stop)
     loop.add_signal_handler(signal.SIGTERM, on_stop)
     loop.add_signal_handler(signal.SIGHUP, reload_config, server, load)
