@@ -1762,9 +1762,10 @@ def split_target(target: str) -> tuple[str, str, str]:
 # the longest alternative stands first.
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 TAIL_BYTES = 4096  # what is kept of the end of an answer
-# Responses API events that come before any output: an error after them can still go to another controller. The last
-# two keep a connection open while a model thinks, also behind gateways to Anthropic.
-_PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress", "keepalive", "ping")
+# Responses API events that come before any output: an error after them can still go to another controller. The next
+# keep a connection open while a model thinks, also behind gateways to Anthropic.
+_KINDS_BY_TYPE = dict.fromkeys(("response.created", "response.queued", "response.in_progress"), "preface")
+_KINDS_BY_TYPE.update(keepalive="life", ping="life")
 
 
 class EventSplitter:
@@ -1798,7 +1799,8 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 class EventKind(enum.Enum):
     """The meaning of an event for the decision to commit to an upstream."""
 
-    PREFACE = "preface"  # comments, pings, a role without content, response.created
+    LIFE = "life"  # a comment or a ping: the upstream is at work
+    PREFACE = "preface"  # a role without content, Azure's chunk without choices, response.created
     REAL = "real"
     ERROR = "error"
 
@@ -1829,16 +1831,16 @@ def judge_event(event: bytes) -> EventKind:
     data = data.strip()
     if not data.startswith(b"{"):
         # "[DONE]" is real: an answer may be empty.
-        return EventKind.REAL if data else EventKind.PREFACE
+        return EventKind.REAL if data else EventKind.LIFE
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return EventKind.REAL  # the client gets it as it is
     if kind == b"error" or holds_error(value):
         return EventKind.ERROR
-    if value.get("type") in _PREFACE_TYPES or _says_nothing(value.get("choices")):
+    if _says_nothing(value.get("choices")):
         return EventKind.PREFACE
-    return EventKind.REAL
+    return EventKind(_KINDS_BY_TYPE.get(str(value.get("type")), "real"))
 
 
 # What ends a stream of the Responses API, and one of chats or completions. Inside a JSON string each quote has a
@@ -1870,6 +1872,17 @@ class StreamEnd:
         # Some servers close after the last event without its blank line.
         is_done = bool(lines) and lines[-1].removeprefix(b"data:") == b"[DONE]"
         return is_done or (self.seen and self.tail.endswith((b"}", b"\n", b"\r")))
+
+
+def is_usage_event(event: bytes) -> bool:
+    """Return whether an event has the usage of a chat and nothing else, as `include_usage` brings it."""
+    if b'"usage"' not in event:
+        return False
+    try:
+        value = json.loads(event_fields(event)[1])
+    except (ValueError, RecursionError):
+        value = None
+    return isinstance(value, dict) and value.get("choices") == [] and bool(value.get("usage"))
 
 
 def error_event(message: str, code: str) -> bytes:
@@ -2259,9 +2272,11 @@ class Exchange(Protocol):
     `start` sends the request and reads the reply's `head`. `read` returns some bytes of the body, b"" at its whole end.
     `finish` gives everything back after that, `abort` closes the upstream connection at any time; both are harmless
     when repeated. `interrupt` makes the `start` or `read` that waits raise `error`. All raise UpstreamError.
+    `first_byte_s` is the longest time to the first event.
     """
 
     head: ResponseHead
+    first_byte_s: float
 
     async def start(self) -> None: ...
     async def read(self) -> bytes: ...
@@ -3179,6 +3194,9 @@ class ApiRequest:
     prompt_tokens: int = 0  # estimated
     max_tokens: int = 0  # limit of the answer, 0 without one
     need: int = 0  # tokens that it is expected to cost
+    add_usage: bool = False  # the account is asked for the usage of a stream, although the client did not ask
+    on_usage: Callable[[int], None] | None = None  # gets the tokens that the answer used: the client key has a limit
+    was_sent: bool = False  # at least one account got it
     wait_s: float = 0.0  # how long it may still wait in line
 
     def substitute(self, model: str) -> None:
@@ -3242,6 +3260,7 @@ class Controller(Protocol):
 
     chat_only: bool
     cache_free: bool
+    reports_usage: bool
     rate_codes: tuple[str, ...]
 
     def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
@@ -3257,6 +3276,7 @@ class OpenAIController:
     """
 
     chat_only = cache_free = False
+    reports_usage = True
     api_fields: tuple[tuple[str, str], ...] = ()  # header fields that every request of this API has
 
     def __init__(self, config: ControllerConfig) -> None:
@@ -3384,7 +3404,7 @@ class MessagesExchange:
     """
 
     def __init__(self, inner: Exchange, usage: bool) -> None:
-        self.inner, self.usage = inner, usage
+        self.inner, self.usage, self.first_byte_s = inner, usage, inner.first_byte_s
         self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: MessageStream | None = None
@@ -3507,7 +3527,7 @@ class EchoExchange:
     """An exchange that makes its reply up. See `Exchange`."""
 
     def __init__(self, request: ApiRequest, account: AccountConfig, on_sent: Callable[[float], None]) -> None:
-        self.pieces, self.on_sent = echo_pieces(request), on_sent
+        self.pieces, self.on_sent, self.first_byte_s = echo_pieces(request), on_sent, math.inf
         self.first_delay_s, self.delay_s = account.first_delay, account.delay if request.stream else 0.0
         self.wait_s = 0.0  # before the next piece; none before the first
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
@@ -3533,7 +3553,7 @@ class EchoExchange:
 class EchoController:
     """An account without a network that answers with the last user message: for --demo and for tests of clients."""
 
-    chat_only, cache_free = True, False
+    chat_only, cache_free, reports_usage = True, False, True
     rate_codes: tuple[str, ...] = ()
 
     def __init__(self, config: ControllerConfig) -> None:
@@ -3784,6 +3804,16 @@ def judge_reply(
         elif status == 404:
             verdict.outcome = Outcome.CLIENT
     return verdict
+
+
+def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
+    """Return the verdict on a whole answer with status 200."""
+    if not body.strip() and request.path == CHAT_PATH:
+        return Verdict(Outcome.FAULT, 502, "The upstream's answer is empty.")
+    event = b"data: " + body.translate(bytes.maketrans(b"\r\n", b"  "))
+    if body.find(b'"error"') >= 0 and judge_event(event) is EventKind.ERROR:
+        return judge_error_event(event, rate_codes)
+    return OK
 
 
 def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
@@ -4351,6 +4381,10 @@ class Candidate:
         """Return when the controller works again and has the model, as far as is known: 0 for now."""
         return max(self.upstream.gate.opens_at(now), self.gate.opens_at(now))
 
+    def is_out(self, now: float) -> bool:
+        """Return whether its health or a lack of credit keeps requests away, and not only a limit."""
+        return bool(self.well_at(now) or self.upstream.quota.gate.opens_at(now))
+
     def opens_at(self, need: float, now: float) -> float:
         """Return when a request may go here, as far as is known: 0 for now."""
         return max(self.room_at(need, now), self.well_at(now))
@@ -4377,6 +4411,7 @@ class Upstream:
         self.candidates: dict[str, Candidate] = {}
         names = config.models + tuple(name for name, _ in config.model_map)
         self.patterns = model_patterns(names) if config.models else None
+        self.listed: frozenset[str] | None = None
 
     def serves(self, model: str) -> bool:
         """Return whether requests for `model` may go here; a controller without `models` takes all."""
@@ -4814,7 +4849,7 @@ class UpstreamPool:
         """
         now = self.timers.time()
         until = now + request.wait_s
-        if not all(item.well_at(now) or item.upstream.quota.gate.opens_at(now) for item in candidates):
+        if not all(item.is_out(now) for item in candidates):
             return None
         left = [item for item in candidates if item.upstream not in tried and not item.room_at(request.need, now)]
         if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= until for item in left):
@@ -4826,6 +4861,11 @@ class UpstreamPool:
         self.hedge_credit = min(self.hedge_credit + HEDGE_SHARE, HEDGES_SAVED)
         self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
         return Lease(candidate, request.need, request.stream, now)
+
+    def learn_models(self, upstream: Upstream, names: list[str]) -> None:
+        """Learn which models a controller lists."""
+        upstream.listed = frozenset(names)
+        self.serving.clear()
 
     # -- results of attempts
 
@@ -5016,22 +5056,36 @@ class ClientQuota:
     def __init__(self, key: ClientKey) -> None:
         self.key, self.quota = key, Quota(key.name, key.limits)
 
-    def enter(self, need: float, now: float) -> float:
-        """Count a request and return 0, or return the seconds until it may come again."""
-        if self.quota.is_full:
-            return KEY_BUSY_S
+    def enter(self, need: float, now: float) -> "ClientCharge":
+        """Count a request. Raise NoRoom when the key is at its limit."""
         ledger = self.quota.ledger("")
         opens = ledger.opens_at(need, now)
-        if opens:
-            return opens - now
-        self.quota.in_flight += 1
-        for limit, receipt in ledger.take(need, now):
-            limit.sent(receipt, now)
-        return 0.0
+        if self.quota.is_full or opens:
+            raise NoRoom("the client key is at its limit", opens - now if opens else KEY_BUSY_S)
+        return ClientCharge(self, need, now)
 
-    def leave(self) -> None:
-        """Note that the request is over."""
+
+class ClientCharge:
+    """What one request of a client key is charged."""
+
+    def __init__(self, client: ClientQuota, need: float, now: float) -> None:
+        self.quota = client.quota
+        self.quota.in_flight += 1
+        self.receipts = self.quota.ledger("").take(need, now)
+        for limit, receipt in self.receipts:
+            limit.sent(receipt, now)
+
+    def used(self, total: float, now: float) -> None:
+        """Charge the tokens that the answer used in place of the estimate."""
+        for limit, receipt in self.receipts:
+            if limit.by_tokens:
+                limit.correct(receipt, total, now)
+
+    def leave(self, was_sent: bool, now: float) -> None:
+        """Note that the request is over. One that was never sent upstream costs nothing."""
         self.quota.in_flight -= 1
+        for limit, receipt in () if was_sent else self.receipts:
+            limit.correct(receipt, 0.0, now)
 
 
 def describe_ledger(ledger: Ledger, now: float) -> dict[str, Any]:
@@ -5100,6 +5154,18 @@ OBJECTS_KNOWN = 10_000  # ids of objects whose controller is remembered; the old
 ONE_LINE = bytes.maketrans(b"\r\n", b"  ")  # JSON text on several lines becomes one line
 JSON_TYPE = b"Content-Type: application/json\r\n"
 ABANDONED = Verdict(Outcome.GONE)  # the verdict of an attempt until another is known: its client left
+RATE_LIMITED = Verdict(Outcome.RATE, 429)
+# Streams that have a certain end, and whether it is that of the Responses API. Without it they were cut.
+ENDED_STREAMS = {CHAT_PATH: False, "/completions": False, "/responses": True}
+# What an operator should look at when an account refuses this server itself. Clients can do nothing about it.
+ACCOUNT_REFUSALS = {
+    Outcome.AUTH: "check its api_key",
+    Outcome.FORBIDDEN: "check the rights of its key, its organisation and its region",
+    Outcome.BARRED: "its key may not use such objects",
+    Outcome.QUOTA: "its credit or its spending limit is used up",
+}
+# The text in an answer or in its events: four characters count as a token where no usage is reported.
+_TEXT = re.compile(rb'"(?:content|reasoning_content|text|delta|arguments)"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(slots=True, repr=False)
@@ -5134,7 +5200,8 @@ class Attempt:
     """One request to one controller and what is known of the reply.
 
     `head` is None while there was no reply. `held` is what was read of the body, and all of it when `whole`. `at` is
-    the time at which the attempt was decided. `tokens_known`: the reply said how many tokens are left.
+    the time at which the attempt was decided. `tokens_known`: the reply said how many tokens are left. `adds_usage`:
+    this server asked for the usage of the stream, and the client did not.
     """
 
     lease: Lease
@@ -5147,6 +5214,7 @@ class Attempt:
     whole: bool = False
     stream: bool = False
     tokens_known: bool = False
+    adds_usage: bool = False
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -5155,8 +5223,9 @@ class Trip:
 
     `tried` are the controllers asked in this round, without those that were only full. A wait in line begins a new
     round. `refusals` are the attempts that brought a reply. `failure` is the last error of an attempt without a reply,
-    `full` the last refusal by the line, `unfit` the error when no API can express the request. `has_fallbacks`: other
-    models may answer instead; `models` are those left. `hedge` is the second attempt beside a silent one and its task.
+    `full` the last refusal by the line; it is `merely_full` if a limit is the reason, and not health. `unfit` is the
+    error when no API can express the request. `has_fallbacks`: other models may answer instead; `models` are those
+    left. `hedge` is the second attempt beside a silent one and its task.
     """
 
     request: ApiRequest
@@ -5167,6 +5236,7 @@ class Trip:
     verdict: Verdict = ABANDONED  # of the last attempt
     failure: UpstreamError | None = None
     full: NoRoom | None = None
+    merely_full: bool = False
     unfit: ProxyError | None = None
     has_fallbacks: bool = False
     models: Iterator[str] | None = None
@@ -5236,11 +5306,33 @@ def is_compressed(head: ResponseHead) -> bool:
     return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
 
 
+def counts_tokens(lease: Lease, request: ApiRequest) -> bool:
+    """Return whether a configured limit counts the tokens of a request."""
+    return request.on_usage is not None or any(minute.by_tokens for minute in lease.ledger.minutes)
+
+
+def plain_text(body: bytes) -> str:
+    """Return the beginning of an error page's text, without markup."""
+    text = body[:HOLD_BYTES].decode("utf-8", "replace")
+    return " ".join(re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", text).split())[:300]
+
+
+def is_error_object(body: bytes) -> bool:
+    """Return whether a body is an error as OpenAI's API sends it, which all SDKs can read."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(parsed, dict) and isinstance(parsed.get("error"), dict)
+
+
 class Relay:
     """Carries requests to the pool's controllers and brings their answers."""
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
+        self.stopping = False  # the server cuts what is left
+        self.shows_account = True  # the client may see what an account said of itself
         # Object id -> name of the controller that made it. An id says nothing about its account.
         self.makers: dict[str, str] = {}
 
@@ -5332,7 +5424,10 @@ class Relay:
                 try:
                     lease = await self.pool.lease(request, trip.candidates, trip.tried) if trip.candidates else None
                 except NoRoom as full:
-                    trip.full = full
+                    # What was said of the model asked for counts, and not what was said of a fallback.
+                    if trip.models is None or not (trip.refusals or trip.failure):
+                        now, trip.full = self.loop.time(), full
+                        trip.merely_full = not all(candidate.is_out(now) for candidate in trip.candidates)
                 finally:
                     trip.record.waited_s += wait_s - request.wait_s
                 if lease is None:
@@ -5375,6 +5470,10 @@ class Relay:
     async def _exchange(self, attempt: Attempt, trip: Trip) -> None:
         """Send the request, and read as much of the reply as decides. Raise UpstreamError, Untranslatable, Hedged."""
         request, lease, others = trip.request, attempt.lease, trip.has_others()
+        # The usage of a stream comes on demand only. Where a limit counts it, this server asks in the client's place.
+        asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
+        request.add_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
+        attempt.adds_usage = request.add_usage
         exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent)
         attempt.exchange = exchange
         if others:
@@ -5387,7 +5486,7 @@ class Relay:
             attempt.tokens_known = tokens is not None
         kind = exchange.head.index.get(b"content-type", b"").lower()
         # Some servers name no type, or text/plain, for a stream. Collected as a whole it would arrive late.
-        untyped = request.stream and request.path == CHAT_PATH and b"json" not in kind
+        untyped = request.stream and request.path == CHAT_PATH and not (b"json" in kind or b"html" in kind)
         attempt.stream = exchange.head.status < 300 and (untyped or kind.startswith(b"text/event-stream"))
         if attempt.stream:
             attempt.verdict = await self._hold(attempt, exchange, request, others)
@@ -5401,7 +5500,7 @@ class Relay:
                 held += piece
                 attempt.whole = not piece
             attempt.held = bytes(held)
-            attempt.verdict = self._judge_whole(attempt, exchange, request, others)
+            attempt.verdict = self._judge_whole(attempt, exchange, request)
         if attempt.verdict is not OK:
             self.pool.answered(lease, False, self.loop.time())
 
@@ -5409,26 +5508,31 @@ class Relay:
         """Read a stream up to its first real event, if there is another controller to ask; return the verdict.
 
         Upstreams that are about to fail often say 200 first: Azure sends a chunk with empty choices, OpenRouter and
-        DeepSeek send comments while the request waits, the Responses API three events before the first word.
+        DeepSeek send comments while the request waits, the Responses API three events before the first word. Raise
+        UpstreamTimeout when signs of life are all that comes within `first_byte`.
         """
         assert attempt.head is not None
         readable = not is_compressed(attempt.head)
         others, stateful = others and readable, request.stateful and readable
-        splitter = EventSplitter()
+        splitter, begun = EventSplitter(), False
         try:
-            async with asyncio.timeout(None) as held:
+            async with asyncio.timeout_at(attempt.lease.sent_at + exchange.first_byte_s) as held:
                 while True:
                     piece = await exchange.read()
+                    attempt.lease.heard(self.loop.time())
                     attempt.held = attempt.held + piece if attempt.held else piece
                     for event in splitter.feed(piece or b"\n\n") if others else ():
                         kind = judge_event(event)
-                        if kind is not EventKind.PREFACE:
+                        if kind in (EventKind.REAL, EventKind.ERROR):
                             return OK if kind is EventKind.REAL else self._refused_in_200(attempt, event)
+                        if kind is EventKind.PREFACE and not begun:
+                            begun = True
+                            held.reschedule(self.loop.time() + HOLD_S)
                     if not piece:
                         attempt.whole = True
                         if attempt.held.lstrip()[:1] == b"{":  # no stream, whatever its type says
                             attempt.stream = False
-                            return self._judge_whole(attempt, exchange, request, others)
+                            return self._judge_whole(attempt, exchange, request)
                         if others or not attempt.held:
                             raise UpstreamClosed("the upstream ended its stream before the first event")
                         return OK
@@ -5436,42 +5540,35 @@ class Relay:
                     decided = not others and (not stateful or made_id(attempt.held) or _EVENT_END.search(attempt.held))
                     if decided or len(attempt.held) > HOLD_BYTES:
                         return OK
-                    if held.when() is None:  # the time before the first byte has its own limit
-                        held.reschedule(self.loop.time() + HOLD_S)
         except TimeoutError:
-            return OK
+            if begun or not others:
+                return OK
+            message = f"no event within {exchange.first_byte_s:g} s, only signs of life"
+            raise UpstreamTimeout(message, before_reply=True) from None
         finally:
             attempt.at = self.loop.time()
 
-    def _judge_whole(self, attempt: Attempt, exchange: Exchange, request: ApiRequest, others: bool) -> Verdict:
-        """Return the verdict of a reply that is no stream. Raise UpstreamClosed for an empty answer."""
+    def _judge_whole(self, attempt: Attempt, exchange: Exchange, request: ApiRequest) -> Verdict:
+        """Return the verdict on a reply that is no stream."""
         head, rate_codes = exchange.head, attempt.lease.upstream.controller.rate_codes
-        text = attempt.held.lstrip()  # DeepSeek sends blank lines while a request waits
-        event = b""
         if head.status < 300:
-            if others and attempt.whole and not text and request.path == CHAT_PATH:
-                raise UpstreamClosed("the upstream's answer is empty")
-            # An error in a 200 has the word as its first key. To parse every answer would double the cost of a request.
-            if text.find(b'"error"', 0, 24) >= 0:
-                event = b"data: " + attempt.held.translate(ONE_LINE)
-            if not event or judge_event(event) is not EventKind.ERROR:
-                return OK
+            readable = attempt.whole and not is_compressed(head)
+            verdict = judge_answer(attempt.held, request, rate_codes) if readable else OK
+            if verdict is not OK:
+                exchange.finish()
+                attempt.head = ResponseHead(verdict.status, 1, head.index, JSON_TYPE)
+            return verdict
         if attempt.whole:
             exchange.finish()
-        if head.status < 300:
-            return self._refused_in_200(attempt, event)
         if attempt.held and is_compressed(head):
-            message = f"The upstream sent a compressed error of status {head.status}, which this server does not read."
-            attempt.held = compact_json(error_object(message, "server_error", "upstream_bad_reply"))
-            lines = without(head.lines, (b"content-encoding", b"content-type")) + JSON_TYPE
-            attempt.head = ResponseHead(head.status, head.http_minor, head.index, lines)
+            attempt.held = b""
         return judge_reply(head.status, head.index, attempt.held, request, rate_codes, time.time())
 
     def _refused_in_200(self, attempt: Attempt, event: bytes) -> Verdict:
-        """Return the verdict of an error that came with status 200; the attempt gets the status that fits it."""
+        """Return the verdict of an error event in an answer's place; the attempt gets the status that fits it."""
         assert attempt.head is not None
         verdict = judge_error_event(event, attempt.lease.upstream.controller.rate_codes)
-        attempt.held = event_fields(event)[1] if attempt.stream else attempt.held
+        attempt.held = event_fields(event)[1]
         attempt.head = ResponseHead(verdict.status, 1, attempt.head.index, JSON_TYPE)
         return verdict
 
@@ -5479,7 +5576,9 @@ class Relay:
         """End an attempt: the pool learns its verdict, and the access record gets it as `word` or by its outcome."""
         verdict, lease = attempt.verdict, attempt.lease
         ended_at = attempt.at if verdict is OK else self.loop.time()
-        trip.record.outcomes.append((lease.upstream.name, word or verdict.outcome.value, ended_at - lease.since))
+        word = word or ("stopped" if self.stopping and verdict is ABANDONED else verdict.outcome.value)
+        trip.record.outcomes.append((lease.upstream.name, word, ended_at - lease.since))
+        trip.request.was_sent |= lease.sent_at > 0
         self.pool.settle(lease, verdict)
 
     # -- hedges
@@ -5555,50 +5654,70 @@ class Relay:
     async def _rest(self, attempt: Attempt, exchange: Exchange, trip: Trip) -> AsyncGenerator[bytes, None]:
         """Yield what was held, then the rest of an answer as it comes. Settle the attempt at the end, or when closed.
 
-        Raise AnswerCut when the upstream breaks off.
+        Raise AnswerCut when the upstream breaks off, when its stream ends without its end, or when this server stops.
         """
-        request, stream, word = trip.request, attempt.stream, ""
-        tail = last = attempt.held
-        attempt.verdict, attempt.held = ABANDONED, b""
-        counts = "stream_options" in request.data or request.path == "/responses"
+        assert attempt.head is not None
+        request, stream, word, text = trip.request, attempt.stream, "", 0
+        readable = stream and not is_compressed(attempt.head)
+        end, counts_text = StreamEnd(ENDED_STREAMS.get(request.path, False)), counts_tokens(attempt.lease, request)
+        splitter = EventSplitter() if attempt.adds_usage and readable else None
+        data, attempt.verdict, attempt.held = attempt.held, ABANDONED, b""
         request.body, request.data = b"", {}  # not needed any more; a prompt may have megabytes
         try:
-            yield redactor.scrub(last) if stream and b'"error"' in last else last
-            while not attempt.whole:
-                data = await exchange.read()
-                if not data:
-                    break
-                last, tail = data, (tail + data)[-TAIL_BYTES:]
+            while True:
+                end.feed(data)
+                text += sum(map(len, _TEXT.findall(data))) if counts_text else 0
+                if splitter is not None:
+                    events = [event for event in splitter.feed(data) if not is_usage_event(event)]
+                    data = b"".join(events) + (splitter.pending if attempt.whole else b"")
                 yield redactor.scrub(data) if stream and data.find(b'"error"') >= 0 else data
-            exchange.finish()
-            attempt.verdict = OK
-            if counts:
-                self._take_usage(attempt, request, tail)
+                if attempt.whole:
+                    break
+                data = await exchange.read()
+                attempt.whole = not data
             # Some upstreams tell of a failure with status 200 and in their last event only (vLLM, OpenRouter).
-            late = (
-                [event for event in _EVENT_END.split(tail) if judge_event(event) is EventKind.ERROR] if stream else []
-            )
+            tells = readable and (b"error" in end.tail or b"failed" in end.tail)
+            events = _EVENT_END.split(end.tail) if tells else []
+            late = [event for event in events if judge_event(event) is EventKind.ERROR]
             if late:
-                word = "error"
-                attempt.verdict = judge_late_event(late[0], attempt.lease.upstream.controller.rate_codes)
-        except UpstreamError as error:
-            attempt.verdict, word = Verdict(Outcome.CUT, 0, str(error)), "cut"
-            log.warning("%s: answer of account %s cut: %s", request.request_id, attempt.lease.upstream.name, error)
-            event = error_event(f"The upstream's answer was cut: {error}.", error.code)
+                word, attempt.verdict = "error", judge_late_event(late[0], attempt.lease.upstream.controller.rate_codes)
+            elif readable and request.path in ENDED_STREAMS and not end.is_whole():
+                raise UpstreamClosed("the upstream ended its stream before the last event")
+            else:
+                attempt.verdict = OK
+            exchange.finish()
+        except (UpstreamError, asyncio.CancelledError) as error:
+            if isinstance(error, UpstreamError):
+                attempt.verdict, word = Verdict(Outcome.CUT, 0, str(error)), "cut"
+                log.warning("%s: answer of account %s cut: %s", request.request_id, attempt.lease.upstream.name, error)
+                event = error_event(f"The upstream's answer was cut: {error}.", error.code)
+            elif self.stopping:
+                event = error_event("This server is shutting down.", "server_shutdown")
+            else:
+                raise
             # go-openai adds what stands before an error to its line, and then cannot parse it.
-            begun = last and not last.endswith((b"\n\n", b"\r\r", b"\n\r\n"))
-            readable = stream and attempt.head is not None and not is_compressed(attempt.head)
+            begun = not end.tail.endswith((b"\n\n", b"\r\r", b"\n\r\n"))
             raise AnswerCut((b"\n\n" if begun else b"") + event if readable else b"") from error
         finally:
             exchange.abort()
+            self._take_usage(attempt, request, end.tail, text)
             self._settle(attempt, trip, word)
 
-    def _take_usage(self, attempt: Attempt, request: ApiRequest, tail: bytes) -> None:
-        """Count what an answer cost, where a limit counts tokens and the reply did not say what is left."""
+    def _take_usage(self, attempt: Attempt, request: ApiRequest, body: bytes, text: int | None = None) -> None:
+        """Count what an answer cost, where a limit counts tokens.
+
+        `body` is the answer or its end. Without usage in it, four characters of `text` count as a token.
+        """
         lease = attempt.lease
-        if lease.ledger.limited:
-            total, answer = used_tokens(tail[-TAIL_BYTES:], lease.upstream.controller.cache_free)
-            self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
+        if request.on_usage is None and not lease.ledger.limited:
+            return
+        total, answer = used_tokens(body, lease.upstream.controller.cache_free)
+        if not total:
+            text = sum(map(len, _TEXT.findall(body))) if text is None else text
+            total = request.prompt_tokens + text // 4
+        self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
+        if request.on_usage is not None:
+            request.on_usage(total)
 
     def _lines(self, attempt: Attempt, trip: Trip, retry: bytes = b"") -> bytes:
         """Return the header lines of an upstream's answer: those that may pass, then those of this server."""
@@ -5622,7 +5741,9 @@ class Relay:
         asked = trip.refusals[0].model if trip.refusals else ""
         best = max(trip.refusals[::-1], key=lambda one: (one.model == asked, usefulness(one.verdict)), default=None)
         limited = best is not None and best.verdict.outcome is Outcome.RATE
-        if trip.full is None and limited and request.model == asked:
+        if trip.merely_full and best is not None and usefulness(best.verdict) < usefulness(RATE_LIMITED):
+            best = None  # an account is merely full, so the troubles of others do not matter to the client
+        elif trip.full is None and limited and request.model == asked:
             # That 429 was waited out. What came then is the answer: the last refusal, or an error without a reply.
             best = trip.refusals[-1] if trip.verdict is trip.refusals[-1].verdict else None
         outcome = Outcome.RATE if best is None else best.verdict.outcome
@@ -5638,25 +5759,37 @@ class Relay:
         if best is not None:
             return self._show(best, trip, retry)
         if trip.full is not None:
-            message = f"Rate limit reached on every controller that serves {request.model[:64]}: {trip.full.why}."
+            model = (request.asked or request.model)[:64]
+            message = f"Rate limit reached on every controller that serves {model}: {trip.full.why}."
             raise ProxyError(429, message, "rate_limit_exceeded", headers=retry)
         raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
     def _show(self, attempt: Attempt, trip: Trip, retry: bytes) -> Answer:
         """Return an upstream's refusal as the answer, without secrets that it may repeat. Raise ProxyError."""
         assert attempt.head is not None
-        status = attempt.head.status
+        status, outcome = attempt.head.status, attempt.verdict.outcome
         trip.name(attempt)
+        name = trip.record.controller
         trip.record.first_at = self.loop.time()
         if 300 <= status < 400:  # a client that follows its Location would send a key there
-            raise ProxyError(502, "The upstream redirects; correct its base_url.", "upstream_redirects")
-        body = redactor.scrub(attempt.held)
-        if (
-            attempt.verdict.outcome is Outcome.AUTH and status == 401
-        ):  # the upstream's text shows parts of this server's key, and blames the client's
-            message = f"The upstream refused this server's key for the controller {trip.record.controller!r}."
-            body = compact_json(error_object(message, "invalid_request_error", "invalid_api_key"))
-        return Answer(status, self._lines(attempt, trip, retry), body, len(body))
+            raise ProxyError(502, f"The upstream of {name!r} redirects; correct its base_url.", "upstream_redirects")
+        if outcome in ACCOUNT_REFUSALS and not self.shows_account:
+            message = f"The account of controller {name!r} refused this server: {ACCOUNT_REFUSALS[outcome]}."
+            raise ProxyError(502, message, "upstream_account_refused", headers=retry)
+        body, lines = redactor.scrub(attempt.held), self._lines(attempt, trip, retry)
+        if (outcome is Outcome.AUTH and status == 401) or not is_error_object(body):
+            message, code = redactor.clean(attempt.verdict.message), None
+            if outcome is Outcome.AUTH:
+                # The upstream's text shows parts of this server's key, and blames the client.
+                message, code = (
+                    f"The upstream refused this server's key for the controller {name!r}.",
+                    "invalid_api_key",
+                )
+            message = message or plain_text(body) or f"The upstream sent status {status} without a reason."
+            kind = "invalid_request_error" if status < 500 else "server_error"
+            body = compact_json(error_object(message, kind, code))
+            lines = without(lines, (b"content-encoding", b"content-type")) + JSON_TYPE
+        return Answer(status, lines, body, len(body))
 
 
 # ==== 14. Server ====
@@ -5674,11 +5807,14 @@ SPOOL_BYTES = 1_048_576  # a larger upload waits in a temporary file
 BACKLOG = 4096  # connections that the kernel completes before they are accepted
 LINGER_S, LINGER_BYTES = 2.0, 1_048_576  # how long, and how much, a client may send after this side is closed
 FLUSH_FIRST_S, FLUSH_MAX_S = 0.01, 1.0  # between two looks at whether a closing connection has sent all
-MODELS_TTL_S = 300.0  # how long a controller's model list is cached
-MODELS_TIMEOUT_S = 10.0  # for asking a controller for its list, and between two tries
+MODELS_EVERY_S = 600.0  # between two questions to a controller for its list of models
+MODELS_TIMEOUT_S = 10.0  # for an answer, and before a question is repeated at first
+MODELS_WAIT_S = 2.0  # how long a client waits for the first lists after the start
 LIST_BYTES = 8_388_608  # one controller's model list
 ANSWER_EARLY_S = 2.0  # answer this long before the client's own read timeout
 SKIP_BYTES, SKIP_S = 65536, 1.0  # a body of a refused request is read to its end if it is this small and fast
+IDLE_GRACE_S = 1.0  # at a stop, for a request that crosses the end of its idle connection
+LAST_BYTES_S = 1.0  # at a stop, for an error event to reach its client
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
 
 DATE = b"Date: %b\r\n"  # RFC 9110, 6.6.1
@@ -5773,8 +5909,8 @@ def find_route(method: str, target: str, endpoints: tuple[str, ...]) -> tuple[st
 class Call:
     """One request as the handlers get it.
 
-    `key` is the client's key, and `origin` the web page that may read the answer. `quota` is the limit of the client
-    key; it counts this request until its answer has ended.
+    `key` is the client's key, and `origin` the web page that may read the answer. `charge` is what the limit of the
+    client key counts for this request. `request` is what the controllers get.
     """
 
     head: RequestHead
@@ -5785,7 +5921,8 @@ class Call:
     origin: bytes = b""
     key: ClientKey | None = None
     body: bytes | mmap.mmap = b""
-    quota: ClientQuota | None = None
+    charge: ClientCharge | None = None
+    request: ApiRequest | None = None
 
 
 def longest_wait(index: Index, most_s: float) -> float:
@@ -6005,30 +6142,32 @@ class ClientConnection:
     async def _serve_one(self) -> bool:
         """Read and answer one request; return whether another may follow."""
         self.phase, self.head_sent, self.http_minor = Phase.IDLE, False, 1
-        call, error = None, None
+        error: ProxyError | None = None
         try:
             head = await self._read_head()
-            if head is None:
-                return False
-            call = self._begin(head)
-            await self._read_call(call)
         except EOFError:  # the deadline's, while the client still reads its last answer
             return False
         except ProxyError as problem:
-            error = problem
-            self.keep = self.keep and not self.unread
-        if call is None:
-            call, self.unread, self.keep = self._begin(RequestHead("-", "-", 1, {}, b"")), True, False
-        self.deadline.set(math.inf)
-        self.phase = Phase.ANSWER
+            head, error, self.unread = RequestHead("-", "-", 1, {}, b""), problem, True
+        if head is None:
+            return False
+        call = self._begin(head)
         try:
+            try:
+                if error is None:
+                    await self._read_call(call)
+            except ProxyError as problem:
+                error = problem
+            self.keep = self.keep and not self.unread
+            self.deadline.set(math.inf)
+            self.phase = Phase.ANSWER
             await self._send(await self._answer(call, error), call)
         except (asyncio.CancelledError, ConnectionError, TimeoutError, ClientGone):
             call.record.status = call.record.status or 499  # nginx's status for a client that left
             raise
         finally:
-            if call.quota is not None:
-                call.quota.leave()
+            if call.charge is not None:
+                call.charge.leave(call.request is not None and call.request.was_sent, self.loop.time())
             self.server.access.add(call.record)
             self._release()
         if self.protocol.full:  # a client that never reads must not pile up answers
@@ -6192,8 +6331,11 @@ class ClientConnection:
             return await handler(call)
         except (ProxyError, UpstreamError) as problem:
             return error_answer(problem, call.record)
-        except ClientGone:
-            raise
+        except asyncio.CancelledError:
+            if self.gone or not self.server.relay.stopping:
+                raise
+            error = ProxyError(503, "This server is shutting down; try again.", "server_shutdown")
+            return error_answer(error, call.record)
         except Exception:  # a mistake in this program costs one request; the log has the traceback
             log.exception("%s: internal error", call.record.request_id)
             self.keep = False
@@ -6206,6 +6348,7 @@ class ClientConnection:
         chunked = rest is not None and answer.length is None and self.http_minor > 0
         # A 204 has no length (RFC 9110, 8.6), a 304's is another answer's, and to HEAD the body's length is unknown.
         bodiless = answer.status in (204, 304) or (head_only and not answer.held)
+        self.keep = self.keep and not self.server.draining
         if chunked:
             framing = b"Transfer-Encoding: chunked\r\n"
         elif answer.length is not None:
@@ -6225,6 +6368,8 @@ class ClientConnection:
             if self.protocol.full:
                 await self._drain()
             async for data in rest:
+                if not data:  # an empty chunk would end the body
+                    continue
                 record.bytes += len(data)
                 self.batcher.write(self.transport, chunk(data) if chunked else data)
                 if self.protocol.full:
@@ -6300,40 +6445,61 @@ def ignore_write(now: float) -> None:
 class ModelLists:
     """The models that the controllers serve: those of the configuration, and the lists of open-ended controllers.
 
-    Each list is asked for at most every few minutes. While a controller fails, its last known list counts.
+    The lists are asked for in the background, never in a client's way. While a controller fails, its last list counts.
     """
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
-        self.cache: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # controller: valid until, its models
+        self.known: dict[str, list[dict[str, Any]]] = {}  # by controller
+        self.tasks: dict[str, asyncio.Task[None]] = {}  # the last question to each controller
+        self.timers: dict[str, asyncio.TimerHandle] = {}  # of the next
+
+    def follow(self) -> None:
+        """Ask the controllers of the current configuration, now and from time to time."""
+        self.close()
+        for upstream in self.pool.upstreams:
+            if is_open_ended(upstream.config):
+                self._ask_again(upstream, 0.0)
+
+    def close(self) -> None:
+        """Ask no more."""
+        for timer in self.timers.values():
+            timer.cancel()
+        for task in self.tasks.values():
+            task.cancel()
+        self.timers, self.tasks = {}, {}
+
+    def _ask_again(self, upstream: Upstream, failed_s: float) -> None:
+        self.tasks[upstream.name] = self.loop.create_task(self._ask(upstream, failed_s))
+
+    async def _ask(self, upstream: Upstream, failed_s: float) -> None:
+        """Ask one controller, and set the time of the next question. `failed_s`: the last backoff."""
+        name, again_s = upstream.name, MODELS_EVERY_S
+        try:
+            async with asyncio.timeout(MODELS_TIMEOUT_S):
+                self.known[name] = await self._fetch(upstream)
+            self.pool.learn_models(upstream, [model["id"] for model in self.known[name]])
+        except (UpstreamError, TimeoutError, Untranslatable) as error:
+            again_s = next_backoff(failed_s, (MODELS_TIMEOUT_S, MODELS_EVERY_S))
+            if not failed_s:
+                log.warning("account %s: its models cannot be listed: %s", name, str(error) or "no answer in time")
+        failed_s = again_s if again_s < MODELS_EVERY_S else 0.0
+        self.timers[name] = self.loop.call_later(again_s, self._ask_again, upstream, failed_s)
 
     async def all(self) -> list[dict[str, Any]]:
         """Return all models and aliases by name. A controller that fails only shortens the list."""
+        first = [task for name, task in self.tasks.items() if name not in self.known and not task.done()]
+        if first:  # this server has just been started
+            await asyncio.wait(first, timeout=MODELS_WAIT_S)
         models = {name: model_object(name) for name in self.pool.configured_models()}
-        asked = [upstream for upstream in self.pool.upstreams if is_open_ended(upstream.config)]
-        for upstream, listed in zip(asked, await asyncio.gather(*map(self._of, asked)), strict=True):
-            for model in listed:
+        for upstream in self.pool.upstreams:
+            for model in self.known.get(upstream.name, ()):
                 if upstream.serves(model["id"]):
                     models.setdefault(model["id"], model)
         for alias, name in self.pool.aliases.items():
             if self.pool.is_served(name):
                 models[alias] = {**model_object(alias), "root": name}  # as vLLM does
         return [models[name] for name in sorted(models)]
-
-    async def _of(self, upstream: Upstream) -> list[dict[str, Any]]:
-        """Return a controller's models, from the cache or by asking it."""
-        valid_until, models = self.cache.get(upstream.name, (0.0, []))
-        if self.loop.time() < valid_until:
-            return models
-        again_s = MODELS_TTL_S
-        try:
-            async with asyncio.timeout(MODELS_TIMEOUT_S):
-                models = await self._fetch(upstream)
-        except (UpstreamError, TimeoutError, Untranslatable) as error:
-            log.warning("account %s: its models cannot be listed: %s", upstream.name, str(error) or "no answer in time")
-            again_s = MODELS_TIMEOUT_S
-        self.cache[upstream.name] = (self.loop.time() + again_s, models)
-        return models
 
     async def _fetch(self, upstream: Upstream) -> list[dict[str, Any]]:
         """Return a controller's own list of models. Raise UpstreamError, Untranslatable."""
@@ -6444,7 +6610,9 @@ class Server:
         # could spend the keys of a server on loopback. No page has a client key.
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
-        self.models.cache.clear()
+        self.relay.shows_account = len(config.controllers) == 1 and not config.client_keys
+        if self.listener is not None:
+            self.models.follow()
 
     def next_id(self) -> str:
         """Return a request id that no other request has."""
@@ -6457,6 +6625,7 @@ class Server:
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
+        self.models.follow()
         return [listener.getsockname()[:2] for listener in self.listener.sockets]
 
     def _protocol(self) -> TimedProtocol:
@@ -6488,22 +6657,38 @@ class Server:
             self.connections.discard(client)
             self.per_peer -= Counter((client.peer,))
 
-    async def stop(self) -> None:
-        """Drain: /status says so for drain_delay, the listener closes, answers may finish within drain_timeout."""
+    async def drain(self) -> None:
+        """Let what is under way finish: /status says so for drain_delay, the listener closes, answers may still end.
+
+        Answers say from the beginning on that their connection closes. An idle one is closed after a grace, as its
+        client may have sent a request that is on its way.
+        """
         self.draining = True
-        if self.config.drain_delay:  # load balancers ask /status; until they know, new requests still come
-            await asyncio.sleep(self.config.drain_delay)
+        await asyncio.sleep(self.config.drain_delay)  # load balancers ask /status; until they know, new requests come
         self.stopping = True
         if self.listener is not None:
             self.listener.close()
+        tasks = [connection.task for connection in self.connections]
+        if tasks and self.config.drain_delay < IDLE_GRACE_S:
+            await asyncio.wait(tasks, timeout=IDLE_GRACE_S)
         for connection in list(self.connections):
             connection.retire()
-        tasks = [connection.task for connection in self.connections]
         if tasks:
             await asyncio.wait(tasks, timeout=self.config.drain_timeout)
+
+    async def close(self) -> None:
+        """Cut what is left, and close everything. Streams end with an error event."""
+        self.draining = self.stopping = self.relay.stopping = True
+        if self.listener is not None:
+            self.listener.close()
+        # The second time for clients that do not take their last bytes.
+        for _ in range(2):
+            tasks = [connection.task for connection in self.connections]
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            if tasks:
+                await asyncio.wait(tasks, timeout=LAST_BYTES_S)
+        self.models.close()
         self.pool.close()
         self.links.close()
         self.access.flush()
@@ -6661,11 +6846,14 @@ class Server:
             quota = self.client_quotas.get(call.key.name)
             if quota is not None:
                 self.pool.estimate(request)
-                after_s = quota.enter(request.need, self.loop.time())
-                if after_s:
+                try:
+                    charge = call.charge = quota.enter(request.need, self.loop.time())
+                except NoRoom as full:
                     message = f"The client key {request.key!r} has reached its own limit on this gateway."
-                    raise ProxyError(429, message, "rate_limit_exceeded", headers=retry_fields(after_s))
-                call.quota = quota
+                    raise ProxyError(429, message, "rate_limit_exceeded", headers=retry_fields(full.after_s)) from None
+                call.request = request
+                if quota.key.limits.tpm:
+                    request.on_usage = lambda total: charge.used(total, self.loop.time())
         return await self.relay.run(request, call.record)
 
     async def _list_models(self, call: Call) -> Answer:
@@ -6781,11 +6969,12 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS))
     server = Server(config, loop)
     stop = asyncio.Event()
+    drain: list[asyncio.Task[None]] = []
 
     def on_stop() -> None:
-        if stop.is_set():
+        if drain:
             log.warning("second signal: closing now")
-            leave(1)
+            drain[0].cancel()
         stop.set()
 
     # Before the listener: a supervisor may signal as soon as it can connect.
@@ -6807,9 +6996,11 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     await stop.wait()
     open_count, wait_s = len(server.connections), server.config.drain_delay + server.config.drain_timeout
     log.info("stopping: %d connections open; waiting up to %g s, a second signal ends it now", open_count, wait_s)
-    await server.stop()
+    drain.append(loop.create_task(server.drain()))
+    await asyncio.wait(drain)
+    await server.close()
     log.info("stopped")
-    leave(0)
+    leave(1 if drain[0].cancelled() else 0)
 
 
 def tell(text: str, status: int = 0) -> int:
