@@ -3599,7 +3599,8 @@ class Verdict:
 
     `status`: 0 without a reply. `after_s`: the time to wait that an error named. `by_tokens`: whether a 429 is about
     tokens; `requested`: how many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for
-    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
+    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take. `reset_s`: the time after
+    which a limit is certainly open again.
     """
 
     outcome: Outcome
@@ -3610,6 +3611,7 @@ class Verdict:
     bucket: str = ""
     requested: int = 0
     too_long: bool = False
+    reset_s: float | None = None
 
 
 OK = Verdict(Outcome.OK, 200)
