@@ -3670,7 +3670,8 @@ class Verdict:
 
     `status`: 0 without a reply. `after_s`: the time to wait that an error named. `by_tokens`: whether a 429 is about
     tokens; `requested`: how many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for
-    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
+    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take. `reset_s`: the time after
+    which a limit is certainly open again.
     """
 
     outcome: Outcome
@@ -3681,6 +3682,7 @@ class Verdict:
     bucket: str = ""
     requested: int = 0
     too_long: bool = False
+    reset_s: float | None = None
 
 
 OK = Verdict(Outcome.OK, 200)
@@ -3953,14 +3955,12 @@ EDGE_S = 0.005
 # A request may need this much longer than another to reach the upstream, which then counts it later.
 SLACK_S = 0.25
 CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
-# For a 429 that names no time: the first closing, and the end of doubling.
-CLOSED_S = (1.0, 30.0)
-# For a 429 that says "now": the first closing. It doubles while more of them come.
-CLOSED_MIN_S = 0.01
+# For a 429 that says "now": the first closing, and the end of doubling.
+CLOSED_NOW_S = (0.01, 1.0)
 SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
-# Slow start: requests per second at its end; growth for each request near the refused rate; requests that may go at
-# once.
-PACE_END, PACE_STEP, PACE_BURST = 1000.0, 0.0625, 4.0
+# Slow start: requests per second at least and at its end; growth for each request near the refused rate; requests that
+# may go at once.
+PACE_MIN, PACE_END, PACE_STEP, PACE_BURST = 1 / 30, 1000.0, 0.0625, 4.0
 
 CachedT = TypeVar("CachedT")
 
@@ -4059,7 +4059,10 @@ class Bucket:
         # after all corrections, so no error is corrected twice.
         error = left - expected - self.shift
         self.shift += error
-        self.level = min(max(self.level + error, 0.0), self.size)
+        # No more can be left than the reply reports and was refilled since. Where the model was below zero, and so was
+        # set to zero, each refused request would otherwise look like one that was given back.
+        most = min(self.size, left + (now - sent_at) * self.rate)
+        self.level = min(max(self.level + error, 0.0), most)
 
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
         """Learn size and rate. A bucket may hold less than a minute's worth, as its content and its reset show.
@@ -4086,7 +4089,7 @@ class Bucket:
         """
         self.take(0.0, now - EDGE_S)
         self.doubles = not self.rate
-        self.rate = max(self.rate / 2 or 1 / after_s, 1 / CLOSED_S[1])
+        self.rate = max(self.rate / 2 or 1 / after_s, PACE_MIN)
         self.size, self.level, self.shift = 1.0, 1.0, self.shift + 1.0 - self.level
 
     def speed_up(self, sent_at: float, now: float) -> None:
@@ -4114,9 +4117,13 @@ class Window:
     """
 
     def __init__(self, by_tokens: bool, limit: float, span_s: float, burst: bool = False) -> None:
-        self.by_tokens, self.limit, self.span_s, self.burst = by_tokens, limit, span_s, burst
-        self.rate, self.total = limit / span_s, 0.0
+        self.by_tokens, self.burst, self.total = by_tokens, burst, 0.0
         self.queue: deque[Receipt] = deque()
+        self.resize(limit, span_s)
+
+    def resize(self, limit: float, span_s: float) -> None:
+        """Set the limit; the charges stay."""
+        self.limit, self.span_s, self.rate = limit, span_s, limit / span_s
 
     def take(self, amount: float, now: float) -> Receipt:
         """Count an amount that is about to be sent."""
@@ -4130,17 +4137,17 @@ class Window:
         receipt.sent_at = now
 
     def correct(self, receipt: Receipt, amount: float, now: float) -> None:
-        """Count `amount` in place of the receipt's, unless the charge has left the window."""
+        """Count `amount` in place of the receipt's. What a charge that left the window lacked is charged now."""
+        self._forget(now)
         if receipt.counted:
             self.total += amount - receipt.amount
             receipt.amount = amount
+        elif amount > receipt.amount and not self.burst:
+            self.sent(self.take(amount - receipt.amount, now), now)
 
     def opens_at(self, amount: float, now: float) -> float:
         """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
-        while self.queue and self.queue[0].sent_at + self.span_s <= now:
-            left = self.queue.popleft()
-            self.total -= left.amount
-            left.counted = False
+        self._forget(now)
         most = min(amount, self.limit)
         if self.total + most <= self.limit + 1e-9:
             return 0.0
@@ -4149,6 +4156,13 @@ class Window:
             worth = self.limit // most * most
             at = min(at, self._falls_to(worth - most, worth / self.rate, now))
         return at if at > now else 0.0
+
+    def _forget(self, now: float) -> None:
+        """Drop the charges that are older than the window."""
+        while self.queue and self.queue[0].sent_at + self.span_s <= now:
+            left = self.queue.popleft()
+            self.total -= left.amount
+            left.counted = False
 
     def _falls_to(self, rest: float, span_s: float, now: float) -> float:
         """Return when at most `rest` is left of the charges of `span_s`."""
@@ -4164,27 +4178,37 @@ class Ledger:
     """The limits of one quota for one model: by replies, by configuration and by the last 429s.
 
     `closed`: pairs of tokens and a time; until then no request with at least so many tokens goes. `closed_at`: when the
-    ledger was closed last. `closed_for`: the last backoff, 0 after a good answer. `open`: the leases, by their serials.
+    last 429 came. `closed_for`: the last closing by a 429 that said "now", 0 after an answer. `gate`: shut by a 429
+    that names no time, for requests of at least `least` tokens. `open`: the leases, by their serials.
     """
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name, self.burst_s = name, limits.burst_s
+        self.name = name
         self.requests, self.tokens = self.buckets = Bucket(False), Bucket(True)
-        rates = (limits.rpm, limits.tpm)
-        self.minutes = [Window(bool(kind), rate, WINDOW_S + SLACK_S) for kind, rate in enumerate(rates) if rate]
+        self.limits: list[Bucket | Window] = []
         self.closed: list[tuple[float, float]] = []
-        self.closed_at = self.closed_for = 0.0
+        self.closed_at = self.closed_for = self.least = 0.0
+        self.gate = Gate()
         self.serial = 0
         self.open: dict[Lease, None] = {}
-        self._list_limits()
+        self.configure(limits)
 
-    def _list_limits(self) -> None:
-        """List all limits; each minute's window gets a window for bursts, unless a minute's worth may go at once."""
-        self.limits: list[Bucket | Window] = [*self.buckets, *self.minutes]
-        for minute in self.minutes if self.burst_s < WINDOW_S else ():
-            rate = minute.limit / WINDOW_S
-            burst = max(1.0, rate * self.burst_s)
-            self.limits.append(Window(minute.by_tokens, burst, burst / rate, True))
+    def configure(self, limits: QuotaLimits) -> None:
+        """Apply configured limits. Windows keep their charges, as the provider counts them too."""
+        self.configured = limits
+        known = {(limit.by_tokens, limit.burst): limit for limit in self.limits if isinstance(limit, Window)}
+        self.limits, self.minutes = [*self.buckets], []
+        for by_tokens, limit in ((False, limits.rpm), (True, limits.tpm)):
+            if limit:
+                minute = known.get((by_tokens, False)) or Window(by_tokens, limit, WINDOW_S)
+                minute.resize(limit, WINDOW_S + SLACK_S)
+                self.limits.append(minute)
+                self.minutes.append(minute)
+            if limit and limits.burst_s < WINDOW_S:
+                most = max(1.0, limit * limits.burst_s / WINDOW_S)
+                burst = known.get((by_tokens, True)) or Window(by_tokens, most, WINDOW_S, True)
+                burst.resize(most, most * WINDOW_S / limit)
+                self.limits.append(burst)
 
     @property
     def limited(self) -> bool:
@@ -4194,7 +4218,10 @@ class Ledger:
     def opens_at(self, need: float, now: float) -> float:
         """Return when a request of `need` tokens may be sent; 0 for now."""
         openings = [limit.opens_at(need if limit.by_tokens else 1.0, now) for limit in self.limits]
-        opens = max(openings + [until for least, until in self.closed if need >= least])
+        openings += [until for least, until in self.closed if need >= least]
+        if need >= self.least:
+            openings.append(self.gate.opens_at(now))
+        opens = max(openings)
         return opens if opens > now else 0.0
 
     def take(self, need: float, now: float) -> list[tuple[Bucket | Window, Receipt]]:
@@ -4216,35 +4243,38 @@ class Ledger:
         # An answer to a request from before the last 429 proves nothing.
         if sent_at > self.closed_at:
             self.closed_for = 0.0
+            self.gate.backoff_s.clear()
             if self.requests.rate and not self.requests.limit:
                 self.requests.speed_up(sent_at, now)
 
     def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
-        """Learn from a 429: close until the time it named, else until the lack is refilled, else for 1 s, doubling.
+        """Learn from a 429: close until the time it named, else for 1, 2, 4 ... 30 s, and then for all but one probe.
 
         A 429 about tokens closes for requests of at least the refused size: smaller ones may fit. `under_way`: the
         request was sent before the last 429. So a whole burst that is refused doubles the backoff once.
         """
-        after_s, bucket, amount = verdict.after_s, self.buckets[verdict.by_tokens], need if verdict.by_tokens else 1.0
-        if after_s is None and bucket.limit:
-            after_s = max(0.0, bucket.opens_at(amount, now) - now) or None
-        # "Now" (0, or a date in the past) may be a rounded time, but not again and again.
-        if not (under_way and self.closed_for):
-            bounds = CLOSED_S if after_s is None else (CLOSED_MIN_S, CLOSED_S[0])
-            self.closed_for = next_backoff(self.closed_for, bounds)
-        after_s = max(after_s or 0.0, self.closed_for)
-        until, self.closed_at = now + min(after_s, CLOSED_MAX_S), now
+        least, gate, until = need if verdict.by_tokens else 0.0, self.gate, now
+        if verdict.after_s is not None:
+            # "Now" (0, or a date in the past) may be a rounded time, but not again and again.
+            if not (under_way and self.closed_for):
+                self.closed_for = next_backoff(self.closed_for, CLOSED_NOW_S)
+            until = now + min(max(verdict.after_s, self.closed_for), CLOSED_MAX_S)
+            # Earlier 429s still hold for larger requests and for later times; this 429 covers the rest.
+            self.closed = [item for item in self.closed if item[1] > now and (item[0] < least or item[1] > until)]
+            self.closed.append((least, until))
+        elif not under_way:
+            self.least = min(least, self.least) if gate.reason else least
+            gate.shut(LIMITED, now, "")
+            gate.until = min(gate.until, now + (verdict.reset_s or NEVER))
+            until = gate.until
+        self.closed_at = now
         if not (self.minutes or self.requests.limit or under_way):
-            self.requests.slow_down(after_s, now)
-        # Earlier 429s still hold for larger requests and for later times; this 429 covers the rest.
-        least = need if verdict.by_tokens else 0.0
-        self.closed = [item for item in self.closed if item[1] > now and (item[0] < least or item[1] > until)]
-        self.closed.append((least, until))
+            self.requests.slow_down(until - now, now)
 
     def halve_burst(self) -> None:
         """Halve the burst after a 429 that came in spite of room: Azure counts slices of 1 or 10 s."""
-        self.burst_s = max(self.burst_s / 2, 1.0)
-        self._list_limits()
+        burst_s = self.configured.burst_s
+        self.configure(replace(self.configured, burst_s=min(burst_s, max(burst_s / 2, 1.0))))
         for bucket in self.buckets:
             if bucket.limit:
                 bucket.size = bucket.most = max(1.0, bucket.size / 2)
@@ -4253,9 +4283,11 @@ class Ledger:
 # -- gates
 
 FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
+LIMITED = "limited"
 # How long a gate is shut, in seconds: the first time, and the end of doubling. An overload ends in seconds, a refused
 # key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
 BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600), NO_MODEL: (600, 600)}
+BACKOFF_S[LIMITED] = (1, 30)
 
 
 class Gate:
@@ -4274,13 +4306,17 @@ class Gate:
         """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
         if not self.reason or self.until > now:
             return self.until
-        return 0.0 if self.probe is None else NEVER
+        if self.probe is None:
+            return 0.0
+        # A 429 comes soon. A probe that is not refused for as long as the gate was shut is probably answered.
+        again_at = self.probe.since + self.until - self.shut_at if self.reason == LIMITED else NEVER
+        return again_at if again_at > now else 0.0
 
     def enter(self, lease: "Lease", now: float) -> None:
         """Let a request pass; the first after the time is the probe, a last resort before that is not."""
         if self.reason == BUSY and self.until <= now:
             self.open(now)
-        elif self.reason and self.until <= now and self.probe is None:
+        elif self.reason and not self.opens_at(now):
             self.probe = lease
 
     def counts(self, lease: "Lease") -> bool:
@@ -4298,8 +4334,8 @@ class Gate:
             log.warning("account %s: disabled %s: %s", self.name, until, why)
 
     def works(self, lease: "Lease", now: float) -> None:
-        """Open after an answer, unless its request began before the gate shut. Any answer ends a silence."""
-        if self.reason and (lease.since > self.shut_at or self.reason == SILENT):
+        """Open after an answer, unless its request began before the gate shut."""
+        if self.reason and lease.since > self.shut_at:
             self.open(now)
 
     def open(self, now: float) -> None:
@@ -4316,6 +4352,13 @@ class Quota:
         self.name, self.limits, self.in_flight = name, limits, 0
         self.gate = Gate(name)
         self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share a ledger
+
+    def configure(self, limits: QuotaLimits) -> None:
+        """Apply configured limits; what was sent and what is under way still counts."""
+        if limits != self.limits:
+            self.limits = limits
+            for ledger in self.ledgers.values():
+                ledger.configure(limits)
 
     @property
     def is_full(self) -> bool:
@@ -4395,7 +4438,7 @@ class Upstream:
 
     `first_byte_s`: moving means, of whole answers and of streams; 0 is unknown. `recent`: when the last attempts ended,
     and whether they failed. `unanswered`: leases in the order of sending. `hedged`: how many requests in a row another
-    controller had to answer.
+    controller had to answer. `listed`: the models that its own list has; None is unknown.
     """
 
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
@@ -4409,13 +4452,16 @@ class Upstream:
         self.unanswered: dict[Lease, None] = {}
         self.answered_at, self.last_error = 0.0, ""
         self.candidates: dict[str, Candidate] = {}
-        names = config.models + tuple(name for name, _ in config.model_map)
-        self.patterns = model_patterns(names) if config.models else None
+        self.patterns = model_patterns(config.models + tuple(name for name, _ in config.model_map))
         self.listed: frozenset[str] | None = None
+
+    def names(self, model: str) -> bool:
+        """Return whether the configuration names `model` for this controller."""
+        return self.patterns.fullmatch(model) is not None
 
     def serves(self, model: str) -> bool:
         """Return whether requests for `model` may go here; a controller without `models` takes all."""
-        return self.patterns is None or self.patterns.fullmatch(model) is not None
+        return not self.config.models or self.names(model)
 
     def candidate(self, model: str) -> Candidate:
         """Return what is known of this controller and `model`."""
@@ -4427,6 +4473,8 @@ class Upstream:
             gate.open(now)
             gate.backoff_s.clear()
         self.recent.clear()
+        self.refusals.clear()
+        self.hedged = 0
 
     def learn(self, lease: "Lease", verdict: Verdict, now: float) -> None:
         """Learn from an attempt that failed (README's table, third column)."""
@@ -4501,16 +4549,23 @@ class Lease:
         self.stream, self.since, self.sent_at, self.urgent = stream, now, 0.0, False
         self.stuck: Callable[[], bool] | None = None
         self.told: tuple[Allowance | None, Allowance | None] = (None, None)
-        self.gates = (upstream.gate, upstream.quota.gate, candidate.gate)
-        for gate in self.gates:
-            gate.enter(self, now)
         upstream.in_flight += 1
         upstream.requests += 1
         upstream.quota.in_flight += 1
         self.ledger = ledger = candidate.ledger
+        self.gates = [upstream.gate, upstream.quota.gate, candidate.gate]
+        if need >= ledger.least:
+            self.gates.append(ledger.gate)
+        for gate in self.gates:
+            gate.enter(self, now)
         ledger.serial = self.serial = ledger.serial + 1
         ledger.open[self] = None
         self.receipts = ledger.take(need, now)
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the request finds out if a controller that was out works again."""
+        return self.upstream.gate.probe is self
 
     def sent(self, now: float) -> None:
         """Note that the request was written: from now on it counts, whatever its result."""
@@ -4520,13 +4575,17 @@ class Lease:
         self.upstream.unanswered[self] = None
 
     def heard(self, now: float) -> None:
-        """Note that a part of a reply came: the request is not silent."""
-        self.upstream.unanswered.pop(self, None)
-        self.upstream.answered_at, self.upstream.hedged = now, 0
+        """Note that a byte of a reply came, also of a ping: request and controller are not silent."""
+        upstream = self.upstream
+        upstream.unanswered.pop(self, None)
+        upstream.answered_at, upstream.hedged = now, 0
+        if upstream.gate.reason == SILENT:
+            upstream.gate.open(now)
 
     def answered(self, now: float) -> None:
         """Note that the answer began: the controller works, and the time so far becomes a sample."""
         upstream, took_s = self.upstream, now - self.since
+        was_out = upstream.gate.reason
         self.heard(now)
         self.candidate.times[self.stream].append(took_s)
         mean = upstream.first_byte_s[self.stream]
@@ -4534,6 +4593,8 @@ class Lease:
         upstream.refusals.clear()
         for gate in self.gates:
             gate.works(self, now)
+        if was_out and not upstream.gate.reason:
+            upstream.recent.clear()
         self.ledger.answered(self.sent_at, now)
 
     def learn(self, requests: Allowance | None, tokens: Allowance | None, now: float) -> None:
@@ -4772,12 +4833,7 @@ class UpstreamPool:
 
     def candidates(self, model: str) -> list[Candidate]:
         """Return the candidates that serve `model`, "" for all. Raise ProxyError (404) when there are none."""
-
-        def find(name: str) -> list[Candidate]:
-            return [upstream.candidate(name) for upstream in self.upstreams if not name or upstream.serves(name)]
-
-        # Clients choose the names: long ones must not fill the memory.
-        serving = recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
+        serving = self._serving(model)
         if not serving:
             names = ", ".join(sorted({name for upstream in self.upstreams for name in upstream.config.models}))[:1000]
             name = model if len(model) <= 64 else model[:63] + "…"
@@ -4785,14 +4841,37 @@ class UpstreamPool:
             raise ProxyError(404, message, "model_not_found", param="model")
         return serving
 
+    def _serving(self, model: str) -> list[Candidate]:
+        """Return the candidates for `model`, from the cache or by the configuration and the controllers' own lists."""
+
+        def find(name: str) -> list[Candidate]:
+            able = [upstream for upstream in self.upstreams if not name or upstream.serves(name)]
+            named = any(upstream.names(name) for upstream in able)
+            sure = []
+            for upstream in able:
+                is_listed = not named if upstream.listed is None else name in upstream.listed
+                if upstream.names(name) or (is_listed and not upstream.config.models):
+                    sure.append(upstream)
+            # Lists leave out previews and tuned models.
+            return [upstream.candidate(name) for upstream in sure or able]
+
+        # Clients choose the names: long ones must not fill the memory.
+        return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
+
+    def learn_models(self, upstream: Upstream, names: Iterable[str]) -> None:
+        """Learn the models that a controller itself lists. Waiting requests keep their candidates."""
+        upstream.listed = frozenset(names)
+        self.serving.clear()
+
     def candidates_for(self, request: ApiRequest, model: str) -> list[Candidate]:
         """Return the candidates that serve `model` and can take the request. Raise ProxyError (404)."""
         candidates = self.candidates(model)
         if request.path == CHAT_PATH:
             return candidates
+        if request.pinned:  # the object is there, whatever the lists say of its model
+            able = [upstream for upstream in self.upstreams if upstream.name == request.pinned]
+            candidates = [upstream.candidate(model) for upstream in able if not model or upstream.serves(model)]
         candidates = [item for item in candidates if not item.upstream.controller.chat_only]
-        if request.pinned:
-            candidates = [item for item in candidates if item.upstream.name == request.pinned]
         if not candidates:
             raise ProxyError(404, f"No controller here can take {request.path[:200]} for this model.", "unknown_url")
         return candidates
@@ -4862,11 +4941,6 @@ class UpstreamPool:
         self.sweeper = self.sweeper or self.timers.call_at(now + SWEEP_S, self._sweep)
         return Lease(candidate, request.need, request.stream, now)
 
-    def learn_models(self, upstream: Upstream, names: list[str]) -> None:
-        """Learn which models a controller lists."""
-        upstream.listed = frozenset(names)
-        self.serving.clear()
-
     # -- results of attempts
 
     def settle(self, lease: Lease, verdict: Verdict) -> None:
@@ -4896,13 +4970,13 @@ class UpstreamPool:
         self.pump()
 
     def used(self, lease: Lease, model: str, total: int, answer: int, told: bool) -> None:
-        """Charge the tokens that an answer used, in all, unless the reply reported what is left (`told`)."""
+        """Charge the tokens that an answer used, in all. `told`: the reply reported what is left."""
         if answer:
             mean = recall(self.answer_tokens, model, lambda name: float(answer))
             self.answer_tokens[model] = mean + (answer - mean) / 16
-        # Reports of what is left count more: OpenAI and Azure charge the maximum at admission and give nothing back.
-        for limit, receipt in lease.receipts if total and not told else ():
-            if limit.by_tokens:
+        # For a bucket the report counts more: OpenAI and Azure charge the maximum at admission and give nothing back.
+        for limit, receipt in lease.receipts if total else ():
+            if limit.by_tokens and not (told and isinstance(limit, Bucket)):
                 limit.correct(receipt, total, self.timers.time())
 
     # -- the line
@@ -4952,7 +5026,7 @@ class UpstreamPool:
                         openings = [candidate.opens_at(waiter.request.need, now) for candidate in candidates]
                         soonest = min([soonest, *openings])
                         blocked += candidates
-                        if len(waiter.candidates) >= len(self.serving.get(model, ())):
+                        if all(item in blocked for item in self._serving(model)):
                             break  # no other candidate is left for the waiters behind
                         continue
                     waiter.future.set_result(lease)
@@ -5050,47 +5124,45 @@ class UpstreamPool:
         self.alarm = self.sweeper = None
 
 
-class ClientQuota:
-    """The quota of one client key: its own rpm, tpm and concurrency, over all models."""
-
-    def __init__(self, key: ClientKey) -> None:
-        self.key, self.quota = key, Quota(key.name, key.limits)
-
-    def enter(self, need: float, now: float) -> "ClientCharge":
-        """Count a request. Raise NoRoom when the key is at its limit."""
-        ledger = self.quota.ledger("")
-        opens = ledger.opens_at(need, now)
-        if self.quota.is_full or opens:
-            raise NoRoom("the client key is at its limit", opens - now if opens else KEY_BUSY_S)
-        return ClientCharge(self, need, now)
-
-
 class ClientCharge:
-    """What one request of a client key is charged."""
+    """One request of a client key, which counts until `leave`."""
 
-    def __init__(self, client: ClientQuota, need: float, now: float) -> None:
-        self.quota = client.quota
-        self.quota.in_flight += 1
-        self.receipts = self.quota.ledger("").take(need, now)
+    def __init__(self, quota: Quota, need: float, now: float) -> None:
+        self.quota, self.receipts = quota, quota.ledger("").take(need, now)
+        quota.in_flight += 1
         for limit, receipt in self.receipts:
             limit.sent(receipt, now)
 
     def used(self, total: float, now: float) -> None:
-        """Charge the tokens that the answer used in place of the estimate."""
+        """Charge the tokens that the answer used, in place of the estimate."""
         for limit, receipt in self.receipts:
             if limit.by_tokens:
                 limit.correct(receipt, total, now)
 
     def leave(self, was_sent: bool, now: float) -> None:
-        """Note that the request is over. One that was never sent upstream costs nothing."""
+        """Note that the request is over; what was never sent to an upstream is given back."""
         self.quota.in_flight -= 1
-        for limit, receipt in () if was_sent else self.receipts:
+        for limit, receipt in self.receipts if not was_sent else ():
             limit.correct(receipt, 0.0, now)
+
+
+class ClientQuota(Quota):
+    """The quota of one client key: its own rpm, tpm and concurrency, over all models."""
+
+    def enter(self, need: float, now: float) -> ClientCharge:
+        """Charge a request that may be sent now. Raise NoRoom."""
+        if self.is_full:
+            raise NoRoom("has as many requests under way as it may", KEY_BUSY_S)
+        opens = self.ledger("").opens_at(need, now)
+        if opens:
+            raise NoRoom("has reached its own limit", opens - now)
+        return ClientCharge(self, need, now)
 
 
 def describe_ledger(ledger: Ledger, now: float) -> dict[str, Any]:
     """Return the state of one model's quota, for /status."""
-    closed_until = max((until for _, until in ledger.closed), default=0.0)
+    closed_until = max([until for _, until in ledger.closed], default=0.0)
+    closed_until = max(closed_until, ledger.gate.until)
     state: dict[str, Any] = {"closed_for_s": round(max(0.0, closed_until - now), 3)}
     for bucket in ledger.buckets:
         if bucket.limit:
@@ -6536,12 +6608,13 @@ def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
     upstreams: list[Upstream] = []
     for controller in config.controllers:
         upstream = known.get(controller.name)
-        if upstream is None or upstream.config != controller:
+        if upstream is not None and replace(upstream.config, limits=controller.limits) == controller:
+            upstream.config = controller
+        else:
             which = bool(controller.quota_group), controller.quota_group or controller.name
-            quota = quotas.get(which)
-            if quota is None or quota.limits != controller.limits:
-                quota = quotas[which] = Quota(which[1], controller.limits)
+            quota = quotas.setdefault(which, Quota(which[1], controller.limits))
             upstream = Upstream(controller, CONTROLLERS[controller.type](controller), quota)
+        upstream.quota.configure(controller.limits)
         upstreams.append(upstream)
     pool.replace(upstreams, config.pool)
 
@@ -6602,9 +6675,8 @@ class Server:
         known, self.client_quotas = self.client_quotas, {}
         for key in config.client_keys:
             if key.limits != QuotaLimits():
-                quota = known.get(key.name)
-                same = quota is not None and quota.key.limits == key.limits
-                self.client_quotas[key.name] = quota if quota is not None and same else ClientQuota(key)
+                quota = self.client_quotas[key.name] = known.get(key.name) or ClientQuota(key.name, key.limits)
+                quota.configure(key.limits)
         self.access.render = json_line if config.log.format == "json" else text_line
         # A web page may point its own name at 127.0.0.1 (DNS rebinding), or send a simple request without asking. It
         # could spend the keys of a server on loopback. No page has a client key.
@@ -6849,10 +6921,11 @@ class Server:
                 try:
                     charge = call.charge = quota.enter(request.need, self.loop.time())
                 except NoRoom as full:
-                    message = f"The client key {request.key!r} has reached its own limit on this gateway."
-                    raise ProxyError(429, message, "rate_limit_exceeded", headers=retry_fields(full.after_s)) from None
+                    message = f"The client key {request.key!r} {full.why} on this gateway."
+                    fields = retry_fields(full.after_s)
+                    raise ProxyError(429, message, "rate_limit_exceeded", headers=fields) from None
                 call.request = request
-                if quota.key.limits.tpm:
+                if quota.limits.tpm:
                     request.on_usage = lambda total: charge.used(total, self.loop.time())
         return await self.relay.run(request, call.record)
 
