@@ -5272,8 +5272,8 @@ class Attempt:
     """One request to one controller and what is known of the reply.
 
     `head` is None while there was no reply. `held` is what was read of the body, and all of it when `whole`. `at` is
-    the time at which the attempt was decided. `tokens_known`: the reply said how many tokens are left. `adds_usage`:
-    this server asked for the usage of the stream, and the client did not.
+    the time at which the attempt was decided. `readable`: the body is not compressed. `tokens_known`: the reply said
+    how many tokens are left. `adds_usage`: this server asked for the usage of the stream, and the client did not.
     """
 
     lease: Lease
@@ -5285,6 +5285,7 @@ class Attempt:
     at: float = 0.0
     whole: bool = False
     stream: bool = False
+    readable: bool = True
     tokens_known: bool = False
     adds_usage: bool = False
 
@@ -5344,9 +5345,9 @@ class Trip:
         if verdict.outcome is not Outcome.RATE:
             self.tried.add(controller)
         if verdict.outcome is Outcome.LARGE:  # only accounts that are known to take as many tokens are left
-            self.keep([one for one in self.candidates if one.ledger.largest() >= verdict.requested])
+            self.keep([item for item in self.candidates if item.ledger.largest() >= verdict.requested])
         elif verdict.outcome is Outcome.UNFIT:  # to wait for it would be no use either
-            self.keep([one for one in self.candidates if one.upstream is not controller])
+            self.keep([item for item in self.candidates if item.upstream is not controller])
 
     def keep(self, candidates: list[Candidate]) -> None:
         """Go on with these candidates only."""
@@ -5371,11 +5372,6 @@ def routing_headers(record: AccessRecord) -> bytes:
         waited = (len(record.outcomes), int(record.waited_s * 1e3))
         lines += b"x-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % waited + record.mapped
     return lines
-
-
-def is_compressed(head: ResponseHead) -> bool:
-    """Return whether a reply's body is compressed. The request asked for plain bytes."""
-    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
 
 
 def counts_tokens(lease: Lease, request: ApiRequest) -> bool:
@@ -5528,9 +5524,8 @@ class Relay:
             trip.unfit, attempt.verdict = error, Verdict(Outcome.UNFIT)
         except UpstreamError as error:
             trip.failure, attempt.verdict, attempt.head = error, judge_failure(error), None
-        except (
-            BaseException
-        ):  # the client left, another controller answered first, or there is a mistake in this program
+        except BaseException:
+            # The client left, another controller answered first, or there is a mistake in this program.
             self._settle(attempt, trip)
             raise
         finally:
@@ -5552,6 +5547,9 @@ class Relay:
             lease.stuck = functools.partial(self._hedge, trip, attempt)
         await exchange.start()
         attempt.head, attempt.at = exchange.head, self.loop.time()
+        # Some proxies compress although only identity was asked for.
+        coding = exchange.head.index.get(b"content-encoding", b"identity").strip().lower()
+        attempt.readable = coding in (b"identity", b"")
         requests, tokens = read_allowances(exchange.head.index, time.time)
         if requests is not None or tokens is not None:
             lease.learn(requests, tokens, attempt.at)
@@ -5583,12 +5581,10 @@ class Relay:
         DeepSeek send comments while the request waits, the Responses API three events before the first word. Raise
         UpstreamTimeout when signs of life are all that comes within `first_byte`.
         """
-        assert attempt.head is not None
-        readable = not is_compressed(attempt.head)
-        others, stateful = others and readable, request.stateful and readable
+        others, stateful = others and attempt.readable, request.stateful and attempt.readable
         splitter, begun = EventSplitter(), False
         try:
-            async with asyncio.timeout_at(attempt.lease.sent_at + exchange.first_byte_s) as held:
+            async with asyncio.timeout_at(attempt.at + exchange.first_byte_s) as held:
                 while True:
                     piece = await exchange.read()
                     attempt.lease.heard(self.loop.time())
@@ -5624,16 +5620,15 @@ class Relay:
         """Return the verdict on a reply that is no stream."""
         head, rate_codes = exchange.head, attempt.lease.upstream.controller.rate_codes
         if head.status < 300:
-            readable = attempt.whole and not is_compressed(head)
-            verdict = judge_answer(attempt.held, request, rate_codes) if readable else OK
+            is_known = attempt.whole and attempt.readable
+            verdict = judge_answer(attempt.held, request, rate_codes) if is_known else OK
             if verdict is not OK:
                 exchange.finish()
                 attempt.head = ResponseHead(verdict.status, 1, head.index, JSON_TYPE)
             return verdict
         if attempt.whole:
             exchange.finish()
-        if attempt.held and is_compressed(head):
-            attempt.held = b""
+        attempt.held = attempt.held if attempt.readable else b""
         return judge_reply(head.status, head.index, attempt.held, request, rate_codes, time.time())
 
     def _refused_in_200(self, attempt: Attempt, event: bytes) -> Verdict:
@@ -5657,7 +5652,7 @@ class Relay:
 
     def _hedge(self, trip: Trip, silent: Attempt) -> bool:
         """Ask a second controller that has room now; return whether there is one. The first real answer wins."""
-        if trip.hedge is not None or any(not may_retry(one.verdict, trip.request) for one in trip.refusals):
+        if trip.hedge is not None or any(not may_retry(refusal.verdict, trip.request) for refusal in trip.refusals):
             return False
         self._drop_removed(trip)
         lease = self.pool.lease_at_once(trip.request, trip.candidates, trip.tried | {silent.lease.upstream})
@@ -5728,9 +5723,8 @@ class Relay:
 
         Raise AnswerCut when the upstream breaks off, when its stream ends without its end, or when this server stops.
         """
-        assert attempt.head is not None
         request, stream, word, text = trip.request, attempt.stream, "", 0
-        readable = stream and not is_compressed(attempt.head)
+        readable = stream and attempt.readable
         end, counts_text = StreamEnd(ENDED_STREAMS.get(request.path, False)), counts_tokens(attempt.lease, request)
         splitter = EventSplitter() if attempt.adds_usage and readable else None
         data, attempt.verdict, attempt.held = attempt.held, ABANDONED, b""
@@ -5811,7 +5805,7 @@ class Relay:
         record, request = trip.record, trip.request
         # What was said of the model asked for counts more than what a fallback said; the last of equals is the truest.
         asked = trip.refusals[0].model if trip.refusals else ""
-        best = max(trip.refusals[::-1], key=lambda one: (one.model == asked, usefulness(one.verdict)), default=None)
+        best = max(trip.refusals[::-1], key=lambda item: (item.model == asked, usefulness(item.verdict)), default=None)
         limited = best is not None and best.verdict.outcome is Outcome.RATE
         if trip.merely_full and best is not None and usefulness(best.verdict) < usefulness(RATE_LIMITED):
             best = None  # an account is merely full, so the troubles of others do not matter to the client
