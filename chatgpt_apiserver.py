@@ -1772,9 +1772,10 @@ def split_target(target: str) -> tuple[str, str, str]:
 # the longest alternative stands first.
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 TAIL_BYTES = 4096  # what is kept of the end of an answer
-# Responses API events that come before any output: an error after them can still go to another controller. The last
-# two keep a connection open while a model thinks, also behind gateways to Anthropic.
-_PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress", "keepalive", "ping")
+# Responses API events that come before any output: an error after them can still go to another controller. The next
+# keep a connection open while a model thinks, also behind gateways to Anthropic.
+_KINDS_BY_TYPE = dict.fromkeys(("response.created", "response.queued", "response.in_progress"), "preface")
+_KINDS_BY_TYPE.update(keepalive="life", ping="life")
 
 
 class EventSplitter:
@@ -1808,7 +1809,8 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 class EventKind(enum.Enum):
     """The meaning of an event for the decision to commit to an upstream."""
 
-    PREFACE = "preface"  # comments, pings, a role without content, response.created
+    LIFE = "life"  # a comment or a ping: the upstream is at work
+    PREFACE = "preface"  # a role without content, Azure's chunk without choices, response.created
     REAL = "real"
     ERROR = "error"
 
@@ -1839,16 +1841,16 @@ def judge_event(event: bytes) -> EventKind:
     data = data.strip()
     if not data.startswith(b"{"):
         # "[DONE]" is real: an answer may be empty.
-        return EventKind.REAL if data else EventKind.PREFACE
+        return EventKind.REAL if data else EventKind.LIFE
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return EventKind.REAL  # the client gets it as it is
     if kind == b"error" or holds_error(value):
         return EventKind.ERROR
-    if value.get("type") in _PREFACE_TYPES or _says_nothing(value.get("choices")):
+    if _says_nothing(value.get("choices")):
         return EventKind.PREFACE
-    return EventKind.REAL
+    return EventKind(_KINDS_BY_TYPE.get(str(value.get("type")), "real"))
 
 
 # What ends a stream of the Responses API, and one of chats or completions. Inside a JSON string each quote has a
@@ -1880,6 +1882,17 @@ class StreamEnd:
         # Some servers close after the last event without its blank line.
         is_done = bool(lines) and lines[-1].removeprefix(b"data:") == b"[DONE]"
         return is_done or (self.seen and self.tail.endswith((b"}", b"\n", b"\r")))
+
+
+def is_usage_event(event: bytes) -> bool:
+    """Return whether an event has the usage of a chat and nothing else, as `include_usage` brings it."""
+    if b'"usage"' not in event:
+        return False
+    try:
+        value = json.loads(event_fields(event)[1])
+    except (ValueError, RecursionError):
+        value = None
+    return isinstance(value, dict) and value.get("choices") == [] and bool(value.get("usage"))
 
 
 def error_event(message: str, code: str) -> bytes:
@@ -2269,9 +2282,11 @@ class Exchange(Protocol):
     `start` sends the request and reads the reply's `head`. `read` returns some bytes of the body, b"" at its whole end.
     `finish` gives everything back after that, `abort` closes the upstream connection at any time; both are harmless
     when repeated. `interrupt` makes the `start` or `read` that waits raise `error`. All raise UpstreamError.
+    `first_byte_s` is the longest time to the first event.
     """
 
     head: ResponseHead
+    first_byte_s: float
 
     async def start(self) -> None: ...
     async def read(self) -> bytes: ...
@@ -3189,6 +3204,9 @@ class ApiRequest:
     prompt_tokens: int = 0  # estimated
     max_tokens: int = 0  # limit of the answer, 0 without one
     need: int = 0  # tokens that it is expected to cost
+    add_usage: bool = False  # the account is asked for the usage of a stream, although the client did not ask
+    on_usage: Callable[[int], None] | None = None  # gets the tokens that the answer used: the client key has a limit
+    was_sent: bool = False  # at least one account got it
     wait_s: float = 0.0  # how long it may still wait in line
 
     def substitute(self, model: str) -> None:
@@ -3252,6 +3270,7 @@ class Controller(Protocol):
 
     chat_only: bool
     cache_free: bool
+    reports_usage: bool
     rate_codes: tuple[str, ...]
 
     def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
@@ -3267,6 +3286,7 @@ class OpenAIController:
     """
 
     chat_only = cache_free = False
+    reports_usage = True
     api_fields: tuple[tuple[str, str], ...] = ()  # header fields that every request of this API has
 
     def __init__(self, config: ControllerConfig) -> None:
@@ -3394,7 +3414,7 @@ class MessagesExchange:
     """
 
     def __init__(self, inner: Exchange, usage: bool) -> None:
-        self.inner, self.usage = inner, usage
+        self.inner, self.usage, self.first_byte_s = inner, usage, inner.first_byte_s
         self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: MessageStream | None = None
@@ -3517,7 +3537,7 @@ class EchoExchange:
     """An exchange that makes its reply up. See `Exchange`."""
 
     def __init__(self, request: ApiRequest, account: AccountConfig, on_sent: Callable[[float], None]) -> None:
-        self.pieces, self.on_sent = echo_pieces(request), on_sent
+        self.pieces, self.on_sent, self.first_byte_s = echo_pieces(request), on_sent, math.inf
         self.first_delay_s, self.delay_s = account.first_delay, account.delay if request.stream else 0.0
         self.wait_s = 0.0  # before the next piece; none before the first
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
@@ -3543,7 +3563,7 @@ class EchoExchange:
 class EchoController:
     """An account without a network that answers with the last user message: for --demo and for tests of clients."""
 
-    chat_only, cache_free = True, False
+    chat_only, cache_free, reports_usage = True, False, True
     rate_codes: tuple[str, ...] = ()
 
     def __init__(self, config: ControllerConfig) -> None:
@@ -3660,7 +3680,8 @@ class Verdict:
 
     `status`: 0 without a reply. `after_s`: the time to wait that an error named. `by_tokens`: whether a 429 is about
     tokens; `requested`: how many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for
-    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
+    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take. `reset_s`: the time after
+    which a limit is certainly open again.
     """
 
     outcome: Outcome
@@ -3671,6 +3692,7 @@ class Verdict:
     bucket: str = ""
     requested: int = 0
     too_long: bool = False
+    reset_s: float | None = None
 
 
 OK = Verdict(Outcome.OK, 200)
@@ -3794,6 +3816,16 @@ def judge_reply(
         elif status == 404:
             verdict.outcome = Outcome.CLIENT
     return verdict
+
+
+def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
+    """Return the verdict on a whole answer with status 200."""
+    if not body.strip() and request.path == CHAT_PATH:
+        return Verdict(Outcome.FAULT, 502, "The upstream's answer is empty.")
+    event = b"data: " + body.translate(bytes.maketrans(b"\r\n", b"  "))
+    if body.find(b'"error"') >= 0 and judge_event(event) is EventKind.ERROR:
+        return judge_error_event(event, rate_codes)
+    return OK
 
 
 def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
@@ -3933,14 +3965,12 @@ EDGE_S = 0.005
 # A request may need this much longer than another to reach the upstream, which then counts it later.
 SLACK_S = 0.25
 CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
-# For a 429 that names no time: the first closing, and the end of doubling.
-CLOSED_S = (1.0, 30.0)
-# For a 429 that says "now": the first closing. It doubles while more of them come.
-CLOSED_MIN_S = 0.01
+# For a 429 that says "now": the first closing, and the end of doubling.
+CLOSED_NOW_S = (0.01, 1.0)
 SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
-# Slow start: requests per second at its end; growth for each request near the refused rate; requests that may go at
-# once.
-PACE_END, PACE_STEP, PACE_BURST = 1000.0, 0.0625, 4.0
+# Slow start: requests per second at least and at its end; growth for each request near the refused rate; requests that
+# may go at once.
+PACE_MIN, PACE_END, PACE_STEP, PACE_BURST = 1 / 30, 1000.0, 0.0625, 4.0
 
 CachedT = TypeVar("CachedT")
 
@@ -4039,7 +4069,10 @@ class Bucket:
         # after all corrections, so no error is corrected twice.
         error = left - expected - self.shift
         self.shift += error
-        self.level = min(max(self.level + error, 0.0), self.size)
+        # No more can be left than the reply reports and was refilled since. Where the model was below zero, and so was
+        # set to zero, each refused request would otherwise look like one that was given back.
+        most = min(self.size, left + (now - sent_at) * self.rate)
+        self.level = min(max(self.level + error, 0.0), most)
 
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
         """Learn size and rate. A bucket may hold less than a minute's worth, as its content and its reset show.
@@ -4066,7 +4099,7 @@ class Bucket:
         """
         self.take(0.0, now - EDGE_S)
         self.doubles = not self.rate
-        self.rate = max(self.rate / 2 or 1 / after_s, 1 / CLOSED_S[1])
+        self.rate = max(self.rate / 2 or 1 / after_s, PACE_MIN)
         self.size, self.level, self.shift = 1.0, 1.0, self.shift + 1.0 - self.level
 
     def speed_up(self, sent_at: float, now: float) -> None:
@@ -4094,9 +4127,13 @@ class Window:
     """
 
     def __init__(self, by_tokens: bool, limit: float, span_s: float, burst: bool = False) -> None:
-        self.by_tokens, self.limit, self.span_s, self.burst = by_tokens, limit, span_s, burst
-        self.rate, self.total = limit / span_s, 0.0
+        self.by_tokens, self.burst, self.total = by_tokens, burst, 0.0
         self.queue: deque[Receipt] = deque()
+        self.resize(limit, span_s)
+
+    def resize(self, limit: float, span_s: float) -> None:
+        """Set the limit; the charges stay."""
+        self.limit, self.span_s, self.rate = limit, span_s, limit / span_s
 
     def take(self, amount: float, now: float) -> Receipt:
         """Count an amount that is about to be sent."""
@@ -4110,17 +4147,17 @@ class Window:
         receipt.sent_at = now
 
     def correct(self, receipt: Receipt, amount: float, now: float) -> None:
-        """Count `amount` in place of the receipt's, unless the charge has left the window."""
+        """Count `amount` in place of the receipt's. What a charge that left the window lacked is charged now."""
+        self._forget(now)
         if receipt.counted:
             self.total += amount - receipt.amount
             receipt.amount = amount
+        elif amount > receipt.amount and not self.burst:
+            self.sent(self.take(amount - receipt.amount, now), now)
 
     def opens_at(self, amount: float, now: float) -> float:
         """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
-        while self.queue and self.queue[0].sent_at + self.span_s <= now:
-            left = self.queue.popleft()
-            self.total -= left.amount
-            left.counted = False
+        self._forget(now)
         most = min(amount, self.limit)
         if self.total + most <= self.limit + 1e-9:
             return 0.0
@@ -4129,6 +4166,13 @@ class Window:
             worth = self.limit // most * most
             at = min(at, self._falls_to(worth - most, worth / self.rate, now))
         return at if at > now else 0.0
+
+    def _forget(self, now: float) -> None:
+        """Drop the charges that are older than the window."""
+        while self.queue and self.queue[0].sent_at + self.span_s <= now:
+            left = self.queue.popleft()
+            self.total -= left.amount
+            left.counted = False
 
     def _falls_to(self, rest: float, span_s: float, now: float) -> float:
         """Return when at most `rest` is left of the charges of `span_s`."""
@@ -4144,27 +4188,37 @@ class Ledger:
     """The limits of one quota for one model: by replies, by configuration and by the last 429s.
 
     `closed`: pairs of tokens and a time; until then no request with at least so many tokens goes. `closed_at`: when the
-    ledger was closed last. `closed_for`: the last backoff, 0 after a good answer. `open`: the leases, by their serials.
+    last 429 came. `closed_for`: the last closing by a 429 that said "now", 0 after an answer. `gate`: shut by a 429
+    that names no time, for requests of at least `least` tokens. `open`: the leases, by their serials.
     """
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name, self.burst_s = name, limits.burst_s
+        self.name = name
         self.requests, self.tokens = self.buckets = Bucket(False), Bucket(True)
-        rates = (limits.rpm, limits.tpm)
-        self.minutes = [Window(bool(kind), rate, WINDOW_S + SLACK_S) for kind, rate in enumerate(rates) if rate]
+        self.limits: list[Bucket | Window] = []
         self.closed: list[tuple[float, float]] = []
-        self.closed_at = self.closed_for = 0.0
+        self.closed_at = self.closed_for = self.least = 0.0
+        self.gate = Gate()
         self.serial = 0
         self.open: dict[Lease, None] = {}
-        self._list_limits()
+        self.configure(limits)
 
-    def _list_limits(self) -> None:
-        """List all limits; each minute's window gets a window for bursts, unless a minute's worth may go at once."""
-        self.limits: list[Bucket | Window] = [*self.buckets, *self.minutes]
-        for minute in self.minutes if self.burst_s < WINDOW_S else ():
-            rate = minute.limit / WINDOW_S
-            burst = max(1.0, rate * self.burst_s)
-            self.limits.append(Window(minute.by_tokens, burst, burst / rate, True))
+    def configure(self, limits: QuotaLimits) -> None:
+        """Apply configured limits. Windows keep their charges, as the provider counts them too."""
+        self.configured = limits
+        known = {(limit.by_tokens, limit.burst): limit for limit in self.limits if isinstance(limit, Window)}
+        self.limits, self.minutes = [*self.buckets], []
+        for by_tokens, limit in ((False, limits.rpm), (True, limits.tpm)):
+            if limit:
+                minute = known.get((by_tokens, False)) or Window(by_tokens, limit, WINDOW_S)
+                minute.resize(limit, WINDOW_S + SLACK_S)
+                self.limits.append(minute)
+                self.minutes.append(minute)
+            if limit and limits.burst_s < WINDOW_S:
+                most = max(1.0, limit * limits.burst_s / WINDOW_S)
+                burst = known.get((by_tokens, True)) or Window(by_tokens, most, WINDOW_S, True)
+                burst.resize(most, most * WINDOW_S / limit)
+                self.limits.append(burst)
 
     @property
     def limited(self) -> bool:
@@ -4174,7 +4228,10 @@ class Ledger:
     def opens_at(self, need: float, now: float) -> float:
         """Return when a request of `need` tokens may be sent; 0 for now."""
         openings = [limit.opens_at(need if limit.by_tokens else 1.0, now) for limit in self.limits]
-        opens = max(openings + [until for least, until in self.closed if need >= least])
+        openings += [until for least, until in self.closed if need >= least]
+        if need >= self.least:
+            openings.append(self.gate.opens_at(now))
+        opens = max(openings)
         return opens if opens > now else 0.0
 
     def take(self, need: float, now: float) -> list[tuple[Bucket | Window, Receipt]]:
@@ -4196,35 +4253,38 @@ class Ledger:
         # An answer to a request from before the last 429 proves nothing.
         if sent_at > self.closed_at:
             self.closed_for = 0.0
+            self.gate.backoff_s.clear()
             if self.requests.rate and not self.requests.limit:
                 self.requests.speed_up(sent_at, now)
 
     def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
-        """Learn from a 429: close until the time it named, else until the lack is refilled, else for 1 s, doubling.
+        """Learn from a 429: close until the time it named, else for 1, 2, 4 ... 30 s, and then for all but one probe.
 
         A 429 about tokens closes for requests of at least the refused size: smaller ones may fit. `under_way`: the
         request was sent before the last 429. So a whole burst that is refused doubles the backoff once.
         """
-        after_s, bucket, amount = verdict.after_s, self.buckets[verdict.by_tokens], need if verdict.by_tokens else 1.0
-        if after_s is None and bucket.limit:
-            after_s = max(0.0, bucket.opens_at(amount, now) - now) or None
-        # "Now" (0, or a date in the past) may be a rounded time, but not again and again.
-        if not (under_way and self.closed_for):
-            bounds = CLOSED_S if after_s is None else (CLOSED_MIN_S, CLOSED_S[0])
-            self.closed_for = next_backoff(self.closed_for, bounds)
-        after_s = max(after_s or 0.0, self.closed_for)
-        until, self.closed_at = now + min(after_s, CLOSED_MAX_S), now
+        least, gate, until = need if verdict.by_tokens else 0.0, self.gate, now
+        if verdict.after_s is not None:
+            # "Now" (0, or a date in the past) may be a rounded time, but not again and again.
+            if not (under_way and self.closed_for):
+                self.closed_for = next_backoff(self.closed_for, CLOSED_NOW_S)
+            until = now + min(max(verdict.after_s, self.closed_for), CLOSED_MAX_S)
+            # Earlier 429s still hold for larger requests and for later times; this 429 covers the rest.
+            self.closed = [item for item in self.closed if item[1] > now and (item[0] < least or item[1] > until)]
+            self.closed.append((least, until))
+        elif not under_way:
+            self.least = min(least, self.least) if gate.reason else least
+            gate.shut(LIMITED, now, "")
+            gate.until = min(gate.until, now + (verdict.reset_s or NEVER))
+            until = gate.until
+        self.closed_at = now
         if not (self.minutes or self.requests.limit or under_way):
-            self.requests.slow_down(after_s, now)
-        # Earlier 429s still hold for larger requests and for later times; this 429 covers the rest.
-        least = need if verdict.by_tokens else 0.0
-        self.closed = [item for item in self.closed if item[1] > now and (item[0] < least or item[1] > until)]
-        self.closed.append((least, until))
+            self.requests.slow_down(until - now, now)
 
     def halve_burst(self) -> None:
         """Halve the burst after a 429 that came in spite of room: Azure counts slices of 1 or 10 s."""
-        self.burst_s = max(self.burst_s / 2, 1.0)
-        self._list_limits()
+        burst_s = self.configured.burst_s
+        self.configure(replace(self.configured, burst_s=min(burst_s, max(burst_s / 2, 1.0))))
         for bucket in self.buckets:
             if bucket.limit:
                 bucket.size = bucket.most = max(1.0, bucket.size / 2)
@@ -4233,9 +4293,11 @@ class Ledger:
 # -- gates
 
 FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
+LIMITED = "limited"
 # How long a gate is shut, in seconds: the first time, and the end of doubling. An overload ends in seconds, a refused
 # key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
 BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600), NO_MODEL: (600, 600)}
+BACKOFF_S[LIMITED] = (1, 30)
 
 
 class Gate:
@@ -4254,13 +4316,17 @@ class Gate:
         """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
         if not self.reason or self.until > now:
             return self.until
-        return 0.0 if self.probe is None else NEVER
+        if self.probe is None:
+            return 0.0
+        # A 429 comes soon. A probe that is not refused for as long as the gate was shut is probably answered.
+        again_at = self.probe.since + self.until - self.shut_at if self.reason == LIMITED else NEVER
+        return again_at if again_at > now else 0.0
 
     def enter(self, lease: "Lease", now: float) -> None:
         """Let a request pass; the first after the time is the probe, a last resort before that is not."""
         if self.reason == BUSY and self.until <= now:
             self.open(now)
-        elif self.reason and self.until <= now and self.probe is None:
+        elif self.reason and not self.opens_at(now):
             self.probe = lease
 
     def counts(self, lease: "Lease") -> bool:
@@ -4278,8 +4344,8 @@ class Gate:
             log.warning("account %s: disabled %s: %s", self.name, until, why)
 
     def works(self, lease: "Lease", now: float) -> None:
-        """Open after an answer, unless its request began before the gate shut. Any answer ends a silence."""
-        if self.reason and (lease.since > self.shut_at or self.reason == SILENT):
+        """Open after an answer, unless its request began before the gate shut."""
+        if self.reason and lease.since > self.shut_at:
             self.open(now)
 
     def open(self, now: float) -> None:
@@ -4296,6 +4362,13 @@ class Quota:
         self.name, self.limits, self.in_flight = name, limits, 0
         self.gate = Gate(name)
         self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share a ledger
+
+    def configure(self, limits: QuotaLimits) -> None:
+        """Apply configured limits; what was sent and what is under way still counts."""
+        if limits != self.limits:
+            self.limits = limits
+            for ledger in self.ledgers.values():
+                ledger.configure(limits)
 
     @property
     def is_full(self) -> bool:
@@ -4361,6 +4434,10 @@ class Candidate:
         """Return when the controller works again and has the model, as far as is known: 0 for now."""
         return max(self.upstream.gate.opens_at(now), self.gate.opens_at(now))
 
+    def is_out(self, now: float) -> bool:
+        """Return whether its health or a lack of credit keeps requests away, and not only a limit."""
+        return bool(self.well_at(now) or self.upstream.quota.gate.opens_at(now))
+
     def opens_at(self, need: float, now: float) -> float:
         """Return when a request may go here, as far as is known: 0 for now."""
         return max(self.room_at(need, now), self.well_at(now))
@@ -4371,7 +4448,7 @@ class Upstream:
 
     `first_byte_s`: moving means, of whole answers and of streams; 0 is unknown. `recent`: when the last attempts ended,
     and whether they failed. `unanswered`: leases in the order of sending. `hedged`: how many requests in a row another
-    controller had to answer.
+    controller had to answer. `listed`: the models that its own list has; None is unknown.
     """
 
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
@@ -4385,12 +4462,16 @@ class Upstream:
         self.unanswered: dict[Lease, None] = {}
         self.answered_at, self.last_error = 0.0, ""
         self.candidates: dict[str, Candidate] = {}
-        names = config.models + tuple(name for name, _ in config.model_map)
-        self.patterns = model_patterns(names) if config.models else None
+        self.patterns = model_patterns(config.models + tuple(name for name, _ in config.model_map))
+        self.listed: frozenset[str] | None = None
+
+    def names(self, model: str) -> bool:
+        """Return whether the configuration names `model` for this controller."""
+        return self.patterns.fullmatch(model) is not None
 
     def serves(self, model: str) -> bool:
         """Return whether requests for `model` may go here; a controller without `models` takes all."""
-        return self.patterns is None or self.patterns.fullmatch(model) is not None
+        return not self.config.models or self.names(model)
 
     def candidate(self, model: str) -> Candidate:
         """Return what is known of this controller and `model`."""
@@ -4402,6 +4483,8 @@ class Upstream:
             gate.open(now)
             gate.backoff_s.clear()
         self.recent.clear()
+        self.refusals.clear()
+        self.hedged = 0
 
     def learn(self, lease: "Lease", verdict: Verdict, now: float) -> None:
         """Learn from an attempt that failed (README's table, third column)."""
@@ -4476,16 +4559,23 @@ class Lease:
         self.stream, self.since, self.sent_at, self.urgent = stream, now, 0.0, False
         self.stuck: Callable[[], bool] | None = None
         self.told: tuple[Allowance | None, Allowance | None] = (None, None)
-        self.gates = (upstream.gate, upstream.quota.gate, candidate.gate)
-        for gate in self.gates:
-            gate.enter(self, now)
         upstream.in_flight += 1
         upstream.requests += 1
         upstream.quota.in_flight += 1
         self.ledger = ledger = candidate.ledger
+        self.gates = [upstream.gate, upstream.quota.gate, candidate.gate]
+        if need >= ledger.least:
+            self.gates.append(ledger.gate)
+        for gate in self.gates:
+            gate.enter(self, now)
         ledger.serial = self.serial = ledger.serial + 1
         ledger.open[self] = None
         self.receipts = ledger.take(need, now)
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the request finds out if a controller that was out works again."""
+        return self.upstream.gate.probe is self
 
     def sent(self, now: float) -> None:
         """Note that the request was written: from now on it counts, whatever its result."""
@@ -4495,13 +4585,17 @@ class Lease:
         self.upstream.unanswered[self] = None
 
     def heard(self, now: float) -> None:
-        """Note that a part of a reply came: the request is not silent."""
-        self.upstream.unanswered.pop(self, None)
-        self.upstream.answered_at, self.upstream.hedged = now, 0
+        """Note that a byte of a reply came, also of a ping: request and controller are not silent."""
+        upstream = self.upstream
+        upstream.unanswered.pop(self, None)
+        upstream.answered_at, upstream.hedged = now, 0
+        if upstream.gate.reason == SILENT:
+            upstream.gate.open(now)
 
     def answered(self, now: float) -> None:
         """Note that the answer began: the controller works, and the time so far becomes a sample."""
         upstream, took_s = self.upstream, now - self.since
+        was_out = upstream.gate.reason
         self.heard(now)
         self.candidate.times[self.stream].append(took_s)
         mean = upstream.first_byte_s[self.stream]
@@ -4509,6 +4603,8 @@ class Lease:
         upstream.refusals.clear()
         for gate in self.gates:
             gate.works(self, now)
+        if was_out and not upstream.gate.reason:
+            upstream.recent.clear()
         self.ledger.answered(self.sent_at, now)
 
     def learn(self, requests: Allowance | None, tokens: Allowance | None, now: float) -> None:
@@ -4747,12 +4843,7 @@ class UpstreamPool:
 
     def candidates(self, model: str) -> list[Candidate]:
         """Return the candidates that serve `model`, "" for all. Raise ProxyError (404) when there are none."""
-
-        def find(name: str) -> list[Candidate]:
-            return [upstream.candidate(name) for upstream in self.upstreams if not name or upstream.serves(name)]
-
-        # Clients choose the names: long ones must not fill the memory.
-        serving = recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
+        serving = self._serving(model)
         if not serving:
             names = ", ".join(sorted({name for upstream in self.upstreams for name in upstream.config.models}))[:1000]
             name = model if len(model) <= 64 else model[:63] + "…"
@@ -4760,14 +4851,37 @@ class UpstreamPool:
             raise ProxyError(404, message, "model_not_found", param="model")
         return serving
 
+    def _serving(self, model: str) -> list[Candidate]:
+        """Return the candidates for `model`, from the cache or by the configuration and the controllers' own lists."""
+
+        def find(name: str) -> list[Candidate]:
+            able = [upstream for upstream in self.upstreams if not name or upstream.serves(name)]
+            named = any(upstream.names(name) for upstream in able)
+            sure = []
+            for upstream in able:
+                is_listed = not named if upstream.listed is None else name in upstream.listed
+                if upstream.names(name) or (is_listed and not upstream.config.models):
+                    sure.append(upstream)
+            # Lists leave out previews and tuned models.
+            return [upstream.candidate(name) for upstream in sure or able]
+
+        # Clients choose the names: long ones must not fill the memory.
+        return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
+
+    def learn_models(self, upstream: Upstream, names: Iterable[str]) -> None:
+        """Learn the models that a controller itself lists. Waiting requests keep their candidates."""
+        upstream.listed = frozenset(names)
+        self.serving.clear()
+
     def candidates_for(self, request: ApiRequest, model: str) -> list[Candidate]:
         """Return the candidates that serve `model` and can take the request. Raise ProxyError (404)."""
         candidates = self.candidates(model)
         if request.path == CHAT_PATH:
             return candidates
+        if request.pinned:  # the object is there, whatever the lists say of its model
+            able = [upstream for upstream in self.upstreams if upstream.name == request.pinned]
+            candidates = [upstream.candidate(model) for upstream in able if not model or upstream.serves(model)]
         candidates = [item for item in candidates if not item.upstream.controller.chat_only]
-        if request.pinned:
-            candidates = [item for item in candidates if item.upstream.name == request.pinned]
         if not candidates:
             raise ProxyError(404, f"No controller here can take {request.path[:200]} for this model.", "unknown_url")
         return candidates
@@ -4824,7 +4938,7 @@ class UpstreamPool:
         """
         now = self.timers.time()
         until = now + request.wait_s
-        if not all(item.well_at(now) or item.upstream.quota.gate.opens_at(now) for item in candidates):
+        if not all(item.is_out(now) for item in candidates):
             return None
         left = [item for item in candidates if item.upstream not in tried and not item.room_at(request.need, now)]
         if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= until for item in left):
@@ -4866,13 +4980,13 @@ class UpstreamPool:
         self.pump()
 
     def used(self, lease: Lease, model: str, total: int, answer: int, told: bool) -> None:
-        """Charge the tokens that an answer used, in all, unless the reply reported what is left (`told`)."""
+        """Charge the tokens that an answer used, in all. `told`: the reply reported what is left."""
         if answer:
             mean = recall(self.answer_tokens, model, lambda name: float(answer))
             self.answer_tokens[model] = mean + (answer - mean) / 16
-        # Reports of what is left count more: OpenAI and Azure charge the maximum at admission and give nothing back.
-        for limit, receipt in lease.receipts if total and not told else ():
-            if limit.by_tokens:
+        # For a bucket the report counts more: OpenAI and Azure charge the maximum at admission and give nothing back.
+        for limit, receipt in lease.receipts if total else ():
+            if limit.by_tokens and not (told and isinstance(limit, Bucket)):
                 limit.correct(receipt, total, self.timers.time())
 
     # -- the line
@@ -4922,7 +5036,7 @@ class UpstreamPool:
                         openings = [candidate.opens_at(waiter.request.need, now) for candidate in candidates]
                         soonest = min([soonest, *openings])
                         blocked += candidates
-                        if len(waiter.candidates) >= len(self.serving.get(model, ())):
+                        if all(item in blocked for item in self._serving(model)):
                             break  # no other candidate is left for the waiters behind
                         continue
                     waiter.future.set_result(lease)
@@ -5020,33 +5134,45 @@ class UpstreamPool:
         self.alarm = self.sweeper = None
 
 
-class ClientQuota:
+class ClientCharge:
+    """One request of a client key, which counts until `leave`."""
+
+    def __init__(self, quota: Quota, need: float, now: float) -> None:
+        self.quota, self.receipts = quota, quota.ledger("").take(need, now)
+        quota.in_flight += 1
+        for limit, receipt in self.receipts:
+            limit.sent(receipt, now)
+
+    def used(self, total: float, now: float) -> None:
+        """Charge the tokens that the answer used, in place of the estimate."""
+        for limit, receipt in self.receipts:
+            if limit.by_tokens:
+                limit.correct(receipt, total, now)
+
+    def leave(self, was_sent: bool, now: float) -> None:
+        """Note that the request is over; what was never sent to an upstream is given back."""
+        self.quota.in_flight -= 1
+        for limit, receipt in self.receipts if not was_sent else ():
+            limit.correct(receipt, 0.0, now)
+
+
+class ClientQuota(Quota):
     """The quota of one client key: its own rpm, tpm and concurrency, over all models."""
 
-    def __init__(self, key: ClientKey) -> None:
-        self.key, self.quota = key, Quota(key.name, key.limits)
-
-    def enter(self, need: float, now: float) -> float:
-        """Count a request and return 0, or return the seconds until it may come again."""
-        if self.quota.is_full:
-            return KEY_BUSY_S
-        ledger = self.quota.ledger("")
-        opens = ledger.opens_at(need, now)
+    def enter(self, need: float, now: float) -> ClientCharge:
+        """Charge a request that may be sent now. Raise NoRoom."""
+        if self.is_full:
+            raise NoRoom("has as many requests under way as it may", KEY_BUSY_S)
+        opens = self.ledger("").opens_at(need, now)
         if opens:
-            return opens - now
-        self.quota.in_flight += 1
-        for limit, receipt in ledger.take(need, now):
-            limit.sent(receipt, now)
-        return 0.0
-
-    def leave(self) -> None:
-        """Note that the request is over."""
-        self.quota.in_flight -= 1
+            raise NoRoom("has reached its own limit", opens - now)
+        return ClientCharge(self, need, now)
 
 
 def describe_ledger(ledger: Ledger, now: float) -> dict[str, Any]:
     """Return the state of one model's quota, for /status."""
-    closed_until = max((until for _, until in ledger.closed), default=0.0)
+    closed_until = max([until for _, until in ledger.closed], default=0.0)
+    closed_until = max(closed_until, ledger.gate.until)
     state: dict[str, Any] = {"closed_for_s": round(max(0.0, closed_until - now), 3)}
     for bucket in ledger.buckets:
         if bucket.limit:
@@ -5110,6 +5236,18 @@ OBJECTS_KNOWN = 10_000  # ids of objects whose controller is remembered; the old
 ONE_LINE = bytes.maketrans(b"\r\n", b"  ")  # JSON text on several lines becomes one line
 JSON_TYPE = b"Content-Type: application/json\r\n"
 ABANDONED = Verdict(Outcome.GONE)  # the verdict of an attempt until another is known: its client left
+RATE_LIMITED = Verdict(Outcome.RATE, 429)
+# Streams that have a certain end, and whether it is that of the Responses API. Without it they were cut.
+ENDED_STREAMS = {CHAT_PATH: False, "/completions": False, "/responses": True}
+# What an operator should look at when an account refuses this server itself. Clients can do nothing about it.
+ACCOUNT_REFUSALS = {
+    Outcome.AUTH: "check its api_key",
+    Outcome.FORBIDDEN: "check the rights of its key, its organisation and its region",
+    Outcome.BARRED: "its key may not use such objects",
+    Outcome.QUOTA: "its credit or its spending limit is used up",
+}
+# The text in an answer or in its events: four characters count as a token where no usage is reported.
+_TEXT = re.compile(rb'"(?:content|reasoning_content|text|delta|arguments)"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(slots=True, repr=False)
@@ -5144,7 +5282,8 @@ class Attempt:
     """One request to one controller and what is known of the reply.
 
     `head` is None while there was no reply. `held` is what was read of the body, and all of it when `whole`. `at` is
-    the time at which the attempt was decided. `tokens_known`: the reply said how many tokens are left.
+    the time at which the attempt was decided. `readable`: the body is not compressed. `tokens_known`: the reply said
+    how many tokens are left. `adds_usage`: this server asked for the usage of the stream, and the client did not.
     """
 
     lease: Lease
@@ -5156,7 +5295,9 @@ class Attempt:
     at: float = 0.0
     whole: bool = False
     stream: bool = False
+    readable: bool = True
     tokens_known: bool = False
+    adds_usage: bool = False
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -5165,8 +5306,9 @@ class Trip:
 
     `tried` are the controllers asked in this round, without those that were only full. A wait in line begins a new
     round. `refusals` are the attempts that brought a reply. `failure` is the last error of an attempt without a reply,
-    `full` the last refusal by the line, `unfit` the error when no API can express the request. `has_fallbacks`: other
-    models may answer instead; `models` are those left. `hedge` is the second attempt beside a silent one and its task.
+    `full` the last refusal by the line; it is `merely_full` if a limit is the reason, and not health. `unfit` is the
+    error when no API can express the request. `has_fallbacks`: other models may answer instead; `models` are those
+    left. `hedge` is the second attempt beside a silent one and its task.
     """
 
     request: ApiRequest
@@ -5177,6 +5319,7 @@ class Trip:
     verdict: Verdict = ABANDONED  # of the last attempt
     failure: UpstreamError | None = None
     full: NoRoom | None = None
+    merely_full: bool = False
     unfit: ProxyError | None = None
     has_fallbacks: bool = False
     models: Iterator[str] | None = None
@@ -5212,9 +5355,9 @@ class Trip:
         if verdict.outcome is not Outcome.RATE:
             self.tried.add(controller)
         if verdict.outcome is Outcome.LARGE:  # only accounts that are known to take as many tokens are left
-            self.keep([one for one in self.candidates if one.ledger.largest() >= verdict.requested])
+            self.keep([item for item in self.candidates if item.ledger.largest() >= verdict.requested])
         elif verdict.outcome is Outcome.UNFIT:  # to wait for it would be no use either
-            self.keep([one for one in self.candidates if one.upstream is not controller])
+            self.keep([item for item in self.candidates if item.upstream is not controller])
 
     def keep(self, candidates: list[Candidate]) -> None:
         """Go on with these candidates only."""
@@ -5241,9 +5384,24 @@ def routing_headers(record: AccessRecord) -> bytes:
     return lines
 
 
-def is_compressed(head: ResponseHead) -> bool:
-    """Return whether a reply's body is compressed. The request asked for plain bytes."""
-    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
+def counts_tokens(lease: Lease, request: ApiRequest) -> bool:
+    """Return whether a configured limit counts the tokens of a request."""
+    return request.on_usage is not None or any(minute.by_tokens for minute in lease.ledger.minutes)
+
+
+def plain_text(body: bytes) -> str:
+    """Return the beginning of an error page's text, without markup."""
+    text = body[:HOLD_BYTES].decode("utf-8", "replace")
+    return " ".join(re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", text).split())[:300]
+
+
+def is_error_object(body: bytes) -> bool:
+    """Return whether a body is an error as OpenAI's API sends it, which all SDKs can read."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(parsed, dict) and isinstance(parsed.get("error"), dict)
 
 
 class Relay:
@@ -5251,6 +5409,8 @@ class Relay:
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
+        self.stopping = False  # the server cuts what is left
+        self.shows_account = True  # the client may see what an account said of itself
         # Object id -> name of the controller that made it. An id says nothing about its account.
         self.makers: dict[str, str] = {}
 
@@ -5342,7 +5502,10 @@ class Relay:
                 try:
                     lease = await self.pool.lease(request, trip.candidates, trip.tried) if trip.candidates else None
                 except NoRoom as full:
-                    trip.full = full
+                    # What was said of the model asked for counts, and not what was said of a fallback.
+                    if trip.models is None or not (trip.refusals or trip.failure):
+                        now, trip.full = self.loop.time(), full
+                        trip.merely_full = not all(candidate.is_out(now) for candidate in trip.candidates)
                 finally:
                     trip.record.waited_s += wait_s - request.wait_s
                 if lease is None:
@@ -5371,9 +5534,8 @@ class Relay:
             trip.unfit, attempt.verdict = error, Verdict(Outcome.UNFIT)
         except UpstreamError as error:
             trip.failure, attempt.verdict, attempt.head = error, judge_failure(error), None
-        except (
-            BaseException
-        ):  # the client left, another controller answered first, or there is a mistake in this program
+        except BaseException:
+            # The client left, another controller answered first, or there is a mistake in this program.
             self._settle(attempt, trip)
             raise
         finally:
@@ -5385,19 +5547,26 @@ class Relay:
     async def _exchange(self, attempt: Attempt, trip: Trip) -> None:
         """Send the request, and read as much of the reply as decides. Raise UpstreamError, Untranslatable, Hedged."""
         request, lease, others = trip.request, attempt.lease, trip.has_others()
+        # The usage of a stream comes on demand only. Where a limit counts it, this server asks in the client's place.
+        asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
+        request.add_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
+        attempt.adds_usage = request.add_usage
         exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent)
         attempt.exchange = exchange
         if others:
             lease.stuck = functools.partial(self._hedge, trip, attempt)
         await exchange.start()
         attempt.head, attempt.at = exchange.head, self.loop.time()
+        # Some proxies compress although only identity was asked for.
+        coding = exchange.head.index.get(b"content-encoding", b"identity").strip().lower()
+        attempt.readable = coding in (b"identity", b"")
         requests, tokens = read_allowances(exchange.head.index, time.time)
         if requests is not None or tokens is not None:
             lease.learn(requests, tokens, attempt.at)
             attempt.tokens_known = tokens is not None
         kind = exchange.head.index.get(b"content-type", b"").lower()
         # Some servers name no type, or text/plain, for a stream. Collected as a whole it would arrive late.
-        untyped = request.stream and request.path == CHAT_PATH and b"json" not in kind
+        untyped = request.stream and request.path == CHAT_PATH and not (b"json" in kind or b"html" in kind)
         attempt.stream = exchange.head.status < 300 and (untyped or kind.startswith(b"text/event-stream"))
         if attempt.stream:
             attempt.verdict = await self._hold(attempt, exchange, request, others)
@@ -5411,7 +5580,7 @@ class Relay:
                 held += piece
                 attempt.whole = not piece
             attempt.held = bytes(held)
-            attempt.verdict = self._judge_whole(attempt, exchange, request, others)
+            attempt.verdict = self._judge_whole(attempt, exchange, request)
         if attempt.verdict is not OK:
             self.pool.answered(lease, False, self.loop.time())
 
@@ -5419,26 +5588,29 @@ class Relay:
         """Read a stream up to its first real event, if there is another controller to ask; return the verdict.
 
         Upstreams that are about to fail often say 200 first: Azure sends a chunk with empty choices, OpenRouter and
-        DeepSeek send comments while the request waits, the Responses API three events before the first word.
+        DeepSeek send comments while the request waits, the Responses API three events before the first word. Raise
+        UpstreamTimeout when signs of life are all that comes within `first_byte`.
         """
-        assert attempt.head is not None
-        readable = not is_compressed(attempt.head)
-        others, stateful = others and readable, request.stateful and readable
-        splitter = EventSplitter()
+        others, stateful = others and attempt.readable, request.stateful and attempt.readable
+        splitter, begun = EventSplitter(), False
         try:
-            async with asyncio.timeout(None) as held:
+            async with asyncio.timeout_at(attempt.at + exchange.first_byte_s) as held:
                 while True:
                     piece = await exchange.read()
+                    attempt.lease.heard(self.loop.time())
                     attempt.held = attempt.held + piece if attempt.held else piece
                     for event in splitter.feed(piece or b"\n\n") if others else ():
                         kind = judge_event(event)
-                        if kind is not EventKind.PREFACE:
+                        if kind in (EventKind.REAL, EventKind.ERROR):
                             return OK if kind is EventKind.REAL else self._refused_in_200(attempt, event)
+                        if kind is EventKind.PREFACE and not begun:
+                            begun = True
+                            held.reschedule(self.loop.time() + HOLD_S)
                     if not piece:
                         attempt.whole = True
                         if attempt.held.lstrip()[:1] == b"{":  # no stream, whatever its type says
                             attempt.stream = False
-                            return self._judge_whole(attempt, exchange, request, others)
+                            return self._judge_whole(attempt, exchange, request)
                         if others or not attempt.held:
                             raise UpstreamClosed("the upstream ended its stream before the first event")
                         return OK
@@ -5446,42 +5618,34 @@ class Relay:
                     decided = not others and (not stateful or made_id(attempt.held) or _EVENT_END.search(attempt.held))
                     if decided or len(attempt.held) > HOLD_BYTES:
                         return OK
-                    if held.when() is None:  # the time before the first byte has its own limit
-                        held.reschedule(self.loop.time() + HOLD_S)
         except TimeoutError:
-            return OK
+            if begun or not others:
+                return OK
+            message = f"no event within {exchange.first_byte_s:g} s, only signs of life"
+            raise UpstreamTimeout(message, before_reply=True) from None
         finally:
             attempt.at = self.loop.time()
 
-    def _judge_whole(self, attempt: Attempt, exchange: Exchange, request: ApiRequest, others: bool) -> Verdict:
-        """Return the verdict of a reply that is no stream. Raise UpstreamClosed for an empty answer."""
+    def _judge_whole(self, attempt: Attempt, exchange: Exchange, request: ApiRequest) -> Verdict:
+        """Return the verdict on a reply that is no stream."""
         head, rate_codes = exchange.head, attempt.lease.upstream.controller.rate_codes
-        text = attempt.held.lstrip()  # DeepSeek sends blank lines while a request waits
-        event = b""
         if head.status < 300:
-            if others and attempt.whole and not text and request.path == CHAT_PATH:
-                raise UpstreamClosed("the upstream's answer is empty")
-            # An error in a 200 has the word as its first key. To parse every answer would double the cost of a request.
-            if text.find(b'"error"', 0, 24) >= 0:
-                event = b"data: " + attempt.held.translate(ONE_LINE)
-            if not event or judge_event(event) is not EventKind.ERROR:
-                return OK
+            is_known = attempt.whole and attempt.readable
+            verdict = judge_answer(attempt.held, request, rate_codes) if is_known else OK
+            if verdict is not OK:
+                exchange.finish()
+                attempt.head = ResponseHead(verdict.status, 1, head.index, JSON_TYPE)
+            return verdict
         if attempt.whole:
             exchange.finish()
-        if head.status < 300:
-            return self._refused_in_200(attempt, event)
-        if attempt.held and is_compressed(head):
-            message = f"The upstream sent a compressed error of status {head.status}, which this server does not read."
-            attempt.held = compact_json(error_object(message, "server_error", "upstream_bad_reply"))
-            lines = without(head.lines, (b"content-encoding", b"content-type")) + JSON_TYPE
-            attempt.head = ResponseHead(head.status, head.http_minor, head.index, lines)
+        attempt.held = attempt.held if attempt.readable else b""
         return judge_reply(head.status, head.index, attempt.held, request, rate_codes, time.time())
 
     def _refused_in_200(self, attempt: Attempt, event: bytes) -> Verdict:
-        """Return the verdict of an error that came with status 200; the attempt gets the status that fits it."""
+        """Return the verdict of an error event in an answer's place; the attempt gets the status that fits it."""
         assert attempt.head is not None
         verdict = judge_error_event(event, attempt.lease.upstream.controller.rate_codes)
-        attempt.held = event_fields(event)[1] if attempt.stream else attempt.held
+        attempt.held = event_fields(event)[1]
         attempt.head = ResponseHead(verdict.status, 1, attempt.head.index, JSON_TYPE)
         return verdict
 
@@ -5489,14 +5653,16 @@ class Relay:
         """End an attempt: the pool learns its verdict, and the access record gets it as `word` or by its outcome."""
         verdict, lease = attempt.verdict, attempt.lease
         ended_at = attempt.at if verdict is OK else self.loop.time()
-        trip.record.outcomes.append((lease.upstream.name, word or verdict.outcome.value, ended_at - lease.since))
+        word = word or ("stopped" if self.stopping and verdict is ABANDONED else verdict.outcome.value)
+        trip.record.outcomes.append((lease.upstream.name, word, ended_at - lease.since))
+        trip.request.was_sent |= lease.sent_at > 0
         self.pool.settle(lease, verdict)
 
     # -- hedges
 
     def _hedge(self, trip: Trip, silent: Attempt) -> bool:
         """Ask a second controller that has room now; return whether there is one. The first real answer wins."""
-        if trip.hedge is not None or any(not may_retry(one.verdict, trip.request) for one in trip.refusals):
+        if trip.hedge is not None or any(not may_retry(refusal.verdict, trip.request) for refusal in trip.refusals):
             return False
         self._drop_removed(trip)
         lease = self.pool.lease_at_once(trip.request, trip.candidates, trip.tried | {silent.lease.upstream})
@@ -5565,50 +5731,69 @@ class Relay:
     async def _rest(self, attempt: Attempt, exchange: Exchange, trip: Trip) -> AsyncGenerator[bytes, None]:
         """Yield what was held, then the rest of an answer as it comes. Settle the attempt at the end, or when closed.
 
-        Raise AnswerCut when the upstream breaks off.
+        Raise AnswerCut when the upstream breaks off, when its stream ends without its end, or when this server stops.
         """
-        request, stream, word = trip.request, attempt.stream, ""
-        tail = last = attempt.held
-        attempt.verdict, attempt.held = ABANDONED, b""
-        counts = "stream_options" in request.data or request.path == "/responses"
+        request, stream, word, text = trip.request, attempt.stream, "", 0
+        readable = stream and attempt.readable
+        end, counts_text = StreamEnd(ENDED_STREAMS.get(request.path, False)), counts_tokens(attempt.lease, request)
+        splitter = EventSplitter() if attempt.adds_usage and readable else None
+        data, attempt.verdict, attempt.held = attempt.held, ABANDONED, b""
         request.body, request.data = b"", {}  # not needed any more; a prompt may have megabytes
         try:
-            yield redactor.scrub(last) if stream and b'"error"' in last else last
-            while not attempt.whole:
-                data = await exchange.read()
-                if not data:
-                    break
-                last, tail = data, (tail + data)[-TAIL_BYTES:]
+            while True:
+                end.feed(data)
+                text += sum(map(len, _TEXT.findall(data))) if counts_text else 0
+                if splitter is not None:
+                    events = [event for event in splitter.feed(data) if not is_usage_event(event)]
+                    data = b"".join(events) + (splitter.pending if attempt.whole else b"")
                 yield redactor.scrub(data) if stream and data.find(b'"error"') >= 0 else data
-            exchange.finish()
-            attempt.verdict = OK
-            if counts:
-                self._take_usage(attempt, request, tail)
+                if attempt.whole:
+                    break
+                data = await exchange.read()
+                attempt.whole = not data
             # Some upstreams tell of a failure with status 200 and in their last event only (vLLM, OpenRouter).
-            late = (
-                [event for event in _EVENT_END.split(tail) if judge_event(event) is EventKind.ERROR] if stream else []
-            )
+            tells = readable and (b"error" in end.tail or b"failed" in end.tail)
+            events = _EVENT_END.split(end.tail) if tells else []
+            late = [event for event in events if judge_event(event) is EventKind.ERROR]
             if late:
-                word = "error"
-                attempt.verdict = judge_late_event(late[0], attempt.lease.upstream.controller.rate_codes)
-        except UpstreamError as error:
-            attempt.verdict, word = Verdict(Outcome.CUT, 0, str(error)), "cut"
-            log.warning("%s: answer of account %s cut: %s", request.request_id, attempt.lease.upstream.name, error)
-            event = error_event(f"The upstream's answer was cut: {error}.", error.code)
+                word, attempt.verdict = "error", judge_late_event(late[0], attempt.lease.upstream.controller.rate_codes)
+            elif readable and request.path in ENDED_STREAMS and not end.is_whole():
+                raise UpstreamClosed("the upstream ended its stream before the last event")
+            else:
+                attempt.verdict = OK
+            exchange.finish()
+        except (UpstreamError, asyncio.CancelledError) as error:
+            if isinstance(error, UpstreamError):
+                attempt.verdict, word = Verdict(Outcome.CUT, 0, str(error)), "cut"
+                log.warning("%s: answer of account %s cut: %s", request.request_id, attempt.lease.upstream.name, error)
+                event = error_event(f"The upstream's answer was cut: {error}.", error.code)
+            elif self.stopping:
+                event = error_event("This server is shutting down.", "server_shutdown")
+            else:
+                raise
             # go-openai adds what stands before an error to its line, and then cannot parse it.
-            begun = last and not last.endswith((b"\n\n", b"\r\r", b"\n\r\n"))
-            readable = stream and attempt.head is not None and not is_compressed(attempt.head)
+            begun = not end.tail.endswith((b"\n\n", b"\r\r", b"\n\r\n"))
             raise AnswerCut((b"\n\n" if begun else b"") + event if readable else b"") from error
         finally:
             exchange.abort()
+            self._take_usage(attempt, request, end.tail, text)
             self._settle(attempt, trip, word)
 
-    def _take_usage(self, attempt: Attempt, request: ApiRequest, tail: bytes) -> None:
-        """Count what an answer cost, where a limit counts tokens and the reply did not say what is left."""
+    def _take_usage(self, attempt: Attempt, request: ApiRequest, body: bytes, text: int | None = None) -> None:
+        """Count what an answer cost, where a limit counts tokens.
+
+        `body` is the answer or its end. Without usage in it, four characters of `text` count as a token.
+        """
         lease = attempt.lease
-        if lease.ledger.limited:
-            total, answer = used_tokens(tail[-TAIL_BYTES:], lease.upstream.controller.cache_free)
-            self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
+        if request.on_usage is None and not lease.ledger.limited:
+            return
+        total, answer = used_tokens(body, lease.upstream.controller.cache_free)
+        if not total:
+            text = sum(map(len, _TEXT.findall(body))) if text is None else text
+            total = request.prompt_tokens + text // 4
+        self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
+        if request.on_usage is not None:
+            request.on_usage(total)
 
     def _lines(self, attempt: Attempt, trip: Trip, retry: bytes = b"") -> bytes:
         """Return the header lines of an upstream's answer: those that may pass, then those of this server."""
@@ -5630,9 +5815,11 @@ class Relay:
         record, request = trip.record, trip.request
         # What was said of the model asked for counts more than what a fallback said; the last of equals is the truest.
         asked = trip.refusals[0].model if trip.refusals else ""
-        best = max(trip.refusals[::-1], key=lambda one: (one.model == asked, usefulness(one.verdict)), default=None)
+        best = max(trip.refusals[::-1], key=lambda item: (item.model == asked, usefulness(item.verdict)), default=None)
         limited = best is not None and best.verdict.outcome is Outcome.RATE
-        if trip.full is None and limited and request.model == asked:
+        if trip.merely_full and best is not None and usefulness(best.verdict) < usefulness(RATE_LIMITED):
+            best = None  # an account is merely full, so the troubles of others do not matter to the client
+        elif trip.full is None and limited and request.model == asked:
             # That 429 was waited out. What came then is the answer: the last refusal, or an error without a reply.
             best = trip.refusals[-1] if trip.verdict is trip.refusals[-1].verdict else None
         outcome = Outcome.RATE if best is None else best.verdict.outcome
@@ -5648,25 +5835,37 @@ class Relay:
         if best is not None:
             return self._show(best, trip, retry)
         if trip.full is not None:
-            message = f"Rate limit reached on every controller that serves {request.model[:64]}: {trip.full.why}."
+            model = (request.asked or request.model)[:64]
+            message = f"Rate limit reached on every controller that serves {model}: {trip.full.why}."
             raise ProxyError(429, message, "rate_limit_exceeded", headers=retry)
         raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
     def _show(self, attempt: Attempt, trip: Trip, retry: bytes) -> Answer:
         """Return an upstream's refusal as the answer, without secrets that it may repeat. Raise ProxyError."""
         assert attempt.head is not None
-        status = attempt.head.status
+        status, outcome = attempt.head.status, attempt.verdict.outcome
         trip.name(attempt)
+        name = trip.record.controller
         trip.record.first_at = self.loop.time()
         if 300 <= status < 400:  # a client that follows its Location would send a key there
-            raise ProxyError(502, "The upstream redirects; correct its base_url.", "upstream_redirects")
-        body = redactor.scrub(attempt.held)
-        if (
-            attempt.verdict.outcome is Outcome.AUTH and status == 401
-        ):  # the upstream's text shows parts of this server's key, and blames the client's
-            message = f"The upstream refused this server's key for the controller {trip.record.controller!r}."
-            body = compact_json(error_object(message, "invalid_request_error", "invalid_api_key"))
-        return Answer(status, self._lines(attempt, trip, retry), body, len(body))
+            raise ProxyError(502, f"The upstream of {name!r} redirects; correct its base_url.", "upstream_redirects")
+        if outcome in ACCOUNT_REFUSALS and not self.shows_account:
+            message = f"The account of controller {name!r} refused this server: {ACCOUNT_REFUSALS[outcome]}."
+            raise ProxyError(502, message, "upstream_account_refused", headers=retry)
+        body, lines = redactor.scrub(attempt.held), self._lines(attempt, trip, retry)
+        if (outcome is Outcome.AUTH and status == 401) or not is_error_object(body):
+            message, code = redactor.clean(attempt.verdict.message), None
+            if outcome is Outcome.AUTH:
+                # The upstream's text shows parts of this server's key, and blames the client.
+                message, code = (
+                    f"The upstream refused this server's key for the controller {name!r}.",
+                    "invalid_api_key",
+                )
+            message = message or plain_text(body) or f"The upstream sent status {status} without a reason."
+            kind = "invalid_request_error" if status < 500 else "server_error"
+            body = compact_json(error_object(message, kind, code))
+            lines = without(lines, (b"content-encoding", b"content-type")) + JSON_TYPE
+        return Answer(status, lines, body, len(body))
 
 
 # ==== 14. Server ====
@@ -5684,11 +5883,14 @@ SPOOL_BYTES = 1_048_576  # a larger upload waits in a temporary file
 BACKLOG = 4096  # connections that the kernel completes before they are accepted
 LINGER_S, LINGER_BYTES = 2.0, 1_048_576  # how long, and how much, a client may send after this side is closed
 FLUSH_FIRST_S, FLUSH_MAX_S = 0.01, 1.0  # between two looks at whether a closing connection has sent all
-MODELS_TTL_S = 300.0  # how long a controller's model list is cached
-MODELS_TIMEOUT_S = 10.0  # for asking a controller for its list, and between two tries
+MODELS_EVERY_S = 600.0  # between two questions to a controller for its list of models
+MODELS_TIMEOUT_S = 10.0  # for an answer, and before a question is repeated at first
+MODELS_WAIT_S = 2.0  # how long a client waits for the first lists after the start
 LIST_BYTES = 8_388_608  # one controller's model list
 ANSWER_EARLY_S = 2.0  # answer this long before the client's own read timeout
 SKIP_BYTES, SKIP_S = 65536, 1.0  # a body of a refused request is read to its end if it is this small and fast
+IDLE_GRACE_S = 1.0  # at a stop, for a request that crosses the end of its idle connection
+LAST_BYTES_S = 1.0  # at a stop, for an error event to reach its client
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
 
 DATE = b"Date: %b\r\n"  # RFC 9110, 6.6.1
@@ -5783,8 +5985,8 @@ def find_route(method: str, target: str, endpoints: tuple[str, ...]) -> tuple[st
 class Call:
     """One request as the handlers get it.
 
-    `key` is the client's key, and `origin` the web page that may read the answer. `quota` is the limit of the client
-    key; it counts this request until its answer has ended.
+    `key` is the client's key, and `origin` the web page that may read the answer. `charge` is what the limit of the
+    client key counts for this request. `request` is what the controllers get.
     """
 
     head: RequestHead
@@ -5795,7 +5997,8 @@ class Call:
     origin: bytes = b""
     key: ClientKey | None = None
     body: bytes | mmap.mmap = b""
-    quota: ClientQuota | None = None
+    charge: ClientCharge | None = None
+    request: ApiRequest | None = None
 
 
 def longest_wait(index: Index, most_s: float) -> float:
@@ -6015,30 +6218,32 @@ class ClientConnection:
     async def _serve_one(self) -> bool:
         """Read and answer one request; return whether another may follow."""
         self.phase, self.head_sent, self.http_minor = Phase.IDLE, False, 1
-        call, error = None, None
+        error: ProxyError | None = None
         try:
             head = await self._read_head()
-            if head is None:
-                return False
-            call = self._begin(head)
-            await self._read_call(call)
         except EOFError:  # the deadline's, while the client still reads its last answer
             return False
         except ProxyError as problem:
-            error = problem
-            self.keep = self.keep and not self.unread
-        if call is None:
-            call, self.unread, self.keep = self._begin(RequestHead("-", "-", 1, {}, b"")), True, False
-        self.deadline.set(math.inf)
-        self.phase = Phase.ANSWER
+            head, error, self.unread = RequestHead("-", "-", 1, {}, b""), problem, True
+        if head is None:
+            return False
+        call = self._begin(head)
         try:
+            try:
+                if error is None:
+                    await self._read_call(call)
+            except ProxyError as problem:
+                error = problem
+            self.keep = self.keep and not self.unread
+            self.deadline.set(math.inf)
+            self.phase = Phase.ANSWER
             await self._send(await self._answer(call, error), call)
         except (asyncio.CancelledError, ConnectionError, TimeoutError, ClientGone):
             call.record.status = call.record.status or 499  # nginx's status for a client that left
             raise
         finally:
-            if call.quota is not None:
-                call.quota.leave()
+            if call.charge is not None:
+                call.charge.leave(call.request is not None and call.request.was_sent, self.loop.time())
             self.server.access.add(call.record)
             self._release()
         if self.protocol.full:  # a client that never reads must not pile up answers
@@ -6202,8 +6407,11 @@ class ClientConnection:
             return await handler(call)
         except (ProxyError, UpstreamError) as problem:
             return error_answer(problem, call.record)
-        except ClientGone:
-            raise
+        except asyncio.CancelledError:
+            if self.gone or not self.server.relay.stopping:
+                raise
+            error = ProxyError(503, "This server is shutting down; try again.", "server_shutdown")
+            return error_answer(error, call.record)
         except Exception:  # a mistake in this program costs one request; the log has the traceback
             log.exception("%s: internal error", call.record.request_id)
             self.keep = False
@@ -6216,6 +6424,7 @@ class ClientConnection:
         chunked = rest is not None and answer.length is None and self.http_minor > 0
         # A 204 has no length (RFC 9110, 8.6), a 304's is another answer's, and to HEAD the body's length is unknown.
         bodiless = answer.status in (204, 304) or (head_only and not answer.held)
+        self.keep = self.keep and not self.server.draining
         if chunked:
             framing = b"Transfer-Encoding: chunked\r\n"
         elif answer.length is not None:
@@ -6235,6 +6444,8 @@ class ClientConnection:
             if self.protocol.full:
                 await self._drain()
             async for data in rest:
+                if not data:  # an empty chunk would end the body
+                    continue
                 record.bytes += len(data)
                 self.batcher.write(self.transport, chunk(data) if chunked else data)
                 if self.protocol.full:
@@ -6310,40 +6521,61 @@ def ignore_write(now: float) -> None:
 class ModelLists:
     """The models that the controllers serve: those of the configuration, and the lists of open-ended controllers.
 
-    Each list is asked for at most every few minutes. While a controller fails, its last known list counts.
+    The lists are asked for in the background, never in a client's way. While a controller fails, its last list counts.
     """
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
-        self.cache: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # controller: valid until, its models
+        self.known: dict[str, list[dict[str, Any]]] = {}  # by controller
+        self.tasks: dict[str, asyncio.Task[None]] = {}  # the last question to each controller
+        self.timers: dict[str, asyncio.TimerHandle] = {}  # of the next
+
+    def follow(self) -> None:
+        """Ask the controllers of the current configuration, now and from time to time."""
+        self.close()
+        for upstream in self.pool.upstreams:
+            if is_open_ended(upstream.config):
+                self._ask_again(upstream, 0.0)
+
+    def close(self) -> None:
+        """Ask no more."""
+        for timer in self.timers.values():
+            timer.cancel()
+        for task in self.tasks.values():
+            task.cancel()
+        self.timers, self.tasks = {}, {}
+
+    def _ask_again(self, upstream: Upstream, failed_s: float) -> None:
+        self.tasks[upstream.name] = self.loop.create_task(self._ask(upstream, failed_s))
+
+    async def _ask(self, upstream: Upstream, failed_s: float) -> None:
+        """Ask one controller, and set the time of the next question. `failed_s`: the last backoff."""
+        name, again_s = upstream.name, MODELS_EVERY_S
+        try:
+            async with asyncio.timeout(MODELS_TIMEOUT_S):
+                self.known[name] = await self._fetch(upstream)
+            self.pool.learn_models(upstream, [model["id"] for model in self.known[name]])
+        except (UpstreamError, TimeoutError, Untranslatable) as error:
+            again_s = next_backoff(failed_s, (MODELS_TIMEOUT_S, MODELS_EVERY_S))
+            if not failed_s:
+                log.warning("account %s: its models cannot be listed: %s", name, str(error) or "no answer in time")
+        failed_s = again_s if again_s < MODELS_EVERY_S else 0.0
+        self.timers[name] = self.loop.call_later(again_s, self._ask_again, upstream, failed_s)
 
     async def all(self) -> list[dict[str, Any]]:
         """Return all models and aliases by name. A controller that fails only shortens the list."""
+        first = [task for name, task in self.tasks.items() if name not in self.known and not task.done()]
+        if first:  # this server has just been started
+            await asyncio.wait(first, timeout=MODELS_WAIT_S)
         models = {name: model_object(name) for name in self.pool.configured_models()}
-        asked = [upstream for upstream in self.pool.upstreams if is_open_ended(upstream.config)]
-        for upstream, listed in zip(asked, await asyncio.gather(*map(self._of, asked)), strict=True):
-            for model in listed:
+        for upstream in self.pool.upstreams:
+            for model in self.known.get(upstream.name, ()):
                 if upstream.serves(model["id"]):
                     models.setdefault(model["id"], model)
         for alias, name in self.pool.aliases.items():
             if self.pool.is_served(name):
                 models[alias] = {**model_object(alias), "root": name}  # as vLLM does
         return [models[name] for name in sorted(models)]
-
-    async def _of(self, upstream: Upstream) -> list[dict[str, Any]]:
-        """Return a controller's models, from the cache or by asking it."""
-        valid_until, models = self.cache.get(upstream.name, (0.0, []))
-        if self.loop.time() < valid_until:
-            return models
-        again_s = MODELS_TTL_S
-        try:
-            async with asyncio.timeout(MODELS_TIMEOUT_S):
-                models = await self._fetch(upstream)
-        except (UpstreamError, TimeoutError, Untranslatable) as error:
-            log.warning("account %s: its models cannot be listed: %s", upstream.name, str(error) or "no answer in time")
-            again_s = MODELS_TIMEOUT_S
-        self.cache[upstream.name] = (self.loop.time() + again_s, models)
-        return models
 
     async def _fetch(self, upstream: Upstream) -> list[dict[str, Any]]:
         """Return a controller's own list of models. Raise UpstreamError, Untranslatable."""
@@ -6380,12 +6612,13 @@ def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
     upstreams: list[Upstream] = []
     for controller in config.controllers:
         upstream = known.get(controller.name)
-        if upstream is None or upstream.config != controller:
+        if upstream is not None and replace(upstream.config, limits=controller.limits) == controller:
+            upstream.config = controller
+        else:
             which = bool(controller.quota_group), controller.quota_group or controller.name
-            quota = quotas.get(which)
-            if quota is None or quota.limits != controller.limits:
-                quota = quotas[which] = Quota(which[1], controller.limits)
+            quota = quotas.setdefault(which, Quota(which[1], controller.limits))
             upstream = Upstream(controller, CONTROLLERS[controller.type](controller), quota)
+        upstream.quota.configure(controller.limits)
         upstreams.append(upstream)
     pool.replace(upstreams, config.pool)
 
@@ -6446,15 +6679,16 @@ class Server:
         known, self.client_quotas = self.client_quotas, {}
         for key in config.client_keys:
             if key.limits != QuotaLimits():
-                quota = known.get(key.name)
-                same = quota is not None and quota.key.limits == key.limits
-                self.client_quotas[key.name] = quota if quota is not None and same else ClientQuota(key)
+                quota = self.client_quotas[key.name] = known.get(key.name) or ClientQuota(key.name, key.limits)
+                quota.configure(key.limits)
         self.access.render = json_line if config.log.format == "json" else text_line
         # A web page may point its own name at 127.0.0.1 (DNS rebinding), or send a simple request without asking. It
         # could spend the keys of a server on loopback. No page has a client key.
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
-        self.models.cache.clear()
+        self.relay.shows_account = len(config.controllers) == 1 and not config.client_keys
+        if self.listener is not None:
+            self.models.follow()
 
     def next_id(self) -> str:
         """Return a request id that no other request has."""
@@ -6467,6 +6701,7 @@ class Server:
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
+        self.models.follow()
         return [listener.getsockname()[:2] for listener in self.listener.sockets]
 
     def _protocol(self) -> TimedProtocol:
@@ -6498,22 +6733,38 @@ class Server:
             self.connections.discard(client)
             self.per_peer -= Counter((client.peer,))
 
-    async def stop(self) -> None:
-        """Drain: /status says so for drain_delay, the listener closes, answers may finish within drain_timeout."""
+    async def drain(self) -> None:
+        """Let what is under way finish: /status says so for drain_delay, the listener closes, answers may still end.
+
+        Answers say from the beginning on that their connection closes. An idle one is closed after a grace, as its
+        client may have sent a request that is on its way.
+        """
         self.draining = True
-        if self.config.drain_delay:  # load balancers ask /status; until they know, new requests still come
-            await asyncio.sleep(self.config.drain_delay)
+        await asyncio.sleep(self.config.drain_delay)  # load balancers ask /status; until they know, new requests come
         self.stopping = True
         if self.listener is not None:
             self.listener.close()
+        tasks = [connection.task for connection in self.connections]
+        if tasks and self.config.drain_delay < IDLE_GRACE_S:
+            await asyncio.wait(tasks, timeout=IDLE_GRACE_S)
         for connection in list(self.connections):
             connection.retire()
-        tasks = [connection.task for connection in self.connections]
         if tasks:
             await asyncio.wait(tasks, timeout=self.config.drain_timeout)
+
+    async def close(self) -> None:
+        """Cut what is left, and close everything. Streams end with an error event."""
+        self.draining = self.stopping = self.relay.stopping = True
+        if self.listener is not None:
+            self.listener.close()
+        # The second time for clients that do not take their last bytes.
+        for _ in range(2):
+            tasks = [connection.task for connection in self.connections]
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            if tasks:
+                await asyncio.wait(tasks, timeout=LAST_BYTES_S)
+        self.models.close()
         self.pool.close()
         self.links.close()
         self.access.flush()
@@ -6671,11 +6922,15 @@ class Server:
             quota = self.client_quotas.get(call.key.name)
             if quota is not None:
                 self.pool.estimate(request)
-                after_s = quota.enter(request.need, self.loop.time())
-                if after_s:
-                    message = f"The client key {request.key!r} has reached its own limit on this gateway."
-                    raise ProxyError(429, message, "rate_limit_exceeded", headers=retry_fields(after_s))
-                call.quota = quota
+                try:
+                    charge = call.charge = quota.enter(request.need, self.loop.time())
+                except NoRoom as full:
+                    message = f"The client key {request.key!r} {full.why} on this gateway."
+                    fields = retry_fields(full.after_s)
+                    raise ProxyError(429, message, "rate_limit_exceeded", headers=fields) from None
+                call.request = request
+                if quota.limits.tpm:
+                    request.on_usage = lambda total: charge.used(total, self.loop.time())
         return await self.relay.run(request, call.record)
 
     async def _list_models(self, call: Call) -> Answer:
@@ -6791,11 +7046,12 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS))
     server = Server(config, loop)
     stop = asyncio.Event()
+    drain: list[asyncio.Task[None]] = []
 
     def on_stop() -> None:
-        if stop.is_set():
+        if drain:
             log.warning("second signal: closing now")
-            leave(1)
+            drain[0].cancel()
         stop.set()
 
     # Before the listener: a supervisor may signal as soon as it can connect. What came earlier is handled now.
@@ -6818,9 +7074,11 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     await stop.wait()
     open_count, wait_s = len(server.connections), server.config.drain_delay + server.config.drain_timeout
     log.info("stopping: %d connections open; waiting up to %g s, a second signal ends it now", open_count, wait_s)
-    await server.stop()
+    drain.append(loop.create_task(server.drain()))
+    await asyncio.wait(drain)
+    await server.close()
     log.info("stopped")
-    leave(0)
+    leave(1 if drain[0].cancelled() else 0)
 
 
 def tell(text: str, status: int = 0) -> int:

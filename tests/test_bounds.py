@@ -122,7 +122,7 @@ async def test_a_slow_reader_gets_the_end_of_its_answer(after_s: int, stop: bool
             client = await open_stalled(server)
             await client.post("m")
             await pause(after_s)
-            stopping = asyncio.ensure_future(server.server.stop()) if stop else None
+            stopping = asyncio.ensure_future(server.server.drain()) if stop else None
             await pause(1)
             client.writer.transport.resume_reading()  # type: ignore[attr-defined]
             assert (await client.read()).body == answer.partition(b"\r\n\r\n")[2]

@@ -11,6 +11,7 @@ import chatgpt_apiserver as app
 from .support import (
     ANSWER,
     CERT,
+    Listing,
     Message,
     Peer,
     Running,
@@ -73,7 +74,10 @@ async def test_idle_connections_of_all_origins_are_bounded(monkeypatch: pytest.M
     [
         OK,
         b"HTTP/1.1 103 Early Hints\r\n\r\n" * 15 + OK,
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + app.chunk(BODY[:5]) + app.chunk(BODY[5:]) + b"0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + app.chunk(BODY[:5])
+        + app.chunk(BODY[5:])
+        + b"0\r\n\r\n",
         b"HTTP/1.0 200 OK\r\n\r\n" + BODY,
         b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY),
     ],
@@ -143,7 +147,9 @@ async def test_a_proxy_is_used(tls: bool) -> None:
         await until(lambda: not proxy.open_connections)
     assert heads[0].headers["proxy-authorization"] == "Basic dXNlcjpwYXNzQHdvcmQ="
     if tls:
-        assert heads[0].start == f"CONNECT localhost:{upstream.port} HTTP/1.1" and "authorization" not in heads[0].headers
+        assert (
+            heads[0].start == f"CONNECT localhost:{upstream.port} HTTP/1.1" and "authorization" not in heads[0].headers
+        )
         assert "proxy-authorization" not in upstream.seen[0].headers
     else:
         assert heads[0].start == f"POST http://127.0.0.1:{upstream.port}/v1/chat/completions HTTP/1.1"
@@ -157,7 +163,7 @@ async def test_models_are_asked_of_the_upstream() -> None:
     listed = json_reply(200, {"object": "list", "data": [{"id": "up-1", "object": "model"}]})
     async with Upstream(answers(listed)) as good, Upstream(answers(json_reply(500, {}))) as bad:
         configured = controller("c", good.url, models=["mine", "gpt-*"])
-        async with Running(controller("a", good.url), controller("b", bad.url), configured) as server:
+        async with Listing(controller("a", good.url), controller("b", bad.url), configured) as server:
             for _ in range(2):
                 listing = (await server.ask("GET", "/v1/models")).json()["data"]
                 assert [model["id"] for model in listing] == ["mine", "up-1"]

@@ -14,6 +14,7 @@ import chatgpt_apiserver as app
 from .support import (
     ANSWER,
     CERT,
+    DONE,
     KEY,
     SSE_HEAD,
     Client,
@@ -864,7 +865,7 @@ async def test_a_stateful_request_moves_on_only_when_it_did_not_run(script: Scri
         if script in (401, 429, 503):
             assert answer.status == 200 and setup.calls == [1, 1]
         else:
-            assert answer.status == script or (callable(script) and answer.status in (502, 504))
+            assert answer.status in ((502, 504) if callable(script) else (502 if script == 403 else script,))
             assert setup.calls == [1, 0] and await setup.served_by() == "a"
 
 
@@ -883,7 +884,7 @@ async def test_a_stateful_request_that_was_not_sent_or_met_a_conflict() -> None:
     ("preface", "event_s", "seconds", "count", "more"),
     [
         ([b": hello\n\n", AZURE], 1.0, 1.0, 2, {}),
-        ([b": short\n\n"], 30.0, 15.0, 2, {}),
+        ([b": short\n\n", AZURE], 30.0, 15.0, 2, {}),
         ([b": " + b"x" * 65536 + b"\n\n"], 1.0, 0.0, 2, {}),
         ([b": sole controller\n\n"], 1.0, 0.0, 1, {}),
         ([b": stateful\n\n"], 1.0, 0.0, 2, {"store": True}),
@@ -897,17 +898,20 @@ async def test_what_comes_before_the_first_event_is_held(
     async def script(peer: Peer, _: Message) -> None:
         await peer.send(SSE_HEAD, *map(app.chunk, preface))
         await pause(event_s)
-        await peer.send(app.chunk(event("real")) + b"0\r\n\r\n")
+        await peer.send(app.chunk(event("real") + DONE) + b"0\r\n\r\n")
 
     async with serving(*[script] * count) as setup:
         started = now()
         client = await setup.ask(stream=True, **more)
         assert await client.reader.read(1) == b"H" and now() - started == pytest.approx(seconds, abs=0.1)
-        assert (await client.read()).body == b"".join(preface) + event("real") and sum(setup.calls) == 1
+        assert (await client.read()).body == b"".join(preface) + event("real") + DONE and sum(setup.calls) == 1
+
+
+ENDING = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
 
 
 @pytest.mark.parametrize(
-    ("last", "name"), [(event("a")[:-2], "a"), (b'data: {"error":{"message":"no","code":"insufficient_quota"}}', "b")]
+    ("last", "name"), [(ENDING[:-2], "a"), (b'data: {"error":{"message":"no","code":"insufficient_quota"}}', "b")]
 )
 async def test_a_first_event_may_end_with_its_stream(last: bytes, name: str) -> None:
     """Without its blank line it still is an answer, which is passed on, or an error, which is judged."""

@@ -24,11 +24,11 @@ def test_fields_of_an_event() -> None:
 @pytest.mark.parametrize(
     ("event", "kind"),
     [
-        (b": keep-alive\n\n", "preface"),
+        (b": keep-alive\n\n", "life"),
         (b'data: {"choices":[],"prompt_filter_results":[]}\n\n', "preface"),
         (b'event: response.created\ndata: {"type":"response.created"}\n\n', "preface"),
-        (b'event: keepalive\ndata: {"type":"keepalive","sequence_number":3}\n\n', "preface"),
-        (b'event: ping\ndata: {"type": "ping"}\n\n', "preface"),
+        (b'event: keepalive\ndata: {"type":"keepalive","sequence_number":3}\n\n', "life"),
+        (b'event: ping\ndata: {"type": "ping"}\n\n', "life"),
         (b'data: {"choices":[{"delta":{"role":"assistant","content":"","refusal":null}}]}\n\n', "preface"),
         (b'data: {"choices":[{"delta":{"role":"assistant","tool_calls":[{}]}}]}\n\n', "real"),
         (b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n', "real"),

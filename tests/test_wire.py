@@ -190,7 +190,10 @@ def test_valid_replies_reach_the_client(name: str) -> None:
     expected = EXPECTED[name]
     for how in HOW[:2]:
         received, connections = exchange_reply(name, how, expected["closes"])
-        assert (received.status, received.body.decode("latin-1")) == (expected["status"], expected["body"]), how
+        if expected["body"]:
+            assert (received.status, received.body.decode("latin-1")) == (expected["status"], expected["body"]), how
+        else:  # no answer to a chat
+            assert received.status in (502, 204), how
         assert "set-cookie" not in received.headers
         if how == "whole" or "-after" not in name:  # by byte, the bytes after it come too late
             assert connections == (expected["pooled"], 0), how
