@@ -245,8 +245,8 @@ def test_the_command_that_makes_a_key() -> None:
 
 def run(*words: str, **more: Any) -> str:
     """Run Python with these arguments until it ends well; return its output."""
-    command = [sys.executable, *words]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30, check=True, **more).stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **more}
+    return subprocess.run([sys.executable, *words], text=True, timeout=30, check=True, **pipes).stdout
 
 
 def test_what_is_named_exists() -> None:
@@ -254,7 +254,7 @@ def test_what_is_named_exists() -> None:
     paths = set(re.findall(r"(?:tests|config|\.ci)/[\w./-]*\w", README))
     assert {"tests/run.py", ".ci/run"} <= paths and not [path for path in paths if not (ROOT / path).exists()]
     source = PROGRAM.read_text()
-    for code in ("model_not_found", "invalid_api_key", "host_not_allowed", "origin_not_allowed", "model_not_allowed"):
+    for code in "model_not_found invalid_api_key host_not_allowed origin_not_allowed model_not_allowed upstream_account_refused".split():
         assert f"`{code}`" in README and f'"{code}"' in source
     told, lines = re.search(r"about ([\d,]+) lines long", README), source.count("\n")
     assert told and README.count("\n") <= 450
