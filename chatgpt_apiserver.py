@@ -226,7 +226,7 @@ _OLD_LIMIT = {"max_completion_tokens": "max_tokens"}
 _MISTRAL = {**_OLD_LIMIT, "seed": "random_seed"}
 # A rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
 _RATE_CODES = ["insufficient_quota"]
-# By controller type, the `config` that counts unless the user says otherwise. Words in braces are keys to fill in.
+# Defaults of `config`, by controller type. Words in braces are further keys, which the user must set.
 PRESETS: dict[str, dict[str, Any]] = {
     "openai": {"base_url": OPENAI_URL},
     "azure": _BARE_KEY,
@@ -262,7 +262,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
     "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
 }
-# What people call a vendor by its product or its company; for hints only.
+# Products and companies that people write in place of a type; for hints only.
 OTHER_NAMES = {"google": "gemini", "claude": "anthropic", "aws": "bedrock", "grok": "xai", "kimi": "moonshot"}
 
 
@@ -287,8 +287,8 @@ class Secret:
         return start + "…" + (self._value[-4:] if len(self._value) >= 12 else "")
 
 
-# What may be a key that was pasted into a wrong place: a vendor's prefix, 16 or more letters and digits that are not a
-# word with a number behind it, a row of pieces that mix them (a UUID), or what stands before the @ of a URL.
+# Text that may be a key in a wrong place: it has a vendor's prefix, or mixes letters and digits in 16 characters or more
+# (a word with a number behind it does not), or is a UUID, or stands before the @ of a URL.
 KEY_LIKE = re.compile(
     r"\bsk-[\w\-]{4,}|\b(?:gsk_|hf_|fw_|xai-|csk-|pplx-|nvapi-|AIza|ABSK|eyJ)[\w.+/=\-]{12,}"
     r"|(?i:\b(?:bearer|basic) )[^\s\"']+|(?<=//)[^\s\"]+(?=@)"
@@ -320,7 +320,7 @@ def json_type(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Return `value` as a message may show it: without what may be a key, and not at all where it is long."""
+    """Return `value` for a message: what may be a key is masked, and a long value is only described."""
     # Objects and lists may hold keys. Most keys are longer than 40 characters.
     if value and isinstance(value, (dict, list)):
         return json_type(value)
@@ -409,8 +409,8 @@ class Place:
             raise self.inside(key).problem("unknown key; " + hint)
 
 
-# -- checks: each takes a place, the value that stands there and what the key's annotation adds. It returns what the
-# server works with, or raises ConfigError.
+# -- checks: each takes a place, the value that stands there, and the arguments that the key's annotation adds. It
+# returns the value that the server uses, or raises ConfigError.
 
 Check = Callable[..., Any]
 
@@ -434,7 +434,7 @@ def check_list(place: Place, value: Any, check: Check, *args: Any) -> tuple[Any,
 
 
 def check_number(place: Place, value: Any, low: float, high: float, otherwise: str = "") -> float:
-    """Return a number from `low` to `high`; an int as `low` allows whole numbers only. `otherwise` ends the message."""
+    """Return a number from `low` to `high`, a whole one if `low` is an int. The message ends with `otherwise`."""
     whole = isinstance(low, int)
     # Not isinstance: a bool is an int.
     if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:
@@ -596,7 +596,7 @@ def check_keys(place: Place, value: Any, record: type, *others: str) -> dict[str
 
 
 def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[Any, ...]:
-    """Return a list of named records. `parse` gets a place, an item, and the records before it to compare with."""
+    """Return a list of records with different names. `parse` gets a place, an item and the records before it."""
     members: list[Any] = []
     for number, item in enumerate(check_type(place, value, list, "a list, [...]")):
         item_place = place.inside(number)
@@ -671,7 +671,7 @@ class AccountConfig:
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """One upstream account. `models` may hold `*` and `?`; empty means all models."""
+    """One upstream account. `models` may hold `*` and `?`; if it is empty, the account's own list counts."""
 
     type: str
     name: str
@@ -917,7 +917,7 @@ def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str
     return next(filter(os.path.isfile, paths), "")
 
 
-# What Kubernetes sets in every pod for a service with this program's name, or with a name that begins like it.
+# Kubernetes sets these in every pod for a service whose name is, or begins with, this program's name.
 SERVICE_VARIABLE = re.compile(r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)")
 
 
@@ -967,7 +967,7 @@ NOTHING_TO_RUN = """chatgpt_apiserver: no configuration found. Three ways to sta
 
 
 def demo_controllers() -> list[dict[str, Any]]:
-    """Return the controllers of --demo: two, to show balancing, that echo slowly, to show streaming."""
+    """Return the controllers of --demo: two of them show balancing, their delay shows streaming."""
     echo = {"type": "echo", "models": ["echo", "gpt-*"], "config": {"delay": 0.03}}
     return [{**echo, "name": "echo-a"}, {**echo, "name": "echo-b"}]
 
