@@ -287,8 +287,8 @@ class Secret:
         return start + "…" + (self._value[-4:] if len(self._value) >= 12 else "")
 
 
-# Text that may be a key in a wrong place: it has a vendor's prefix, or mixes letters and digits in 16 characters or more
-# (a word with a number behind it does not), or is a UUID, or stands before the @ of a URL.
+# Text that may be a key in a wrong place: it has a vendor's prefix, or mixes letters and digits in at least 16
+# characters (a word with a number behind it does not), or is a UUID, or stands before the @ of a URL.
 KEY_LIKE = re.compile(
     r"\bsk-[\w\-]{4,}|\b(?:gsk_|hf_|fw_|xai-|csk-|pplx-|nvapi-|AIza|ABSK|eyJ)[\w.+/=\-]{12,}"
     r"|(?i:\b(?:bearer|basic) )[^\s\"']+|(?<=//)[^\s\"]+(?=@)"
