@@ -2890,11 +2890,16 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
         raise ValueError("the upstream's answer is not a message") from None
 
 
+# The account is out of credit, or has reached a limit that its owner set.
+SPENT_WORDS = (
+    "(Your )?credit balance is too low|You have reached your specified .{0,40}limits"
+    "|(This|Your) organization has been disabled"
+)
 # OpenAI's type and code for an error `TYPE: MESSAGE`. Messages come first: an account out of credit is an
 # invalid_request_error there. A type that is missing here becomes the code.
 _MESSAGES_ERRORS: tuple[tuple[str, str, str | None], ...] = (
-    ("^billing_error:|credit balance is too low|spend_limit_reached", "insufficient_quota", "insufficient_quota"),
-    ("prompt is too long|exceed context limit", "invalid_request_error", "context_length_exceeded"),
+    (rf"^billing_error:|^\w*: ({SPENT_WORDS})|spend_limit_reached", "insufficient_quota", "insufficient_quota"),
+    (r"^\w*: (prompt is too long|input length and )", "invalid_request_error", "context_length_exceeded"),
     ("^invalid_request_error:", "invalid_request_error", None),
     ("^authentication_error:", "invalid_request_error", "invalid_api_key"),
     ("^not_found_error:", "invalid_request_error", "model_not_found"),
@@ -3128,6 +3133,7 @@ class ApiRequest:
     prompt_tokens: int = 0  # estimated
     max_tokens: int = 0  # limit of the answer, 0 without one
     need: int = 0  # tokens that it is expected to cost
+    add_usage: bool = False  # a limit counts tokens, so the stream must report usage although the client did not ask
     wait_s: float = 0.0  # how long it may still wait in line
 
     def substitute(self, model: str) -> None:
@@ -3186,11 +3192,12 @@ class Controller(Protocol):
     """An account, as the relay uses it.
 
     `chat_only`: it serves chat completions only. `cache_free`: tokens read from its prompt cache do not count against
-    its limit. `rate_codes`: see `AccountConfig`.
+    its limit. `reports_usage`: it takes stream_options.include_usage. `rate_codes`: see `AccountConfig`.
     """
 
     chat_only: bool
     cache_free: bool
+    reports_usage: bool
     rate_codes: tuple[str, ...]
 
     def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
@@ -3212,6 +3219,7 @@ class OpenAIController:
         account = config.account
         self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
         self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
+        self.reports_usage = "stream_options" not in self.drop
         self.extra = dict(account.extra_body)
         self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
         self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")  # RFC 3986, 3.3; escapes stay as they are
@@ -3265,10 +3273,18 @@ class OpenAIController:
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the pieces of the body, with the model and the parameters that this account wants."""
         names, model = request.data.keys(), self.model_map.get(request.model, request.model if request.asked else "")
-        extra = self.extra if request.path == CHAT_PATH else {}  # other calls have other parameters
-        if not names or not (extra or self.drop & names or self.rename.keys() & names):
-            return request.body_for(model)
+        extra = self.extra if names and request.path == CHAT_PATH else {}  # other calls have other parameters
+        options = request.data.get("stream_options")
+        adds_usage = request.add_usage and self.reports_usage and isinstance(options, dict | None)
+        if not (extra or self.drop & names or self.rename.keys() & names or (adds_usage and "stream_options" in names)):
+            pieces = request.body_for(model)
+            if adds_usage:
+                text = b"".join(pieces)
+                pieces = (text[: text.rindex(b"}")] + b',"stream_options":{"include_usage":true}}',)
+            return pieces
         edited = {name: value for name, value in request.data.items() if name not in self.drop}
+        if adds_usage:
+            edited["stream_options"] = {**(options or {}), "include_usage": True}
         # A renamed parameter replaces one that has the new name: clients send both max_tokens and
         # max_completion_tokens for servers that know only one.
         renamed = {new: edited.pop(old) for old, new in self.rename.items() if old in edited}
@@ -3294,6 +3310,7 @@ class AzureController(OpenAIController):
         if self.classic:
             self.api_version = self.api_version or AZURE_API_VERSION
             self.base = self.base.removesuffix("/openai") + "/openai"  # the portal shows addresses with and without it
+            self.reports_usage = self.reports_usage and self.api_version >= "2024-09-01"  # earlier ones refuse it
 
     def target(self, path: str, query: str, model: str) -> str:
         """See `OpenAIController`."""
@@ -3310,9 +3327,9 @@ class AzureController(OpenAIController):
 
 
 def wants_usage(request: ApiRequest) -> bool:
-    """Return whether the client asked for the usage of a stream."""
+    """Return whether a stream must report its usage: the client asked for it, or a limit counts tokens."""
     options = request.data.get("stream_options")
-    return isinstance(options, dict) and options.get("include_usage") is True
+    return request.add_usage or (isinstance(options, dict) and options.get("include_usage") is True)
 
 
 async def read_all(exchange: Exchange, most: int) -> bytes:
@@ -3482,7 +3499,8 @@ class EchoExchange:
 class EchoController:
     """An account without a network that answers with the last user message: for --demo and for tests of clients."""
 
-    chat_only, cache_free = True, False
+    chat_only = reports_usage = True
+    cache_free = False
     rate_codes: tuple[str, ...] = ()
 
     def __init__(self, config: ControllerConfig) -> None:
@@ -3526,22 +3544,39 @@ class Outcome(enum.Enum):
     CONNECT = "connect"  # nothing was sent
     SILENT = "silent"  # no byte within first_byte: the upstream may be generating
     CUT = "cut"
-    UNFIT = "unfit"  # the controller's API cannot express the request: nothing was sent
+    UNFIT = "unfit"  # the account has no API for the request: nothing ran
     GONE = "gone"  # the client left
     LOST = "lost"  # in a hedge, another controller answered first
 
 
 # Facts about an account: an early retry cannot succeed. The official SDKs obey x-should-retry.
 LASTING = frozenset(map(Outcome, "large quota auth forbidden barred missing".split()))
+# The request certainly did not run, so that a stateful one may be sent elsewhere.
+NOT_RUN = frozenset(map(Outcome, "unfit connect auth rate quota large missing".split()))
 # When every controller failed, the client gets the error whose outcome stands last here.
 USEFULNESS = tuple(map(Outcome, "barred forbidden auth missing fault quota rate large client".split()))
-# The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's, Arrearage DashScope's.
-CREDIT_CODES = (
+# The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's, 30001 SiliconFlow's,
+# Arrearage DashScope's, AccountOverdueError Volcengine's, budget_exceeded LiteLLM's; one-api has the next two.
+CREDIT_CODES = frozenset(
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached"
-    " billing_not_active 1113 Arrearage"
-).split()
-MISSING_CODES = "model_not_found DeploymentNotFound not_found_error".split()
+    " billing_not_active 1113 30001 Arrearage AccountOverdueError budget_exceeded insufficient_user_quota"
+    " pre_consume_token_quota_failed insufficient_balance INSUFFICIENT_BALANCE NOT_ENOUGH_BALANCE".split()
+)
+# 1211 is Zhipu's, 5007 Cloudflare's, 20012 SiliconFlow's.
+MISSING_CODES = frozenset(
+    "model_not_found DeploymentNotFound not_found_error model_decommissioned model_not_supported model_not_available"
+    " model_terms_required invalid_model unknown_model INVALID_MODEL_ID 1211 5007 20012".split()
+)
+# A 400 about the model: DeepSeek, SiliconFlow, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex;
+# Bedrock, Together, Cloudflare.
+_MISSING_WORDS = (
+    r"(?i)^(model (does )?not (exist|found)|invalid model( name| id)?( passed| ['\"]|[.:]|$)"
+    r"|(invalid params, )?unknown model(:| ['\"])|\S+ is not a valid model id"
+    r"|the (requested )?model \S+ (does not exist|was not found|has been (decommission|deprecat|retir)ed|is no longer)"
+    r"|the \S+ model is not supported|the provided model identifier is invalid|unable to access (\S+ )?model"
+    r"|(aierror: )?no such model)"
+)
 
 
 class Rule(NamedTuple):
@@ -3549,39 +3584,73 @@ class Rule(NamedTuple):
 
     outcome: Outcome
     statuses: Collection[int]
-    codes: Collection[str] = ()
+    codes: frozenset[str] = frozenset()
     words: str = ""
 
 
 # The first rule that matches decides. A message may quote the request, so the words of a 400 must begin the message.
 RULES = (
     Rule(Outcome.QUOTA, (402,)),
-    Rule(Outcome.QUOTA, (400, 429), CREDIT_CODES),  # 400: DashScope, and OpenAI's images
+    # 400: DashScope, LiteLLM, and OpenAI's images; 401: Perplexity; 403: Novita, Volcengine, one-api.
+    Rule(Outcome.QUOTA, (400, 401, 403, 429), CREDIT_CODES),
+    # Anthropic; OpenRouter; OpenCode (401); SiliconFlow; fal.
+    Rule(
+        Outcome.QUOTA,
+        (400, 401, 403),
+        words=f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insuf"
+        "|User is locked. Reason: (TOP_UP|Exhausted))",
+    ),
     # Google, Fireworks and xAI: their codes do not name the cause.
-    Rule(Outcome.QUOTA, (403, 412, 429), (), "monthly spending (cap|limit)|have any credits or licenses"),
+    Rule(
+        Outcome.QUOTA,
+        (403, 412, 429),
+        words="monthly spending (cap|limit)|any credits or licenses|all available credits",
+    ),
     Rule(Outcome.RATE, (429, 498)),  # 498: Groq's flex tier has no capacity left
-    Rule(Outcome.RATE, (413,), ("rate_limit_exceeded",)),  # Groq: more tokens than a minute's limit
+    Rule(Outcome.RATE, (413,), frozenset({"rate_limit_exceeded"})),  # Groq: more tokens than a minute's limit
     Rule(Outcome.AUTH, (401,)),
     # Groq's code; Google's and xAI's words.
-    Rule(Outcome.AUTH, (400,), ("organization_restricted",), "^(API key (not valid|expired)|API Key not found)"),
-    Rule(Outcome.AUTH, (400,), (), "^(User location is not supported|Incorrect API key provided)"),
+    Rule(
+        Outcome.AUTH,
+        (400,),
+        frozenset({"organization_restricted"}),
+        "^(API key (not valid|expired)|API Key not found|User location is not supported|Incorrect API key provided)",
+    ),
     # No account would take this prompt: it is flagged (OpenRouter, xAI) or too long (Together).
-    Rule(Outcome.CLIENT, (403,), (), "input was flagged|requires moderation|violates usage guidelines|context length"),
-    # A project may lack one model, a key all of them: only the words differ.
-    Rule(Outcome.MISSING, (403, 404), MISSING_CODES, "model"),
+    Rule(
+        Outcome.CLIENT, (403,), words="input was flagged|requires moderation|violates usage guidelines|context length"
+    ),
+    Rule(Outcome.MISSING, (400, 403, 404), MISSING_CODES),
+    Rule(Outcome.MISSING, (400,), words=_MISSING_WORDS),
+    # A project may lack one model, a key all of them: only the words differ. OpenRouter and NVIDIA do not say "model".
+    Rule(Outcome.MISSING, (403, 404), words="model|[Nn]o endpoints|^Function '"),
     Rule(Outcome.FORBIDDEN, (403,)),
     # A timeout, a conflict inside the provider, a failed dependency: the same request may succeed elsewhere.
     Rule(Outcome.FAULT, (408, 409, 424)),
     Rule(Outcome.CLIENT, range(400, 500)),
     Rule(Outcome.FAULT, range(1000)),
 )
-# The prompt is longer than the model can take. Codes of OpenAI and llama.cpp; words of nearly all vendors, then of xAI,
-# Google, Moonshot, DashScope, Bedrock and Zhipu.
-TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
-TOO_LONG_WORDS = re.compile(
-    "context length|maximum prompt length|maximum number of tokens allowed|model token limit|Range of input length"
-    "|too long for requested model|Prompt exceeds max length"
+# The prompt is longer than the model can take: codes of OpenAI, llama.cpp, Copilot, GitHub and Zhipu.
+TOO_LONG_CODES = frozenset(
+    "context_length_exceeded exceed_context_size_error model_max_prompt_tokens_exceeded tokens_limit_reached"
+    " 1261".split()
 )
+# Words of nearly all vendors, with an amount or a comparison, as other errors also speak of contexts and lengths. Not
+# Cohere's "too many tokens: max tokens must be less than": that is about the answer.
+TOO_LONG_WORDS = re.compile(
+    r"context (length|window|size|limit)( is| of)?( only)?:? ?\(?\d|\d maximum context length|context window exceeds"
+    r"|(exceed(s|ed)?|(longer|greater|less) than) ((the|this|maximum|max|available|model's) )*context (length|window)"
+    # llama.cpp; Anthropic, Ollama; Bedrock; Cohere; Google, Copilot; TGI.
+    r"|exceeds the available context size|prompt (is |tokens )?too long|too long for requested model"
+    r"|size limit exceeded by|token count .{0,40}exceeds the (limit|max)|max_new_tokens. must be|inputs. must have less"
+    # xAI, vLLM; Moonshot; DashScope; Zhipu; SGLang; Groq; GitHub.
+    r"|maximum (prompt|model) length (is|of) \d|model token limit|Range of input length should"
+    r"|Prompt exceeds max length|maximum allowed input length|reduce the length of the (input )?messages"
+    r"|^Request body too large for \S+ model",
+    re.IGNORECASE,
+)
+# What a message quotes may be the client's text. An apostrophe inside a word begins no quotation.
+_QUOTED = re.compile(r"(?<!\w)(['\"]).*\1(?!\w)", re.DOTALL)
 # An error inside a 200 is judged like a reply with this status, by its code or type (of OpenAI and Anthropic).
 ERROR_STATUSES = {
     **dict.fromkeys((*CREDIT_CODES, "rate_limit_error", "rate_limit_exceeded"), 429),
@@ -3597,15 +3666,17 @@ ERROR_STATUSES = {
 class Verdict:
     """The result of an attempt, from which its controller learns.
 
-    `status`: 0 without a reply. `after_s`: the time to wait that an error named. `by_tokens`: whether a 429 is about
-    tokens; `requested`: how many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for
-    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
+    `status`: 0 without a reply. `after_s`: the time to wait that an error named. `reset_s`: where a 429 named none, the
+    time until the limit that it reports as used up is full again. `by_tokens`: whether a 429 is about tokens;
+    `requested`: how many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for limit
+    gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
     """
 
     outcome: Outcome
     status: int = 0
     message: str = ""
     after_s: float | None = None
+    reset_s: float | None = None
     by_tokens: bool = False
     bucket: str = ""
     requested: int = 0
@@ -3626,6 +3697,8 @@ _DURATION_PART = re.compile(rf"({_NUMBER})\s?({_UNIT}|)[a-z]*", re.ASCII | re.IG
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
 # OpenAI: "try again in 1m2s"; Azure: "retry after 45 seconds"; Google: in the details of the error.
 _HINT = re.compile(rf'(?:try again in|retry after|retry in|"retryDelay":)\s*"?({_DURATION})', re.ASCII | re.IGNORECASE)
+# No limit counts more than a month. A time that is further away is a mistake.
+RESET_MAX_S = 32 * 86_400.0
 
 
 def parse_duration(text: str) -> float | None:
@@ -3636,59 +3709,119 @@ def parse_duration(text: str) -> float | None:
     return min(sum(float(number) * _UNITS_S[unit.lower()] for number, unit in parts), 1e9)
 
 
-def seconds_until(date: str, wall_s: float) -> float | None:
-    """Return the seconds until an HTTP date or an RFC 3339 time; None for anything else. `wall_s`: Unix time."""
+def parse_date(text: str) -> float | None:
+    """Return the Unix time of an HTTP date or an RFC 3339 time; None for anything else."""
     try:
-        is_rfc3339 = date[:4].isdigit()
-        then = dt.datetime.fromisoformat(date) if is_rfc3339 else email.utils.parsedate_to_datetime(date)
-        return max(0.0, (then if then.tzinfo else then.replace(tzinfo=dt.UTC)).timestamp() - wall_s)
+        is_rfc3339 = text[:4].isdigit()
+        then = dt.datetime.fromisoformat(text) if is_rfc3339 else email.utils.parsedate_to_datetime(text)
+        return (then if then.tzinfo else then.replace(tzinfo=dt.UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def seconds_until(value: bytes, index: Index, wall_s: float) -> float | None:
+    """Return the seconds until the time in a field: a duration, Unix time in seconds or milliseconds, or a date.
+
+    None for anything else, and for a time that makes no sense. The dates of a reply are compared with its own Date, as
+    clocks differ; `wall_s`, our Unix time, counts where it has none. Of a field that is given twice the longest counts.
+    """
+    longest = None
+    # Repeated fields were joined with commas. A date has a comma of its own, before the day.
+    for text in re.split(r",(?!\s*\d\d?[ -][A-Za-z])\s*", value.decode("latin-1")):
+        then, seconds = None, None
+        if len(text) in (10, 13) and text.isdecimal():
+            then = int(text[:10]) + int(text[10:] or 0) / 1e3
+        else:
+            seconds = parse_duration(text)
+            then = parse_date(text) if seconds is None else None
+        if then is not None:
+            date_s = parse_date(index.get(b"date", b"").decode("latin-1"))
+            seconds = then - (wall_s if date_s is None else date_s)
+        if seconds is not None and abs(seconds) <= RESET_MAX_S:
+            longest = max(seconds, longest or 0.0)
+    return longest
 
 
 def retry_after(index: Index, body: bytes, wall_s: float) -> float | None:
     """Return how many seconds an error asks to wait: by its fields (RFC 9110, 10.2.3), else by its text.
 
     The milliseconds of Azure and OpenAI come first: Retry-After rounds 20 ms up to a second, or down to zero.
-    `x-ratelimit-reset-*` does not count: it is the time until the bucket is full, and no request needs a full bucket.
     """
-    exact_ms = parse_duration(index.get(b"retry-after-ms", b"").decode("latin-1"))
+    exact_ms = seconds_until(index.get(b"retry-after-ms", b""), index, wall_s)
     if exact_ms is not None:
         return exact_ms / 1e3
-    value = index.get(b"retry-after", b"").decode("latin-1")
-    seconds = parse_duration(value)
-    if seconds is None:
-        seconds = seconds_until(value, wall_s)
+    seconds = seconds_until(index.get(b"retry-after", b""), index, wall_s)
     hint = _HINT.search(body[:4096].decode("utf-8", "replace"))
     return parse_duration(hint.group(1)) if seconds is None and hint else seconds
 
 
-def error_words(body: bytes) -> tuple[str, str]:
-    """Return code (or type) and message of an error body, in any shape that providers send; "" for what is missing."""
+def read_resets(verdict: Verdict, index: Index, wall_s: float) -> None:
+    """Set when the limit of a 429 that named no time to wait is full again.
+
+    A bucket that refills has room long before, so `reset_s` is only the latest time to ask again. X-RateLimit-Reset
+    (OpenRouter) and RateLimit-Reset are the end of a fixed window: before it, nothing comes back.
+    """
+    named = [names for names in (*REQUEST_NAMES, *TOKEN_NAMES) if index.get(names[1], b"0").strip(b"0.") == b""]
+    resets = [seconds_until(index[names[2]], index, wall_s) for names in named if names[2] in index]
+    verdict.reset_s = min([reset_s for reset_s in resets if reset_s], default=None)
+    for prefix in (b"x-ratelimit-", b"ratelimit-"):
+        if verdict.after_s is None and index.get(prefix + b"remaining", b"0") == b"0":
+            verdict.after_s = seconds_until(index.get(prefix + b"reset", b""), index, wall_s) or None
+
+
+# -- errors
+
+
+def parse_reply(body: bytes) -> Any:
+    """Return the value of a JSON body, without secrets, as clients and the log get its words; None if it is no JSON."""
     try:
-        # Clients and the log get these words.
-        parsed = json.loads(redactor.scrub(body[:HOLD_BYTES]))
+        return json.loads(redactor.scrub(body))
     except (ValueError, RecursionError):
-        return "", ""
-    if isinstance(parsed, list) and parsed:
-        parsed = parsed[0]
-    if not isinstance(parsed, dict):
-        return "", ""
-    error = parsed.get("error") or parsed
-    if not isinstance(error, dict):
-        return "", str(error)
-    code, kind = str(error.get("code") or ""), str(error.get("type") or "")
-    # Some vendors put the status into `code`. A type about credit says more than a general code.
-    takes_kind = not code or kind in CREDIT_CODES or (code.isdigit() and code not in CREDIT_CODES)
-    return kind if takes_kind else code, str(error.get("message") or error.get("detail") or "")
+        return None
 
 
-def read_rate_message(verdict: Verdict, code: str) -> None:
+def first_object(value: Any) -> dict[str, Any]:
+    """Return `value`, or the first member of a list, if it is an object; else an empty object."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
+
+
+def find_error(value: Any) -> dict[str, Any] | None:
+    """Return the error in a parsed body, in any of the shapes that providers use; None where there is none.
+
+    Shapes: `error` (OpenAI and most others; a text at xAI and TGI), all in a list (Google), `errors` (Cloudflare),
+    `choices[0].error` (OpenRouter), `response.error` (OpenAI's Responses API), or flat (vLLM, SiliconFlow).
+    """
+    body = first_object(value)
+    choice, response = first_object(body.get("choices")), first_object(body.get("response"))
+    error = body.get("error") or choice.get("error") or response.get("error") or first_object(body.get("errors"))
+    if error:
+        return error if isinstance(error, dict) else {"message": error, **body}
+    is_error = "error" in (body.get("object"), body.get("type"), choice.get("finish_reason"))
+    return body if is_error or body.get("type") == "response.failed" or body.get("success") is False else None
+
+
+def error_words(error: dict[str, Any]) -> tuple[list[str], str]:
+    """Return the names of an error (code, type and the like), the most exact one first, and its message."""
+    names = [str(error[name]) for name in ("code", "type", "status", "reason") if error.get(name)]
+    texts = [str(error[name]) for name in ("message", "msg", "detail") if error.get(name)]
+    return names, texts[0][:4096] if texts else ""
+
+
+def is_too_long(names: list[str], message: str, raw: Any) -> bool:
+    """Return whether an error says that the prompt is too long. `raw`: the provider's own error, from OpenRouter."""
+    if isinstance(raw, str):
+        inner = find_error(parse_reply(raw.encode(errors="replace")))
+        message += "\n" + (error_words(inner)[1] if inner else raw)[:4096]
+    return not TOO_LONG_CODES.isdisjoint(names) or TOO_LONG_WORDS.search(_QUOTED.sub("", message)) is not None
+
+
+def read_rate_message(verdict: Verdict, names: list[str]) -> None:
     """Read OpenAI's text: "... (for limit gpt-4.1) ... on tokens per min (TPM): Limit 10000, Requested 12000".
 
     The outcome becomes LARGE where the request exceeds the whole limit: it would be refused however long it waits.
     """
-    verdict.by_tokens = code == "tokens" or re.search(r"tokens per|\(TPM\)", verdict.message) is not None
+    verdict.by_tokens = "tokens" in names or re.search(r"tokens per|\(TPM\)", verdict.message) is not None
     name = re.search(r"\(for limit ([^)\s]{1,128})\)", verdict.message)
     verdict.bucket = name.group(1) if name else ""
     amounts = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", verdict.message)
@@ -3699,19 +3832,30 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
 
 
 def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[str], wall_s: float) -> Verdict:
-    """Return the verdict on an error reply to a request for a model."""
-    code, message = error_words(body)
+    """Return the verdict on an error reply to a request for a model. In a 200, the error's words tell the status."""
+    value = parse_reply(body)
+    error = find_error(value) or first_object(value)
+    names, message = error_words(error)
+    if status < 300:
+        numbers = [int(name) for name in names if re.fullmatch(r"[45]\d\d", name, re.ASCII)]
+        status = [*numbers, *(ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES), 502][0]
     for outcome, statuses, codes, words in RULES:
-        has_code = code in codes and not (outcome is Outcome.QUOTA and code in rate_codes)
+        known = codes - set(rate_codes) if outcome is Outcome.QUOTA else codes
         has_words = words and re.search(words, message)
-        if status in statuses and (has_code or has_words or not (codes or words)):
+        if status in statuses and (not known.isdisjoint(names) or has_words or not (codes or words)):
             break
     verdict = Verdict(outcome, status, message)
-    verdict.too_long = code in TOO_LONG_CODES or TOO_LONG_WORDS.search(message) is not None
+    more = first_object(error.get("metadata"))
+    verdict.too_long = outcome is Outcome.CLIENT and is_too_long(names, message, more.get("raw"))
     if outcome in (Outcome.RATE, Outcome.FAULT):
+        # OpenRouter repeats its header fields in the body: there they also reach the client of a stream.
+        headers = first_object(more.get("headers"))
+        index = {**{name.lower().encode(): str(headers[name]).encode() for name in headers}, **index}
         verdict.after_s = retry_after(index, body, wall_s)
     if outcome is Outcome.RATE:
-        read_rate_message(verdict, code)
+        read_rate_message(verdict, names)
+        if verdict.after_s is None:
+            read_resets(verdict, index, wall_s)
     return verdict
 
 
@@ -3722,17 +3866,50 @@ def judge_reply(
     if status < 300:
         return OK
     verdict = judge_error(status, index, body, rate_codes, wall_s)
-    if request.stateful and status in (404, 409):
-        # About an object of the account, not about the account.
-        verdict.outcome = Outcome.CLIENT
-    elif not request.inference:
+    if not request.inference:
         # The request named no model, so a 403 or 404 says nothing about models. A key may have few rights; OpenAI
         # answers 401 where one is missing: "You have insufficient permissions ... Missing scopes: api.files.read."
         if status == 403 or (status == 401 and "issing scope" in verdict.message):
             verdict.outcome = Outcome.BARRED
-        elif status == 404:
+        elif status == 404 or (request.stateful and status == 409):
             verdict.outcome = Outcome.CLIENT
+    elif status == 404 and body.lstrip()[:1] not in (b"{", b"["):
+        # No API says this: a proxy does whose backend is away. But many servers have only the paths of every vendor.
+        common = request.path.endswith(("/completions", "/embeddings"))
+        verdict.outcome = Outcome.FAULT if common else Outcome.UNFIT
+    elif request.stateful and status in (404, 409) and not (request.model and verdict.outcome is Outcome.MISSING):
+        # About an object of the account, not about the account.
+        verdict.outcome = Outcome.CLIENT
     return verdict
+
+
+# In JSON, quotes within a text are escaped, so neither of these can be a part of one.
+_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+_ERROR = re.compile(rb'"(?:error|success)"(?!\s*:\s*(?:null|true))')
+
+
+def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
+    """Return the verdict on `body`, all of an answer with status 200: some upstreams send their errors so.
+
+    A chat must have choices; any other answer may be anything but an error object. Only suspicious bodies are parsed:
+    to parse every answer would double the cost of a request.
+    """
+    text, is_chat = body.strip(), request.path in (CHAT_PATH, "/completions")
+    is_object = text[:1] == b"{" and text[-1:] == b"}"
+    if not request.inference or not (is_chat or is_object):
+        return OK
+    has_error = (b'"error"' in text or b'"success"' in text) and _ERROR.search(text)
+    if not has_error and (not is_chat or (is_object and _CHOICES.search(text))):
+        return OK
+    value = parse_reply(text)
+    body_object = first_object(value)
+    # A stored response that failed is an object of the account, which its client may read again.
+    if find_error(value) is not None and not (request.stateful and body_object.get("object") == "response"):
+        return judge_error(200, {}, text, rate_codes, time.time())
+    if not is_chat or first_object(body_object.get("choices")):
+        return OK
+    problem = "is empty" if not text else "has no choices" if body_object else "is no JSON object"
+    return Verdict(Outcome.FAULT, 502, f"the upstream's answer {problem}")
 
 
 def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
@@ -3740,12 +3917,7 @@ def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
 
     The status of the real reply is 200, so without this an account that refuses all streams would look healthy.
     """
-    # Some gateways (OpenRouter) put the status into a nested `code`; else the code names the error, then the types.
-    data = event_fields(event)[1]
-    code = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
-    names = [error_words(data)[0], *re.findall(r'"type":\s*"(\w{1,64})"', event.decode("latin-1"))]
-    statuses = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
-    return judge_error(int(code.group(1)) if code else [*statuses, 502][0], {}, data, rate_codes, 0.0)
+    return judge_error(200, {}, event_fields(event)[1], rate_codes, time.time())
 
 
 def judge_late_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
@@ -3775,8 +3947,7 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
-        refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
-        return refused or verdict.status in (401, 503)
+        return outcome in NOT_RUN or verdict.status in (401, 503)
     # A stream's first byte comes soon, so silence is a hang; before a whole answer, it may be work.
     return request.stream or outcome is not Outcome.SILENT
 
@@ -3806,8 +3977,6 @@ REQUEST_NAMES, TOKEN_NAMES = (
     )
 )
 REMAINING_NAMES = frozenset(names[1] for names in REQUEST_NAMES + TOKEN_NAMES)
-# No limit counts more than a month; a larger number is Unix time.
-RESET_MAX_S = 32 * 86_400.0
 
 
 def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance | None, Allowance | None]:
@@ -3820,30 +3989,30 @@ def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance
         limit, remaining, reset = (index.get(name, b"") for name in names)
         # Azure sends -1 and 0 where it has no limit. Fifteen digits are exact in a float.
         if all(value.isdigit() and len(value) < 16 for value in (limit, remaining)) and int(limit):
-            text = reset.decode("latin-1")
-            reset_s = seconds_until(text, clock()) if text[10:11] == "T" else parse_duration(text)
-            reset_s = None if (reset_s or 0) > RESET_MAX_S else reset_s
+            reset_s = seconds_until(reset, index, clock())
             allowances.append(Allowance(int(limit), min(int(remaining), int(limit)), reset_s))
         else:
             allowances.append(None)
     return allowances[0], allowances[1]
 
 
-_COUNT = re.compile(rb'"(total|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_COUNT = re.compile(rb'"(total|prompt|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
+USAGE_BYTES = 2048  # the longest usage, with all its details
 
 
-def used_tokens(tail: bytes, cache_free: bool = False) -> tuple[int, int]:
-    """Return all tokens and the answer's tokens, by the last `usage` in `tail`, the end of an answer; 0, 0 without one.
+def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
+    """Return all tokens and the answer's tokens, by the last `usage` in an answer or in its end; 0, 0 without one.
 
     It searches, as the end of an answer is not JSON, and a whole answer may have megabytes. `cache_free`: tokens from
     the prompt cache do not count.
     """
-    at = tail.rfind(b'"usage"')
     counts: dict[bytes, int] = {}
-    for name, number in _COUNT.findall(tail, at) if at >= 0 else ():
+    places = [usage.end() for usage in _USAGE.finditer(body)]
+    for name, number in _COUNT.findall(body, places[-1], places[-1] + USAGE_BYTES) if places else ():
         counts.setdefault(name, int(number))
     answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
-    total = counts.get(b"total", 0) or counts.get(b"input", 0) + answer
+    total = counts.get(b"total", 0) or counts.get(b"prompt", 0) + counts.get(b"input", 0) + answer
     return total - (counts.get(b"cached", 0) if cache_free else 0), answer
 
 
