@@ -5716,7 +5716,7 @@ class Relay:
         """Count what an answer cost, where a limit counts tokens and the reply did not say what is left."""
         lease = attempt.lease
         if lease.ledger.limited:
-            total, answer = used_tokens(tail[-TAIL_BYTES:], lease.upstream.controller.cache_free)
+            total, answer = used_tokens(tail, lease.upstream.controller.cache_free)
             self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
 
     def _lines(self, attempt: Attempt, trip: Trip, retry: bytes = b"") -> bytes:
