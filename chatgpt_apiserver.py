@@ -230,7 +230,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
     "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
     "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
-    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1"},
+    # Refuses stream_options (strandsagents.com, "Cohere").
+    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1", "drop_params": ["stream_options"]},
     "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
     "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
     "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
