@@ -3552,31 +3552,39 @@ class Outcome(enum.Enum):
 
 # Facts about an account: an early retry cannot succeed. The official SDKs obey x-should-retry.
 LASTING = frozenset(map(Outcome, "large quota auth forbidden barred missing".split()))
-# The request certainly did not run, so that a stateful one may be sent elsewhere.
+# The request certainly did not run, so even a stateful one may be sent elsewhere.
 NOT_RUN = frozenset(map(Outcome, "unfit connect auth rate quota large missing".split()))
 # When every controller failed, the client gets the error whose outcome stands last here.
 USEFULNESS = tuple(map(Outcome, "barred forbidden auth missing fault quota rate large client".split()))
-# The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's, 30001 SiliconFlow's,
-# Arrearage DashScope's, AccountOverdueError Volcengine's, budget_exceeded LiteLLM's; one-api has the next two.
-CREDIT_CODES = frozenset(
+
+# The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's code, 30001 SiliconFlow's,
+# Arrearage DashScope's, AccountOverdueError Volcengine's, budget_exceeded LiteLLM's, NOT_ENOUGH_BALANCE Novita's.
+CREDIT_CODES = (
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached"
     " billing_not_active 1113 30001 Arrearage AccountOverdueError budget_exceeded insufficient_user_quota"
-    " pre_consume_token_quota_failed insufficient_balance INSUFFICIENT_BALANCE NOT_ENOUGH_BALANCE".split()
+    " pre_consume_token_quota_failed insufficient_balance INSUFFICIENT_BALANCE NOT_ENOUGH_BALANCE"
+).split()
+# Anthropic, OpenRouter, OpenCode; SiliconFlow, fal; xAI, Google, Fireworks.
+CREDIT_WORDS = (
+    f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insufficient"
+    "|User is locked. Reason: |(Your (team|project)|Account) .*(monthly spending (cap|limit)|credits))"
 )
 # 1211 is Zhipu's, 5007 Cloudflare's, 20012 SiliconFlow's.
-MISSING_CODES = frozenset(
+MISSING_CODES = (
     "model_not_found DeploymentNotFound not_found_error model_decommissioned model_not_supported model_not_available"
-    " model_terms_required invalid_model unknown_model INVALID_MODEL_ID 1211 5007 20012".split()
-)
-# A 400 about the model: DeepSeek, SiliconFlow, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex;
-# Bedrock, Together, Cloudflare.
-_MISSING_WORDS = (
+    " model_terms_required invalid_model unknown_model INVALID_MODEL_ID 1211 5007 20012"
+).split()
+# DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare.
+MISSING_WORDS = (
     r"(?i)^(model (does )?not (exist|found)|invalid model( name| id)?( passed| ['\"]|[.:]|$)"
     r"|(invalid params, )?unknown model(:| ['\"])|\S+ is not a valid model id"
     r"|the (requested )?model \S+ (does not exist|was not found|has been (decommission|deprecat|retir)ed|is no longer)"
     r"|the \S+ model is not supported|the provided model identifier is invalid|unable to access (\S+ )?model"
     r"|(aierror: )?no such model)"
+)
+AUTH_WORDS = (
+    "^(API key (not valid|expired)|API Key not found|User location is not supported|Incorrect API key provided)"
 )
 
 
@@ -3585,46 +3593,25 @@ class Rule(NamedTuple):
 
     outcome: Outcome
     statuses: Collection[int]
-    codes: frozenset[str] = frozenset()
+    codes: Sequence[str] = ()
     words: str = ""
 
 
 # The first rule that matches decides. A message may quote the request, so the words of a 400 must begin the message.
 RULES = (
     Rule(Outcome.QUOTA, (402,)),
-    # 400: DashScope, LiteLLM, and OpenAI's images; 401: Perplexity; 403: Novita, Volcengine, one-api.
-    Rule(Outcome.QUOTA, (400, 401, 403, 429), CREDIT_CODES),
-    # Anthropic; OpenRouter; OpenCode (401); SiliconFlow; fal.
-    Rule(
-        Outcome.QUOTA,
-        (400, 401, 403),
-        words=f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insuf"
-        "|User is locked. Reason: (TOP_UP|Exhausted))",
-    ),
-    # Google, Fireworks and xAI: their codes do not name the cause.
-    Rule(
-        Outcome.QUOTA,
-        (403, 412, 429),
-        words="monthly spending (cap|limit)|any credits or licenses|all available credits",
-    ),
-    Rule(Outcome.RATE, (429, 498)),  # 498: Groq's flex tier has no capacity left
-    Rule(Outcome.RATE, (413,), frozenset({"rate_limit_exceeded"})),  # Groq: more tokens than a minute's limit
-    Rule(Outcome.AUTH, (401,)),
+    Rule(Outcome.QUOTA, (400, 401, 403, 412, 429), CREDIT_CODES, CREDIT_WORDS),
+    # 498: Groq's flex tier has no capacity left. 413: it counts more tokens than a minute's limit.
+    Rule(Outcome.RATE, (429, 498)),
+    Rule(Outcome.RATE, (413,), ("rate_limit_exceeded",)),
     # Groq's code; Google's and xAI's words.
-    Rule(
-        Outcome.AUTH,
-        (400,),
-        frozenset({"organization_restricted"}),
-        "^(API key (not valid|expired)|API Key not found|User location is not supported|Incorrect API key provided)",
-    ),
+    Rule(Outcome.AUTH, (400,), ("organization_restricted",), AUTH_WORDS),
+    Rule(Outcome.AUTH, (401,)),
     # No account would take this prompt: it is flagged (OpenRouter, xAI) or too long (Together).
-    Rule(
-        Outcome.CLIENT, (403,), words="input was flagged|requires moderation|violates usage guidelines|context length"
-    ),
-    Rule(Outcome.MISSING, (400, 403, 404), MISSING_CODES),
-    Rule(Outcome.MISSING, (400,), words=_MISSING_WORDS),
-    # A project may lack one model, a key all of them: only the words differ. OpenRouter and NVIDIA do not say "model".
-    Rule(Outcome.MISSING, (403, 404), words="model|[Nn]o endpoints|^Function '"),
+    Rule(Outcome.CLIENT, (403,), (), "input was flagged|requires moderation|violates usage guidelines|context length"),
+    Rule(Outcome.MISSING, (400, 403, 404), MISSING_CODES, MISSING_WORDS),
+    # A project may lack one model, a key all of them: only the words differ. OpenRouter and NVIDIA name no model.
+    Rule(Outcome.MISSING, (403, 404), (), "model|[Nn]o endpoints|^Function '"),
     Rule(Outcome.FORBIDDEN, (403,)),
     # A timeout, a conflict inside the provider, a failed dependency: the same request may succeed elsewhere.
     Rule(Outcome.FAULT, (408, 409, 424)),
@@ -3632,18 +3619,17 @@ RULES = (
     Rule(Outcome.FAULT, range(1000)),
 )
 # The prompt is longer than the model can take: codes of OpenAI, llama.cpp, Copilot, GitHub and Zhipu.
-TOO_LONG_CODES = frozenset(
-    "context_length_exceeded exceed_context_size_error model_max_prompt_tokens_exceeded tokens_limit_reached"
-    " 1261".split()
-)
+TOO_LONG_CODES = (
+    "context_length_exceeded exceed_context_size_error model_max_prompt_tokens_exceeded tokens_limit_reached 1261"
+).split()
 # Words of nearly all vendors, with an amount or a comparison, as other errors also speak of contexts and lengths. Not
 # Cohere's "too many tokens: max tokens must be less than": that is about the answer.
 TOO_LONG_WORDS = re.compile(
     r"context (length|window|size|limit)( is| of)?( only)?:? ?\(?\d|\d maximum context length|context window exceeds"
-    r"|(exceed(s|ed)?|(longer|greater|less) than) ((the|this|maximum|max|available|model's) )*context (length|window)"
-    # llama.cpp; Anthropic, Ollama; Bedrock; Cohere; Google, Copilot; TGI.
-    r"|exceeds the available context size|prompt (is |tokens )?too long|too long for requested model"
-    r"|size limit exceeded by|token count .{0,40}exceeds the (limit|max)|max_new_tokens. must be|inputs. must have less"
+    r"|(exceed(s|ed)?|(longer|greater|less) than) ((the|this|maximum|max|available|model's) )*context (length|window|size)"
+    # Anthropic, Ollama; Bedrock; Cohere; Google, Copilot; TGI.
+    r"|prompt (is |tokens )?too long|too long for requested model|size limit exceeded by|max_new_tokens. must be"
+    r"|inputs. must have less|token count .{0,40}exceeds the (limit|max)"
     # xAI, vLLM; Moonshot; DashScope; Zhipu; SGLang; Groq; GitHub.
     r"|maximum (prompt|model) length (is|of) \d|model token limit|Range of input length should"
     r"|Prompt exceeds max length|maximum allowed input length|reduce the length of the (input )?messages"
@@ -3668,8 +3654,8 @@ class Verdict:
     """The result of an attempt, from which its controller learns.
 
     `status`: 0 without a reply. `after_s`: the time to wait that an error named. `reset_s`: where a 429 named none, the
-    time until the limit that it reports as used up is full again. `by_tokens`: whether a 429 is about tokens;
-    `requested`: how many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for limit
+    time until the limit that is used up is full again. `by_tokens`: whether a 429 is about tokens; `requested`: how
+    many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for limit
     gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
     """
 
@@ -3720,21 +3706,18 @@ def parse_date(text: str) -> float | None:
         return None
 
 
-def seconds_until(value: bytes, index: Index, wall_s: float) -> float | None:
+def seconds_until(name: bytes, index: Index, wall_s: float) -> float | None:
     """Return the seconds until the time in a field: a duration, Unix time in seconds or milliseconds, or a date.
 
-    None for anything else, and for a time that makes no sense. The dates of a reply are compared with its own Date, as
-    clocks differ; `wall_s`, our Unix time, counts where it has none. Of a field that is given twice the longest counts.
+    Return None for anything else. A date is compared with the reply's own Date, as clocks differ; `wall_s`, our Unix
+    time, counts where it has none. Of a field that is given twice, the longest time counts.
     """
     longest = None
     # Repeated fields were joined with commas. A date has a comma of its own, before the day.
-    for text in re.split(r",(?!\s*\d\d?[ -][A-Za-z])\s*", value.decode("latin-1")):
-        then, seconds = None, None
-        if len(text) in (10, 13) and text.isdecimal():
-            then = int(text[:10]) + int(text[10:] or 0) / 1e3
-        else:
-            seconds = parse_duration(text)
-            then = parse_date(text) if seconds is None else None
+    for text in re.split(r",(?!\s*\d\d?[ -][A-Za-z])\s*", index.get(name, b"").decode("latin-1")):
+        is_unix_time = len(text) in (10, 13) and text.isdecimal()
+        seconds = None if is_unix_time else parse_duration(text)
+        then = int(text.ljust(13, "0")) / 1e3 if is_unix_time else parse_date(text) if seconds is None else None
         if then is not None:
             date_s = parse_date(index.get(b"date", b"").decode("latin-1"))
             seconds = then - (wall_s if date_s is None else date_s)
@@ -3743,31 +3726,25 @@ def seconds_until(value: bytes, index: Index, wall_s: float) -> float | None:
     return longest
 
 
-def retry_after(index: Index, body: bytes, wall_s: float) -> float | None:
-    """Return how many seconds an error asks to wait: by its fields (RFC 9110, 10.2.3), else by its text.
+def read_waits(verdict: Verdict, index: Index, body: bytes, wall_s: float) -> None:
+    """Set the time to wait: by the fields of an error (RFC 9110, 10.2.3), by its text, or by the end of a window.
 
     The milliseconds of Azure and OpenAI come first: Retry-After rounds 20 ms up to a second, or down to zero.
+    X-RateLimit-Reset (OpenRouter) is the end of a fixed window. A bucket that refills has room long before it is full,
+    so `reset_s` is only the latest time to ask again.
     """
-    exact_ms = seconds_until(index.get(b"retry-after-ms", b""), index, wall_s)
-    if exact_ms is not None:
-        return exact_ms / 1e3
-    seconds = seconds_until(index.get(b"retry-after", b""), index, wall_s)
+    exact_ms = seconds_until(b"retry-after-ms", index, wall_s)
+    verdict.after_s = seconds_until(b"retry-after", index, wall_s) if exact_ms is None else exact_ms / 1e3
     hint = _HINT.search(body[:4096].decode("utf-8", "replace"))
-    return parse_duration(hint.group(1)) if seconds is None and hint else seconds
-
-
-def read_resets(verdict: Verdict, index: Index, wall_s: float) -> None:
-    """Set when the limit of a 429 that named no time to wait is full again.
-
-    A bucket that refills has room long before, so `reset_s` is only the latest time to ask again. X-RateLimit-Reset
-    (OpenRouter) and RateLimit-Reset are the end of a fixed window: before it, nothing comes back.
-    """
-    named = [names for names in (*REQUEST_NAMES, *TOKEN_NAMES) if index.get(names[1], b"0").strip(b"0.") == b""]
-    resets = [seconds_until(index[names[2]], index, wall_s) for names in named if names[2] in index]
-    verdict.reset_s = min([reset_s for reset_s in resets if reset_s], default=None)
-    for prefix in (b"x-ratelimit-", b"ratelimit-"):
-        if verdict.after_s is None and index.get(prefix + b"remaining", b"0") == b"0":
-            verdict.after_s = seconds_until(index.get(prefix + b"reset", b""), index, wall_s) or None
+    if verdict.after_s is None and hint:
+        verdict.after_s = parse_duration(hint.group(1))
+    if verdict.after_s is None and verdict.outcome is Outcome.RATE:
+        for names in (*WINDOW_NAMES, *REQUEST_NAMES, *TOKEN_NAMES):
+            reset_s = seconds_until(names[2], index, wall_s) if index.get(names[1], b"0") == b"0" else None
+            if reset_s and names in WINDOW_NAMES:
+                verdict.after_s = reset_s
+            elif reset_s:
+                verdict.reset_s = min(reset_s, verdict.reset_s or reset_s)
 
 
 # -- errors
@@ -3787,8 +3764,8 @@ def first_object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def find_error(value: Any) -> dict[str, Any] | None:
-    """Return the error in a parsed body, in any of the shapes that providers use; None where there is none.
+def find_error(value: Any) -> dict[str, Any]:
+    """Return the error in a parsed body, in any of the shapes that providers use; an empty object without one.
 
     Shapes: `error` (OpenAI and most others; a text at xAI and TGI), all in a list (Google), `errors` (Cloudflare),
     `choices[0].error` (OpenRouter), `response.error` (OpenAI's Responses API), or flat (vLLM, SiliconFlow).
@@ -3799,22 +3776,18 @@ def find_error(value: Any) -> dict[str, Any] | None:
     if error:
         return error if isinstance(error, dict) else {"message": error, **body}
     is_error = "error" in (body.get("object"), body.get("type"), choice.get("finish_reason"))
-    return body if is_error or body.get("type") == "response.failed" or body.get("success") is False else None
+    return body if is_error or body.get("type") == "response.failed" or body.get("success") is False else {}
 
 
 def error_words(error: dict[str, Any]) -> tuple[list[str], str]:
     """Return the names of an error (code, type and the like), the most exact one first, and its message."""
     names = [str(error[name]) for name in ("code", "type", "status", "reason") if error.get(name)]
     texts = [str(error[name]) for name in ("message", "msg", "detail") if error.get(name)]
-    return names, texts[0][:4096] if texts else ""
-
-
-def is_too_long(names: list[str], message: str, raw: Any) -> bool:
-    """Return whether an error says that the prompt is too long. `raw`: the provider's own error, from OpenRouter."""
+    raw = first_object(error.get("metadata")).get("raw")  # OpenRouter: the provider's own error
     if isinstance(raw, str):
         inner = find_error(parse_reply(raw.encode(errors="replace")))
-        message += "\n" + (error_words(inner)[1] if inner else raw)[:4096]
-    return not TOO_LONG_CODES.isdisjoint(names) or TOO_LONG_WORDS.search(_QUOTED.sub("", message)) is not None
+        texts[:1] = [": ".join([*texts[:1], error_words(inner)[1] if inner else raw])]
+    return names, texts[0][:4096] if texts else ""
 
 
 def read_rate_message(verdict: Verdict, names: list[str]) -> None:
@@ -3841,22 +3814,20 @@ def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[s
         numbers = [int(name) for name in names if re.fullmatch(r"[45]\d\d", name, re.ASCII)]
         status = [*numbers, *(ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES), 502][0]
     for outcome, statuses, codes, words in RULES:
-        known = codes - set(rate_codes) if outcome is Outcome.QUOTA else codes
-        has_words = words and re.search(words, message)
-        if status in statuses and (not known.isdisjoint(names) or has_words or not (codes or words)):
+        has_code = any(name in codes and not (outcome is Outcome.QUOTA and name in rate_codes) for name in names)
+        if status in statuses and (has_code or (words and re.search(words, message)) or not (codes or words)):
             break
     verdict = Verdict(outcome, status, message)
-    more = first_object(error.get("metadata"))
-    verdict.too_long = outcome is Outcome.CLIENT and is_too_long(names, message, more.get("raw"))
-    if outcome in (Outcome.RATE, Outcome.FAULT):
+    if outcome is Outcome.CLIENT:
+        is_code = any(name in TOO_LONG_CODES for name in names)
+        verdict.too_long = is_code or TOO_LONG_WORDS.search(_QUOTED.sub("", message)) is not None
+    elif outcome in (Outcome.RATE, Outcome.FAULT):
         # OpenRouter repeats its header fields in the body: there they also reach the client of a stream.
-        headers = first_object(more.get("headers"))
-        index = {**{name.lower().encode(): str(headers[name]).encode() for name in headers}, **index}
-        verdict.after_s = retry_after(index, body, wall_s)
+        headers = first_object(first_object(error.get("metadata")).get("headers"))
+        fields = {name.lower().encode(): str(value).encode() for name, value in headers.items()}
+        read_waits(verdict, {**fields, **index}, body, wall_s)
     if outcome is Outcome.RATE:
         read_rate_message(verdict, names)
-        if verdict.after_s is None:
-            read_resets(verdict, index, wall_s)
     return verdict
 
 
@@ -3872,12 +3843,12 @@ def judge_reply(
         # answers 401 where one is missing: "You have insufficient permissions ... Missing scopes: api.files.read."
         if status == 403 or (status == 401 and "issing scope" in verdict.message):
             verdict.outcome = Outcome.BARRED
-        elif status == 404 or (request.stateful and status == 409):
+        elif status == 404 or (status == 409 and request.stateful):
             verdict.outcome = Outcome.CLIENT
     elif status == 404 and body.lstrip()[:1] not in (b"{", b"["):
-        # No API says this: a proxy does whose backend is away. But many servers have only the paths of every vendor.
-        common = request.path.endswith(("/completions", "/embeddings"))
-        verdict.outcome = Outcome.FAULT if common else Outcome.UNFIT
+        # No API says this, but a proxy whose backend is away; or a server that lacks one of the rarer paths.
+        is_common = request.path.endswith(("/completions", "/embeddings"))
+        verdict.outcome = Outcome.FAULT if is_common else Outcome.UNFIT
     elif request.stateful and status in (404, 409) and not (request.model and verdict.outcome is Outcome.MISSING):
         # About an object of the account, not about the account.
         verdict.outcome = Outcome.CLIENT
@@ -3903,13 +3874,13 @@ def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) 
     if not has_error and (not is_chat or (is_object and _CHOICES.search(text))):
         return OK
     value = parse_reply(text)
-    body_object = first_object(value)
+    answer = first_object(value)
     # A stored response that failed is an object of the account, which its client may read again.
-    if find_error(value) is not None and not (request.stateful and body_object.get("object") == "response"):
+    if find_error(value) and not (request.stateful and answer.get("object") == "response"):
         return judge_error(200, {}, text, rate_codes, time.time())
-    if not is_chat or first_object(body_object.get("choices")):
+    if not is_chat or first_object(answer.get("choices")):
         return OK
-    problem = "is empty" if not text else "has no choices" if body_object else "is no JSON object"
+    problem = "is empty" if not text else "has no choices" if answer else "is no JSON object"
     return Verdict(Outcome.FAULT, 502, f"the upstream's answer {problem}")
 
 
@@ -3969,12 +3940,14 @@ class Allowance(NamedTuple):
     reset_s: float | None = None
 
 
-# OpenAI's names, which most vendors share; Anthropic's; Cerebras'; Mistral's. A reply's first known set counts.
-REQUEST_NAMES, TOKEN_NAMES = (
+# OpenAI's names, which most vendors share; Anthropic's; Cerebras'; Mistral's. A reply's first known set counts. Then
+# OpenRouter's names and those of the IETF's draft (ratelimit-headers), which do not say what they count.
+REQUEST_NAMES, TOKEN_NAMES, WINDOW_NAMES = (
     [tuple(name.replace("*", what).encode() for what in ("limit", "remaining", "reset")) for name in names.split()]
     for names in (
         "x-ratelimit-*-requests anthropic-ratelimit-requests-* x-ratelimit-*-requests-day x-ratelimit-*-req-minute",
         "x-ratelimit-*-tokens anthropic-ratelimit-tokens-* x-ratelimit-*-tokens-minute",
+        "x-ratelimit-* ratelimit-*",
     )
 )
 REMAINING_NAMES = frozenset(names[1] for names in REQUEST_NAMES + TOKEN_NAMES)
@@ -3987,10 +3960,10 @@ def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance
     allowances: list[Allowance | None] = []
     for known_names in (REQUEST_NAMES, TOKEN_NAMES):
         names = next((names for names in known_names if names[1] in index), known_names[0])
-        limit, remaining, reset = (index.get(name, b"") for name in names)
+        limit, remaining = (index.get(name, b"") for name in names[:2])
         # Azure sends -1 and 0 where it has no limit. Fifteen digits are exact in a float.
         if all(value.isdigit() and len(value) < 16 for value in (limit, remaining)) and int(limit):
-            reset_s = seconds_until(reset, index, clock())
+            reset_s = seconds_until(names[2], index, clock())
             allowances.append(Allowance(int(limit), min(int(remaining), int(limit)), reset_s))
         else:
             allowances.append(None)
