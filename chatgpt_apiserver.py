@@ -3570,12 +3570,12 @@ CREDIT_WORDS = (
     f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insufficient"
     "|User is locked. Reason: |(Your (team|project)|Account) .*(monthly spending (cap|limit)|credits))"
 )
-# 1211 is Zhipu's, 5007 Cloudflare's, 20012 SiliconFlow's.
 MISSING_CODES = (
     "model_not_found DeploymentNotFound not_found_error model_decommissioned model_not_supported model_not_available"
     " model_terms_required invalid_model unknown_model INVALID_MODEL_ID 1211 5007 20012"
 ).split()
-# DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare.
+# DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare. The
+# numbers are codes of Zhipu, Cloudflare and SiliconFlow.
 MISSING_WORDS = (
     r"(?i)^(model (does )?not (exist|found)|invalid model( name| id)?( passed| ['\"]|[.:]|$)"
     r"|(invalid params, )?unknown model(:| ['\"])|\S+ is not a valid model id"
@@ -3622,18 +3622,16 @@ RULES = (
 TOO_LONG_CODES = (
     "context_length_exceeded exceed_context_size_error model_max_prompt_tokens_exceeded tokens_limit_reached 1261"
 ).split()
-# Words of nearly all vendors, with an amount or a comparison, as other errors also speak of contexts and lengths. Not
-# Cohere's "too many tokens: max tokens must be less than": that is about the answer.
+# Words of nearly all vendors, with an amount or a comparison, as other errors also speak of contexts and lengths; then
+# of Anthropic, Bedrock, Cohere, TGI, Google, xAI, Moonshot, DashScope, Zhipu, SGLang, Groq, GitHub. Not Cohere's "too
+# many tokens: max tokens must be less than": that is about the answer.
 TOO_LONG_WORDS = re.compile(
     r"context (length|window|size|limit)( is| of)?( only)?:? ?\(?\d|\d maximum context length|context window exceeds"
-    r"|(exceed(s|ed)?|(longer|greater|less) than) ((the|this|maximum|max|available|model's) )*context (length|window|size)"
-    # Anthropic, Ollama; Bedrock; Cohere; Google, Copilot; TGI.
+    r"|(exceed(s|ed)?|(longer|greater|less) than) (\S+ ){0,3}context (length|window|size)"
     r"|prompt (is |tokens )?too long|too long for requested model|size limit exceeded by|max_new_tokens. must be"
-    r"|inputs. must have less|token count .{0,40}exceeds the (limit|max)"
-    # xAI, vLLM; Moonshot; DashScope; Zhipu; SGLang; Groq; GitHub.
-    r"|maximum (prompt|model) length (is|of) \d|model token limit|Range of input length should"
-    r"|Prompt exceeds max length|maximum allowed input length|reduce the length of the (input )?messages"
-    r"|^Request body too large for \S+ model",
+    r"|inputs. must have less|token count .{0,40}exceeds the (limit|max)|maximum (prompt|model) length (is|of) \d"
+    r"|model token limit|Range of input length should|Prompt exceeds max length|maximum allowed input length"
+    r"|reduce the length of the (input )?messages|^Request body too large for \S+ model",
     re.IGNORECASE,
 )
 # What a message quotes may be the client's text. An apostrophe inside a word begins no quotation.
@@ -3675,24 +3673,26 @@ OK = Verdict(Outcome.OK, 200)
 # -- times
 
 # Go's durations, as OpenAI writes them (17ms, 7.66s, 6m0s), prose ("45 seconds"), or plain seconds, as in Azure's
-# fields and Retry-After.
+# fields and Retry-After. "ms" stands before "m": the first alternative that fits counts.
 _NUMBER = r"\d{1,12}(?:\.\d{1,9})?"
-# `m` only where no `s` follows: else "1ms" could be read in two ways, and a long value in exponentially many.
-_UNIT = "[mnuµ]?s|m(?!s)|h"
-_DURATION = rf"(?:{_NUMBER}\s?(?:{_UNIT})[a-z]*\s?)+|{_NUMBER}"
-_DURATION_PART = re.compile(rf"({_NUMBER})\s?({_UNIT}|)[a-z]*", re.ASCII | re.IGNORECASE)
-_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
+_PART = re.compile(rf"({_NUMBER})\s?([mnuµ]?s|m|h)[a-z]*\s?", re.ASCII | re.IGNORECASE)
+_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 # OpenAI: "try again in 1m2s"; Azure: "retry after 45 seconds"; Google: in the details of the error.
-_HINT = re.compile(rf'(?:try again in|retry after|retry in|"retryDelay":)\s*"?({_DURATION})', re.ASCII | re.IGNORECASE)
+_HINT = re.compile(
+    rf'(?:try again in|retry after|retry in|"retryDelay":)\s*"?({_NUMBER}\s?[a-zµ]*(?:{_NUMBER}[a-zµ]+)*)',
+    re.ASCII | re.IGNORECASE,
+)
 # No limit counts more than a month. A time that is further away is a mistake.
 RESET_MAX_S = 32 * 86_400.0
 
 
 def parse_duration(text: str) -> float | None:
     """Return the seconds of a duration (`17ms`, `6m0s`, `45 seconds`) or of a plain number; None for anything else."""
-    if not re.fullmatch(_DURATION, text, re.ASCII | re.IGNORECASE):
+    if re.fullmatch(_NUMBER, text, re.ASCII):
+        return min(float(text), 1e9)
+    parts = _PART.findall(text)
+    if not parts or _PART.sub("", text):
         return None
-    parts = _DURATION_PART.findall(text)
     return min(sum(float(number) * _UNITS_S[unit.lower()] for number, unit in parts), 1e9)
 
 
