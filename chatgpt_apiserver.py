@@ -2891,6 +2891,49 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
         raise ValueError("the upstream's answer is not a message") from None
 
 
+# -- errors, which vendors and gateways send in many shapes; section 10 reads those of all other APIs
+
+
+def parse_reply(body: bytes) -> Any:
+    """Return the value of a JSON body, without secrets, as clients and the log get its words; None if it is no JSON."""
+    try:
+        return json.loads(redactor.scrub(body))
+    except (ValueError, RecursionError):
+        return None
+
+
+def first_object(value: Any) -> dict[str, Any]:
+    """Return `value`, or the first member of a list, if it is an object; else an empty object."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
+
+
+def find_error(value: Any) -> dict[str, Any]:
+    """Return the error in a parsed body, in any of the shapes that providers use; an empty object without one.
+
+    Shapes: `error` (OpenAI and most others; a text at xAI and TGI), all in a list (Google), `errors` (Cloudflare),
+    `choices[0].error` (OpenRouter), `response.error` (OpenAI's Responses API), or flat (vLLM, SiliconFlow).
+    """
+    body = first_object(value)
+    choice, response = first_object(body.get("choices")), first_object(body.get("response"))
+    error = body.get("error") or choice.get("error") or response.get("error") or first_object(body.get("errors"))
+    if error:
+        return error if isinstance(error, dict) else {"message": error, **body}
+    is_error = "error" in (body.get("object"), body.get("type"), choice.get("finish_reason"))
+    return body if is_error or body.get("type") == "response.failed" or body.get("success") is False else {}
+
+
+def error_words(error: dict[str, Any]) -> tuple[list[str], str]:
+    """Return the names of an error (code, type and the like), the most exact one first, and its message."""
+    names = [str(error[name]) for name in ("code", "type", "status", "reason") if error.get(name)]
+    texts = [str(error[name]) for name in ("message", "msg", "detail") if error.get(name)]
+    raw = first_object(error.get("metadata")).get("raw")  # OpenRouter: the provider's own error
+    if isinstance(raw, str):
+        inner = find_error(parse_reply(raw.encode(errors="replace")))
+        texts[:1] = [": ".join([*texts[:1], error_words(inner)[1] if inner else raw])]
+    return names, texts[0][:4096] if texts else ""
+
+
 # The account is out of credit, or has reached a limit that its owner set.
 SPENT_WORDS = (
     "(Your )?credit balance is too low|You have reached your specified .{0,40}limits"
@@ -2908,16 +2951,10 @@ _MESSAGES_ERRORS: tuple[tuple[str, str, str | None], ...] = (
 )
 
 
-def _openai_error(value: Any, status: int) -> dict[str, Any]:
-    """Return OpenAI's error object for an error of any shape: gateways send a text, a flat object or a list."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    error = value.get("error", value) if isinstance(value, dict) else value
-    error = error if isinstance(error, dict) else {"message": error}
-    message = error.get("message") or error.get("detail")
-    if not isinstance(message, str):
-        message = f"The upstream answered with status {status}."
-    word = str(error.get("type") or error.get("code") or "")
+def _openai_error(error: dict[str, Any], status: int) -> dict[str, Any]:
+    """Return OpenAI's error object for an error that came with `status`."""
+    names, message = error_words(error)
+    word, message = names[0] if names else "", message or f"The upstream answered with status {status}."
     for pattern, kind, code in _MESSAGES_ERRORS:
         if re.search(pattern, f"{word}: {message}"):
             return error_object(message, kind, code)
@@ -2927,16 +2964,14 @@ def _openai_error(value: Any, status: int) -> dict[str, Any]:
 def error_from_messages(status: int, body: bytes) -> tuple[int, bytes]:
     """Return OpenAI's status and body for an error of the Messages API, whatever its body is.
 
-    An account out of credit is a 429 at OpenAI, and overload a 503; 529 is not a registered status.
+    An account out of credit is a 429 at OpenAI, and overload a 503, as 529 is not registered. A 404 without JSON is
+    no word of the API, but of a proxy whose backend is away.
     """
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        value = None
-    error = _openai_error(value, status)
+    value = parse_reply(body)
+    error = _openai_error(find_error(value) or first_object(value), status)
     if error["error"]["code"] == "insufficient_quota":
         status = 429
-    return 503 if status == 529 else status, compact_json(error)
+    return {529: 503, 404: 502 if value is None else 404}.get(status, status), compact_json(error)
 
 
 class MessageStream:
@@ -2980,7 +3015,7 @@ class MessageStream:
     def _message_event(self, kind: str, event: dict[str, Any]) -> bytes:
         """Return the chunks for an event about the whole message, or for an error."""
         if kind == "error":
-            return self.fail(event)
+            return self.fail(find_error(event))
         if kind == "message_start":
             message = event["message"]
             self.usage.update(_set(**(message.get("usage") or {})))
@@ -3748,46 +3783,6 @@ def read_waits(verdict: Verdict, index: Index, body: bytes, wall_s: float) -> No
 
 
 # -- errors
-
-
-def parse_reply(body: bytes) -> Any:
-    """Return the value of a JSON body, without secrets, as clients and the log get its words; None if it is no JSON."""
-    try:
-        return json.loads(redactor.scrub(body))
-    except (ValueError, RecursionError):
-        return None
-
-
-def first_object(value: Any) -> dict[str, Any]:
-    """Return `value`, or the first member of a list, if it is an object; else an empty object."""
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, dict) else {}
-
-
-def find_error(value: Any) -> dict[str, Any]:
-    """Return the error in a parsed body, in any of the shapes that providers use; an empty object without one.
-
-    Shapes: `error` (OpenAI and most others; a text at xAI and TGI), all in a list (Google), `errors` (Cloudflare),
-    `choices[0].error` (OpenRouter), `response.error` (OpenAI's Responses API), or flat (vLLM, SiliconFlow).
-    """
-    body = first_object(value)
-    choice, response = first_object(body.get("choices")), first_object(body.get("response"))
-    error = body.get("error") or choice.get("error") or response.get("error") or first_object(body.get("errors"))
-    if error:
-        return error if isinstance(error, dict) else {"message": error, **body}
-    is_error = "error" in (body.get("object"), body.get("type"), choice.get("finish_reason"))
-    return body if is_error or body.get("type") == "response.failed" or body.get("success") is False else {}
-
-
-def error_words(error: dict[str, Any]) -> tuple[list[str], str]:
-    """Return the names of an error (code, type and the like), the most exact one first, and its message."""
-    names = [str(error[name]) for name in ("code", "type", "status", "reason") if error.get(name)]
-    texts = [str(error[name]) for name in ("message", "msg", "detail") if error.get(name)]
-    raw = first_object(error.get("metadata")).get("raw")  # OpenRouter: the provider's own error
-    if isinstance(raw, str):
-        inner = find_error(parse_reply(raw.encode(errors="replace")))
-        texts[:1] = [": ".join([*texts[:1], error_words(inner)[1] if inner else raw])]
-    return names, texts[0][:4096] if texts else ""
 
 
 def read_rate_message(verdict: Verdict, names: list[str]) -> None:
