@@ -2513,7 +2513,7 @@ _THINKING_BLOCKS = ("thinking", "redacted_thinking")  # the second is encrypted;
 
 
 def _only(*values: Any) -> Form:
-    """Return the form of a field that may hold only these values: defaults, or values that change nothing."""
+    """Return the form of a field that may hold only these values: they change nothing."""
     return (lambda value: value if value in values else None), _NO_EQUIVALENT
 
 
@@ -2521,12 +2521,6 @@ def _stop_sequences(value: Any) -> list[str] | None:
     """Return the stop sequences. The API refuses blank ones; without them the answer would not stop there."""
     stops = [value] if isinstance(value, str) else value
     return stops if isinstance(stops, list) and all(map(str.strip, stops)) else None
-
-
-def _tool_input(value: str) -> dict[str, Any] | None:
-    """Return the parsed arguments of a tool call. Some clients send an empty string for a tool without arguments."""
-    arguments = json.loads(value or "{}")
-    return arguments if isinstance(arguments, dict) else None
 
 
 def _url(*kinds: str) -> Form:
@@ -2578,7 +2572,8 @@ _CALL: Form = {
     "function": {
         "": ("name",),
         "name": _STRING,
-        "arguments": (_tool_input, "must be the text of a JSON object."),
+        # Some clients send an empty string for a tool without arguments.
+        "arguments": (lambda value: {**json.loads(value or "{}")}, "must be the text of a JSON object."),
         "parsed_arguments": None,  # added by `parse` and `stream` of the openai package, as is `parsed`
     },
     **dict.fromkeys(("type", "index", "extra_content")),  # `index` comes from streams, extra_content from Gemini
@@ -2760,8 +2755,8 @@ def _tools(asked: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]
         # The API demands the schema of an object with properties, also for functions without parameters.
         schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
         # `strict: false`, the default, is left out: older models refuse the field.
-        optional = _set(description=function.get("description"), strict=function.get("strict"))
-        optional.update(_set(cache_control=tool.get("cache_control")))
+        cache = tool.get("cache_control")
+        optional = _set(description=function.get("description"), strict=function.get("strict"), cache_control=cache)
         tools.append({"name": function["name"], "input_schema": schema, **optional})
     return _set(tools=tools, tool_choice=choice if choice != {"type": "auto"} else None)
 
@@ -2826,17 +2821,14 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
 
 
 def _tool_call(block: dict[str, Any], arguments: str) -> dict[str, Any]:
+    """Return OpenAI's tool call for a tool_use block."""
     return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
 
 
 def _ending(reply: dict[str, Any]) -> tuple[str, str | None]:
     """Return the finish_reason, and the model's explanation of a refusal."""
-    reasons = {
-        "max_tokens": "length",
-        "model_context_window_exceeded": "length",
-        "tool_use": "tool_calls",
-        "refusal": "content_filter",
-    }
+    reasons = {"tool_use": "tool_calls", "refusal": "content_filter"}
+    reasons.update(dict.fromkeys(("max_tokens", "model_context_window_exceeded"), "length"))
     # All others mean "stop": end_turn, stop_sequence, and pause_turn of server tools.
     reason = reasons.get(reply.get("stop_reason") or "", "stop")
     return reason, (reply.get("stop_details") or {}).get("explanation") or None
@@ -2848,9 +2840,9 @@ def messages_usage(usage: dict[str, Any]) -> dict[str, Any]:
     Anthropic's input_tokens exclude what the prompt cache read or wrote, OpenAI's prompt_tokens include it (Portkey
     PR 1754). The answer's tokens include thinking in both.
     """
-    written, read = usage.get("cache_creation_input_tokens") or 0, usage.get("cache_read_input_tokens") or 0
-    prompt = (usage.get("input_tokens") or 0) + written + read
-    answer = usage.get("output_tokens") or 0
+    names = ("cache_creation_input_tokens", "cache_read_input_tokens", "input_tokens", "output_tokens")
+    written, read, rest, answer = (usage.get(name) or 0 for name in names)
+    prompt = written + read + rest
     thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {
         "prompt_tokens": prompt,
@@ -2873,9 +2865,8 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
         text = "".join([block.get("text") or "" for block in blocks if block["type"] == "text"])
         signed = [block for block in blocks if block["type"] in _THINKING_BLOCKS]
         thinking = "".join([block.get("thinking") or "" for block in signed])
-        calls = [
-            _tool_call(block, compact_json(block["input"]).decode()) for block in blocks if block["type"] == "tool_use"
-        ]
+        used = [block for block in blocks if block["type"] == "tool_use"]
+        calls = [_tool_call(block, compact_json(block["input"]).decode()) for block in used]
         optional = _set(reasoning_content=thinking, tool_calls=calls, thinking_blocks=calls and signed)
         reason, refusal = _ending(reply)
         message = {"role": "assistant", "content": text or None, "refusal": refusal, **optional}
@@ -3281,11 +3272,8 @@ class OpenAIController:
             self.base = "http://" + self.origin.authority + self.base
             self.fixed += proxy_authorization(self.origin.proxy)
         # SDKs wait 600 s for a whole answer; the first byte of a stream does not wait for the last.
-        first_byte = config.timeouts.first_byte
-        self.timeouts = [
-            replace(config.timeouts, first_byte=default if first_byte is None else first_byte)
-            for default in (600.0, 120.0)
-        ]
+        by_default = [replace(config.timeouts, first_byte=seconds) for seconds in (600.0, 120.0)]
+        self.timeouts = by_default if config.timeouts.first_byte is None else [config.timeouts] * 2
 
     def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
         """See `Controller`."""
@@ -3328,9 +3316,8 @@ class OpenAIController:
 
 
 # Azure's classic API serves these below a deployment, all others beside it (openai-python, lib/azure.py).
-_AZURE_DEPLOYED = frozenset(
-    "/completions /chat/completions /embeddings /audio/transcriptions /audio/translations /audio/speech"
-    " /images/generations /images/edits".split()
+_AZURE_DEPLOYED = re.compile(
+    "/((chat/)?completions|embeddings|audio/(transcriptions|translations|speech)|images/(generations|edits))"
 )
 
 
@@ -3352,7 +3339,7 @@ class AzureController(OpenAIController):
         """See `OpenAIController`."""
         # Clients made for Azure send a version of their own, which this resource may not have.
         parts = [part for part in query.split("&") if part and not part.startswith("api-version=")]
-        if self.classic and path in _AZURE_DEPLOYED:
+        if self.classic and _AZURE_DEPLOYED.fullmatch(path):
             deployment = self.model_map.get(model, model)
             if not deployment.strip("."):  # ".." would lead to another path; slashes are escaped below
                 raise Untranslatable("model", "is not the name of a deployment.")
@@ -3967,7 +3954,6 @@ def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance
 
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _COUNT = re.compile(rb'"(total|prompt|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
-USAGE_BYTES = 2048  # the longest usage, with all its details
 
 
 def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
@@ -3976,10 +3962,9 @@ def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
     It searches, as the end of an answer is not JSON, and a whole answer may have megabytes. `cache_free`: tokens from
     the prompt cache do not count.
     """
-    counts: dict[bytes, int] = {}
-    places = [usage.end() for usage in _USAGE.finditer(body)]
-    for name, number in _COUNT.findall(body, places[-1], places[-1] + USAGE_BYTES) if places else ():
-        counts.setdefault(name, int(number))
+    start = max((usage.end() for usage in _USAGE.finditer(body)), default=len(body))
+    # In reverse, as the first of equal names counts: others stand in details. No usage has more than 2,048 bytes.
+    counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + 2048))}
     answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
     total = counts.get(b"total", 0) or counts.get(b"prompt", 0) + counts.get(b"input", 0) + answer
     return total - (counts.get(b"cached", 0) if cache_free else 0), answer
