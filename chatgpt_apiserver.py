@@ -5896,9 +5896,7 @@ def read_input(request: ApiRequest, model: str) -> None:
     request.stream = data.get("stream") is True
     # Responses are stored by default (API reference, `store`): to send one twice may make two.
     request.stateful = request.path == "/responses" and data.get("store") is not False
-    request.prompt_tokens = (
-        count_text([data.get(name) for name in ("prompt", "input", "instructions", "messages")]) // 4
-    )
+    request.prompt_tokens = estimate_prompt(data)
     request.max_tokens = 1  # the answer is small, or is not counted in tokens
     if request.path in ("/completions", "/responses"):
         limit = data.get("max_output_tokens")
