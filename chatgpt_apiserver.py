@@ -2724,7 +2724,8 @@ def _conversation(messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
             role, blocks = "user", [{"type": "tool_result", "tool_use_id": message["tool_call_id"], **result}]
         if role in ("system", "developer"):
             system += blocks
-        elif blocks and turns and turns[-1]["role"] == role:  # results of parallel calls must share one turn
+        elif blocks and turns and turns[-1]["role"] == role:
+            # The results of parallel calls must share one turn.
             turns[-1]["content"] += blocks
         elif blocks:
             turns.append({"role": role, "content": blocks})
@@ -2732,7 +2733,8 @@ def _conversation(messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
         raise Untranslatable("messages", "must hold a user message with content.")
     last = turns[-1]["content"][-1]
     if turns[-1]["role"] == "assistant" and last["type"] == "text":
-        last["text"] = last["text"].rstrip()  # the API refuses a beginning of its answer that ends in white space
+        # The API refuses a beginning of its answer that ends in white space.
+        last["text"] = last["text"].rstrip()
     return {"messages": turns, **_set(system=system)}
 
 
@@ -2747,7 +2749,8 @@ def _tools(asked: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]
         used = [block["name"] for turn in turns for block in turn["content"] if block["type"] == "tool_use"]
         given = [{"function": {"name": name}} for name in dict.fromkeys(used)]
         choice = {"type": "none" if used else "auto"}
-    elif asked.get("parallel_tool_calls") is False and choice["type"] != "none":  # refused beside "none"
+    elif asked.get("parallel_tool_calls") is False and choice["type"] != "none":
+        # Refused beside "none".
         choice["disable_parallel_tool_use"] = True
     tools = []
     for tool in given:
@@ -2782,7 +2785,8 @@ def _reasoning(level: int, sent: dict[str, Any], mode: str) -> dict[str, Any]:
         first = [turn["content"][0]["type"] for turn in sent["messages"][-2:]]
         if first[-1] != "tool_result" or first[0] in _THINKING_BLOCKS:
             thinking = {"type": "enabled", "budget_tokens": budget}
-    if sent.get("tool_choice", {}).get("type") in ("any", "tool"):  # the API refuses thinking beside a forced tool
+    if sent.get("tool_choice", {}).get("type") in ("any", "tool"):
+        # The API refuses thinking beside a forced tool.
         thinking = {}
     return _set(thinking=thinking, output_config=output)
 
@@ -2808,12 +2812,15 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
     sent.update(_conversation(asked.get("messages", ())))
     sent.update(_tools(asked, sent["messages"]))
     if "reasoning_effort" in asked:
-        sent = {**_reasoning(asked["reasoning_effort"], sent, thinking), **sent}  # the client's own `thinking` counts
+        # The client's own `thinking` counts.
+        sent = {**_reasoning(asked["reasoning_effort"], sent, thinking), **sent}
     wanted = asked.get("response_format", {"type": "text"})
-    if wanted["type"] == "json_object":  # the API has no JSON mode without a schema
+    if wanted["type"] == "json_object":
+        # The API has no JSON mode without a schema.
         text = "Answer with one valid JSON object and nothing else: no other text and no code fence."
         sent["system"] = [*sent.get("system", ()), {"type": "text", "text": text}]
-    elif wanted["type"] == "json_schema":  # every schema is strict there, and has the only place for the description
+    elif wanted["type"] == "json_schema":
+        # There, every schema is strict, and has the only place for the description.
         form = wanted["json_schema"]
         schema = {**_set(description=form.get("description")), **form["schema"]}
         sent.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
@@ -2983,6 +2990,7 @@ class MessageStream:
         self.ending: dict[str, Any] = {}
         self.role = {"role": "assistant"}  # empty once it was sent, in the first chunk
         self.done = self.failed = False
+        self.pings = 0
 
     def feed(self, event_type: bytes, data: bytes) -> bytes:
         """Return the chunks for one event, often none; an error event for one that cannot be read. Never raises.
@@ -3007,13 +3015,18 @@ class MessageStream:
         """Return the chunks for an event about the whole message, or for an error."""
         if kind == "error":
             return self.fail(find_error(event))
+        if kind == "ping":
+            # A comment keeps the connection alive while the model thinks. The first ping comes with every stream.
+            self.pings += 1
+            return b": ping\n\n" if self.pings > 1 else b""
         if kind == "message_start":
             message = event["message"]
             self.usage.update(_set(**(message.get("usage") or {})))
             if not self.head:  # there is a second one if another model takes over; the answer keeps its id
                 fields = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
                 self.head = b"data: " + compact_json({**fields, "model": message["model"]})[:-1] + b',"choices":'
-        elif kind == "message_delta":  # some gateways send the cache's counts here (rust-genai PR 258)
+        elif kind == "message_delta":
+            # Some gateways send the cache's counts here (rust-genai PR 258).
             self.usage.update(_set(**(event.get("usage") or {})))
             self.ending.update(_set(**(event.get("delta") or {})))
         elif kind == "message_stop":
@@ -3030,7 +3043,8 @@ class MessageStream:
         index, piece = event["index"], event.get("content_block") or event.get("delta") or {}
         block_type, arguments = piece.get("type"), piece.get("partial_json")
         if kind == "content_block_start" and block_type == "tool_use":
-            number = len(self.calls)  # clients join a call's pieces by number; the upstream's index counts all blocks
+            # Clients join a call's pieces by this number; the upstream's index counts all blocks.
+            number = len(self.calls)
             self.calls[index] = number, piece.get("input") or {}
             # Signed thinking goes out with the call that it led to: a client keeps both or neither.
             # The openai package joins such lists by their `index`.
@@ -3206,12 +3220,14 @@ def answer_limit(data: dict[str, Any]) -> int:
     limit, choices = data.get("max_completion_tokens") or data.get("max_tokens"), data.get("n") or 1
     if not isinstance(limit, int) or limit < 0 or not isinstance(choices, int):
         return 0
-    return limit * min(max(1, choices), 128)  # the API allows no more than 128 choices
+    # The API allows no more than 128 choices.
+    return limit * min(max(1, choices), 128)
 
 
 def made_id(beginning: bytes) -> str:
     """Return the id of the object that an answer describes: the first id in it, "" without one."""
-    match = re.search(rb'"id"\s*:\s*"([\w\-]{4,128})"', beginning)  # of bounded length, as it is remembered
+    # Of bounded length, as it is remembered.
+    match = re.search(rb'"id"\s*:\s*"([\w\-]{4,128})"', beginning)
     return match.group(1).decode() if match else ""
 
 
@@ -3249,12 +3265,14 @@ class OpenAIController:
         self.reports_usage = "stream_options" not in self.drop
         self.extra = dict(account.extra_body)
         self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
-        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")  # RFC 3986, 3.3; escapes stay as they are
+        # RFC 3986, 3.3; escapes stay as they are.
+        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")
         self.paths = {CHAT_PATH: account.chat_path}
         key = account.api_key.reveal()
         fields = {
             "Host": self.origin.authority,
-            "Accept-Encoding": "identity",  # events, errors and answers to translate must be readable
+            # Events, errors and answers to translate must be readable.
+            "Accept-Encoding": "identity",
             account.auth_header: key and (account.auth_scheme + " " + key).lstrip(),
             "OpenAI-Organization": account.organization,
             "OpenAI-Project": account.project,
@@ -3297,7 +3315,8 @@ class OpenAIController:
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the pieces of the body, with the model and the parameters that this account wants."""
         names, model = request.data.keys(), self.model_map.get(request.model, request.model if request.asked else "")
-        extra = self.extra if names and request.path == CHAT_PATH else {}  # other calls have other parameters
+        # Other calls have other parameters.
+        extra = self.extra if names and request.path == CHAT_PATH else {}
         options = request.data.get("stream_options")
         adds_usage = request.add_usage and self.reports_usage and isinstance(options, dict | None)
         if not (extra or self.drop & names or self.rename.keys() & names or (adds_usage and "stream_options" in names)):
@@ -3332,8 +3351,10 @@ class AzureController(OpenAIController):
         self.api_version, self.classic = config.account.api_version, not self.base.endswith("/openai/v1")
         if self.classic:
             self.api_version = self.api_version or AZURE_API_VERSION
-            self.base = self.base.removesuffix("/openai") + "/openai"  # the portal shows addresses with and without it
-            self.reports_usage = self.reports_usage and self.api_version >= "2024-09-01"  # earlier ones refuse it
+            # The portal shows addresses with and without the suffix.
+            self.base = self.base.removesuffix("/openai") + "/openai"
+            # 2024-09-01-preview added stream_options (Azure: "API preview lifecycle").
+            self.reports_usage = self.reports_usage and self.api_version >= "2024-09-01"
 
     def target(self, path: str, query: str, model: str) -> str:
         """See `OpenAIController`."""
@@ -3341,7 +3362,8 @@ class AzureController(OpenAIController):
         parts = [part for part in query.split("&") if part and not part.startswith("api-version=")]
         if self.classic and _AZURE_DEPLOYED.fullmatch(path):
             deployment = self.model_map.get(model, model)
-            if not deployment.strip("."):  # ".." would lead to another path; slashes are escaped below
+            # ".." would lead to another path; slashes are escaped below.
+            if not deployment.strip("."):
                 raise Untranslatable("model", "is not the name of a deployment.")
             path = "/deployments/" + urllib.parse.quote(deployment, "") + path
         if self.api_version:
@@ -3357,11 +3379,9 @@ def wants_usage(request: ApiRequest) -> bool:
 
 async def read_all(exchange: Exchange, most: int) -> bytes:
     """Return the upstream's whole body, or more than `most` bytes of a larger one. Raise UpstreamError."""
-    body = b""
-    while len(body) <= most:
+    body = data = await exchange.read()
+    while data and len(body) <= most:
         data = await exchange.read()
-        if not data:
-            break
         body += data
     return body
 
@@ -3392,18 +3412,19 @@ class MessagesExchange:
             status, self.ready = error_from_messages(status, body)
         elif compressed:
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
-        elif head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":  # some gateways never stream
+        elif head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
             self.stream, kind = MessageStream(int(time.time()), self.usage), b"text/event-stream; charset=utf-8"
         else:
-            body = await read_all(self.inner, 16_777_216)  # the longest answers have about 1 MB
+            # Some gateways never stream. The longest answers have about 1 MB.
+            body = await read_all(self.inner, 16_777_216)
             try:
                 self.ready = compact_json(from_message(json.loads(body), int(time.time())))
             except (ValueError, RecursionError) as problem:
                 raise BadReply(f"the upstream's answer cannot be translated: {problem}") from None
         replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
         index = {name: value for name, value in head.index.items() if name not in replaced}
-        index[b"content-type"] = kind
-        self.head = ResponseHead(status, 1, index, without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind)
+        lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
+        self.head = ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
 
     async def read(self) -> bytes:
         """See `Exchange`."""
@@ -3411,7 +3432,8 @@ class MessagesExchange:
             try:
                 data = await self.inner.read()
             except UpstreamError:
-                if not self.stream.done:  # an error after the last event does no harm
+                # An error after the last event does no harm.
+                if not self.stream.done:
                     raise
                 data = b""
             self._translate(self.stream, data)
@@ -3424,7 +3446,8 @@ class MessagesExchange:
         """Translate the next bytes into `ready`; b"" is the end. Raise UpstreamClosed if the last event is missing."""
         ended = not data
         if ended and b"message_stop" in self.splitter.pending:
-            data = b"\n\n"  # some servers close after the last event without its blank line
+            # Some servers close after the last event without its blank line.
+            data = b"\n\n"
         self.ready = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
         if len(self.splitter.pending) > EVENT_BYTES:
             self.splitter.pending = b""
@@ -3447,14 +3470,13 @@ class AnthropicController(OpenAIController):
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
         self.max_tokens, self.thinking = config.account.max_tokens, config.account.thinking
-        self.paths["/models"] = "/models?limit=1000"  # the default is 20
+        # The default is 20.
+        self.paths["/models"] = "/models?limit=1000"
 
     def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
         """See `Controller`."""
         exchange = super().exchange(request, connections, on_sent)
-        if request.path == CHAT_PATH:
-            exchange = MessagesExchange(exchange, wants_usage(request))
-        return exchange
+        return MessagesExchange(exchange, wants_usage(request)) if request.path == CHAT_PATH else exchange
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """See `OpenAIController`. The fields of extra_body replace translated ones: they may be newer."""
@@ -3471,7 +3493,8 @@ def echo_pieces(request: ApiRequest) -> Iterator[bytes]:
     content = said[-1].get("content") or ""
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    content = str(content)  # content of any other type is echoed, not refused
+    # Content of any other type is echoed, not refused.
+    content = str(content)
     words = re.findall(r"\S*\s*", content)[:-1]
     prompt = max(1, request.prompt_tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
