@@ -210,7 +210,7 @@ async def test_a_connect_that_hangs(proxy: bool, sent: bytes) -> None:
 )
 async def test_a_trickle(timeouts: dict[str, float], every_s: float, status: int, ends_s: float, stream: bool) -> None:
     """Each pause is bounded by idle and all of them by total; a stream that is cut says so."""
-    body = b"".join(event(str(n)) for n in range(6)) if stream else json.dumps({"pad": "x" * 500}).encode()
+    body = b"".join(event(str(n)) for n in range(6)) if stream else json.dumps({**ANSWER, "pad": "x" * 500}).encode()
     head = SSE_HEAD if stream else b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
     async def script(peer: Peer, _: Message) -> None:
@@ -263,7 +263,7 @@ async def test_what_comes_on_an_idle_connection(late: str, tls: bool) -> None:
     idle = asyncio.Event()
 
     async def script(peer: Peer, _: Message) -> None:
-        await peer.send(json_reply(200, {"mark": len(upstream.seen)}))
+        await peer.send(json_reply(200, {**ANSWER, "mark": len(upstream.seen)}))
         if len(upstream.seen) == 1:
             await idle.wait()
             await peer.send(texts.get(late, b""))
@@ -274,13 +274,13 @@ async def test_what_comes_on_an_idle_connection(late: str, tls: bool) -> None:
 
     async with Upstream(script, tls=tls) as upstream:
         async with Running(controller("a", upstream.url, account={"ca_file": CERT} if tls else {})) as server:
-            assert (await server.post("m")).json() == {"mark": 1}
+            assert (await server.post("m")).json()["mark"] == 1
             assert repr(server.server.links) == "<ConnectionPool idle=1 active=0>"
             idle.set()
             await turns(30)
             for mark in (2, 3):
                 answer = await server.post("m")
-                assert answer.json() == {"mark": mark} and answer.headers["x-apiserver-attempts"] == "1"
+                assert answer.json()["mark"] == mark and answer.headers["x-apiserver-attempts"] == "1"
             assert upstream.connections == 2
 
 
