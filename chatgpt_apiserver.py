@@ -2545,14 +2545,10 @@ def _thinking_block(block: dict[str, Any]) -> dict[str, Any]:
     return {name: block[name] for name in names}
 
 
+_IMAGE = _url("image/jpeg", "image/png", "image/gif", "image/webp")
 _PARTS: dict[str, Form] = {
-    "text": _STRING,
-    "refusal": _STRING,
-    "image_url": {
-        "": ("url",),
-        "url": _url("image/jpeg", "image/png", "image/gif", "image/webp"),
-        "detail": _only("auto", "high"),
-    },
+    **dict.fromkeys(("text", "refusal"), _STRING),
+    "image_url": {"": ("url",), "url": _IMAGE, "detail": _only("auto", "high")},
     "file": {"": ("file_data",), "file_data": _url("application/pdf"), "filename": None},
 }
 
@@ -3559,7 +3555,6 @@ class EchoController:
 
 CONTROLLERS: dict[str, Callable[[ControllerConfig], Controller]] = {
     **dict.fromkeys(PRESETS, OpenAIController),
-    "openai": OpenAIController,
     "azure": AzureController,
     "anthropic": AnthropicController,
     "echo": EchoController,
@@ -3628,9 +3623,7 @@ MISSING_WORDS = (
     r"|the \S+ model is not supported|the provided model identifier is invalid|unable to access (\S+ )?model"
     r"|(aierror: )?no such model)"
 )
-AUTH_WORDS = (
-    "^(API key (not valid|expired)|API Key not found|User location is not supported|Incorrect API key provided)"
-)
+AUTH_WORDS = "^(API [Kk]ey (not valid|expired|not found)|User location is not supported|Incorrect API key provided)"
 
 
 class Rule(NamedTuple):
