@@ -2620,14 +2620,10 @@ def _thinking_block(block: dict[str, Any]) -> dict[str, Any]:
     return {name: block[name] for name in names}
 
 
+_IMAGE = _url("image/jpeg", "image/png", "image/gif", "image/webp")
 _PARTS: dict[str, Form] = {
-    "text": _STRING,
-    "refusal": _STRING,
-    "image_url": {
-        "": ("url",),
-        "url": _url("image/jpeg", "image/png", "image/gif", "image/webp"),
-        "detail": _only("auto", "high"),
-    },
+    **dict.fromkeys(("text", "refusal"), _STRING),
+    "image_url": {"": ("url",), "url": _IMAGE, "detail": _only("auto", "high")},
     "file": {"": ("file_data",), "file_data": _url("application/pdf"), "filename": None},
 }
 
@@ -2909,11 +2905,12 @@ def _tool_call(block: dict[str, Any], arguments: str) -> dict[str, Any]:
 
 def _ending(reply: dict[str, Any]) -> tuple[str, str | None]:
     """Return the finish_reason, and the model's explanation of a refusal."""
-    reasons = {"tool_use": "tool_calls", "refusal": "content_filter"}
-    reasons.update(dict.fromkeys(("max_tokens", "model_context_window_exceeded"), "length"))
+    reasons = {"tool_use": "tool_calls", "refusal": "content_filter", "max_tokens": "length"}
+    reasons["model_context_window_exceeded"] = "length"
     # All others mean "stop": end_turn, stop_sequence, and pause_turn of server tools.
-    reason = reasons.get(reply.get("stop_reason") or "", "stop")
-    return reason, (reply.get("stop_details") or {}).get("explanation") or None
+    return reasons.get(reply.get("stop_reason") or "", "stop"), (reply.get("stop_details") or {}).get(
+        "explanation"
+    ) or None
 
 
 def messages_usage(usage: dict[str, Any]) -> dict[str, Any]:
@@ -2979,7 +2976,8 @@ def error_words(error: dict[str, Any]) -> tuple[list[str], str]:
     """Return the names of an error (code, type and the like), the most exact one first, and its message."""
     names = [str(error[name]) for name in ("code", "type", "status", "reason") if error.get(name)]
     texts = [str(error[name]) for name in ("message", "msg", "detail") if error.get(name)]
-    raw = first_object(error.get("metadata")).get("raw")  # OpenRouter: the provider's own error
+    # OpenRouter: the provider's own error.
+    raw = first_object(error.get("metadata")).get("raw")
     if isinstance(raw, str):
         inner = find_error(parse_reply(raw.encode(errors="replace")))
         texts[:1] = [": ".join([*texts[:1], error_words(inner)[1] if inner else raw])]
@@ -3076,7 +3074,8 @@ class MessageStream:
         if kind == "message_start":
             message = event["message"]
             self.usage.update(_set(**(message.get("usage") or {})))
-            if not self.head:  # there is a second one if another model takes over; the answer keeps its id
+            # There is a second one if another model takes over; the answer keeps its id.
+            if not self.head:
                 fields = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
                 self.head = b"data: " + compact_json({**fields, "model": message["model"]})[:-1] + b',"choices":'
         elif kind == "message_delta":
@@ -3138,12 +3137,14 @@ class MessageStream:
 # Anthropic's API with translations, and an echo without a network. A vendor that speaks OpenAI's API is a row in
 # PRESETS. Another kind of account is a class here, a line in CONTROLLERS and a file of tests.
 
-CHAT_PATH = "/chat/completions"  # without /v1, which belongs to the base URL of an account
+# Without /v1, which belongs to the base URL of an account.
+CHAT_PATH = "/chat/completions"
 HOLD_BYTES = 65536  # kept of a stream before its first real event, and read of an error
 EVENT_BYTES = 1_048_576  # a larger event of a stream is not parsed
-TOKENS_PER_PART = 1000  # estimate for an image, audio or file: the length of its data does not tell
-
-Body = bytes | mmap.mmap  # of a request; a large upload is mapped from a temporary file
+# The estimate for an image, audio or file: the length of its data does not tell.
+TOKENS_PER_PART = 1000
+# A large upload is mapped from a temporary file.
+Body = bytes | mmap.mmap
 
 
 def parse_object(body: Body) -> dict[str, Any]:
@@ -3256,14 +3257,14 @@ def count_text(value: Any, depth: int = 0) -> int:
         return len(value)
     if isinstance(value, int):
         return 4
-    if isinstance(value, list) and depth <= 8:
+    if not isinstance(value, list | dict) or depth > 8:
+        return 0
+    if isinstance(value, list):
         return sum([count_text(item, depth + 1) for item in value])
-    if isinstance(value, dict) and depth <= 8:
-        # A message, a part of its content, or an item of the responses API.
-        if "text" in value or "content" in value or "role" in value:
-            return count_text(value.get("text") or value.get("content"), depth + 1)
-        return 4 * TOKENS_PER_PART
-    return 0
+    # A message, a part of its content, or an item of the responses API.
+    if "text" in value or "content" in value or "role" in value:
+        return count_text(value.get("text") or value.get("content"), depth + 1)
+    return 4 * TOKENS_PER_PART
 
 
 def estimate_prompt(data: dict[str, Any]) -> int:
@@ -3616,7 +3617,6 @@ class EchoController:
 
 CONTROLLERS: dict[str, Callable[[ControllerConfig], Controller]] = {
     **dict.fromkeys(PRESETS, OpenAIController),
-    "openai": OpenAIController,
     "azure": AzureController,
     "anthropic": AnthropicController,
     "echo": EchoController,
@@ -3624,11 +3624,10 @@ CONTROLLERS: dict[str, Callable[[ControllerConfig], Controller]] = {
 
 
 # ==== 10. Outcomes ====
-# The results of attempts. Pure functions answer three questions: What does a reply, a broken connection or an error
-# event mean (`judge_*`)? May the next controller get the request (`may_retry`)? What does a reply report about the
-# quota (`read_allowances`, `used_tokens`)? Vendors agree on statuses and on little else: an error body may be an
-# object, a list, a string, HTML or empty, and an exhausted balance and a rate limit share status 429. So bodies are
-# read tolerantly, and where they make no sense the status alone decides.
+# Pure functions that tell what a reply, a broken connection or an error event means (`judge_*`), whether the next
+# controller may get the request (`may_retry`), and what a reply reports about the quota. Vendors agree on statuses and
+# on little else: an exhausted balance and a rate limit share status 429, and the body of an error may be an object, a
+# list, a text, HTML or empty. Bodies are read tolerantly; where they make no sense, the status alone decides.
 
 
 class Outcome(enum.Enum):
@@ -3656,8 +3655,6 @@ class Outcome(enum.Enum):
 LASTING = frozenset(map(Outcome, "large quota auth forbidden barred missing".split()))
 # The request certainly did not run, so even a stateful one may be sent elsewhere.
 NOT_RUN = frozenset(map(Outcome, "unfit connect auth rate quota large missing".split()))
-# When every controller failed, the client gets the error whose outcome stands last here.
-USEFULNESS = tuple(map(Outcome, "barred forbidden auth missing fault quota rate large client".split()))
 
 # The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's code, 30001 SiliconFlow's,
 # Arrearage DashScope's, AccountOverdueError Volcengine's, budget_exceeded LiteLLM's, NOT_ENOUGH_BALANCE Novita's.
@@ -3685,9 +3682,7 @@ MISSING_WORDS = (
     r"|the \S+ model is not supported|the provided model identifier is invalid|unable to access (\S+ )?model"
     r"|(aierror: )?no such model)"
 )
-AUTH_WORDS = (
-    "^(API key (not valid|expired)|API Key not found|User location is not supported|Incorrect API key provided)"
-)
+AUTH_WORDS = "^(API [Kk]ey (not valid|expired|not found)|User location is not supported|Incorrect API key provided)"
 
 
 class Rule(NamedTuple):
@@ -3738,7 +3733,7 @@ TOO_LONG_WORDS = re.compile(
 )
 # What a message quotes may be the client's text. An apostrophe inside a word begins no quotation.
 _QUOTED = re.compile(r"(?<!\w)(['\"]).*\1(?!\w)", re.DOTALL)
-# An error inside a 200 is judged like a reply with this status, by its code or type (of OpenAI and Anthropic).
+# An error in a 200 is judged like a reply with this status, by its code or type (of OpenAI and Anthropic).
 ERROR_STATUSES = {
     **dict.fromkeys((*CREDIT_CODES, "rate_limit_error", "rate_limit_exceeded"), 429),
     **dict.fromkeys(MISSING_CODES, 404),
@@ -3988,7 +3983,8 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
 
 def usefulness(verdict: Verdict) -> int:
     """Return how useful an error is to the client, more for a higher number: a 429 is more useful than a 401."""
-    return USEFULNESS.index(verdict.outcome) if verdict.outcome in USEFULNESS else -1
+    order = "barred forbidden auth missing fault quota rate large client".split()
+    return order.index(verdict.outcome.value) if verdict.outcome.value in order else -1
 
 
 # -- reports of quota and usage
