@@ -783,6 +783,21 @@ def check_account(place: Place, account: AccountConfig) -> None:
         raise place.inside("base_url").problem(f"must not end in {account.chat_path}, which is added to it")
 
 
+def bypasses_proxy(url: str, no_proxy: str) -> bool:
+    """Return whether `no_proxy` has the host of `url`: an address, a network (CIDR), a domain, or a name with `*`."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    for entry in re.findall(r"[^\s,]+", no_proxy.lower()):
+        pattern = re.escape(entry.lstrip(".")).replace(r"\*", ".*")
+        try:
+            found = ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
+        except ValueError:  # one of them is a name
+            found = any(re.fullmatch(rf"(.+\.)?{pattern}", name) for name in (host, f"{host}:{parts.port}"))
+        if found:
+            return True
+    return False
+
+
 def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfig:
     """Return the `config` of a controller of type `kind`: what the user set, then the preset, then the defaults."""
     preset = dict(PRESETS[kind])
@@ -799,6 +814,8 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
     account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig, *words))
     check_account(place, account)
+    if account.proxy and bypasses_proxy(account.base_url, place.env.get("no_proxy") or place.env.get("NO_PROXY", "")):
+        account = replace(account, proxy=Secret())
     # Vendors always need a key. A local server, or one at an address that the user gave, may work without a key.
     url = account.base_url
     vendor = not own_url or url.startswith("https://api.openai.com")
