@@ -6653,13 +6653,12 @@ class ModelLists:
     async def _fetch(self, upstream: Upstream) -> list[dict[str, Any]]:
         """Return a controller's own list of models. Raise UpstreamError, Untranslatable."""
         request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
-        exchange = upstream.controller.exchange(request, self.connections, ignore_write)
+        exchange = upstream.controller.exchange(request, self.connections, ignore_write, True)
         try:
             await exchange.start()
             body = await read_all(exchange, LIST_BYTES)
-            exchange.finish()
         finally:
-            exchange.abort()
+            exchange.abort()  # a connection that is kept for requests has served a request
         try:
             if exchange.head.status == 200:
                 listed = [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
