@@ -784,6 +784,21 @@ def check_account(place: Place, account: AccountConfig) -> None:
         raise place.inside("base_url").problem(f"must not end in {account.chat_path}, which is added to it")
 
 
+def bypasses_proxy(url: str, no_proxy: str) -> bool:
+    """Return whether `no_proxy` has the host of `url`: an address, a network (CIDR), a domain, or a name with `*`."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    for entry in re.findall(r"[^\s,]+", no_proxy.lower()):
+        pattern = re.escape(entry.lstrip(".")).replace(r"\*", ".*")
+        try:
+            found = ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
+        except ValueError:  # one of them is a name
+            found = any(re.fullmatch(rf"(.+\.)?{pattern}", name) for name in (host, f"{host}:{parts.port}"))
+        if found:
+            return True
+    return False
+
+
 def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfig:
     """Return the `config` of a controller of type `kind`: what the user set, then the preset, then the defaults."""
     preset = dict(PRESETS[kind])
@@ -800,6 +815,8 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
     account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig, *words))
     check_account(place, account)
+    if account.proxy and bypasses_proxy(account.base_url, place.env.get("no_proxy") or place.env.get("NO_PROXY", "")):
+        account = replace(account, proxy=Secret())
     # Vendors always need a key. A local server, or one at an address that the user gave, may work without a key.
     url = account.base_url
     vendor = not own_url or url.startswith("https://api.openai.com")
@@ -1908,7 +1925,30 @@ def error_event(message: str, code: str) -> bytes:
 READ_BYTES = 65_536  # the most that one read brings; a reader that holds as much stops its peer
 WRITE_HIGH_BYTES = 65_536  # unsent bytes to one peer above which nothing more is read for it
 BATCH_BYTES = 16_384  # larger writes are sent at once: they are few, and batching them would only keep memory
+DEAD_PATH_S = 20.0  # without an acknowledgement an upstream's path is dead; a lost packet is sent again within 1 s
 REARM_S = 30.0  # a timer is armed at most this far ahead, so that moving a deadline later is an assignment
+
+
+def watch_path(connection: socket.socket, dead_after_s: float) -> None:
+    """Let the kernel end a connection whose peer acknowledges nothing for `dead_after_s`, also while nothing is sent.
+
+    Accepted connections inherit this from their listener.
+    """
+    dead_after_s = min(max(DEAD_PATH_S, dead_after_s), 3600.0)
+    options = {
+        "TCP_USER_TIMEOUT": round(dead_after_s * 1000),  # for bytes that were sent, in ms (RFC 5482); Linux only
+        "TCP_KEEPIDLE": round(dead_after_s * 0.4),  # seconds of silence before the first of three probes
+        "TCP_KEEPALIVE": round(dead_after_s * 0.4),  # its name on macOS
+        "TCP_KEEPINTVL": round(dead_after_s * 0.2),
+        "TCP_KEEPCNT": 3,
+    }
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    except OSError:  # macOS refuses options of a connection that was reset; the next read reports that
+        pass
 
 
 class Deadline:
@@ -2130,11 +2170,11 @@ class WriteBatcher:
 # All others are closed, which costs a handshake and no more.
 
 INTERIM_COUNT = 16  # 1xx replies before the final one; an upstream that sends more is broken
-JOINED_BYTES = 262_144  # a request up to this size is one write: to copy it costs less than to wake the upstream twice
-SEND_BYTES = 65_536  # a larger one goes out in pieces of this size
+SEND_BYTES = 65_536  # a larger request goes out in pieces; no system's receive buffer is smaller than that
 ABANDONED_S = 1.0  # how long an abandoned connect may still run, so that its socket can be closed
 IDLE_UPSTREAM_S = 55.0  # an idle connection is closed after this; servers commonly close after 60 s
 IDLE_UPSTREAM_COUNT = 1024  # idle connections of all origins; each is an open file
+CONNECTION_AGE_S = 300.0  # an older connection is not reused: its host's name may lead to another address by now
 STALE_S = 1.0  # an idle connection that ends this soon after a write had been closed before it
 
 
@@ -2181,6 +2221,9 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     Verification cannot be switched off: a private certificate can be put into ca_file.
     """
     context = ssl.create_default_context(cafile=ca_file or None)
+    if ca_file:
+        # Python 3.13 began to refuse private CAs whose certificates lack a key usage or a key identifier.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["http/1.1"])  # without ALPN some front ends speak HTTP/2
     return context
 
@@ -2273,6 +2316,18 @@ async def dial(origin: Origin) -> TimedProtocol:
     return protocol
 
 
+def describe_failure(problem: Exception) -> str:
+    """Return why a connect failed, for clients: without the addresses that the error itself names."""
+    if isinstance(problem, UpstreamError):
+        return str(problem)
+    if isinstance(problem, ssl.SSLError):
+        return "TLS failed: " + (problem.reason or "protocol error").lower().replace("_", " ")
+    if isinstance(problem, (socket.gaierror, UnicodeError)):
+        return "its name cannot be resolved"
+    number = re.search(r"\[Errno (\d+)\]", str(problem))  # if several addresses failed, only their texts have it
+    return os.strerror(int(number.group(1))) if number else "closed during the handshake"
+
+
 Message = tuple[bytes | memoryview | mmap.mmap, ...]  # a request's head, and its body in any number of pieces
 
 
@@ -2305,6 +2360,8 @@ class UpstreamConnection:
         self.deadline = Deadline(self.loop, self._expired)
         self.idle = False
         self.request_count = 0
+        self.dead_after_s = 0.0  # see `watch_path`
+        self.expires_at = self.loop.time() + CONNECTION_AGE_S
         self.written_at = 0.0  # the current request's beginning, in loop time
         self.before_reply = True  # no final head has come for it
         self.first_byte_s = math.inf  # the time that its reply may take to begin
@@ -2315,9 +2372,12 @@ class UpstreamConnection:
         return not (self.reader.ended or self.reader.data or self.transport.is_closing())
 
     def was_stale(self, error: UpstreamClosed) -> bool:
-        """Return whether it had ended in the pool, so that the request never arrived (RFC 9112, 9.3.1)."""
-        # A reset long after the write is another thing: the request was being answered, and may be billed.
-        return error.before_reply and self.request_count > 1 and self.loop.time() - self.written_at < STALE_S
+        """Return whether it had ended in the pool, so that the request hardly arrived (RFC 9112, 9.3.1)."""
+        # A reset long after the write is another thing: the request was being answered, and may be billed. The kernel
+        # reports a dead path with one of these errors: the other side acknowledged nothing for DEAD_PATH_S.
+        lost = getattr(self.reader.lost, "errno", None) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+        early = lost or self.loop.time() - self.written_at < STALE_S
+        return error.before_reply and self.request_count > 1 and early
 
     def close(self) -> None:
         """Close at once. TLS would wait for the peer's goodbye, and an upstream that generates would not notice."""
@@ -2374,10 +2434,10 @@ class ConnectionPool:
             async with asyncio.timeout(within_s):
                 protocol = await self.dial(origin)
         except TimeoutError:
-            raise ConnectFailed(f"no connection to {origin.authority} within {within_s:g} s") from None
+            raise ConnectFailed(f"no connection within {within_s:g} s") from None
         except (OSError, UnicodeError, UpstreamError) as problem:
-            reason = str(problem) or "closed during the handshake"  # asyncio's error for that has no text
-            raise ConnectFailed(f"no connection to {origin.authority}: {reason}") from problem
+            log.info("no connection to %s: %s", origin.authority, str(problem) or "closed during the handshake")
+            raise ConnectFailed(f"no connection: {describe_failure(problem)}") from problem
         connection = UpstreamConnection(origin, protocol, self)
         self.active.add(connection)
         return connection
@@ -2387,11 +2447,13 @@ class ConnectionPool:
         self.active.discard(connection)
         # What is left of a request in the transport's buffer would stand before the next request.
         unsent = connection.transport.get_write_buffer_size()
-        if not reusable or self.closed or unsent or not connection.is_quiet():
+        now = connection.loop.time()
+        usable = reusable and not (self.closed or unsent or connection.expires_at <= now)
+        if not usable or not connection.is_quiet():
             connection.close()
             return
         connection.idle = True
-        connection.deadline.set(connection.loop.time() + IDLE_UPSTREAM_S)
+        connection.deadline.set(min(now + IDLE_UPSTREAM_S, connection.expires_at))
         self.idle.setdefault(connection.origin, []).append(connection)
         if self.idle_count > IDLE_UPSTREAM_COUNT:
             oldest = [connections[0] for connections in self.idle.values() if connections]
@@ -2416,7 +2478,8 @@ class NetworkExchange:
     """An exchange on a connection of the pool. See `Exchange`.
 
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
-    when its exchange ends, as providers bill cancelled calls.
+    when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
+    had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
     """
 
     def __init__(
@@ -2427,9 +2490,11 @@ class NetworkExchange:
         timeouts: Timeouts,
         on_sent: Callable[[float], None],
         method: str = "POST",
+        resend: bool = False,
+        fresh: bool = False,
     ) -> None:
         self.pool, self.origin, self.message = pool, origin, message
-        self.on_sent, self.method = on_sent, method
+        self.on_sent, self.method, self.resend, self.fresh = on_sent, method, resend, fresh
         self.connect_s = timeouts.connect
         self.idle_s, self.total_s = timeouts.idle or math.inf, timeouts.total or math.inf
         self.first_byte_s = min(timeouts.first_byte or math.inf, self.total_s)
@@ -2442,8 +2507,8 @@ class NetworkExchange:
         self.head: ResponseHead
 
     async def start(self) -> None:
-        """See `Exchange`. A pooled connection that had ended is replaced, and the request written again."""
-        connection = self.pool.take(self.origin)
+        """See `Exchange`."""
+        connection = None if self.fresh else self.pool.take(self.origin)
         while True:
             if connection is None:
                 connection = await self.pool.connect(self.origin, self.connect_s)
@@ -2455,14 +2520,14 @@ class NetworkExchange:
                 self.head = await read_reply_head(connection.reader)
                 break
             except UpstreamClosed as error:
-                # Upstreams close idle connections, and their FIN may cross our request. It was never read then: this is
-                # the only replay that section 10 does not decide. A new connection is never stale.
-                if not connection.was_stale(error):
+                # Upstreams close idle connections, and their FIN may cross our request: few read it then. This is the
+                # only replay that section 10 does not decide. A new connection is never stale.
+                if not (self.resend and connection.was_stale(error)):
                     raise
                 self.abort()
                 connection = None
         if self.head.status == 407:  # from a proxy, so the request has not reached its upstream
-            raise ConnectFailed(f"a proxy on the way to {self.origin.authority} wants another password")
+            raise ConnectFailed("the proxy wants another password")
         self.decoder = reply_body_decoder(self.head, self.method)
         self.message = ()  # a long answer does not keep the memory of its prompt
         self.replied_early = not self.all_sent
@@ -2502,7 +2567,8 @@ class NetworkExchange:
         decoder = self.decoder
         # After an early reply the upstream may take the rest of the body, a client's bytes, for the next request.
         whole = decoder is not None and decoder.done and not (decoder.surplus or self.replied_early)
-        self._give_back(whole and keeps_alive(self.head.index, self.head.http_minor))
+        # What answers 5xx may be a machine that the host's name leads to no longer.
+        self._give_back(whole and self.head.status < 500 and keeps_alive(self.head.index, self.head.http_minor))
 
     def abort(self) -> None:
         """See `Exchange`."""
@@ -2514,7 +2580,13 @@ class NetworkExchange:
         now = connection.loop.time()
         connection.request_count += 1
         connection.written_at, connection.before_reply, connection.first_byte_s = now, True, self.first_byte_s
-        if sum(map(len, self.message)) <= JOINED_BYTES:
+        small = sum(map(len, self.message)) <= SEND_BYTES
+        # An upstream that reads nothing while it works acknowledges a buffer's worth, which is no sign of a dead path.
+        dead_after_s = DEAD_PATH_S if small else self.first_byte_s
+        if dead_after_s != connection.dead_after_s:
+            connection.dead_after_s = dead_after_s
+            watch_path(connection.transport.get_extra_info("socket"), dead_after_s)
+        if small:
             self.pool.batcher.write(connection.transport, b"".join(self.message))
             connection.deadline.set(now + self.first_byte_s)
             self.on_sent(now)
@@ -3300,9 +3372,13 @@ class Controller(Protocol):
     reports_usage: bool
     rate_codes: tuple[str, ...]
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
-        """Return an exchange for `request`, not started; it calls `on_sent(now)` when it writes the request. Raise
-        Untranslatable if the account cannot express the request."""
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
+        """Return an exchange for `request`, not started; it calls `on_sent(now)` when it writes the request.
+
+        `fresh`: on a new connection. Raise Untranslatable if the account cannot express the request.
+        """
 
 
 class OpenAIController:
@@ -3351,10 +3427,13 @@ class OpenAIController:
         by_default = [replace(config.timeouts, first_byte=seconds) for seconds in (600.0, 120.0)]
         self.timeouts = by_default if config.timeouts.first_byte is None else [config.timeouts] * 2
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
         timeouts, message = self.timeouts[request.stream], self.message(request)
-        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method)
+        resend = not request.stateful
+        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method, resend, fresh)
 
     def message(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the head and the pieces of the body, as the account gets them. Raise Untranslatable."""
@@ -3531,9 +3610,11 @@ class AnthropicController(OpenAIController):
         # The default is 20.
         self.paths["/models"] = "/models?limit=1000"
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
-        exchange = super().exchange(request, connections, on_sent)
+        exchange = super().exchange(request, connections, on_sent, fresh)
         return MessagesExchange(exchange, wants_usage(request)) if request.path == CHAT_PATH else exchange
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
@@ -3610,7 +3691,9 @@ class EchoController:
     def __init__(self, config: ControllerConfig) -> None:
         self.account = config.account
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
         return EchoExchange(request, self.account, on_sent)
 
@@ -5656,7 +5739,7 @@ class Relay:
         asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
         request.add_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
         attempt.adds_usage = request.add_usage
-        exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent)
+        exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
         if others:
             lease.stuck = functools.partial(self._hedge, trip, attempt)
@@ -6683,13 +6766,12 @@ class ModelLists:
     async def _fetch(self, upstream: Upstream) -> list[dict[str, Any]]:
         """Return a controller's own list of models. Raise UpstreamError, Untranslatable."""
         request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
-        exchange = upstream.controller.exchange(request, self.connections, ignore_write)
+        exchange = upstream.controller.exchange(request, self.connections, ignore_write, True)
         try:
             await exchange.start()
             body = await read_all(exchange, LIST_BYTES)
-            exchange.finish()
         finally:
-            exchange.abort()
+            exchange.abort()  # a connection that is kept for requests has served a request
         try:
             if exchange.head.status == 200:
                 listed = [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
@@ -6804,6 +6886,8 @@ class Server:
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
+        for listener in self.listener.sockets:  # connections inherit it
+            watch_path(listener, self.config.limits.write_timeout)
         self.models.follow()
         return [listener.getsockname()[:2] for listener in self.listener.sockets]
 
