@@ -41,6 +41,13 @@ import sys
 if sys.version_info < (3, 11):  # before the imports that older versions do not have
     sys.exit("chatgpt_apiserver needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
+import signal
+
+# They wait from here on until `serve` handles them: SIGHUP would end a program that is still starting.
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
 import argparse
 import asyncio
 import base64
@@ -64,7 +71,6 @@ import re
 import resource
 import secrets
 import select
-import signal
 import socket
 import ssl
 import struct
@@ -208,23 +214,23 @@ CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "/etc/chatgpt-apiserver")
 ENV_PREFIX = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
+ANTHROPIC_URL = "https://api.anthropic.com/v1"
 AZURE_API_VERSION = "2024-10-21"  # the newest stable version of the classic surface
 ORIGIN = r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+"  # editors and mobile apps have schemes of their own
 ORIGIN_IS = 'scheme://host[:port] without a path, "null" or "*"'
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 
-_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # for APIs that refuse or ignore the newer name
-_RATE_CODES = ["insufficient_quota"]  # a rate limit at DashScope (openclaw PR 148275); elsewhere no credit is left
-# By controller type, the `config` that counts unless the user says otherwise. Words in braces are keys to fill in.
+_BARE_KEY = {"auth_header": "api-key", "auth_scheme": ""}
+# For APIs that refuse or ignore the newer name.
+_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}
+_MISTRAL = {**_OLD_LIMIT, "seed": "random_seed"}
+# A rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
+_RATE_CODES = ["insufficient_quota"]
+# Defaults of `config`, by controller type. Words in braces are further keys, which the user must set.
 PRESETS: dict[str, dict[str, Any]] = {
     "openai": {"base_url": OPENAI_URL},
-    "azure": {"auth_header": "api-key", "auth_scheme": ""},
-    "anthropic": {
-        "base_url": "https://api.anthropic.com/v1",
-        "auth_header": "x-api-key",
-        "auth_scheme": "",
-        "chat_path": "/messages",
-    },
+    "azure": _BARE_KEY,
+    "anthropic": {**_BARE_KEY, "auth_header": "x-api-key", "base_url": ANTHROPIC_URL, "chat_path": "/messages"},
     "echo": {},
     "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
     "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
@@ -241,11 +247,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "huggingface": {"base_url": "https://router.huggingface.co/v1"},
     "llamacpp": {"base_url": "http://localhost:8080/v1"},
     "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
-    "mistral": {  # refuses stream_options, and sends usage without it
-        "base_url": "https://api.mistral.ai/v1",
-        "rename_params": {**_OLD_LIMIT, "seed": "random_seed"},
-        "drop_params": ["stream_options"],
-    },
+    # It refuses stream_options, and sends usage without it.
+    "mistral": {"base_url": "https://api.mistral.ai/v1", "rename_params": _MISTRAL, "drop_params": ["stream_options"]},
     "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
     "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
     "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
@@ -260,7 +263,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
     "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
 }
-# What people call a vendor by its product or its company; for hints only.
+# Products and companies that people write in place of a type; for hints only.
 OTHER_NAMES = {"google": "gemini", "claude": "anthropic", "aws": "bedrock", "grok": "xai", "kimi": "moonshot"}
 
 
@@ -285,8 +288,8 @@ class Secret:
         return start + "…" + (self._value[-4:] if len(self._value) >= 12 else "")
 
 
-# What may be a key that was pasted into a wrong place: a vendor's prefix, 16 or more letters and digits that are not a
-# word with a number behind it, a row of pieces that mix them (a UUID), or what stands before the @ of a URL.
+# Text that may be a misplaced key: it has a vendor's prefix, or mixes letters and digits in 16 or more characters
+# (a word with a number behind it does not), or is a UUID, or stands before the @ of a URL.
 KEY_LIKE = re.compile(
     r"\bsk-[\w\-]{4,}|\b(?:gsk_|hf_|fw_|xai-|csk-|pplx-|nvapi-|AIza|ABSK|eyJ)[\w.+/=\-]{12,}"
     r"|(?i:\b(?:bearer|basic) )[^\s\"']+|(?<=//)[^\s\"]+(?=@)"
@@ -318,7 +321,7 @@ def json_type(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Return `value` as a message may show it: without what may be a key, and not at all where it is long."""
+    """Return `value` for a message: what may be a key is masked, and a long value is only described."""
     # Objects and lists may hold keys. Most keys are longer than 40 characters.
     if value and isinstance(value, (dict, list)):
         return json_type(value)
@@ -362,15 +365,18 @@ def read_file(path: str) -> Any:
         raise ConfigError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
+# For a hint about a misplaced key, the paths of all objects that may have it: for `api_key`, ["controllers[].config"].
+# It is filled below the records.
+KEY_PATHS: dict[str, list[str]] = {}
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: the file, the path in it, the environment that `$NAME` refers to.
-
-    `setters` names, by path, the flag or variable that overrides the file there.
-    """
+    """Where a value stands: the file, the path in it, and the environment that `$NAME` refers to."""
 
     source: str
     env: Mapping[str, str]
+    # By path, the flag or variable that overrides the file there.
     setters: Mapping[str, str]
     path: str = ""
 
@@ -378,7 +384,8 @@ class Place:
         """Return the place of an object's member or a list's item."""
         if isinstance(key, int):
             return replace(self, path=f"{self.path}[{key}]")
-        key = key if key.isprintable() else ascii(key)[1:-1]  # a line end would make two lines of a message
+        # A line end would make two lines of a message.
+        key = key if key.isprintable() else ascii(key)[1:-1]
         return replace(self, path=f"{self.path}.{key}" if self.path else key)
 
     def problem(self, message: str) -> ConfigError:
@@ -394,16 +401,17 @@ class Place:
         """Raise ConfigError for a key that is not in `known`, with the nearest name or the key's right place."""
         for key in data.keys() - set(known):
             hint = suggest(key, known)
-            if not hint and (self.path or "controllers" in known):  # the hint would mislead in a `config_file`
+            # In a `config_file`, whose top level is a `config`, the path would mislead.
+            if not hint and (self.path or "controllers" in known):
                 here = re.sub(r"\[\d+\]", "[]", self.path)
-                hint = " or ".join(place for place in places_of(key) if place != here)
+                hint = " or ".join(path for path in KEY_PATHS.get(key, ()) if path != here)
                 hint = hint and "its place is " + hint
             hint = hint or "allowed here: " + ", ".join(sorted(known))
             raise self.inside(key).problem("unknown key; " + hint)
 
 
-# -- checks: each takes a place, the value that stands there and what the key's annotation adds. It returns what the
-# server works with, or raises ConfigError.
+# -- checks: each takes a place, the value that stands there, and the arguments that the key's annotation adds. It
+# returns the value that the server uses, or raises ConfigError.
 
 Check = Callable[..., Any]
 
@@ -427,9 +435,10 @@ def check_list(place: Place, value: Any, check: Check, *args: Any) -> tuple[Any,
 
 
 def check_number(place: Place, value: Any, low: float, high: float, otherwise: str = "") -> float:
-    """Return a number from `low` to `high`; an int as `low` allows whole numbers only. `otherwise` ends the message."""
+    """Return a number from `low` to `high`, a whole one if `low` is an int. The message ends with `otherwise`."""
     whole = isinstance(low, int)
-    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:  # type(): a bool is an int
+    # Not isinstance: a bool is an int.
+    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:
         return value if whole else float(value)
     quoted = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
     raise place.error(show(value), f"a {'whole ' * whole}number from {low:.15g} to {high:.15g}{quoted}{otherwise}")
@@ -484,7 +493,8 @@ def check_secret(place: Place, value: Any) -> Secret:
                 value = file.read()
         except (OSError, ValueError) as error:
             raise place.problem(f"cannot read the file {show(value[5:])}: {reason_of(error)}") from error
-    value = value.strip()  # `echo` and editors end a file with a line end, which no header can hold
+    # `echo` and editors end a file with a line end, which no header can hold.
+    value = value.strip()
     if not (value.isascii() and value.isprintable()):
         raise place.error("a character outside printable ASCII", "printable ASCII (it goes into a header)")
     return Secret(value)
@@ -564,28 +574,30 @@ def check_extra_body(place: Place, value: Any) -> tuple[tuple[str, Any], ...]:
 
 
 @functools.cache
-def checks_of(record: type) -> dict[str, tuple[Any, ...]]:
-    """Return, by key, the check of each field that the configuration may set, and the check's further arguments."""
+def checks_of(record: type) -> dict[str, Any]:
+    """Return what checks each key of `record`: another record, or a function and its further arguments."""
+    # A field without a default is no key: its parser fills it in.
     hints = get_type_hints(record, include_extras=True)
     keys = {item.name: hints[item.name] for item in fields(record) if item.default is not MISSING}
-    return {key: (check_record, hint) if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
+    return {key: hint if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
 
 
 def check_keys(place: Place, value: Any, record: type, *others: str) -> dict[str, Any]:
     """Return the checked values of an object that may have the keys of `record` and `others`. Null counts as absent."""
-    data, checks = check_object(place, value), checks_of(record)
+    data, checks, values = check_object(place, value), checks_of(record), {}
     place.refuse_unknown(data, [*others, *checks])
-    given = {name: check for name, check in checks.items() if data.get(name) is not None}
-    return {name: check(place.inside(name), data[name], *args) for name, (check, *args) in given.items()}
-
-
-def check_record(place: Place, value: Any, record: type) -> Any:
-    """Return an object as an instance of `record`."""
-    return record(**check_keys(place, value, record))
+    for key, check in checks.items():
+        if data.get(key) is None:
+            continue
+        if isinstance(check, type):
+            values[key] = check(**check_keys(place.inside(key), data[key], check))
+        else:
+            values[key] = check[0](place.inside(key), data[key], *check[1:])
+    return values
 
 
 def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[Any, ...]:
-    """Return a list of named records. `parse` gets a place, an item, and the records before it to compare with."""
+    """Return a list of records with different names. `parse` gets a place, an item and the records before it."""
     members: list[Any] = []
     for number, item in enumerate(check_type(place, value, list, "a list, [...]")):
         item_place = place.inside(number)
@@ -660,7 +672,7 @@ class AccountConfig:
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """One upstream account. `models` may hold `*` and `?`; empty means all models."""
+    """One upstream account. `models` may hold `*` and `?`; if it is empty, the account's own list counts."""
 
     type: str
     name: str
@@ -874,22 +886,23 @@ class Config:
     drain_timeout: Seconds = 30.0
 
 
-def places_of(key: str) -> list[str]:
-    """Return the paths of all objects that have this key: for `api_key`, "controllers[].config"."""
-    top = {"controllers[].config": AccountConfig, "controllers[]": ControllerConfig, "client_keys[]": ClientKey}
-    places: dict[str, type] = {**top, "the top level": Config}
-    for path, record in list(places.items()):
-        for name, (check, *args) in checks_of(record).items():
-            if check is check_record:
-                places[name if record is Config else f"{path}.{name}"] = args[0]
-    return [path for path, record in places.items() if key in checks_of(record)]
+def note_keys(path: str, record: type) -> None:
+    """Add the keys of `record`, and of the records in it, to KEY_PATHS."""
+    for key, check in checks_of(record).items():
+        KEY_PATHS.setdefault(key, []).append(path or "the top level")
+        if isinstance(check, type):
+            note_keys(f"{path}.{key}".lstrip("."), check)
+
+
+note_keys("controllers[].config", AccountConfig)
+note_keys("controllers[]", ControllerConfig)
+note_keys("client_keys[]", ClientKey)
+note_keys("", Config)
 
 
 def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mapping[str, str] | None = None) -> Config:
-    """Return the configuration in `data`, which was read from `source`. Raise ConfigError.
-
-    `setters`: see `Place`. Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
-    """
+    """Return the configuration in `data`, which was read from `source`. Raise ConfigError."""
+    # Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
     top = Place(source, env, setters or {})
     config = Config(source, **check_keys(top, data, Config))
     if not config.controllers:
@@ -922,7 +935,7 @@ def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str
     return next(filter(os.path.isfile, paths), "")
 
 
-# What Kubernetes sets in every pod for a service with this program's name, or with a name that begins like it.
+# Kubernetes sets these in every pod for a service whose name is, or begins with, this program's name.
 SERVICE_VARIABLE = re.compile(r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)")
 
 
@@ -950,10 +963,8 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
 
 
 def environment_config(env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from.
-
-    The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
-    """
+    """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from."""
+    # The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
     variables = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL", "organization": "OPENAI_ORG_ID"}
     variables["project"] = "OPENAI_PROJECT_ID"
     account = {key: env.get(variable, "") for key, variable in variables.items()}
@@ -974,7 +985,7 @@ NOTHING_TO_RUN = """chatgpt_apiserver: no configuration found. Three ways to sta
 
 
 def demo_controllers() -> list[dict[str, Any]]:
-    """Return the controllers of --demo: two, to show balancing, that echo slowly, to show streaming."""
+    """Return the controllers of --demo: two of them show balancing, their delay shows streaming."""
     echo = {"type": "echo", "models": ["echo", "gpt-*"], "config": {"delay": 0.03}}
     return [{**echo, "name": "echo-a"}, {**echo, "name": "echo-b"}]
 
@@ -982,11 +993,10 @@ def demo_controllers() -> list[dict[str, Any]]:
 def load_config(
     config_file: str, config_path: str, flags: Mapping[str, Any], env: Mapping[str, str], demo: bool = False
 ) -> Config:
-    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError.
-
-    A reload calls this again with the same arguments, so flags still override a file that has changed.
-    """
-    path = "" if demo else find_file(config_file, config_path, env)  # a demo spends no key, whatever file is there
+    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError."""
+    # A reload calls this again with the same arguments, so flags still override a file that has changed.
+    # A demo spends no key, whatever file is there.
+    path = "" if demo else find_file(config_file, config_path, env)
     setters: dict[str, str] = {}
     if path:
         data, source = read_file(path), path
@@ -5737,8 +5747,9 @@ class Relay:
         request, lease, others = trip.request, attempt.lease, trip.has_others()
         # The usage of a stream comes on demand only. Where a limit counts it, this server asks in the client's place.
         asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
-        request.add_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
-        attempt.adds_usage = request.add_usage
+        request.add_usage = False  # the last account may have been asked for it
+        attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
+        request.add_usage = attempt.adds_usage
         exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
         if others:
@@ -7241,10 +7252,11 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
             drain[0].cancel()
         stop.set()
 
-    # Before the listener: a supervisor may signal as soon as it can connect.
+    # Before the listener: a supervisor may signal as soon as it can connect. What came earlier is handled now.
     loop.add_signal_handler(signal.SIGINT, on_stop)
     loop.add_signal_handler(signal.SIGTERM, on_stop)
     loop.add_signal_handler(signal.SIGHUP, reload_config, server, load)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     raise_open_files()
     try:
         addresses = await server.start()
