@@ -236,7 +236,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
     "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
     "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
-    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1"},
+    # Refuses stream_options (strandsagents.com, "Cohere").
+    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1", "drop_params": ["stream_options"]},
     "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
     "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
     "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
@@ -795,6 +796,21 @@ def check_account(place: Place, account: AccountConfig) -> None:
         raise place.inside("base_url").problem(f"must not end in {account.chat_path}, which is added to it")
 
 
+def bypasses_proxy(url: str, no_proxy: str) -> bool:
+    """Return whether `no_proxy` has the host of `url`: an address, a network (CIDR), a domain, or a name with `*`."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    for entry in re.findall(r"[^\s,]+", no_proxy.lower()):
+        pattern = re.escape(entry.lstrip(".")).replace(r"\*", ".*")
+        try:
+            found = ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
+        except ValueError:  # one of them is a name
+            found = any(re.fullmatch(rf"(.+\.)?{pattern}", name) for name in (host, f"{host}:{parts.port}"))
+        if found:
+            return True
+    return False
+
+
 def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfig:
     """Return the `config` of a controller of type `kind`: what the user set, then the preset, then the defaults."""
     preset = dict(PRESETS[kind])
@@ -811,6 +827,8 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
     account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig, *words))
     check_account(place, account)
+    if account.proxy and bypasses_proxy(account.base_url, place.env.get("no_proxy") or place.env.get("NO_PROXY", "")):
+        account = replace(account, proxy=Secret())
     # Vendors always need a key. A local server, or one at an address that the user gave, may work without a key.
     url = account.base_url
     vendor = not own_url or url.startswith("https://api.openai.com")
@@ -1815,24 +1833,33 @@ class EventKind(enum.Enum):
     ERROR = "error"
 
 
-def holds_error(value: dict[str, Any]) -> bool:
-    """Return whether an answer, or an event of one, is an error in the place of an answer.
+def first_object(value: Any) -> dict[str, Any]:
+    """Return `value`, or the first member of a list, if it is an object; else an empty object."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
 
-    OpenRouter puts the error into a choice, and Java gateways send a code, a message and `success`.
+
+def find_error(value: Any) -> dict[str, Any]:
+    """Return the error in a parsed body, in any of the shapes that providers use; an empty object without one.
+
+    Shapes: `error` (OpenAI and most others; a text at xAI and TGI), all in a list (Google), `errors` (Cloudflare),
+    `choices[0].error` (OpenRouter), `response.error` (OpenAI's Responses API), or flat (vLLM, SiliconFlow).
     """
-    choices = value.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    in_choice = choice.get("error") or choice.get("finish_reason") == "error"
-    named = value.get("type") in ("error", "response.failed") or value.get("object") == "error"
-    return bool(value.get("error") or in_choice or named or value.get("success") is False)
+    body = first_object(value)
+    choice, response = first_object(body.get("choices")), first_object(body.get("response"))
+    error = body.get("error") or choice.get("error") or response.get("error") or first_object(body.get("errors"))
+    if error:
+        return error if isinstance(error, dict) else {"message": error, **body}
+    is_error = "error" in (body.get("object"), body.get("type"), choice.get("finish_reason"))
+    return body if is_error or body.get("type") == "response.failed" or body.get("success") is False else {}
 
 
 def _says_nothing(choices: Any) -> bool:
     """Return whether the choices of a chunk bring no word yet: there are none, or only a role."""
-    choice = choices[0] if isinstance(choices, list) and choices else {}
-    delta = choice.get("delta") if isinstance(choice, dict) and not choice.get("finish_reason") else None
-    brings = isinstance(delta, dict) and any(value for name, value in delta.items() if name != "role")
-    return choices == [] or (isinstance(delta, dict) and not brings)
+    choice = first_object(choices)
+    delta = choice.get("delta")
+    words = [name for name, value in delta.items() if value and name != "role"] if isinstance(delta, dict) else [""]
+    return choices == [] or not (words or choice.get("finish_reason"))
 
 
 def judge_event(event: bytes) -> EventKind:
@@ -1846,7 +1873,7 @@ def judge_event(event: bytes) -> EventKind:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return EventKind.REAL  # the client gets it as it is
-    if kind == b"error" or holds_error(value):
+    if kind == b"error" or find_error(value):
         return EventKind.ERROR
     if _says_nothing(value.get("choices")):
         return EventKind.PREFACE
@@ -1908,7 +1935,30 @@ def error_event(message: str, code: str) -> bytes:
 READ_BYTES = 65_536  # the most that one read brings; a reader that holds as much stops its peer
 WRITE_HIGH_BYTES = 65_536  # unsent bytes to one peer above which nothing more is read for it
 BATCH_BYTES = 16_384  # larger writes are sent at once: they are few, and batching them would only keep memory
+DEAD_PATH_S = 20.0  # without an acknowledgement an upstream's path is dead; a lost packet is sent again within 1 s
 REARM_S = 30.0  # a timer is armed at most this far ahead, so that moving a deadline later is an assignment
+
+
+def watch_path(connection: socket.socket, dead_after_s: float) -> None:
+    """Let the kernel end a connection whose peer acknowledges nothing for `dead_after_s`, also while nothing is sent.
+
+    Accepted connections inherit this from their listener.
+    """
+    dead_after_s = min(max(DEAD_PATH_S, dead_after_s), 3600.0)
+    options = {
+        "TCP_USER_TIMEOUT": round(dead_after_s * 1000),  # for bytes that were sent, in ms (RFC 5482); Linux only
+        "TCP_KEEPIDLE": round(dead_after_s * 0.4),  # seconds of silence before the first of three probes
+        "TCP_KEEPALIVE": round(dead_after_s * 0.4),  # its name on macOS
+        "TCP_KEEPINTVL": round(dead_after_s * 0.2),
+        "TCP_KEEPCNT": 3,
+    }
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    except OSError:  # macOS refuses options of a connection that was reset; the next read reports that
+        pass
 
 
 class Deadline:
@@ -2130,11 +2180,11 @@ class WriteBatcher:
 # All others are closed, which costs a handshake and no more.
 
 INTERIM_COUNT = 16  # 1xx replies before the final one; an upstream that sends more is broken
-JOINED_BYTES = 262_144  # a request up to this size is one write: to copy it costs less than to wake the upstream twice
-SEND_BYTES = 65_536  # a larger one goes out in pieces of this size
+SEND_BYTES = 65_536  # a larger request goes out in pieces; no system's receive buffer is smaller than that
 ABANDONED_S = 1.0  # how long an abandoned connect may still run, so that its socket can be closed
 IDLE_UPSTREAM_S = 55.0  # an idle connection is closed after this; servers commonly close after 60 s
 IDLE_UPSTREAM_COUNT = 1024  # idle connections of all origins; each is an open file
+CONNECTION_AGE_S = 300.0  # an older connection is not reused: its host's name may lead to another address by now
 STALE_S = 1.0  # an idle connection that ends this soon after a write had been closed before it
 
 
@@ -2181,6 +2231,9 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     Verification cannot be switched off: a private certificate can be put into ca_file.
     """
     context = ssl.create_default_context(cafile=ca_file or None)
+    if ca_file:
+        # Python 3.13 began to refuse private CAs whose certificates lack a key usage or a key identifier.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["http/1.1"])  # without ALPN some front ends speak HTTP/2
     return context
 
@@ -2273,6 +2326,18 @@ async def dial(origin: Origin) -> TimedProtocol:
     return protocol
 
 
+def describe_failure(problem: Exception) -> str:
+    """Return why a connect failed, for clients: without the addresses that the error itself names."""
+    if isinstance(problem, UpstreamError):
+        return str(problem)
+    if isinstance(problem, ssl.SSLError):
+        return "TLS failed: " + (problem.reason or "protocol error").lower().replace("_", " ")
+    if isinstance(problem, (socket.gaierror, UnicodeError)):
+        return "its name cannot be resolved"
+    number = re.search(r"\[Errno (\d+)\]", str(problem))  # if several addresses failed, only their texts have it
+    return os.strerror(int(number.group(1))) if number else "closed during the handshake"
+
+
 Message = tuple[bytes | memoryview | mmap.mmap, ...]  # a request's head, and its body in any number of pieces
 
 
@@ -2305,6 +2370,8 @@ class UpstreamConnection:
         self.deadline = Deadline(self.loop, self._expired)
         self.idle = False
         self.request_count = 0
+        self.dead_after_s = 0.0  # see `watch_path`
+        self.expires_at = self.loop.time() + CONNECTION_AGE_S
         self.written_at = 0.0  # the current request's beginning, in loop time
         self.before_reply = True  # no final head has come for it
         self.first_byte_s = math.inf  # the time that its reply may take to begin
@@ -2315,9 +2382,12 @@ class UpstreamConnection:
         return not (self.reader.ended or self.reader.data or self.transport.is_closing())
 
     def was_stale(self, error: UpstreamClosed) -> bool:
-        """Return whether it had ended in the pool, so that the request never arrived (RFC 9112, 9.3.1)."""
-        # A reset long after the write is another thing: the request was being answered, and may be billed.
-        return error.before_reply and self.request_count > 1 and self.loop.time() - self.written_at < STALE_S
+        """Return whether it had ended in the pool, so that the request hardly arrived (RFC 9112, 9.3.1)."""
+        # A reset long after the write is another thing: the request was being answered, and may be billed. The kernel
+        # reports a dead path with one of these errors: the other side acknowledged nothing for DEAD_PATH_S.
+        lost = getattr(self.reader.lost, "errno", None) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+        early = lost or self.loop.time() - self.written_at < STALE_S
+        return error.before_reply and self.request_count > 1 and early
 
     def close(self) -> None:
         """Close at once. TLS would wait for the peer's goodbye, and an upstream that generates would not notice."""
@@ -2374,10 +2444,10 @@ class ConnectionPool:
             async with asyncio.timeout(within_s):
                 protocol = await self.dial(origin)
         except TimeoutError:
-            raise ConnectFailed(f"no connection to {origin.authority} within {within_s:g} s") from None
+            raise ConnectFailed(f"no connection within {within_s:g} s") from None
         except (OSError, UnicodeError, UpstreamError) as problem:
-            reason = str(problem) or "closed during the handshake"  # asyncio's error for that has no text
-            raise ConnectFailed(f"no connection to {origin.authority}: {reason}") from problem
+            log.info("no connection to %s: %s", origin.authority, str(problem) or "closed during the handshake")
+            raise ConnectFailed(f"no connection: {describe_failure(problem)}") from problem
         connection = UpstreamConnection(origin, protocol, self)
         self.active.add(connection)
         return connection
@@ -2387,11 +2457,13 @@ class ConnectionPool:
         self.active.discard(connection)
         # What is left of a request in the transport's buffer would stand before the next request.
         unsent = connection.transport.get_write_buffer_size()
-        if not reusable or self.closed or unsent or not connection.is_quiet():
+        now = connection.loop.time()
+        usable = reusable and not (self.closed or unsent or connection.expires_at <= now)
+        if not usable or not connection.is_quiet():
             connection.close()
             return
         connection.idle = True
-        connection.deadline.set(connection.loop.time() + IDLE_UPSTREAM_S)
+        connection.deadline.set(min(now + IDLE_UPSTREAM_S, connection.expires_at))
         self.idle.setdefault(connection.origin, []).append(connection)
         if self.idle_count > IDLE_UPSTREAM_COUNT:
             oldest = [connections[0] for connections in self.idle.values() if connections]
@@ -2416,7 +2488,8 @@ class NetworkExchange:
     """An exchange on a connection of the pool. See `Exchange`.
 
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
-    when its exchange ends, as providers bill cancelled calls.
+    when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
+    had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
     """
 
     def __init__(
@@ -2427,9 +2500,11 @@ class NetworkExchange:
         timeouts: Timeouts,
         on_sent: Callable[[float], None],
         method: str = "POST",
+        resend: bool = False,
+        fresh: bool = False,
     ) -> None:
         self.pool, self.origin, self.message = pool, origin, message
-        self.on_sent, self.method = on_sent, method
+        self.on_sent, self.method, self.resend, self.fresh = on_sent, method, resend, fresh
         self.connect_s = timeouts.connect
         self.idle_s, self.total_s = timeouts.idle or math.inf, timeouts.total or math.inf
         self.first_byte_s = min(timeouts.first_byte or math.inf, self.total_s)
@@ -2442,8 +2517,8 @@ class NetworkExchange:
         self.head: ResponseHead
 
     async def start(self) -> None:
-        """See `Exchange`. A pooled connection that had ended is replaced, and the request written again."""
-        connection = self.pool.take(self.origin)
+        """See `Exchange`."""
+        connection = None if self.fresh else self.pool.take(self.origin)
         while True:
             if connection is None:
                 connection = await self.pool.connect(self.origin, self.connect_s)
@@ -2455,14 +2530,14 @@ class NetworkExchange:
                 self.head = await read_reply_head(connection.reader)
                 break
             except UpstreamClosed as error:
-                # Upstreams close idle connections, and their FIN may cross our request. It was never read then: this is
-                # the only replay that section 10 does not decide. A new connection is never stale.
-                if not connection.was_stale(error):
+                # Upstreams close idle connections, and their FIN may cross our request: few read it then. This is the
+                # only replay that section 10 does not decide. A new connection is never stale.
+                if not (self.resend and connection.was_stale(error)):
                     raise
                 self.abort()
                 connection = None
         if self.head.status == 407:  # from a proxy, so the request has not reached its upstream
-            raise ConnectFailed(f"a proxy on the way to {self.origin.authority} wants another password")
+            raise ConnectFailed("the proxy wants another password")
         self.decoder = reply_body_decoder(self.head, self.method)
         self.message = ()  # a long answer does not keep the memory of its prompt
         self.replied_early = not self.all_sent
@@ -2502,7 +2577,8 @@ class NetworkExchange:
         decoder = self.decoder
         # After an early reply the upstream may take the rest of the body, a client's bytes, for the next request.
         whole = decoder is not None and decoder.done and not (decoder.surplus or self.replied_early)
-        self._give_back(whole and keeps_alive(self.head.index, self.head.http_minor))
+        # What answers 5xx may be a machine that the host's name leads to no longer.
+        self._give_back(whole and self.head.status < 500 and keeps_alive(self.head.index, self.head.http_minor))
 
     def abort(self) -> None:
         """See `Exchange`."""
@@ -2514,7 +2590,13 @@ class NetworkExchange:
         now = connection.loop.time()
         connection.request_count += 1
         connection.written_at, connection.before_reply, connection.first_byte_s = now, True, self.first_byte_s
-        if sum(map(len, self.message)) <= JOINED_BYTES:
+        small = sum(map(len, self.message)) <= SEND_BYTES
+        # An upstream that reads nothing while it works acknowledges a buffer's worth, which is no sign of a dead path.
+        dead_after_s = DEAD_PATH_S if small else self.first_byte_s
+        if dead_after_s != connection.dead_after_s:
+            connection.dead_after_s = dead_after_s
+            watch_path(connection.transport.get_extra_info("socket"), dead_after_s)
+        if small:
             self.pool.batcher.write(connection.transport, b"".join(self.message))
             connection.deadline.set(now + self.first_byte_s)
             self.on_sent(now)
@@ -2588,7 +2670,7 @@ _THINKING_BLOCKS = ("thinking", "redacted_thinking")  # the second is encrypted;
 
 
 def _only(*values: Any) -> Form:
-    """Return the form of a field that may hold only these values: defaults, or values that change nothing."""
+    """Return the form of a field that may hold only these values: they change nothing."""
     return (lambda value: value if value in values else None), _NO_EQUIVALENT
 
 
@@ -2596,12 +2678,6 @@ def _stop_sequences(value: Any) -> list[str] | None:
     """Return the stop sequences. The API refuses blank ones; without them the answer would not stop there."""
     stops = [value] if isinstance(value, str) else value
     return stops if isinstance(stops, list) and all(map(str.strip, stops)) else None
-
-
-def _tool_input(value: str) -> dict[str, Any] | None:
-    """Return the parsed arguments of a tool call. Some clients send an empty string for a tool without arguments."""
-    arguments = json.loads(value or "{}")
-    return arguments if isinstance(arguments, dict) else None
 
 
 def _url(*kinds: str) -> Form:
@@ -2626,14 +2702,10 @@ def _thinking_block(block: dict[str, Any]) -> dict[str, Any]:
     return {name: block[name] for name in names}
 
 
+_IMAGE = _url("image/jpeg", "image/png", "image/gif", "image/webp")
 _PARTS: dict[str, Form] = {
-    "text": _STRING,
-    "refusal": _STRING,
-    "image_url": {
-        "": ("url",),
-        "url": _url("image/jpeg", "image/png", "image/gif", "image/webp"),
-        "detail": _only("auto", "high"),
-    },
+    **dict.fromkeys(("text", "refusal"), _STRING),
+    "image_url": {"": ("url",), "url": _IMAGE, "detail": _only("auto", "high")},
     "file": {"": ("file_data",), "file_data": _url("application/pdf"), "filename": None},
 }
 
@@ -2653,7 +2725,8 @@ _CALL: Form = {
     "function": {
         "": ("name",),
         "name": _STRING,
-        "arguments": (_tool_input, "must be the text of a JSON object."),
+        # Some clients send an empty string for a tool without arguments.
+        "arguments": (lambda value: {**json.loads(value or "{}")}, "must be the text of a JSON object."),
         "parsed_arguments": None,  # added by `parse` and `stream` of the openai package, as is `parsed`
     },
     **dict.fromkeys(("type", "index", "extra_content")),  # `index` comes from streams, extra_content from Gemini
@@ -2804,7 +2877,8 @@ def _conversation(messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
             role, blocks = "user", [{"type": "tool_result", "tool_use_id": message["tool_call_id"], **result}]
         if role in ("system", "developer"):
             system += blocks
-        elif blocks and turns and turns[-1]["role"] == role:  # results of parallel calls must share one turn
+        elif blocks and turns and turns[-1]["role"] == role:
+            # The results of parallel calls must share one turn.
             turns[-1]["content"] += blocks
         elif blocks:
             turns.append({"role": role, "content": blocks})
@@ -2812,7 +2886,8 @@ def _conversation(messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
         raise Untranslatable("messages", "must hold a user message with content.")
     last = turns[-1]["content"][-1]
     if turns[-1]["role"] == "assistant" and last["type"] == "text":
-        last["text"] = last["text"].rstrip()  # the API refuses a beginning of its answer that ends in white space
+        # The API refuses a beginning of its answer that ends in white space.
+        last["text"] = last["text"].rstrip()
     return {"messages": turns, **_set(system=system)}
 
 
@@ -2827,7 +2902,8 @@ def _tools(asked: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]
         used = [block["name"] for turn in turns for block in turn["content"] if block["type"] == "tool_use"]
         given = [{"function": {"name": name}} for name in dict.fromkeys(used)]
         choice = {"type": "none" if used else "auto"}
-    elif asked.get("parallel_tool_calls") is False and choice["type"] != "none":  # refused beside "none"
+    elif asked.get("parallel_tool_calls") is False and choice["type"] != "none":
+        # Refused beside "none".
         choice["disable_parallel_tool_use"] = True
     tools = []
     for tool in given:
@@ -2835,8 +2911,8 @@ def _tools(asked: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]
         # The API demands the schema of an object with properties, also for functions without parameters.
         schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
         # `strict: false`, the default, is left out: older models refuse the field.
-        optional = _set(description=function.get("description"), strict=function.get("strict"))
-        optional.update(_set(cache_control=tool.get("cache_control")))
+        cache = tool.get("cache_control")
+        optional = _set(description=function.get("description"), strict=function.get("strict"), cache_control=cache)
         tools.append({"name": function["name"], "input_schema": schema, **optional})
     return _set(tools=tools, tool_choice=choice if choice != {"type": "auto"} else None)
 
@@ -2862,7 +2938,8 @@ def _reasoning(level: int, sent: dict[str, Any], mode: str) -> dict[str, Any]:
         first = [turn["content"][0]["type"] for turn in sent["messages"][-2:]]
         if first[-1] != "tool_result" or first[0] in _THINKING_BLOCKS:
             thinking = {"type": "enabled", "budget_tokens": budget}
-    if sent.get("tool_choice", {}).get("type") in ("any", "tool"):  # the API refuses thinking beside a forced tool
+    if sent.get("tool_choice", {}).get("type") in ("any", "tool"):
+        # The API refuses thinking beside a forced tool.
         thinking = {}
     return _set(thinking=thinking, output_config=output)
 
@@ -2888,12 +2965,15 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
     sent.update(_conversation(asked.get("messages", ())))
     sent.update(_tools(asked, sent["messages"]))
     if "reasoning_effort" in asked:
-        sent = {**_reasoning(asked["reasoning_effort"], sent, thinking), **sent}  # the client's own `thinking` counts
+        # The client's own `thinking` counts.
+        sent = {**_reasoning(asked["reasoning_effort"], sent, thinking), **sent}
     wanted = asked.get("response_format", {"type": "text"})
-    if wanted["type"] == "json_object":  # the API has no JSON mode without a schema
+    if wanted["type"] == "json_object":
+        # The API has no JSON mode without a schema.
         text = "Answer with one valid JSON object and nothing else: no other text and no code fence."
         sent["system"] = [*sent.get("system", ()), {"type": "text", "text": text}]
-    elif wanted["type"] == "json_schema":  # every schema is strict there, and has the only place for the description
+    elif wanted["type"] == "json_schema":
+        # There, every schema is strict, and has the only place for the description.
         form = wanted["json_schema"]
         schema = {**_set(description=form.get("description")), **form["schema"]}
         sent.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
@@ -2901,20 +2981,18 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
 
 
 def _tool_call(block: dict[str, Any], arguments: str) -> dict[str, Any]:
+    """Return OpenAI's tool call for a tool_use block."""
     return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
 
 
 def _ending(reply: dict[str, Any]) -> tuple[str, str | None]:
     """Return the finish_reason, and the model's explanation of a refusal."""
-    reasons = {
-        "max_tokens": "length",
-        "model_context_window_exceeded": "length",
-        "tool_use": "tool_calls",
-        "refusal": "content_filter",
-    }
+    reasons = {"tool_use": "tool_calls", "refusal": "content_filter", "max_tokens": "length"}
+    reasons["model_context_window_exceeded"] = "length"
     # All others mean "stop": end_turn, stop_sequence, and pause_turn of server tools.
-    reason = reasons.get(reply.get("stop_reason") or "", "stop")
-    return reason, (reply.get("stop_details") or {}).get("explanation") or None
+    return reasons.get(reply.get("stop_reason") or "", "stop"), (reply.get("stop_details") or {}).get(
+        "explanation"
+    ) or None
 
 
 def messages_usage(usage: dict[str, Any]) -> dict[str, Any]:
@@ -2923,9 +3001,9 @@ def messages_usage(usage: dict[str, Any]) -> dict[str, Any]:
     Anthropic's input_tokens exclude what the prompt cache read or wrote, OpenAI's prompt_tokens include it (Portkey
     PR 1754). The answer's tokens include thinking in both.
     """
-    written, read = usage.get("cache_creation_input_tokens") or 0, usage.get("cache_read_input_tokens") or 0
-    prompt = (usage.get("input_tokens") or 0) + written + read
-    answer = usage.get("output_tokens") or 0
+    names = ("cache_creation_input_tokens", "cache_read_input_tokens", "input_tokens", "output_tokens")
+    written, read, rest, answer = (usage.get(name) or 0 for name in names)
+    prompt = written + read + rest
     thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {
         "prompt_tokens": prompt,
@@ -2948,9 +3026,8 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
         text = "".join([block.get("text") or "" for block in blocks if block["type"] == "text"])
         signed = [block for block in blocks if block["type"] in _THINKING_BLOCKS]
         thinking = "".join([block.get("thinking") or "" for block in signed])
-        calls = [
-            _tool_call(block, compact_json(block["input"]).decode()) for block in blocks if block["type"] == "tool_use"
-        ]
+        used = [block for block in blocks if block["type"] == "tool_use"]
+        calls = [_tool_call(block, compact_json(block["input"]).decode()) for block in used]
         optional = _set(reasoning_content=thinking, tool_calls=calls, thinking_blocks=calls and signed)
         reason, refusal = _ending(reply)
         message = {"role": "assistant", "content": text or None, "refusal": refusal, **optional}
@@ -2966,11 +3043,39 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
         raise ValueError("the upstream's answer is not a message") from None
 
 
+# -- errors, which vendors and gateways send in many shapes; section 10 reads those of all other APIs
+
+
+def parse_reply(body: bytes) -> Any:
+    """Return the value of a JSON body, without secrets, as clients and the log get its words; None if it is no JSON."""
+    try:
+        return json.loads(redactor.scrub(body))
+    except (ValueError, RecursionError):
+        return None
+
+
+def error_words(error: dict[str, Any]) -> tuple[list[str], str]:
+    """Return the names of an error (code, type and the like), the most exact one first, and its message."""
+    names = [str(error[name]) for name in ("code", "type", "status", "reason") if error.get(name)]
+    texts = [str(error[name]) for name in ("message", "msg", "detail") if error.get(name)]
+    # OpenRouter: the provider's own error.
+    raw = first_object(error.get("metadata")).get("raw")
+    if isinstance(raw, str):
+        inner = find_error(parse_reply(raw.encode(errors="replace")))
+        texts[:1] = [": ".join([*texts[:1], error_words(inner)[1] if inner else raw])]
+    return names, texts[0][:4096] if texts else ""
+
+
+# The account is out of credit, or has reached a limit that its owner set.
+SPENT_WORDS = (
+    "(Your )?credit balance is too low|You have reached your specified .{0,40}limits"
+    "|(This|Your) organization has been disabled"
+)
 # OpenAI's type and code for an error `TYPE: MESSAGE`. Messages come first: an account out of credit is an
 # invalid_request_error there. A type that is missing here becomes the code.
 _MESSAGES_ERRORS: tuple[tuple[str, str, str | None], ...] = (
-    ("^billing_error:|credit balance is too low|spend_limit_reached", "insufficient_quota", "insufficient_quota"),
-    ("prompt is too long|exceed context limit", "invalid_request_error", "context_length_exceeded"),
+    (rf"^billing_error:|^\w*: ({SPENT_WORDS})|spend_limit_reached", "insufficient_quota", "insufficient_quota"),
+    (r"^\w*: (prompt is too long|input length and )", "invalid_request_error", "context_length_exceeded"),
     ("^invalid_request_error:", "invalid_request_error", None),
     ("^authentication_error:", "invalid_request_error", "invalid_api_key"),
     ("^not_found_error:", "invalid_request_error", "model_not_found"),
@@ -2978,16 +3083,10 @@ _MESSAGES_ERRORS: tuple[tuple[str, str, str | None], ...] = (
 )
 
 
-def _openai_error(value: Any, status: int) -> dict[str, Any]:
-    """Return OpenAI's error object for an error of any shape: gateways send a text, a flat object or a list."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    error = value.get("error", value) if isinstance(value, dict) else value
-    error = error if isinstance(error, dict) else {"message": error}
-    message = error.get("message") or error.get("detail")
-    if not isinstance(message, str):
-        message = f"The upstream answered with status {status}."
-    word = str(error.get("type") or error.get("code") or "")
+def _openai_error(error: dict[str, Any], status: int) -> dict[str, Any]:
+    """Return OpenAI's error object for an error that came with `status`."""
+    names, message = error_words(error)
+    word, message = names[0] if names else "", message or f"The upstream answered with status {status}."
     for pattern, kind, code in _MESSAGES_ERRORS:
         if re.search(pattern, f"{word}: {message}"):
             return error_object(message, kind, code)
@@ -2997,16 +3096,14 @@ def _openai_error(value: Any, status: int) -> dict[str, Any]:
 def error_from_messages(status: int, body: bytes) -> tuple[int, bytes]:
     """Return OpenAI's status and body for an error of the Messages API, whatever its body is.
 
-    An account out of credit is a 429 at OpenAI, and overload a 503; 529 is not a registered status.
+    An account out of credit is a 429 at OpenAI, and overload a 503, as 529 is not registered. A 404 without JSON is
+    no word of the API, but of a proxy whose backend is away.
     """
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        value = None
-    error = _openai_error(value, status)
+    value = parse_reply(body)
+    error = _openai_error(find_error(value) or first_object(value), status)
     if error["error"]["code"] == "insufficient_quota":
         status = 429
-    return 503 if status == 529 else status, compact_json(error)
+    return {529: 503, 404: 502 if value is None else 404}.get(status, status), compact_json(error)
 
 
 class MessageStream:
@@ -3027,6 +3124,7 @@ class MessageStream:
         self.ending: dict[str, Any] = {}
         self.role = {"role": "assistant"}  # empty once it was sent, in the first chunk
         self.done = self.failed = False
+        self.pings = 0
 
     def feed(self, event_type: bytes, data: bytes) -> bytes:
         """Return the chunks for one event, often none; an error event for one that cannot be read. Never raises.
@@ -3050,14 +3148,20 @@ class MessageStream:
     def _message_event(self, kind: str, event: dict[str, Any]) -> bytes:
         """Return the chunks for an event about the whole message, or for an error."""
         if kind == "error":
-            return self.fail(event)
+            return self.fail(find_error(event))
+        if kind == "ping":
+            # A comment keeps the connection alive while the model thinks. The first ping comes with every stream.
+            self.pings += 1
+            return b": ping\n\n" if self.pings > 1 else b""
         if kind == "message_start":
             message = event["message"]
             self.usage.update(_set(**(message.get("usage") or {})))
-            if not self.head:  # there is a second one if another model takes over; the answer keeps its id
+            # There is a second one if another model takes over; the answer keeps its id.
+            if not self.head:
                 fields = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
                 self.head = b"data: " + compact_json({**fields, "model": message["model"]})[:-1] + b',"choices":'
-        elif kind == "message_delta":  # some gateways send the cache's counts here (rust-genai PR 258)
+        elif kind == "message_delta":
+            # Some gateways send the cache's counts here (rust-genai PR 258).
             self.usage.update(_set(**(event.get("usage") or {})))
             self.ending.update(_set(**(event.get("delta") or {})))
         elif kind == "message_stop":
@@ -3074,7 +3178,8 @@ class MessageStream:
         index, piece = event["index"], event.get("content_block") or event.get("delta") or {}
         block_type, arguments = piece.get("type"), piece.get("partial_json")
         if kind == "content_block_start" and block_type == "tool_use":
-            number = len(self.calls)  # clients join a call's pieces by number; the upstream's index counts all blocks
+            # Clients join a call's pieces by this number; the upstream's index counts all blocks.
+            number = len(self.calls)
             self.calls[index] = number, piece.get("input") or {}
             # Signed thinking goes out with the call that it led to: a client keeps both or neither.
             # The openai package joins such lists by their `index`.
@@ -3114,12 +3219,14 @@ class MessageStream:
 # Anthropic's API with translations, and an echo without a network. A vendor that speaks OpenAI's API is a row in
 # PRESETS. Another kind of account is a class here, a line in CONTROLLERS and a file of tests.
 
-CHAT_PATH = "/chat/completions"  # without /v1, which belongs to the base URL of an account
+# Without /v1, which belongs to the base URL of an account.
+CHAT_PATH = "/chat/completions"
 HOLD_BYTES = 65536  # kept of a stream before its first real event, and read of an error
 EVENT_BYTES = 1_048_576  # a larger event of a stream is not parsed
-TOKENS_PER_PART = 1000  # estimate for an image, audio or file: the length of its data does not tell
-
-Body = bytes | mmap.mmap  # of a request; a large upload is mapped from a temporary file
+# The estimate for an image, audio or file: the length of its data does not tell.
+TOKENS_PER_PART = 1000
+# A large upload is mapped from a temporary file.
+Body = bytes | mmap.mmap
 
 
 def parse_object(body: Body) -> dict[str, Any]:
@@ -3232,14 +3339,14 @@ def count_text(value: Any, depth: int = 0) -> int:
         return len(value)
     if isinstance(value, int):
         return 4
-    if isinstance(value, list) and depth <= 8:
+    if not isinstance(value, list | dict) or depth > 8:
+        return 0
+    if isinstance(value, list):
         return sum([count_text(item, depth + 1) for item in value])
-    if isinstance(value, dict) and depth <= 8:
-        # A message, a part of its content, or an item of the responses API.
-        if "text" in value or "content" in value or "role" in value:
-            return count_text(value.get("text") or value.get("content"), depth + 1)
-        return 4 * TOKENS_PER_PART
-    return 0
+    # A message, a part of its content, or an item of the responses API.
+    if "text" in value or "content" in value or "role" in value:
+        return count_text(value.get("text") or value.get("content"), depth + 1)
+    return 4 * TOKENS_PER_PART
 
 
 def estimate_prompt(data: dict[str, Any]) -> int:
@@ -3252,12 +3359,14 @@ def answer_limit(data: dict[str, Any]) -> int:
     limit, choices = data.get("max_completion_tokens") or data.get("max_tokens"), data.get("n") or 1
     if not isinstance(limit, int) or limit < 0 or not isinstance(choices, int):
         return 0
-    return limit * min(max(1, choices), 128)  # the API allows no more than 128 choices
+    # The API allows no more than 128 choices.
+    return limit * min(max(1, choices), 128)
 
 
 def made_id(beginning: bytes) -> str:
     """Return the id of the object that an answer describes: the first id in it, "" without one."""
-    match = re.search(rb'"id"\s*:\s*"([\w\-]{4,128})"', beginning)  # of bounded length, as it is remembered
+    # Of bounded length, as it is remembered.
+    match = re.search(rb'"id"\s*:\s*"([\w\-]{4,128})"', beginning)
     return match.group(1).decode() if match else ""
 
 
@@ -3265,7 +3374,7 @@ class Controller(Protocol):
     """An account, as the relay uses it.
 
     `chat_only`: it serves chat completions only. `cache_free`: tokens read from its prompt cache do not count against
-    its limit. `rate_codes`: see `AccountConfig`.
+    its limit. `reports_usage`: it takes stream_options.include_usage. `rate_codes`: see `AccountConfig`.
     """
 
     chat_only: bool
@@ -3273,9 +3382,13 @@ class Controller(Protocol):
     reports_usage: bool
     rate_codes: tuple[str, ...]
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
-        """Return an exchange for `request`, not started; it calls `on_sent(now)` when it writes the request. Raise
-        Untranslatable if the account cannot express the request."""
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
+        """Return an exchange for `request`, not started; it calls `on_sent(now)` when it writes the request.
+
+        `fresh`: on a new connection. Raise Untranslatable if the account cannot express the request.
+        """
 
 
 class OpenAIController:
@@ -3293,14 +3406,17 @@ class OpenAIController:
         account = config.account
         self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
         self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
+        self.reports_usage = "stream_options" not in self.drop
         self.extra = dict(account.extra_body)
         self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
-        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")  # RFC 3986, 3.3; escapes stay as they are
+        # RFC 3986, 3.3; escapes stay as they are.
+        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")
         self.paths = {CHAT_PATH: account.chat_path}
         key = account.api_key.reveal()
         fields = {
             "Host": self.origin.authority,
-            "Accept-Encoding": "identity",  # events, errors and answers to translate must be readable
+            # Events, errors and answers to translate must be readable.
+            "Accept-Encoding": "identity",
             account.auth_header: key and (account.auth_scheme + " " + key).lstrip(),
             "OpenAI-Organization": account.organization,
             "OpenAI-Project": account.project,
@@ -3318,16 +3434,16 @@ class OpenAIController:
             self.base = "http://" + self.origin.authority + self.base
             self.fixed += proxy_authorization(self.origin.proxy)
         # SDKs wait 600 s for a whole answer; the first byte of a stream does not wait for the last.
-        first_byte = config.timeouts.first_byte
-        self.timeouts = [
-            replace(config.timeouts, first_byte=default if first_byte is None else first_byte)
-            for default in (600.0, 120.0)
-        ]
+        by_default = [replace(config.timeouts, first_byte=seconds) for seconds in (600.0, 120.0)]
+        self.timeouts = by_default if config.timeouts.first_byte is None else [config.timeouts] * 2
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
         timeouts, message = self.timeouts[request.stream], self.message(request)
-        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method)
+        resend = not request.stateful
+        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method, resend, fresh)
 
     def message(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the head and the pieces of the body, as the account gets them. Raise Untranslatable."""
@@ -3346,10 +3462,19 @@ class OpenAIController:
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the pieces of the body, with the model and the parameters that this account wants."""
         names, model = request.data.keys(), self.model_map.get(request.model, request.model if request.asked else "")
-        extra = self.extra if request.path == CHAT_PATH else {}  # other calls have other parameters
-        if not names or not (extra or self.drop & names or self.rename.keys() & names):
-            return request.body_for(model)
+        # Other calls have other parameters.
+        extra = self.extra if names and request.path == CHAT_PATH else {}
+        options = request.data.get("stream_options")
+        adds_usage = request.add_usage and self.reports_usage and isinstance(options, dict | None)
+        if not (extra or self.drop & names or self.rename.keys() & names or (adds_usage and "stream_options" in names)):
+            pieces = request.body_for(model)
+            if adds_usage:
+                text = b"".join(pieces)
+                pieces = (text[: text.rindex(b"}")] + b',"stream_options":{"include_usage":true}}',)
+            return pieces
         edited = {name: value for name, value in request.data.items() if name not in self.drop}
+        if adds_usage:
+            edited["stream_options"] = {**(options or {}), "include_usage": True}
         # A renamed parameter replaces one that has the new name: clients send both max_tokens and
         # max_completion_tokens for servers that know only one.
         renamed = {new: edited.pop(old) for old, new in self.rename.items() if old in edited}
@@ -3357,9 +3482,8 @@ class OpenAIController:
 
 
 # Azure's classic API serves these below a deployment, all others beside it (openai-python, lib/azure.py).
-_AZURE_DEPLOYED = frozenset(
-    "/completions /chat/completions /embeddings /audio/transcriptions /audio/translations /audio/speech"
-    " /images/generations /images/edits".split()
+_AZURE_DEPLOYED = re.compile(
+    "/((chat/)?completions|embeddings|audio/(transcriptions|translations|speech)|images/(generations|edits))"
 )
 
 
@@ -3374,15 +3498,19 @@ class AzureController(OpenAIController):
         self.api_version, self.classic = config.account.api_version, not self.base.endswith("/openai/v1")
         if self.classic:
             self.api_version = self.api_version or AZURE_API_VERSION
-            self.base = self.base.removesuffix("/openai") + "/openai"  # the portal shows addresses with and without it
+            # The portal shows addresses with and without the suffix.
+            self.base = self.base.removesuffix("/openai") + "/openai"
+            # 2024-09-01-preview added stream_options (Azure: "API preview lifecycle").
+            self.reports_usage = self.reports_usage and self.api_version >= "2024-09-01"
 
     def target(self, path: str, query: str, model: str) -> str:
         """See `OpenAIController`."""
         # Clients made for Azure send a version of their own, which this resource may not have.
         parts = [part for part in query.split("&") if part and not part.startswith("api-version=")]
-        if self.classic and path in _AZURE_DEPLOYED:
+        if self.classic and _AZURE_DEPLOYED.fullmatch(path):
             deployment = self.model_map.get(model, model)
-            if not deployment.strip("."):  # ".." would lead to another path; slashes are escaped below
+            # ".." would lead to another path; slashes are escaped below.
+            if not deployment.strip("."):
                 raise Untranslatable("model", "is not the name of a deployment.")
             path = "/deployments/" + urllib.parse.quote(deployment, "") + path
         if self.api_version:
@@ -3391,18 +3519,16 @@ class AzureController(OpenAIController):
 
 
 def wants_usage(request: ApiRequest) -> bool:
-    """Return whether the client asked for the usage of a stream."""
+    """Return whether a stream must report its usage: the client asked for it, or a limit counts tokens."""
     options = request.data.get("stream_options")
-    return isinstance(options, dict) and options.get("include_usage") is True
+    return request.add_usage or (isinstance(options, dict) and options.get("include_usage") is True)
 
 
 async def read_all(exchange: Exchange, most: int) -> bytes:
     """Return the upstream's whole body, or more than `most` bytes of a larger one. Raise UpstreamError."""
-    body = b""
-    while len(body) <= most:
+    body = data = await exchange.read()
+    while data and len(body) <= most:
         data = await exchange.read()
-        if not data:
-            break
         body += data
     return body
 
@@ -3433,18 +3559,19 @@ class MessagesExchange:
             status, self.ready = error_from_messages(status, body)
         elif compressed:
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
-        elif head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":  # some gateways never stream
+        elif head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
             self.stream, kind = MessageStream(int(time.time()), self.usage), b"text/event-stream; charset=utf-8"
         else:
-            body = await read_all(self.inner, 16_777_216)  # the longest answers have about 1 MB
+            # Some gateways never stream. The longest answers have about 1 MB.
+            body = await read_all(self.inner, 16_777_216)
             try:
                 self.ready = compact_json(from_message(json.loads(body), int(time.time())))
             except (ValueError, RecursionError) as problem:
                 raise BadReply(f"the upstream's answer cannot be translated: {problem}") from None
         replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
         index = {name: value for name, value in head.index.items() if name not in replaced}
-        index[b"content-type"] = kind
-        self.head = ResponseHead(status, 1, index, without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind)
+        lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
+        self.head = ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
 
     async def read(self) -> bytes:
         """See `Exchange`."""
@@ -3452,7 +3579,8 @@ class MessagesExchange:
             try:
                 data = await self.inner.read()
             except UpstreamError:
-                if not self.stream.done:  # an error after the last event does no harm
+                # An error after the last event does no harm.
+                if not self.stream.done:
                     raise
                 data = b""
             self._translate(self.stream, data)
@@ -3465,7 +3593,8 @@ class MessagesExchange:
         """Translate the next bytes into `ready`; b"" is the end. Raise UpstreamClosed if the last event is missing."""
         ended = not data
         if ended and b"message_stop" in self.splitter.pending:
-            data = b"\n\n"  # some servers close after the last event without its blank line
+            # Some servers close after the last event without its blank line.
+            data = b"\n\n"
         self.ready = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
         if len(self.splitter.pending) > EVENT_BYTES:
             self.splitter.pending = b""
@@ -3488,14 +3617,15 @@ class AnthropicController(OpenAIController):
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
         self.max_tokens, self.thinking = config.account.max_tokens, config.account.thinking
-        self.paths["/models"] = "/models?limit=1000"  # the default is 20
+        # The default is 20.
+        self.paths["/models"] = "/models?limit=1000"
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
-        exchange = super().exchange(request, connections, on_sent)
-        if request.path == CHAT_PATH:
-            exchange = MessagesExchange(exchange, wants_usage(request))
-        return exchange
+        exchange = super().exchange(request, connections, on_sent, fresh)
+        return MessagesExchange(exchange, wants_usage(request)) if request.path == CHAT_PATH else exchange
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """See `OpenAIController`. The fields of extra_body replace translated ones: they may be newer."""
@@ -3512,7 +3642,8 @@ def echo_pieces(request: ApiRequest) -> Iterator[bytes]:
     content = said[-1].get("content") or ""
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    content = str(content)  # content of any other type is echoed, not refused
+    # Content of any other type is echoed, not refused.
+    content = str(content)
     words = re.findall(r"\S*\s*", content)[:-1]
     prompt = max(1, request.prompt_tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
@@ -3563,20 +3694,22 @@ class EchoExchange:
 class EchoController:
     """An account without a network that answers with the last user message: for --demo and for tests of clients."""
 
-    chat_only, cache_free, reports_usage = True, False, True
+    chat_only = reports_usage = True
+    cache_free = False
     rate_codes: tuple[str, ...] = ()
 
     def __init__(self, config: ControllerConfig) -> None:
         self.account = config.account
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
         return EchoExchange(request, self.account, on_sent)
 
 
 CONTROLLERS: dict[str, Callable[[ControllerConfig], Controller]] = {
     **dict.fromkeys(PRESETS, OpenAIController),
-    "openai": OpenAIController,
     "azure": AzureController,
     "anthropic": AnthropicController,
     "echo": EchoController,
@@ -3584,11 +3717,10 @@ CONTROLLERS: dict[str, Callable[[ControllerConfig], Controller]] = {
 
 
 # ==== 10. Outcomes ====
-# The results of attempts. Pure functions answer three questions: What does a reply, a broken connection or an error
-# event mean (`judge_*`)? May the next controller get the request (`may_retry`)? What does a reply report about the
-# quota (`read_allowances`, `used_tokens`)? Vendors agree on statuses and on little else: an error body may be an
-# object, a list, a string, HTML or empty, and an exhausted balance and a rate limit share status 429. So bodies are
-# read tolerantly, and where they make no sense the status alone decides.
+# Pure functions that tell what a reply, a broken connection or an error event means (`judge_*`), whether the next
+# controller may get the request (`may_retry`), and what a reply reports about the quota. Vendors agree on statuses and
+# on little else: an exhausted balance and a rate limit share status 429, and the body of an error may be an object, a
+# list, a text, HTML or empty. Bodies are read tolerantly; where they make no sense, the status alone decides.
 
 
 class Outcome(enum.Enum):
@@ -3607,22 +3739,43 @@ class Outcome(enum.Enum):
     CONNECT = "connect"  # nothing was sent
     SILENT = "silent"  # no byte within first_byte: the upstream may be generating
     CUT = "cut"
-    UNFIT = "unfit"  # the controller's API cannot express the request: nothing was sent
+    UNFIT = "unfit"  # the account has no API for the request: nothing ran
     GONE = "gone"  # the client left
     LOST = "lost"  # in a hedge, another controller answered first
 
 
 # Facts about an account: an early retry cannot succeed. The official SDKs obey x-should-retry.
 LASTING = frozenset(map(Outcome, "large quota auth forbidden barred missing".split()))
-# When every controller failed, the client gets the error whose outcome stands last here.
-USEFULNESS = tuple(map(Outcome, "barred forbidden auth missing fault quota rate large client".split()))
-# The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's, Arrearage DashScope's.
+# The request certainly did not run, so even a stateful one may be sent elsewhere.
+NOT_RUN = frozenset(map(Outcome, "unfit connect auth rate quota large missing".split()))
+
+# The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's code, 30001 SiliconFlow's,
+# Arrearage DashScope's, AccountOverdueError Volcengine's, budget_exceeded LiteLLM's, NOT_ENOUGH_BALANCE Novita's.
 CREDIT_CODES = (
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached"
-    " billing_not_active 1113 Arrearage"
+    " billing_not_active 1113 30001 Arrearage AccountOverdueError budget_exceeded insufficient_user_quota"
+    " pre_consume_token_quota_failed insufficient_balance INSUFFICIENT_BALANCE NOT_ENOUGH_BALANCE"
 ).split()
-MISSING_CODES = "model_not_found DeploymentNotFound not_found_error".split()
+# Anthropic, OpenRouter, OpenCode; SiliconFlow, fal; xAI, Google, Fireworks.
+CREDIT_WORDS = (
+    f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insufficient"
+    "|User is locked. Reason: |(Your (team|project)|Account) .*(monthly spending (cap|limit)|credits))"
+)
+MISSING_CODES = (
+    "model_not_found DeploymentNotFound not_found_error model_decommissioned model_not_supported model_not_available"
+    " model_terms_required invalid_model unknown_model INVALID_MODEL_ID 1211 5007 20012"
+).split()
+# DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare. The
+# numbers are codes of Zhipu, Cloudflare and SiliconFlow.
+MISSING_WORDS = (
+    r"(?i)^(model (does )?not (exist|found)|invalid model( name| id)?( passed| ['\"]|[.:]|$)"
+    r"|(invalid params, )?unknown model(:| ['\"])|\S+ is not a valid model id"
+    r"|the (requested )?model \S+ (does not exist|was not found|has been (decommission|deprecat|retir)ed|is no longer)"
+    r"|the \S+ model is not supported|the provided model identifier is invalid|unable to access (\S+ )?model"
+    r"|(aierror: )?no such model)"
+)
+AUTH_WORDS = "^(API [Kk]ey (not valid|expired|not found)|User location is not supported|Incorrect API key provided)"
 
 
 class Rule(NamedTuple):
@@ -3630,40 +3783,50 @@ class Rule(NamedTuple):
 
     outcome: Outcome
     statuses: Collection[int]
-    codes: Collection[str] = ()
+    codes: Sequence[str] = ()
     words: str = ""
 
 
 # The first rule that matches decides. A message may quote the request, so the words of a 400 must begin the message.
 RULES = (
     Rule(Outcome.QUOTA, (402,)),
-    Rule(Outcome.QUOTA, (400, 429), CREDIT_CODES),  # 400: DashScope, and OpenAI's images
-    # Google, Fireworks and xAI: their codes do not name the cause.
-    Rule(Outcome.QUOTA, (403, 412, 429), (), "monthly spending (cap|limit)|have any credits or licenses"),
-    Rule(Outcome.RATE, (429, 498)),  # 498: Groq's flex tier has no capacity left
-    Rule(Outcome.RATE, (413,), ("rate_limit_exceeded",)),  # Groq: more tokens than a minute's limit
-    Rule(Outcome.AUTH, (401,)),
+    Rule(Outcome.QUOTA, (400, 401, 403, 412, 429), CREDIT_CODES, CREDIT_WORDS),
+    # 498: Groq's flex tier has no capacity left. 413: it counts more tokens than a minute's limit.
+    Rule(Outcome.RATE, (429, 498)),
+    Rule(Outcome.RATE, (413,), ("rate_limit_exceeded",)),
     # Groq's code; Google's and xAI's words.
-    Rule(Outcome.AUTH, (400,), ("organization_restricted",), "^(API key (not valid|expired)|API Key not found)"),
-    Rule(Outcome.AUTH, (400,), (), "^(User location is not supported|Incorrect API key provided)"),
+    Rule(Outcome.AUTH, (400,), ("organization_restricted",), AUTH_WORDS),
+    Rule(Outcome.AUTH, (401,)),
     # No account would take this prompt: it is flagged (OpenRouter, xAI) or too long (Together).
     Rule(Outcome.CLIENT, (403,), (), "input was flagged|requires moderation|violates usage guidelines|context length"),
-    # A project may lack one model, a key all of them: only the words differ.
-    Rule(Outcome.MISSING, (403, 404), MISSING_CODES, "model"),
+    Rule(Outcome.MISSING, (400, 403, 404), MISSING_CODES, MISSING_WORDS),
+    # A project may lack one model, a key all of them: only the words differ. OpenRouter and NVIDIA name no model.
+    Rule(Outcome.MISSING, (403, 404), (), "model|[Nn]o endpoints|^Function '"),
     Rule(Outcome.FORBIDDEN, (403,)),
     # A timeout, a conflict inside the provider, a failed dependency: the same request may succeed elsewhere.
     Rule(Outcome.FAULT, (408, 409, 424)),
     Rule(Outcome.CLIENT, range(400, 500)),
     Rule(Outcome.FAULT, range(1000)),
 )
-# The prompt is longer than the model can take. Codes of OpenAI and llama.cpp; words of nearly all vendors, then of xAI,
-# Google, Moonshot, DashScope, Bedrock and Zhipu.
-TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
+# The prompt is longer than the model can take: codes of OpenAI, llama.cpp, Copilot, GitHub and Zhipu.
+TOO_LONG_CODES = (
+    "context_length_exceeded exceed_context_size_error model_max_prompt_tokens_exceeded tokens_limit_reached 1261"
+).split()
+# Words of nearly all vendors, with an amount or a comparison, as other errors also speak of contexts and lengths; then
+# of Anthropic, Bedrock, Cohere, TGI, Google, xAI, Moonshot, DashScope, Zhipu, SGLang, Groq, GitHub. Not Cohere's "too
+# many tokens: max tokens must be less than": that is about the answer.
 TOO_LONG_WORDS = re.compile(
-    "context length|maximum prompt length|maximum number of tokens allowed|model token limit|Range of input length"
-    "|too long for requested model|Prompt exceeds max length"
+    r"context (length|window|size|limit)( is| of)?( only)?:? ?\(?\d|\d maximum context length|context window exceeds"
+    r"|(exceed(s|ed)?|(longer|greater|less) than) (\S+ ){0,3}context (length|window|size)"
+    r"|prompt (is |tokens )?too long|too long for requested model|size limit exceeded by|max_new_tokens. must be"
+    r"|inputs. must have less|token count .{0,40}exceeds the (limit|max)|maximum (prompt|model) length (is|of) \d"
+    r"|model token limit|Range of input length should|Prompt exceeds max length|maximum allowed input length"
+    r"|reduce the length of the (input )?messages|^Request body too large for \S+ model",
+    re.IGNORECASE,
 )
-# An error inside a 200 is judged like a reply with this status, by its code or type (of OpenAI and Anthropic).
+# What a message quotes may be the client's text. An apostrophe inside a word begins no quotation.
+_QUOTED = re.compile(r"(?<!\w)(['\"]).*\1(?!\w)", re.DOTALL)
+# An error in a 200 is judged like a reply with this status, by its code or type (of OpenAI and Anthropic).
 ERROR_STATUSES = {
     **dict.fromkeys((*CREDIT_CODES, "rate_limit_error", "rate_limit_exceeded"), 429),
     **dict.fromkeys(MISSING_CODES, 404),
@@ -3678,21 +3841,21 @@ ERROR_STATUSES = {
 class Verdict:
     """The result of an attempt, from which its controller learns.
 
-    `status`: 0 without a reply. `after_s`: the time to wait that an error named. `by_tokens`: whether a 429 is about
-    tokens; `requested`: how many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for
-    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take. `reset_s`: the time after
-    which a limit is certainly open again.
+    `status`: 0 without a reply. `after_s`: the time to wait that an error named. `reset_s`: where a 429 named none, the
+    time until the limit that is used up is full again. `by_tokens`: whether a 429 is about tokens; `requested`: how
+    many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for limit
+    gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
     """
 
     outcome: Outcome
     status: int = 0
     message: str = ""
     after_s: float | None = None
+    reset_s: float | None = None
     by_tokens: bool = False
     bucket: str = ""
     requested: int = 0
     too_long: bool = False
-    reset_s: float | None = None
 
 
 OK = Verdict(Outcome.OK, 200)
@@ -3700,78 +3863,89 @@ OK = Verdict(Outcome.OK, 200)
 # -- times
 
 # Go's durations, as OpenAI writes them (17ms, 7.66s, 6m0s), prose ("45 seconds"), or plain seconds, as in Azure's
-# fields and Retry-After.
+# fields and Retry-After. "ms" stands before "m": the first alternative that fits counts.
 _NUMBER = r"\d{1,12}(?:\.\d{1,9})?"
-# `m` only where no `s` follows: else "1ms" could be read in two ways, and a long value in exponentially many.
-_UNIT = "[mnuµ]?s|m(?!s)|h"
-_DURATION = rf"(?:{_NUMBER}\s?(?:{_UNIT})[a-z]*\s?)+|{_NUMBER}"
-_DURATION_PART = re.compile(rf"({_NUMBER})\s?({_UNIT}|)[a-z]*", re.ASCII | re.IGNORECASE)
-_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
+_PART = re.compile(rf"({_NUMBER})\s?([mnuµ]?s|m|h)[a-z]*\s?", re.ASCII | re.IGNORECASE)
+_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 # OpenAI: "try again in 1m2s"; Azure: "retry after 45 seconds"; Google: in the details of the error.
-_HINT = re.compile(rf'(?:try again in|retry after|retry in|"retryDelay":)\s*"?({_DURATION})', re.ASCII | re.IGNORECASE)
+_HINT = re.compile(
+    rf'(?:try again in|retry after|retry in|"retryDelay":)\s*"?({_NUMBER}\s?[a-zµ]*(?:{_NUMBER}[a-zµ]+)*)',
+    re.ASCII | re.IGNORECASE,
+)
+# No limit counts more than a month. A time that is further away is a mistake.
+RESET_MAX_S = 32 * 86_400.0
 
 
 def parse_duration(text: str) -> float | None:
     """Return the seconds of a duration (`17ms`, `6m0s`, `45 seconds`) or of a plain number; None for anything else."""
-    if not re.fullmatch(_DURATION, text, re.ASCII | re.IGNORECASE):
+    if re.fullmatch(_NUMBER, text, re.ASCII):
+        return min(float(text), 1e9)
+    parts = _PART.findall(text)
+    if not parts or _PART.sub("", text):
         return None
-    parts = _DURATION_PART.findall(text)
     return min(sum(float(number) * _UNITS_S[unit.lower()] for number, unit in parts), 1e9)
 
 
-def seconds_until(date: str, wall_s: float) -> float | None:
-    """Return the seconds until an HTTP date or an RFC 3339 time; None for anything else. `wall_s`: Unix time."""
+def parse_date(text: str) -> float | None:
+    """Return the Unix time of an HTTP date or an RFC 3339 time; None for anything else."""
     try:
-        is_rfc3339 = date[:4].isdigit()
-        then = dt.datetime.fromisoformat(date) if is_rfc3339 else email.utils.parsedate_to_datetime(date)
-        return max(0.0, (then if then.tzinfo else then.replace(tzinfo=dt.UTC)).timestamp() - wall_s)
+        is_rfc3339 = text[:4].isdigit()
+        then = dt.datetime.fromisoformat(text) if is_rfc3339 else email.utils.parsedate_to_datetime(text)
+        return (then if then.tzinfo else then.replace(tzinfo=dt.UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
 
 
-def retry_after(index: Index, body: bytes, wall_s: float) -> float | None:
-    """Return how many seconds an error asks to wait: by its fields (RFC 9110, 10.2.3), else by its text.
+def seconds_until(name: bytes, index: Index, wall_s: float) -> float | None:
+    """Return the seconds until the time in a field: a duration, Unix time in seconds or milliseconds, or a date.
+
+    Return None for anything else. A date is compared with the reply's own Date, as clocks differ; `wall_s`, our Unix
+    time, counts where it has none. Of a field that is given twice, the longest time counts.
+    """
+    longest = None
+    # Repeated fields were joined with commas. A date has a comma of its own, before the day.
+    for text in re.split(r",(?!\s*\d\d?[ -][A-Za-z])\s*", index.get(name, b"").decode("latin-1")):
+        is_unix_time = len(text) in (10, 13) and text.isdecimal()
+        seconds = None if is_unix_time else parse_duration(text)
+        then = int(text.ljust(13, "0")) / 1e3 if is_unix_time else parse_date(text) if seconds is None else None
+        if then is not None:
+            date_s = parse_date(index.get(b"date", b"").decode("latin-1"))
+            seconds = then - (wall_s if date_s is None else date_s)
+        if seconds is not None and abs(seconds) <= RESET_MAX_S:
+            longest = max(seconds, longest or 0.0)
+    return longest
+
+
+def read_waits(verdict: Verdict, index: Index, body: bytes, wall_s: float) -> None:
+    """Set the time to wait: by the fields of an error (RFC 9110, 10.2.3), by its text, or by the end of a window.
 
     The milliseconds of Azure and OpenAI come first: Retry-After rounds 20 ms up to a second, or down to zero.
-    `x-ratelimit-reset-*` does not count: it is the time until the bucket is full, and no request needs a full bucket.
+    X-RateLimit-Reset (OpenRouter) is the end of a fixed window. A bucket that refills has room long before it is full,
+    so `reset_s` is only the latest time to ask again.
     """
-    exact_ms = parse_duration(index.get(b"retry-after-ms", b"").decode("latin-1"))
-    if exact_ms is not None:
-        return exact_ms / 1e3
-    value = index.get(b"retry-after", b"").decode("latin-1")
-    seconds = parse_duration(value)
-    if seconds is None:
-        seconds = seconds_until(value, wall_s)
+    exact_ms = seconds_until(b"retry-after-ms", index, wall_s)
+    verdict.after_s = seconds_until(b"retry-after", index, wall_s) if exact_ms is None else exact_ms / 1e3
     hint = _HINT.search(body[:4096].decode("utf-8", "replace"))
-    return parse_duration(hint.group(1)) if seconds is None and hint else seconds
+    if verdict.after_s is None and hint:
+        verdict.after_s = parse_duration(hint.group(1))
+    if verdict.after_s is None and verdict.outcome is Outcome.RATE:
+        for names in (*WINDOW_NAMES, *REQUEST_NAMES, *TOKEN_NAMES):
+            reset_s = seconds_until(names[2], index, wall_s) if index.get(names[1], b"0") == b"0" else None
+            if reset_s and names in WINDOW_NAMES:
+                verdict.after_s = reset_s
+            elif reset_s:
+                verdict.reset_s = min(reset_s, verdict.reset_s or reset_s)
 
 
-def error_words(body: bytes) -> tuple[str, str]:
-    """Return code (or type) and message of an error body, in any shape that providers send; "" for what is missing."""
-    try:
-        # Clients and the log get these words.
-        parsed = json.loads(redactor.scrub(body[:HOLD_BYTES]))
-    except (ValueError, RecursionError):
-        return "", ""
-    if isinstance(parsed, list) and parsed:
-        parsed = parsed[0]
-    if not isinstance(parsed, dict):
-        return "", ""
-    error = parsed.get("error") or parsed
-    if not isinstance(error, dict):
-        return "", str(error)
-    code, kind = str(error.get("code") or ""), str(error.get("type") or "")
-    # Some vendors put the status into `code`. A type about credit says more than a general code.
-    takes_kind = not code or kind in CREDIT_CODES or (code.isdigit() and code not in CREDIT_CODES)
-    return kind if takes_kind else code, str(error.get("message") or error.get("detail") or "")
+# -- errors
 
 
-def read_rate_message(verdict: Verdict, code: str) -> None:
+def read_rate_message(verdict: Verdict, names: list[str]) -> None:
     """Read OpenAI's text: "... (for limit gpt-4.1) ... on tokens per min (TPM): Limit 10000, Requested 12000".
 
     The outcome becomes LARGE where the request exceeds the whole limit: it would be refused however long it waits.
     """
-    verdict.by_tokens = code == "tokens" or re.search(r"tokens per|\(TPM\)", verdict.message) is not None
+    verdict.by_tokens = "tokens" in names or re.search(r"tokens per|\(TPM\)", verdict.message) is not None
     name = re.search(r"\(for limit ([^)\s]{1,128})\)", verdict.message)
     verdict.bucket = name.group(1) if name else ""
     amounts = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", verdict.message)
@@ -3782,19 +3956,28 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
 
 
 def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[str], wall_s: float) -> Verdict:
-    """Return the verdict on an error reply to a request for a model."""
-    code, message = error_words(body)
+    """Return the verdict on an error reply to a request for a model. In a 200, the error's words tell the status."""
+    value = parse_reply(body)
+    error = find_error(value) or first_object(value)
+    names, message = error_words(error)
+    if status < 300:
+        numbers = [int(name) for name in names if re.fullmatch(r"[45]\d\d", name, re.ASCII)]
+        status = [*numbers, *(ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES), 502][0]
     for outcome, statuses, codes, words in RULES:
-        has_code = code in codes and not (outcome is Outcome.QUOTA and code in rate_codes)
-        has_words = words and re.search(words, message)
-        if status in statuses and (has_code or has_words or not (codes or words)):
+        has_code = any(name in codes and not (outcome is Outcome.QUOTA and name in rate_codes) for name in names)
+        if status in statuses and (has_code or (words and re.search(words, message)) or not (codes or words)):
             break
     verdict = Verdict(outcome, status, message)
-    verdict.too_long = code in TOO_LONG_CODES or TOO_LONG_WORDS.search(message) is not None
-    if outcome in (Outcome.RATE, Outcome.FAULT):
-        verdict.after_s = retry_after(index, body, wall_s)
+    if outcome is Outcome.CLIENT:
+        is_code = any(name in TOO_LONG_CODES for name in names)
+        verdict.too_long = is_code or TOO_LONG_WORDS.search(_QUOTED.sub("", message)) is not None
+    elif outcome in (Outcome.RATE, Outcome.FAULT):
+        # OpenRouter repeats its header fields in the body: there they also reach the client of a stream.
+        headers = first_object(first_object(error.get("metadata")).get("headers"))
+        fields = {name.lower().encode(): str(value).encode() for name, value in headers.items()}
+        read_waits(verdict, {**fields, **index}, body, wall_s)
     if outcome is Outcome.RATE:
-        read_rate_message(verdict, code)
+        read_rate_message(verdict, names)
     return verdict
 
 
@@ -3805,27 +3988,50 @@ def judge_reply(
     if status < 300:
         return OK
     verdict = judge_error(status, index, body, rate_codes, wall_s)
-    if request.stateful and status in (404, 409):
-        # About an object of the account, not about the account.
-        verdict.outcome = Outcome.CLIENT
-    elif not request.inference:
+    if not request.inference:
         # The request named no model, so a 403 or 404 says nothing about models. A key may have few rights; OpenAI
         # answers 401 where one is missing: "You have insufficient permissions ... Missing scopes: api.files.read."
         if status == 403 or (status == 401 and "issing scope" in verdict.message):
             verdict.outcome = Outcome.BARRED
-        elif status == 404:
+        elif status == 404 or (status == 409 and request.stateful):
             verdict.outcome = Outcome.CLIENT
+    elif status == 404 and body.lstrip()[:1] not in (b"{", b"["):
+        # No API says this, but a proxy whose backend is away; or a server that lacks one of the rarer paths.
+        is_common = request.path.endswith(("/completions", "/embeddings"))
+        verdict.outcome = Outcome.FAULT if is_common else Outcome.UNFIT
+    elif request.stateful and status in (404, 409) and not (request.model and verdict.outcome is Outcome.MISSING):
+        # About an object of the account, not about the account.
+        verdict.outcome = Outcome.CLIENT
     return verdict
 
 
+# In JSON, quotes within a text are escaped, so neither of these can be a part of one.
+_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+_ERROR = re.compile(rb'"(?:error|success)"(?!\s*:\s*(?:null|true))')
+
+
 def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
-    """Return the verdict on a whole answer with status 200."""
-    if not body.strip() and request.path == CHAT_PATH:
-        return Verdict(Outcome.FAULT, 502, "The upstream's answer is empty.")
-    event = b"data: " + body.translate(bytes.maketrans(b"\r\n", b"  "))
-    if body.find(b'"error"') >= 0 and judge_event(event) is EventKind.ERROR:
-        return judge_error_event(event, rate_codes)
-    return OK
+    """Return the verdict on `body`, all of an answer with status 200: some upstreams send their errors so.
+
+    A chat must have choices; any other answer may be anything but an error object. Only suspicious bodies are parsed:
+    to parse every answer would double the cost of a request.
+    """
+    text, is_chat = body.strip(), request.path in (CHAT_PATH, "/completions")
+    is_object = text[:1] == b"{" and text[-1:] == b"}"
+    if not request.inference or not (is_chat or is_object):
+        return OK
+    has_error = (b'"error"' in text or b'"success"' in text) and _ERROR.search(text)
+    if not has_error and (not is_chat or (is_object and _CHOICES.search(text))):
+        return OK
+    value = parse_reply(text)
+    answer = first_object(value)
+    # A stored response that failed is an object of the account, which its client may read again.
+    if find_error(value) and not (request.stateful and answer.get("object") == "response"):
+        return judge_error(200, {}, text, rate_codes, time.time())
+    if not is_chat or first_object(answer.get("choices")):
+        return OK
+    problem = "is empty" if not text else "has no choices" if answer else "is no JSON object"
+    return Verdict(Outcome.FAULT, 502, f"the upstream's answer {problem}")
 
 
 def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
@@ -3833,12 +4039,7 @@ def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
 
     The status of the real reply is 200, so without this an account that refuses all streams would look healthy.
     """
-    # Some gateways (OpenRouter) put the status into a nested `code`; else the code names the error, then the types.
-    data = event_fields(event)[1]
-    code = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
-    names = [error_words(data)[0], *re.findall(r'"type":\s*"(\w{1,64})"', event.decode("latin-1"))]
-    statuses = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
-    return judge_error(int(code.group(1)) if code else [*statuses, 502][0], {}, data, rate_codes, 0.0)
+    return judge_error(200, {}, event_fields(event)[1], rate_codes, time.time())
 
 
 def judge_late_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
@@ -3868,15 +4069,15 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
-        refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
-        return refused or verdict.status in (401, 503)
+        return outcome in NOT_RUN or verdict.status in (401, 503)
     # A stream's first byte comes soon, so silence is a hang; before a whole answer, it may be work.
     return request.stream or outcome is not Outcome.SILENT
 
 
 def usefulness(verdict: Verdict) -> int:
     """Return how useful an error is to the client, more for a higher number: a 429 is more useful than a 401."""
-    return USEFULNESS.index(verdict.outcome) if verdict.outcome in USEFULNESS else -1
+    order = "barred forbidden auth missing fault quota rate large client".split()
+    return order.index(verdict.outcome.value) if verdict.outcome.value in order else -1
 
 
 # -- reports of quota and usage
@@ -3890,17 +4091,17 @@ class Allowance(NamedTuple):
     reset_s: float | None = None
 
 
-# OpenAI's names, which most vendors share; Anthropic's; Cerebras'; Mistral's. A reply's first known set counts.
-REQUEST_NAMES, TOKEN_NAMES = (
+# OpenAI's names, which most vendors share; Anthropic's; Cerebras'; Mistral's. A reply's first known set counts. Then
+# OpenRouter's names and those of the IETF's draft (ratelimit-headers), which do not say what they count.
+REQUEST_NAMES, TOKEN_NAMES, WINDOW_NAMES = (
     [tuple(name.replace("*", what).encode() for what in ("limit", "remaining", "reset")) for name in names.split()]
     for names in (
         "x-ratelimit-*-requests anthropic-ratelimit-requests-* x-ratelimit-*-requests-day x-ratelimit-*-req-minute",
         "x-ratelimit-*-tokens anthropic-ratelimit-tokens-* x-ratelimit-*-tokens-minute",
+        "x-ratelimit-* ratelimit-*",
     )
 )
 REMAINING_NAMES = frozenset(names[1] for names in REQUEST_NAMES + TOKEN_NAMES)
-# No limit counts more than a month; a larger number is Unix time.
-RESET_MAX_S = 32 * 86_400.0
 
 
 def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance | None, Allowance | None]:
@@ -3910,33 +4111,31 @@ def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance
     allowances: list[Allowance | None] = []
     for known_names in (REQUEST_NAMES, TOKEN_NAMES):
         names = next((names for names in known_names if names[1] in index), known_names[0])
-        limit, remaining, reset = (index.get(name, b"") for name in names)
+        limit, remaining = (index.get(name, b"") for name in names[:2])
         # Azure sends -1 and 0 where it has no limit. Fifteen digits are exact in a float.
         if all(value.isdigit() and len(value) < 16 for value in (limit, remaining)) and int(limit):
-            text = reset.decode("latin-1")
-            reset_s = seconds_until(text, clock()) if text[10:11] == "T" else parse_duration(text)
-            reset_s = None if (reset_s or 0) > RESET_MAX_S else reset_s
+            reset_s = seconds_until(names[2], index, clock())
             allowances.append(Allowance(int(limit), min(int(remaining), int(limit)), reset_s))
         else:
             allowances.append(None)
     return allowances[0], allowances[1]
 
 
-_COUNT = re.compile(rb'"(total|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_COUNT = re.compile(rb'"(total|prompt|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
 
 
-def used_tokens(tail: bytes, cache_free: bool = False) -> tuple[int, int]:
-    """Return all tokens and the answer's tokens, by the last `usage` in `tail`, the end of an answer; 0, 0 without one.
+def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
+    """Return all tokens and the answer's tokens, by the last `usage` in an answer or in its end; 0, 0 without one.
 
     It searches, as the end of an answer is not JSON, and a whole answer may have megabytes. `cache_free`: tokens from
     the prompt cache do not count.
     """
-    at = tail.rfind(b'"usage"')
-    counts: dict[bytes, int] = {}
-    for name, number in _COUNT.findall(tail, at) if at >= 0 else ():
-        counts.setdefault(name, int(number))
+    start = max((usage.end() for usage in _USAGE.finditer(body)), default=len(body))
+    # In reverse, as the first of equal names counts: others stand in details. No usage has more than 2,048 bytes.
+    counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + 2048))}
     answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
-    total = counts.get(b"total", 0) or counts.get(b"input", 0) + answer
+    total = counts.get(b"total", 0) or counts.get(b"prompt", 0) + counts.get(b"input", 0) + answer
     return total - (counts.get(b"cached", 0) if cache_free else 0), answer
 
 
@@ -5233,7 +5432,6 @@ def describe_pool(pool: UpstreamPool, now: float) -> dict[str, Any]:
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head is sent, and can be replayed
 HOLD_S = 15.0  # the longest time for which the beginning of a stream is held back
 OBJECTS_KNOWN = 10_000  # ids of objects whose controller is remembered; the oldest are forgotten
-ONE_LINE = bytes.maketrans(b"\r\n", b"  ")  # JSON text on several lines becomes one line
 JSON_TYPE = b"Content-Type: application/json\r\n"
 ABANDONED = Verdict(Outcome.GONE)  # the verdict of an attempt until another is known: its client left
 RATE_LIMITED = Verdict(Outcome.RATE, 429)
@@ -5549,9 +5747,10 @@ class Relay:
         request, lease, others = trip.request, attempt.lease, trip.has_others()
         # The usage of a stream comes on demand only. Where a limit counts it, this server asks in the client's place.
         asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
-        request.add_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
-        attempt.adds_usage = request.add_usage
-        exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent)
+        request.add_usage = False  # the last account may have been asked for it
+        attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
+        request.add_usage = attempt.adds_usage
+        exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
         if others:
             lease.stuck = functools.partial(self._hedge, trip, attempt)
@@ -6036,9 +6235,7 @@ def read_input(request: ApiRequest, model: str) -> None:
     request.stream = data.get("stream") is True
     # Responses are stored by default (API reference, `store`): to send one twice may make two.
     request.stateful = request.path == "/responses" and data.get("store") is not False
-    request.prompt_tokens = (
-        count_text([data.get(name) for name in ("prompt", "input", "instructions", "messages")]) // 4
-    )
+    request.prompt_tokens = estimate_prompt(data)
     request.max_tokens = 1  # the answer is small, or is not counted in tokens
     if request.path in ("/completions", "/responses"):
         limit = data.get("max_output_tokens")
@@ -6580,13 +6777,12 @@ class ModelLists:
     async def _fetch(self, upstream: Upstream) -> list[dict[str, Any]]:
         """Return a controller's own list of models. Raise UpstreamError, Untranslatable."""
         request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
-        exchange = upstream.controller.exchange(request, self.connections, ignore_write)
+        exchange = upstream.controller.exchange(request, self.connections, ignore_write, True)
         try:
             await exchange.start()
             body = await read_all(exchange, LIST_BYTES)
-            exchange.finish()
         finally:
-            exchange.abort()
+            exchange.abort()  # a connection that is kept for requests has served a request
         try:
             if exchange.head.status == 200:
                 listed = [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
@@ -6701,6 +6897,8 @@ class Server:
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
+        for listener in self.listener.sockets:  # connections inherit it
+            watch_path(listener, self.config.limits.write_timeout)
         self.models.follow()
         return [listener.getsockname()[:2] for listener in self.listener.sockets]
 

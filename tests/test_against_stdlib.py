@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .support import MESSAGES, Message, Running, controller
+from .support import ANSWER, MESSAGES, Message, Running, controller
 from .wirefeed import Stage, pooled
 
 CHAT = {"model": "echo", "messages": MESSAGES}
@@ -109,7 +109,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked["model"] == "refused":
             self.send_error(422, "Refused")
             return
-        body = json.dumps({"asked": asked["messages"][0]["content"], "pad": "x" * self.server.pad}).encode()
+        body = json.dumps({**ANSWER, "asked": asked["messages"][0]["content"], "pad": "x" * self.server.pad}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         if self.server.framing == "length":

@@ -72,9 +72,9 @@ async def names(server: Running, method: str, path: str, data: Any = b"", count:
 )
 async def test_inference_goes_through_the_scheduler(path: str, data: dict[str, Any]) -> None:
     """A failing controller is passed over, the body goes as it came, and the answer tells the way."""
-    async with serving(error_reply(429), json_reply(200, LISTED)) as (server, bad, good):
+    async with serving(error_reply(429), json_reply(200, ANSWER)) as (server, bad, good):
         answer = await server.ask("POST", path, data)
-        assert (answer.status, answer.json()) == (200, LISTED)
+        assert (answer.status, answer.json()) == (200, ANSWER)
         assert answer.headers["x-apiserver-controller"] == "b" and answer.headers["x-apiserver-attempts"] == "2"
         assert good.seen[0].start == f"POST /v1{path.removeprefix('/v1')} HTTP/1.1"
         assert good.seen[0].body == bad.seen[0].body == json.dumps(data).encode()

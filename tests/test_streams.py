@@ -1,6 +1,5 @@
 """Streams on their way to the client: ends that are cuts, signs of life, usage that this server asks for, and a stop."""
 
-import asyncio
 import json
 from typing import Any
 
