@@ -3967,8 +3967,9 @@ class Bucket:
             self.known_at = now
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
-            # `remaining` is rounded down; the time until the bucket is full has the fraction, but no more.
-            left = min(max(self.size - told.reset_s * self.rate, left), left + 0.999)
+            # `remaining` is rounded down; the time until the bucket is full has the fraction, unless it is a window's.
+            exact = self.size - told.reset_s * self.rate
+            left = exact if left < exact < left + 1 else left
         elif told.limit != self.limit:
             self.limit, self.rate = told.limit, told.limit / WINDOW_S
             self.size = min(told.limit, self.most)
@@ -4172,7 +4173,7 @@ class Ledger:
         A 429 about tokens closes for requests of at least the refused size: smaller ones may fit. `under_way`: the
         request was sent before the last 429. So a whole burst that is refused doubles the backoff once.
         """
-        least, gate = need if verdict.by_tokens else 0.0, self.gate
+        least, gate, until = need if verdict.by_tokens else 0.0, self.gate, 0.0
         if verdict.after_s is not None:
             # "Now" (0, or a date in the past) may be a rounded time, but not again and again.
             if not (under_way and self.closed_for):
@@ -4184,8 +4185,7 @@ class Ledger:
         elif not under_way:
             self.least = min(least, self.least) if gate.reason else least
             gate.shut(LIMITED, now, "")
-            gate.until = min(gate.until, now + (verdict.reset_s or NEVER))
-            until = gate.until
+            gate.until = until = min(gate.until, now + (verdict.reset_s or NEVER))
         self.closed_at = now
         if not (self.minutes or self.requests.limit or under_way):
             self.requests.slow_down(until - now, now)
