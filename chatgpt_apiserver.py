@@ -3853,33 +3853,20 @@ def used_tokens(tail: bytes, cache_free: bool = False) -> tuple[int, int]:
 # How much an account may be sent, and whether it works. Pure arithmetic: `now` is the loop's clock and always passed
 # in; nothing here waits or knows HTTP.
 #
-# A *limit* computes when an amount may be sent (`opens_at`) and charges it (`take`). Later it learns when the amount
-# was sent (`sent`) and its real cost (`correct`; 0 gives it back). A *window* is a configured limit, counted exactly.
-# A *bucket* follows replies: providers keep leaky buckets that refill all the time, and a reply reports what was left
-# when its own request was admitted; other requests were sent since. So the bucket is a model, charged at each sending
-# and refilled by the clock. A reply is compared with what the model expected for its request, and the difference
-# corrects the model. So each request under way counts exactly once, in whatever order replies come.
-#
 # Providers count per model, so a *quota* (an account, or several that share a `quota_group`) has a *ledger* of limits
 # for each model. A request is charged when it gets its *lease*, before it is sent: else ten requests at once would all
-# see the same last place. A *gate* is shut for a time that doubles at each relapse; then one request, the probe, finds
-# out. There is a gate for a controller's health, one for a quota's credit, and one for a *candidate*, which is a
-# controller for one model.
+# see the same last place. A *window* is a configured limit, counted exactly. A *bucket* follows replies: providers keep
+# leaky buckets that refill all the time, and a reply reports what was left when its own request was admitted. Other
+# requests were sent since. So the bucket is a model, charged at each sending and refilled by the clock. A reply is
+# compared with what the model expected for its request, and the difference corrects the model. So each request under
+# way counts exactly once, in whatever order replies come.
+#
+# A *gate* is shut for a time that doubles at each relapse. Then one request, the probe, finds out. Gates
+# are for a controller's health, a quota's credit, a ledger's 429s that name no time, and for whether a controller has a
+# model (together they are a *candidate*).
 
 NEVER = math.inf
 MEMORY_MODELS = 256  # models in each cache, as clients choose the names
-WINDOW_S = 60.0  # the time that rpm and tpm count
-# A bucket refills this much later than computed: a request that is 1 ms too early gets a 429.
-EDGE_S = 0.005
-# A request may need this much longer than another to reach the upstream, which then counts it later.
-SLACK_S = 0.25
-CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
-# For a 429 that says "now": the first closing, and the end of doubling.
-CLOSED_NOW_S = (0.01, 1.0)
-SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
-# Slow start: requests per second at least and at its end; growth for each request near the refused rate; requests that
-# may go at once.
-PACE_MIN, PACE_END, PACE_STEP, PACE_BURST = 1 / 30, 1000.0, 0.0625, 4.0
 
 CachedT = TypeVar("CachedT")
 
@@ -3898,7 +3885,83 @@ def next_backoff(last_s: float, bounds: tuple[float, float]) -> float:
     return min(max(2 * last_s, bounds[0]), bounds[1])
 
 
-# -- limits
+# -- gates
+
+FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY, LIMITED = REASONS = (
+    "failing refused silent no_credit missing busy limited".split()
+)
+# Seconds for which a gate is shut: the first time, and the end of doubling. An overload ends in seconds, a refused key
+# or an unpaid bill needs a person, a hang may end at any moment. For BUSY the upstream names the time.
+BACKOFF_S = dict(zip(REASONS, ((2, 60), (30, 3600), (1, 60), (300, 3600), (600, 600), (0, 0), (1, 30)), strict=True))
+
+
+class Gate:
+    """A gate is shut for a `reason` ("": open) until a time that doubles at each relapse; then one probe may pass.
+
+    `name`: the account for the log, or "" for no log. `out_since`, `shut_at`: when it shut first and last. `backoff_s`:
+    the last time by reason, until an answer ended well.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self.name, self.reason, self.until, self.out_since, self.shut_at = name, "", 0.0, 0.0, 0.0
+        self.probe: Lease | None = None
+        self.backoff_s: dict[str, float] = {}
+
+    def opens_at(self, now: float) -> float:
+        """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
+        if not self.reason or self.until > now:
+            return self.until
+        if self.probe is None:
+            return 0.0
+        # A 429 comes soon. A probe that is not refused for as long as the gate was shut is probably answered.
+        again_at = self.probe.since + self.until - self.shut_at if self.reason == LIMITED else NEVER
+        return again_at if again_at > now else 0.0
+
+    def enter(self, lease: "Lease", now: float) -> None:
+        """Let a request pass; the first after the time is the probe, a last resort before that is not."""
+        if self.reason == BUSY and self.until <= now:
+            self.open(now)
+        elif self.reason and not self.opens_at(now):
+            self.probe = lease
+
+    def counts(self, lease: "Lease", enough: bool = True) -> bool:
+        """Return whether a failure of `lease` shuts the gate: a probe's does, another if it is open and `enough`."""
+        return self.probe is lease or (enough and self.reason in ("", BUSY))
+
+    def shut(self, reason: str, now: float, why: str, for_s: float | None = None) -> None:
+        """Shut for `for_s` seconds, by default twice the last time for this reason. `why`: for the log."""
+        if for_s is None:
+            for_s = self.backoff_s[reason] = next_backoff(self.backoff_s.get(reason, 0.0), BACKOFF_S[reason])
+        self.out_since = self.out_since if self.reason else now
+        self.reason, self.shut_at, self.until, self.probe = reason, now, now + for_s, None
+        if self.name:
+            until = "until it answers" if for_s == NEVER else f"for {math.ceil(for_s)} s"
+            log.warning("account %s: disabled %s: %s", self.name, until, why)
+
+    def works(self, lease: "Lease", now: float) -> None:
+        """Open after an answer, unless its request began before the gate shut."""
+        if self.reason and lease.since > self.shut_at:
+            self.open(now)
+
+    def open(self, now: float) -> None:
+        """Let all requests pass."""
+        if self.reason and self.name:
+            log.info("account %s: back after %.0f s", self.name, now - self.out_since)
+        self.reason, self.until, self.probe = "", 0.0, None
+
+
+# -- limits. `opens_at` says when an amount may be sent, and `take` charges it. Later a limit learns when the amount was
+# `sent`, and by `correct` its real cost; 0 gives it back.
+
+WINDOW_S = 60.0  # the time that rpm and tpm count
+EDGE_S = 0.005  # a bucket refills this much later than computed: a request that is 1 ms too early gets a 429
+SLACK_S = 0.25  # a request may need this much longer than another to reach the upstream, which then counts it later
+CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
+CLOSED_NOW_S = (0.01, 1.0)  # for a 429 that says "now": the first closing, and the end of doubling
+SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
+# Slow start: requests per second at least and at its end; growth for each request near the refused rate; requests that
+# may go at once.
+PACE_MIN, PACE_END, PACE_STEP, PACE_BURST = 1 / 30, 1000.0, 0.0625, 4.0
 
 
 @dataclass(slots=True, eq=False)
@@ -3917,17 +3980,15 @@ class Bucket:
     `shift` is the sum of all corrections by replies. A receipt keeps the level right after its own charge, less the
     shift of that time; so a reply is compared with what was expected of it, and each error is corrected once.
 
-    Until a reply reports a `limit`, `rate` is 0: the bucket refuses nothing and only counts, below zero. `most`: the
-    largest `size` that is believed. `newest`: the serial of the latest request whose reply counted. `known_at`: when
-    the first reply came. `doubles`: whether a slow start had no second 429. `grown_at`: when its rate grew last.
+    Until a reply reports a `limit` (at `known_at`) `rate` is 0: the bucket refuses nothing and only counts, below zero.
+    `most`: the largest `size` that is believed. `newest`: the serial of the latest request whose reply counted. `slow`:
+    how many replies in a row reported a slow limit. `doubles`, `grown_at`: see `speed_up`.
     """
 
     def __init__(self, by_tokens: bool, now: float = 0.0) -> None:
-        self.by_tokens = by_tokens
-        self.level = self.limit = self.rate = self.shift = 0.0
+        self.by_tokens, self.at, self.newest, self.slow, self.doubles = by_tokens, now, -1, 0, True
+        self.level = self.limit = self.rate = self.shift = self.known_at = self.grown_at = 0.0
         self.size = self.most = NEVER
-        self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
-        self.doubles, self.grown_at = True, 0.0
 
     def level_at(self, now: float) -> float:
         """Return the amount that may be taken."""
@@ -3973,11 +4034,9 @@ class Bucket:
         elif told.limit != self.limit:
             self.limit, self.rate = told.limit, told.limit / WINDOW_S
             self.size = min(told.limit, self.most)
-        # A charge before the first reply met a bucket without a rate, which did not refill.
-        expected -= max(0.0, self.known_at - sent_at) * self.rate
-        # `expected` leaves out the shift of its time. With the shift of now it is what the model would have expected
-        # after all corrections, so no error is corrected twice.
-        error = left - expected - self.shift
+        # A charge before the first reply met a bucket without a rate, which did not refill. `expected` leaves out the
+        # shift of its time; with the shift of now no error is corrected twice.
+        error = left - expected + max(0.0, self.known_at - sent_at) * self.rate - self.shift
         self.shift += error
         # No more can be left than the reply reports and was refilled since. Where the model was below zero, and so was
         # set to zero, each refused request would otherwise look like one that was given back.
@@ -4004,8 +4063,7 @@ class Bucket:
     def slow_down(self, after_s: float, now: float) -> None:
         """Begin a slow start after a 429 of an account that reports no limit (self-hosted, Vertex, some gateways).
 
-        At the reopening one request goes, and the next after `after_s` again; else the whole line would go at once. A
-        429 during the slow start halves the rate.
+        At the reopening one request goes, not the whole line, the next after `after_s`. Another 429 halves the rate.
         """
         self.take(0.0, now - EDGE_S)
         self.doubles = not self.rate
@@ -4015,35 +4073,47 @@ class Bucket:
     def speed_up(self, sent_at: float, now: float) -> None:
         """Grow the rate of a slow start, once in a round trip: a rate must be tried before it grows.
 
-        Until the second 429 it doubles, and one more request goes at once. Then it grows with the requests since the
-        last growth, as doubling would exceed the same limit again.
+        It doubles until the second 429, then grows with the requests since: doubling would exceed the same limit again.
         """
-        if sent_at > self.grown_at:
-            if self.doubles:
-                self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
-            else:
-                self.rate *= 1 + PACE_STEP * min(self.rate * (now - self.grown_at), PACE_BURST)
-            self.grown_at, self.size = now, PACE_BURST
-            if self.rate >= PACE_END:
-                self.rate, self.size = 0.0, NEVER
+        if sent_at <= self.grown_at:
+            return
+        if self.doubles:
+            self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
+        else:
+            self.rate *= 1 + PACE_STEP * min(self.rate * (now - self.grown_at), PACE_BURST)
+        self.grown_at, self.size = now, PACE_BURST
+        if self.rate >= PACE_END:
+            self.rate, self.size = 0.0, NEVER
 
 
 class Window:
     """A configured limit: at most `limit` in any `span_s` seconds, where a counter per minute would let twice as many.
 
-    A charge counts in `total` at once, and gets its place in `queue` when it is sent. `burst`: this window bounds the
-    bursts of a minute's window. As many requests as fit may go within the time that they are worth, so 1.67 a second
-    become one each 0.6 s.
+    A charge counts in `total` at once, and gets its place in `queue` when it is sent. `burst`: it bounds the bursts of
+    another window. As many requests as fit may go in the time that they are worth: 1.67 a second are one each 0.6 s.
     """
 
     def __init__(self, by_tokens: bool, limit: float, span_s: float, burst: bool = False) -> None:
-        self.by_tokens, self.burst, self.total = by_tokens, burst, 0.0
+        self.by_tokens, self.limit, self.span_s, self.burst = by_tokens, limit, span_s, burst
+        self.total = 0.0
         self.queue: deque[Receipt] = deque()
-        self.resize(limit, span_s)
 
-    def resize(self, limit: float, span_s: float) -> None:
-        """Set the limit; the charges stay."""
-        self.limit, self.span_s, self.rate = limit, span_s, limit / span_s
+    @property
+    def rate(self) -> float:
+        """What may be sent per second in the long run."""
+        return self.limit / self.span_s
+
+    def opens_at(self, amount: float, now: float) -> float:
+        """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
+        self._forget(now)
+        most = min(amount, self.limit)
+        if self.total + most <= self.limit + 1e-9:
+            return 0.0
+        at = self._falls_to(self.limit - most, self.span_s, now)
+        if self.burst:
+            worth = self.limit // most * most
+            at = min(at, self._falls_to(worth - most, worth / self.rate, now))
+        return at if at > now else 0.0
 
     def take(self, amount: float, now: float) -> Receipt:
         """Count an amount that is about to be sent."""
@@ -4057,25 +4127,13 @@ class Window:
         receipt.sent_at = now
 
     def correct(self, receipt: Receipt, amount: float, now: float) -> None:
-        """Count `amount` in place of the receipt's. What a charge that left the window lacked is charged now."""
+        """Count `amount` in place of the receipt's. What a charge lacked that has left the window is charged now."""
         self._forget(now)
         if receipt.counted:
             self.total += amount - receipt.amount
             receipt.amount = amount
         elif amount > receipt.amount and not self.burst:
             self.sent(self.take(amount - receipt.amount, now), now)
-
-    def opens_at(self, amount: float, now: float) -> float:
-        """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
-        self._forget(now)
-        most = min(amount, self.limit)
-        if self.total + most <= self.limit + 1e-9:
-            return 0.0
-        at = self._falls_to(self.limit - most, self.span_s, now)
-        if self.burst:
-            worth = self.limit // most * most
-            at = min(at, self._falls_to(worth - most, worth / self.rate, now))
-        return at if at > now else 0.0
 
     def _forget(self, now: float) -> None:
         """Drop the charges that are older than the window."""
@@ -4098,37 +4156,30 @@ class Ledger:
     """The limits of one quota for one model: by replies, by configuration and by the last 429s.
 
     `closed`: pairs of tokens and a time; until then no request with at least so many tokens goes. `closed_at`: when the
-    last 429 came. `closed_for`: the last closing by a 429 that said "now", 0 after an answer. `gate`: shut by a 429
-    that names no time, for requests of at least `least` tokens. `open`: the leases, by their serials.
+    last 429 came. `closed_for`: the last closing by a 429 that said "now". `gate`: shut by a 429 that names no time,
+    for requests of at least `least` tokens. `open`: the leases.
     """
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name = name
+        self.name, self.gate, self.serial = name, Gate(), 0
         self.requests, self.tokens = self.buckets = Bucket(False), Bucket(True)
         self.limits: list[Bucket | Window] = []
         self.closed: list[tuple[float, float]] = []
         self.closed_at = self.closed_for = self.least = 0.0
-        self.gate = Gate()
-        self.serial = 0
         self.open: dict[Lease, None] = {}
         self.configure(limits)
 
     def configure(self, limits: QuotaLimits) -> None:
         """Apply configured limits. Windows keep their charges, as the provider counts them too."""
-        self.configured = limits
         known = {(limit.by_tokens, limit.burst): limit for limit in self.limits if isinstance(limit, Window)}
-        self.limits, self.minutes = [*self.buckets], []
+        windows: list[Window] = []
         for by_tokens, limit in ((False, limits.rpm), (True, limits.tpm)):
-            if limit:
-                minute = known.get((by_tokens, False)) or Window(by_tokens, limit, WINDOW_S)
-                minute.resize(limit, WINDOW_S + SLACK_S)
-                self.limits.append(minute)
-                self.minutes.append(minute)
-            if limit and limits.burst_s < WINDOW_S:
-                most = max(1.0, limit * limits.burst_s / WINDOW_S)
-                burst = known.get((by_tokens, True)) or Window(by_tokens, most, WINDOW_S, True)
-                burst.resize(most, most * WINDOW_S / limit)
-                self.limits.append(burst)
+            most = max(1.0, limit * limits.burst_s / WINDOW_S)
+            for burst, size, slack_s in ((False, limit, SLACK_S), (True, most, 0.0)) if limit else ():
+                windows.append(known.get((by_tokens, burst)) or Window(by_tokens, size, WINDOW_S, burst))
+                windows[-1].limit, windows[-1].span_s = size, size * WINDOW_S / limit + slack_s
+        self.configured, self.limits = limits, [*self.buckets, *windows]
+        self.minutes = [window for window in windows if not window.burst]
 
     @property
     def limited(self) -> bool:
@@ -4139,9 +4190,7 @@ class Ledger:
         """Return when a request of `need` tokens may be sent; 0 for now."""
         openings = [limit.opens_at(need if limit.by_tokens else 1.0, now) for limit in self.limits]
         openings += [until for least, until in self.closed if need >= least]
-        if need >= self.least:
-            openings.append(self.gate.opens_at(now))
-        opens = max(openings)
+        opens = max(openings + [self.gate.opens_at(now)] if need >= self.least else openings)
         return opens if opens > now else 0.0
 
     def take(self, need: float, now: float) -> list[tuple[Bucket | Window, Receipt]]:
@@ -4155,8 +4204,8 @@ class Ledger:
 
     def largest(self) -> float:
         """Return the most tokens that one request may have; 0 while no limit is known."""
-        known = [minute.limit for minute in self.minutes if minute.by_tokens]
-        return min([*known, self.tokens.limit] if self.tokens.limit else known, default=0.0)
+        known = [self.tokens.limit, *(minute.limit for minute in self.minutes if minute.by_tokens)]
+        return min(filter(None, known), default=0.0)
 
     def answered(self, sent_at: float, now: float) -> None:
         """Note a good answer: the backoff begins anew, and a slow start becomes faster."""
@@ -4199,85 +4248,19 @@ class Ledger:
                 bucket.size = bucket.most = max(1.0, bucket.size / 2)
 
 
-# -- gates
-
-FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
-LIMITED = "limited"
-# How long a gate is shut, in seconds: the first time, and the end of doubling. An overload ends in seconds, a refused
-# key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
-BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600), NO_MODEL: (600, 600)}
-BACKOFF_S[LIMITED] = (1, 30)
-
-
-class Gate:
-    """A gate is shut for a `reason` ("": open) until a time that doubles at each relapse; then one probe may pass.
-
-    `name`: the account for the log; without a name nothing is logged. `out_since`: when the gate shut first, `shut_at`:
-    when it shut last. `backoff_s`: the last time by reason, until an answer ended well.
-    """
-
-    def __init__(self, name: str = "") -> None:
-        self.name, self.reason, self.until, self.out_since, self.shut_at = name, "", 0.0, 0.0, 0.0
-        self.probe: Lease | None = None
-        self.backoff_s: dict[str, float] = {}
-
-    def opens_at(self, now: float) -> float:
-        """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
-        if not self.reason or self.until > now:
-            return self.until
-        if self.probe is None:
-            return 0.0
-        # A 429 comes soon. A probe that is not refused for as long as the gate was shut is probably answered.
-        again_at = self.probe.since + self.until - self.shut_at if self.reason == LIMITED else NEVER
-        return again_at if again_at > now else 0.0
-
-    def enter(self, lease: "Lease", now: float) -> None:
-        """Let a request pass; the first after the time is the probe, a last resort before that is not."""
-        if self.reason == BUSY and self.until <= now:
-            self.open(now)
-        elif self.reason and not self.opens_at(now):
-            self.probe = lease
-
-    def counts(self, lease: "Lease") -> bool:
-        """Return whether a failure of `lease` counts: while the gate is shut, only the probe's does."""
-        return self.reason in ("", BUSY) or self.probe is lease
-
-    def shut(self, reason: str, now: float, why: str, for_s: float | None = None) -> None:
-        """Shut for `for_s` seconds, by default twice the last time for this reason. `why`: for the log."""
-        if for_s is None:
-            for_s = self.backoff_s[reason] = next_backoff(self.backoff_s.get(reason, 0.0), BACKOFF_S[reason])
-        self.out_since = self.out_since if self.reason else now
-        self.reason, self.shut_at, self.until, self.probe = reason, now, now + for_s, None
-        if self.name:
-            until = "until it answers" if for_s == NEVER else f"for {math.ceil(for_s)} s"
-            log.warning("account %s: disabled %s: %s", self.name, until, why)
-
-    def works(self, lease: "Lease", now: float) -> None:
-        """Open after an answer, unless its request began before the gate shut."""
-        if self.reason and lease.since > self.shut_at:
-            self.open(now)
-
-    def open(self, now: float) -> None:
-        """Let all requests pass."""
-        if self.reason and self.name:
-            log.info("account %s: back after %.0f s", self.name, now - self.out_since)
-        self.reason, self.until, self.probe = "", 0.0, None
-
-
 class Quota:
     """What a controller, or a `quota_group`, may be sent: ledgers by model, requests at once, and a gate for credit."""
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name, self.limits, self.in_flight = name, limits, 0
-        self.gate = Gate(name)
+        self.name, self.limits, self.in_flight, self.gate = name, limits, 0, Gate(name)
         self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share a ledger
 
     def configure(self, limits: QuotaLimits) -> None:
         """Apply configured limits; what was sent and what is under way still counts."""
-        if limits != self.limits:
-            self.limits = limits
-            for ledger in self.ledgers.values():
-                ledger.configure(limits)
+        # Equal limits must not undo what `halve_burst` learned.
+        for ledger in self.ledgers.values() if limits != self.limits else ():
+            ledger.configure(limits)
+        self.limits = limits
 
     @property
     def is_full(self) -> bool:
@@ -4294,11 +4277,8 @@ class Quota:
 BREAKER_OUTCOMES, BREAKER_FAILURES, BREAKER_WITHIN_S = 20, 5, 30.0
 # So many in a row shut the gate, as a single 401 may be a short fault of the provider.
 REFUSALS = {Outcome.AUTH: 2, Outcome.FORBIDDEN: 3}
-SUSPECT_COUNT = 3  # silent requests that make a controller suspect
-# The shortest suspicious silence, and the silence where no usual time is known.
-SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0
-# Fewer samples prove nothing; a hedge may be billed twice, so it comes late.
-HEDGE_SAMPLES, HEDGE_MIN_S = 20, 10.0
+# Silent requests that make a suspect; the shortest suspicious silence, and that where no usual time is known.
+SUSPECT_COUNT, SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 3, 1.0, 30.0
 SAMPLES = 100  # cached times to the first answer, per controller, model and kind
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
 
@@ -4318,14 +4298,14 @@ def unusual_s(times: Iterable[float], share: float) -> float:
 class Candidate:
     """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer.
 
-    `mapped`: the name that `model_map` gives the model. `limited_as`: the model's name in the quota, without a date
-    (gpt-4.1-2025-04-14 counts as gpt-4.1) except for Azure's deployments. `times`: of whole answers and of streams.
+    `mapped`: its name by `model_map`. `limited_as`: its name in the quota. `times`: of whole answers and of streams.
     """
 
     def __init__(self, upstream: "Upstream", model: str) -> None:
         self.upstream, self.model, self.gate = upstream, model, Gate()
         self.mapped = dict(upstream.config.model_map).get(model)
         name = self.mapped or model
+        # gpt-4.1-2025-04-14 counts as gpt-4.1, but each of Azure's deployments has a quota of its own.
         self.limited_as = name if upstream.config.type == "azure" else _DATED.sub("", name)
         self.times: tuple[deque[float], deque[float]] = (deque(maxlen=SAMPLES), deque(maxlen=SAMPLES))
 
@@ -4352,22 +4332,21 @@ class Upstream:
     """A controller with its live state.
 
     `first_byte_s`: moving means, of whole answers and of streams; 0 is unknown. `recent`: when the last attempts ended,
-    and whether they failed. `unanswered`: leases in the order of sending. `hedged`: how many requests in a row another
-    controller had to answer. `listed`: the models that its own list has; None is unknown.
+    and whether they failed. `unanswered`: sent leases without a byte of reply, in the order of sending. `hedged`: how
+    many requests in a row another controller had to answer. `listed`: the models of its own list; None is unknown.
     """
 
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
         self.config, self.controller, self.quota = config, controller, quota
-        self.name, self.weight = config.name, config.weight
+        self.name, self.weight, self.gate = config.name, config.weight, Gate(config.name)
         self.credit = self.in_flight = self.requests = self.failures = self.hedged = 0
         self.first_byte_s = [0.0, 0.0]
-        self.gate = Gate(config.name)
         self.recent: deque[tuple[float, bool]] = deque(maxlen=BREAKER_OUTCOMES)
         self.refusals: Counter[Outcome] = Counter()
         self.unanswered: dict[Lease, None] = {}
         self.answered_at, self.last_error = 0.0, ""
         self.candidates: dict[str, Candidate] = {}
-        self.patterns = model_patterns(config.models + tuple(name for name, _ in config.model_map))
+        self.patterns = model_patterns([*config.models, *dict(config.model_map)])
         self.listed: frozenset[str] | None = None
 
     def names(self, model: str) -> bool:
@@ -4383,7 +4362,7 @@ class Upstream:
         return recall(self.candidates, model, functools.partial(Candidate, self))
 
     def try_again(self, now: float) -> None:
-        """Open all its gates: the operator has just acted."""
+        """Open all its gates and forget all failures: the operator has just acted."""
         for gate in (self.gate, self.quota.gate, *(candidate.gate for candidate in self.candidates.values())):
             gate.open(now)
             gate.backoff_s.clear()
@@ -4403,12 +4382,12 @@ class Upstream:
         elif outcome in REFUSALS:
             self.failures += 1
             self.refusals[outcome] += 1
-            if gate.probe is lease or (gate.counts(lease) and self.refusals[outcome] >= REFUSALS[outcome]):
+            if gate.counts(lease, self.refusals[outcome] >= REFUSALS[outcome]):
                 gate.shut(REFUSED, now, why)
         elif outcome in (Outcome.FAULT, Outcome.CONNECT, Outcome.SILENT, Outcome.CUT):
             self._fail(lease, verdict, now, why)
         elif self.hedged >= SUSPECT_COUNT and gate.counts(lease):
-            # With little traffic no three requests are stuck at once, so hedges one after the other count.
+            # With little traffic no three requests are stuck at once.
             gate.shut(SILENT, now, f"{self.hedged} requests in a row were answered elsewhere", NEVER)
         if outcome is Outcome.QUOTA and self.quota.gate.counts(lease):
             self.quota.gate.shut(NO_CREDIT, now, why)
@@ -4419,10 +4398,9 @@ class Upstream:
         """Count a failure: the breaker needs a number and a share, so one failure in a hundred never opens it."""
         self.failures += 1
         self.recent.append((now, True))
-        # Old outcomes do not count: a controller with one request a minute needs no breaker.
+        # A controller with one request a minute needs no breaker.
         fresh = [failed for at, failed in self.recent if now - at <= BREAKER_WITHIN_S]
-        many = sum(fresh) >= BREAKER_FAILURES and 2 * sum(fresh) >= len(fresh)
-        if self.gate.probe is lease or (many and self.gate.counts(lease)):
+        if self.gate.counts(lease, sum(fresh) >= max(BREAKER_FAILURES, len(fresh) / 2)):
             self.gate.shut(FAILING, now, why)
         if verdict.after_s:  # the upstream named a time: no relapse, and no probe is needed
             for_s = min(verdict.after_s, CLOSED_MAX_S)
@@ -4447,30 +4425,27 @@ class Upstream:
         times = candidate.times[stream]  # by model and kind, as a thinking model takes minutes
         usual = max(SUSPECT_MIN_S, unusual_s(times, 0.95)) if times else SUSPECT_UNKNOWN_S
         alike = [lease for lease in self.unanswered if lease.candidate is candidate and lease.stream == stream]
-        slow = [since - lease.sent_at for lease in alike]  # negative for a request sent since, and without effect
-        return now - asked[0].sent_at > max(usual, *slow)
+        return now - asked[0].sent_at > max(usual, *(since - lease.sent_at for lease in alike))
 
 
 class Lease:
     """The right to send one request to one controller: charged when granted, given back at most once by `release`.
 
-    `since`: when it was granted. `told`: what its reply reported of requests and of tokens. `stuck`: called when the
-    request needs a hedge. `urgent`: whether it had a hedge, or is a probe, and gets the next hedge at once.
+    `since`: when it was granted. `told`: the reply's report of requests and of tokens. `stuck`: called when the request
+    needs a hedge. `urgent`: it had a hedge, or is a silent probe, and gets the next hedge at once.
     """
 
     def __init__(self, candidate: Candidate, need: float, stream: bool, now: float) -> None:
         upstream = candidate.upstream
-        self.candidate, self.upstream, self.need = candidate, upstream, need
-        self.stream, self.since, self.sent_at, self.urgent = stream, now, 0.0, False
+        self.candidate, self.upstream, self.need, self.stream = candidate, upstream, need, stream
+        self.since, self.sent_at, self.urgent = now, 0.0, False
         self.stuck: Callable[[], bool] | None = None
         self.told: tuple[Allowance | None, Allowance | None] = (None, None)
         upstream.in_flight += 1
         upstream.requests += 1
         upstream.quota.in_flight += 1
         self.ledger = ledger = candidate.ledger
-        self.gates = [upstream.gate, upstream.quota.gate, candidate.gate]
-        if need >= ledger.least:
-            self.gates.append(ledger.gate)
+        self.gates = [upstream.gate, upstream.quota.gate, candidate.gate, *[ledger.gate] * (need >= ledger.least)]
         for gate in self.gates:
             gate.enter(self, now)
         ledger.serial = self.serial = ledger.serial + 1
@@ -4499,8 +4474,7 @@ class Lease:
 
     def answered(self, now: float) -> None:
         """Note that the answer began: the controller works, and the time so far becomes a sample."""
-        upstream, took_s = self.upstream, now - self.since
-        was_out = upstream.gate.reason
+        upstream, took_s, was_out = self.upstream, now - self.since, self.upstream.gate.reason
         self.heard(now)
         self.candidate.times[self.stream].append(took_s)
         mean = upstream.first_byte_s[self.stream]
@@ -4521,7 +4495,6 @@ class Lease:
 
     def was_early(self, verdict: Verdict) -> bool:
         """Return whether a 429 came in spite of room, by the reply's own figures, else by our exact count."""
-        # The reply's figures come first: other programs may use the account too.
         told = self.told[verdict.by_tokens]
         if told is not None:
             return told.remaining >= (self.need if verdict.by_tokens else 1)
@@ -4532,7 +4505,7 @@ class Lease:
 
         A request that was never sent is given back whole. A sent one stays charged: providers count failed calls too.
         """
-        # Not before the end of the answer: providers count a stream as one request at once until its last byte.
+        # Providers count a stream as one request at once until its last byte.
         upstream = self.upstream
         upstream.in_flight -= 1
         upstream.quota.in_flight -= 1
@@ -4569,28 +4542,29 @@ class Lease:
 # A request asks for a *lease*. The *policy* chooses among the candidates that are open (section 11) and not tried in
 # this round; long conversations prefer the account whose prompt cache has them. When no candidate has room, the request
 # stands in the *line* of its model: first come, first served, and never behind a request for another model. The line is
-# not polled: at the end of each lease, at each answer and at each known reopening `pump` hands out as many leases as
-# there are places. A request that cannot be served in time is refused at once, with the time to come again.
+# not polled: at the end of each lease, at each answer and at each known reopening `pump` hands out the free places. A
+# request that cannot be served in time is refused at once, with the time to come again.
 
 TOKENS_ANSWER = 500  # the estimate for an answer of an unknown model
 MODEL_NAME_CHARS = 256  # longer names are not cached
 KEY_BUSY_S = 1.0  # Retry-After for a client key whose requests are all under way
 AFFINE_TOKENS = 1000  # 4,000 characters; providers cache no shorter prompts
 AFFINE_LOAD = 1.25  # a controller with more in flight than so many times its share is passed over
+# Fewer samples prove nothing; a hedge may be billed twice, so it comes late.
+HEDGE_SAMPLES, HEDGE_MIN_S = 20, 10.0
 SWEEP_S = 0.25  # how often silent requests are looked for, while any is unanswered
 # Hedges may be billed twice. So many may go in a minute, or this share of all calls, of which so many are saved up.
 HEDGES_A_MINUTE, HEDGE_SHARE, HEDGES_SAVED = 10, 0.05, 500.0
 
 
-# -- conversations. Providers cache the beginning of prompts for some minutes, and bill a cached part at a tenth to a
-# half. Without affinity the turns of a conversation go to all accounts, and the hits fall from 95 % to nothing.
+# -- conversations. Providers cache the beginning of prompts for some minutes, and bill it at a tenth to a half then.
+# When the turns of a conversation go to all accounts, the hits fall from 95 % to nothing.
 
 
 def thread_of(data: dict[str, Any]) -> bytes:
     """Return a conversation's name: its prompt_cache_key, else a checksum of its texts to the user's first, else b"".
 
-    All turns of a conversation have the same name. A system prompt alone makes no name: it would bring all requests
-    of an application to one account.
+    A system prompt alone makes no name: it would bring all requests of an application to one account.
     """
     key, messages = data.get("prompt_cache_key"), data.get("messages")
     if isinstance(key, str) and key:
@@ -4611,8 +4585,8 @@ def thread_of(data: dict[str, Any]) -> bytes:
 def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
     """Return the candidates of the quota that a conversation prefers, as prompt caches belong to organisations.
 
-    Weighted rendezvous hashing: each quota gets its weight's share of the conversations, and when a quota comes or goes
-    only its own conversations move. A quota with too much in flight is passed over (bounded loads).
+    Weighted rendezvous hashing: each quota gets its weight's share, and when a quota comes or goes only its own
+    conversations move. A quota with too much in flight is passed over (bounded loads).
     """
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -4632,8 +4606,7 @@ def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
     return best
 
 
-# -- policies: which candidate gets a request. `candidates` has at least one, in the order of the configuration. The
-# names are POOL_TYPES of the configuration.
+# -- policies (POOL_TYPES): which of at least one candidates, in the order of the configuration, gets a request
 
 
 def smooth_weighted(candidates: list[Candidate], stream: bool) -> Candidate:
@@ -4642,10 +4615,7 @@ def smooth_weighted(candidates: list[Candidate], stream: bool) -> Candidate:
 
 
 def take_turn(candidates: list[Candidate], chosen: Candidate) -> None:
-    """Change the credits after a choice: each candidate gains its weight, and the chosen one pays the sum.
-
-    A controller that cannot take part gains and loses nothing, so the others share by their weights.
-    """
+    """Change the credits after a choice: each candidate gains its weight, and the chosen one pays the sum."""
     for candidate in candidates:
         candidate.upstream.credit += candidate.upstream.weight
         chosen.upstream.credit -= candidate.upstream.weight
@@ -4688,8 +4658,7 @@ def turn_at(openings: list[tuple[float, float]], ahead: int, now: float) -> floa
     """Return when a request with `ahead` others before it gets its turn.
 
     `openings`: when each controller has room, and its requests per second from then on. It gives one place at its
-    opening and then its rate, so the number of places is a piecewise linear function of time, which must exceed
-    `ahead`.
+    opening and then its rate: the places are a piecewise linear function of time, which must exceed `ahead`.
     """
     speed = places = 0.0
     at = now
@@ -4706,8 +4675,7 @@ def turn_at(openings: list[tuple[float, float]], ahead: int, now: float) -> floa
 class UpstreamPool:
     """The controllers, the policy that chooses among them, and the lines of requests that wait for room.
 
-    `timers` is the loop, of which `time`, `call_at` and `create_future` are used. Only `lease` waits; all else happens
-    in one turn of the loop, so there is no lock.
+    `timers` is the loop. Only `lease` waits; all else happens in one turn of the loop, so there is no lock.
     """
 
     def __init__(self, upstreams: list[Upstream], config: PoolConfig, timers: asyncio.AbstractEventLoop) -> None:
@@ -4757,18 +4725,16 @@ class UpstreamPool:
         return serving
 
     def _serving(self, model: str) -> list[Candidate]:
-        """Return the candidates for `model`, from the cache or by the configuration and the controllers' own lists."""
+        """Return the candidates that name or list `model`, or else those that might have it; "" for all."""
 
         def find(name: str) -> list[Candidate]:
             able = [upstream for upstream in self.upstreams if not name or upstream.serves(name)]
-            named = any(upstream.names(name) for upstream in able)
-            sure = []
-            for upstream in able:
-                is_listed = not named if upstream.listed is None else name in upstream.listed
-                if upstream.names(name) or (is_listed and not upstream.config.models):
-                    sure.append(upstream)
+            named = [upstream for upstream in able if upstream.names(name)]
+            # A list that is not known yet may have the model, unless another controller is meant for it.
+            unknown = () if named else (name,)
+            sure = [item for item in able if item in named or name in (unknown if item.listed is None else item.listed)]
             # Lists leave out previews and tuned models.
-            return [upstream.candidate(name) for upstream in sure or able]
+            return [upstream.candidate(name) for upstream in (sure if name and sure else able)]
 
         # Clients choose the names: long ones must not fill the memory.
         return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
@@ -4799,8 +4765,8 @@ class UpstreamPool:
     async def lease(self, request: ApiRequest, candidates: list[Candidate], tried: set[Upstream]) -> Lease | None:
         """Return the right to send to a candidate that is not in `tried`, now or from the line; None if that is no use.
 
-        A lease from the line begins a new round: `tried` becomes empty. `request.wait_s` becomes less by the time in
-        line. Raise NoRoom when no controller has room in time.
+        A lease from the line begins a new round: `tried` becomes empty. The time in line is taken from
+        `request.wait_s`. Raise NoRoom when no controller has room in time.
         """
         lease = self.lease_at_once(request, candidates, tried)
         if lease is None and request.model not in self.lines:
@@ -4839,7 +4805,7 @@ class UpstreamPool:
         """Lease the candidate that is due back first, if all candidates are out; else None.
 
         So a sole controller passes its errors on. A limit or a lack of credit still refuses. A controller that named
-        its time is waited for, if that is within the request's time.
+        its time is waited for, if there is time.
         """
         now = self.timers.time()
         until = now + request.wait_s
@@ -4859,10 +4825,7 @@ class UpstreamPool:
     # -- results of attempts
 
     def settle(self, lease: Lease, verdict: Verdict) -> None:
-        """End an attempt: its controller learns, and waiters may have room now. A second call does nothing.
-
-        An error after the answer began counts like an error before.
-        """
+        """End an attempt: its controller learns, and waiters may have room now. A second call does nothing."""
         # The end of a hedge and a client that leaves may both settle a lease.
         if lease not in lease.ledger.open:
             return

@@ -187,6 +187,7 @@ def test_serves(models: str, served: str, others: str) -> None:
         ("gpt", "ac ac c"),  # nothing names it, so an unknown list may have it
         ("both", "b bc bc"),  # named by b, listed by c
         ("preview", "ac a ac"),  # in no list: then what lists no preview may have it
+        ("", "abc abc abc"),
     ],
 )
 def test_a_model_goes_to_what_names_or_lists_it(model: str, candidates: str) -> None:
