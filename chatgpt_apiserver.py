@@ -3896,16 +3896,14 @@ BACKOFF_S = dict(zip(REASONS, ((2, 60), (30, 3600), (1, 60), (300, 3600), (600, 
 
 
 class Gate:
-    """A gate is shut for a `reason` ("": open) until a time that doubles at each relapse; then one probe may pass.
-
-    `name`: the account for the log, or "" for no log. `out_since`, `shut_at`: when it shut first and last. `backoff_s`:
-    the last time by reason, until an answer ended well.
-    """
+    """A gate is shut for a `reason` ("": open) until a time that doubles at each relapse; then one probe may pass."""
 
     def __init__(self, name: str = "") -> None:
-        self.name, self.reason, self.until, self.out_since, self.shut_at = name, "", 0.0, 0.0, 0.0
+        # The log names the account; a gate without a name is not logged.
+        self.name, self.reason, self.until = name, "", 0.0
+        self.out_since = self.shut_at = 0.0  # when it shut first and last
         self.probe: Lease | None = None
-        self.backoff_s: dict[str, float] = {}
+        self.backoff_s: dict[str, float] = {}  # the last time by reason, until an answer ends well
 
     def opens_at(self, now: float) -> float:
         """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
@@ -3981,14 +3979,16 @@ class Bucket:
     shift of that time; so a reply is compared with what was expected of it, and each error is corrected once.
 
     Until a reply reports a `limit` (at `known_at`) `rate` is 0: the bucket refuses nothing and only counts, below zero.
-    `most`: the largest `size` that is believed. `newest`: the serial of the latest request whose reply counted. `slow`:
-    how many replies in a row reported a slow limit. `doubles`, `grown_at`: see `speed_up`.
     """
 
     def __init__(self, by_tokens: bool, now: float = 0.0) -> None:
-        self.by_tokens, self.at, self.newest, self.slow, self.doubles = by_tokens, now, -1, 0, True
-        self.level = self.limit = self.rate = self.shift = self.known_at = self.grown_at = 0.0
-        self.size = self.most = NEVER
+        self.by_tokens, self.at = by_tokens, now
+        self.level = self.limit = self.rate = self.shift = self.known_at = 0.0
+        self.size = self.most = NEVER  # `most`: the largest size that is believed
+        # The serial of the latest request whose reply counted; how many replies in a row reported a slow limit.
+        self.newest, self.slow = -1, 0
+        # Of a slow start: whether it had no second 429, and when its rate grew last.
+        self.doubles, self.grown_at = True, 0.0
 
     def level_at(self, now: float) -> float:
         """Return the amount that may be taken."""
@@ -4046,8 +4046,8 @@ class Bucket:
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
         """Learn size and rate. A bucket may hold less than a minute's worth, as its content and its reset show.
 
-        The rate is the limit per minute. When two replies in a row report that the limit needs more than ten minutes to
-        refill, it counts hours or days. One such reply proves nothing, as resets are rounded and delayed.
+        The limit is per minute, unless two replies in a row report that it needs more than ten minutes to refill. One
+        such reply proves nothing, as resets are rounded and delayed.
         """
         spent = limit - left
         slow = spent > 0 and reset_s * limit > SLOW_PERIOD_S * spent
@@ -4063,7 +4063,7 @@ class Bucket:
     def slow_down(self, after_s: float, now: float) -> None:
         """Begin a slow start after a 429 of an account that reports no limit (self-hosted, Vertex, some gateways).
 
-        At the reopening one request goes, not the whole line, the next after `after_s`. Another 429 halves the rate.
+        At the reopening one request goes, the next after `after_s`. Another 429 halves the rate.
         """
         self.take(0.0, now - EDGE_S)
         self.doubles = not self.rate
@@ -4075,7 +4075,7 @@ class Bucket:
 
         It doubles until the second 429, then grows with the requests since: doubling would exceed the same limit again.
         """
-        if sent_at <= self.grown_at:
+        if sent_at <= self.grown_at or self.limit or not self.rate:
             return
         if self.doubles:
             self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
@@ -4153,20 +4153,19 @@ class Window:
 
 
 class Ledger:
-    """The limits of one quota for one model: by replies, by configuration and by the last 429s.
-
-    `closed`: pairs of tokens and a time; until then no request with at least so many tokens goes. `closed_at`: when the
-    last 429 came. `closed_for`: the last closing by a 429 that said "now". `gate`: shut by a 429 that names no time,
-    for requests of at least `least` tokens. `open`: the leases.
-    """
+    """The limits of one quota for one model: by replies, by configuration and by the last 429s."""
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name, self.gate, self.serial = name, Gate(), 0
+        self.name, self.serial = name, 0
+        self.open: dict[Lease, None] = {}
         self.requests, self.tokens = self.buckets = Bucket(False), Bucket(True)
         self.limits: list[Bucket | Window] = []
+        # When the last 429 came, and the last closing by one that said "now".
+        self.closed_at = self.closed_for = 0.0
+        # Pairs of tokens and a time: until then no request with at least so many tokens goes.
         self.closed: list[tuple[float, float]] = []
-        self.closed_at = self.closed_for = self.least = 0.0
-        self.open: dict[Lease, None] = {}
+        # A 429 without a time shuts the gate for requests of at least `least` tokens.
+        self.gate, self.least = Gate(), 0.0
         self.configure(limits)
 
     def configure(self, limits: QuotaLimits) -> None:
@@ -4190,7 +4189,7 @@ class Ledger:
         """Return when a request of `need` tokens may be sent; 0 for now."""
         openings = [limit.opens_at(need if limit.by_tokens else 1.0, now) for limit in self.limits]
         openings += [until for least, until in self.closed if need >= least]
-        opens = max(openings + [self.gate.opens_at(now)] if need >= self.least else openings)
+        opens = max(*openings, self.gate.opens_at(now) if need >= self.least else 0.0)
         return opens if opens > now else 0.0
 
     def take(self, need: float, now: float) -> list[tuple[Bucket | Window, Receipt]]:
@@ -4213,14 +4212,13 @@ class Ledger:
         if sent_at > self.closed_at:
             self.closed_for = 0.0
             self.gate.backoff_s.clear()
-            if self.requests.rate and not self.requests.limit:
-                self.requests.speed_up(sent_at, now)
+            self.requests.speed_up(sent_at, now)
 
     def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
         """Learn from a 429: close until the time it named, else for 1, 2, 4 ... 30 s, and then for all but one probe.
 
-        A 429 about tokens closes for requests of at least the refused size: smaller ones may fit. `under_way`: the
-        request was sent before the last 429. So a whole burst that is refused doubles the backoff once.
+        A 429 about tokens leaves smaller requests alone. `under_way`: the request was sent before the last 429, so a
+        whole burst that is refused doubles the backoff once.
         """
         least, gate, until = need if verdict.by_tokens else 0.0, self.gate, 0.0
         if verdict.after_s is not None:
@@ -4329,25 +4327,22 @@ class Candidate:
 
 
 class Upstream:
-    """A controller with its live state.
-
-    `first_byte_s`: moving means, of whole answers and of streams; 0 is unknown. `recent`: when the last attempts ended,
-    and whether they failed. `unanswered`: sent leases without a byte of reply, in the order of sending. `hedged`: how
-    many requests in a row another controller had to answer. `listed`: the models of its own list; None is unknown.
-    """
+    """A controller with its live state."""
 
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
         self.config, self.controller, self.quota = config, controller, quota
         self.name, self.weight, self.gate = config.name, config.weight, Gate(config.name)
-        self.credit = self.in_flight = self.requests = self.failures = self.hedged = 0
-        self.first_byte_s = [0.0, 0.0]
+        self.credit = self.in_flight = self.requests = self.failures = 0
+        self.first_byte_s = [0.0, 0.0]  # moving means, of whole answers and of streams; 0 is unknown
+        # When the last attempts ended, and whether they failed.
         self.recent: deque[tuple[float, bool]] = deque(maxlen=BREAKER_OUTCOMES)
         self.refusals: Counter[Outcome] = Counter()
+        # Sent requests without a byte of reply; how many in a row another controller had to answer.
         self.unanswered: dict[Lease, None] = {}
-        self.answered_at, self.last_error = 0.0, ""
+        self.hedged, self.answered_at, self.last_error = 0, 0.0, ""
         self.candidates: dict[str, Candidate] = {}
         self.patterns = model_patterns([*config.models, *dict(config.model_map)])
-        self.listed: frozenset[str] | None = None
+        self.listed: frozenset[str] | None = None  # the models of its own list, if that is known
 
     def names(self, model: str) -> bool:
         """Return whether the configuration names `model` for this controller."""
@@ -4429,17 +4424,16 @@ class Upstream:
 
 
 class Lease:
-    """The right to send one request to one controller: charged when granted, given back at most once by `release`.
-
-    `since`: when it was granted. `told`: the reply's report of requests and of tokens. `stuck`: called when the request
-    needs a hedge. `urgent`: it had a hedge, or is a silent probe, and gets the next hedge at once.
-    """
+    """The right to send one request to one controller: charged when granted, given back at most once by `release`."""
 
     def __init__(self, candidate: Candidate, need: float, stream: bool, now: float) -> None:
         upstream = candidate.upstream
         self.candidate, self.upstream, self.need, self.stream = candidate, upstream, need, stream
-        self.since, self.sent_at, self.urgent = now, 0.0, False
+        self.since, self.sent_at = now, 0.0
+        # Called when the request needs a hedge. After a hedge, and for a silent probe, the next one follows at once.
         self.stuck: Callable[[], bool] | None = None
+        self.urgent = False
+        # What the reply reported of requests and of tokens.
         self.told: tuple[Allowance | None, Allowance | None] = (None, None)
         upstream.in_flight += 1
         upstream.requests += 1
@@ -4501,10 +4495,8 @@ class Lease:
         return bool(self.ledger.minutes)
 
     def release(self, verdict: Verdict, now: float) -> None:
-        """End the attempt with this verdict, also after its answer began.
-
-        A request that was never sent is given back whole. A sent one stays charged: providers count failed calls too.
-        """
+        """End the attempt with this verdict, also after its answer began. What was never sent is given back whole."""
+        # A sent request stays charged, as providers count failed calls too.
         # Providers count a stream as one request at once until its last byte.
         upstream = self.upstream
         upstream.in_flight -= 1
@@ -4585,8 +4577,8 @@ def thread_of(data: dict[str, Any]) -> bytes:
 def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
     """Return the candidates of the quota that a conversation prefers, as prompt caches belong to organisations.
 
-    Weighted rendezvous hashing: each quota gets its weight's share, and when a quota comes or goes only its own
-    conversations move. A quota with too much in flight is passed over (bounded loads).
+    By weighted rendezvous hashing only the conversations of a quota that comes or goes move. A quota with too much in
+    flight is passed over (bounded loads).
     """
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -4658,18 +4650,14 @@ def turn_at(openings: list[tuple[float, float]], ahead: int, now: float) -> floa
     """Return when a request with `ahead` others before it gets its turn.
 
     `openings`: when each controller has room, and its requests per second from then on. It gives one place at its
-    opening and then its rate: the places are a piecewise linear function of time, which must exceed `ahead`.
+    opening and then its rate.
     """
-    speed = places = 0.0
-    at = now
+    turn, speed, at_zero = NEVER, 0.0, ahead + 1.0
     for opens, rate in sorted((max(opens, now), min(rate, 1e6)) for opens, rate in openings if opens != NEVER):
-        if speed and places + (opens - at) * speed >= ahead + 1:
-            break
-        places += (opens - at) * speed + 1.0
-        at, speed = opens, speed + rate
-        if places >= ahead + 1:
-            return at
-    return at + (ahead + 1 - places) / speed if speed else NEVER
+        # If only these and no later openings counted: places = speed * time - at_zero.
+        speed, at_zero = speed + rate, at_zero + rate * opens - 1.0
+        turn = min(turn, max(opens, at_zero / speed))
+    return turn
 
 
 class UpstreamPool:
@@ -4808,11 +4796,10 @@ class UpstreamPool:
         its time is waited for, if there is time.
         """
         now = self.timers.time()
-        until = now + request.wait_s
         if not all(item.well_at(now) or item.upstream.quota.gate.opens_at(now) for item in candidates):
             return None
         left = [item for item in candidates if item.upstream not in tried and not item.room_at(request.need, now)]
-        if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= until for item in left):
+        if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= now + request.wait_s for item in left):
             return None
         return self._give(min(left, key=lambda item: item.well_at(now)), request, now)
 
@@ -4901,9 +4888,8 @@ class UpstreamPool:
                     lease = self._grant(waiter.request, candidates)
                     if lease is None:
                         # A place that is too small is kept too: else small requests would pass a large one for ever.
-                        openings = [candidate.opens_at(waiter.request.need, now) for candidate in candidates]
-                        soonest = min([soonest, *openings])
                         blocked += candidates
+                        soonest = min([soonest, *(item.opens_at(waiter.request.need, now) for item in candidates)])
                         if all(item in blocked for item in self._serving(model)):
                             break  # no other candidate is left for the waiters behind
                         continue
@@ -4913,11 +4899,9 @@ class UpstreamPool:
                 del self.lines[model]
         if self.alarm is not None:
             self.alarm.cancel()
-            self.alarm = None
         # Where no time is known, the end of another request calls this. A timer may fire a moment too early, so it is
         # set at least a millisecond ahead.
-        if soonest != NEVER:
-            self.alarm = self.timers.call_at(max(soonest, now + 0.001), self.pump)
+        self.alarm = None if soonest == NEVER else self.timers.call_at(max(soonest, now + 0.001), self.pump)
 
     def _check_line(self, request: ApiRequest, candidates: list[Candidate], now: float) -> None:
         """Raise NoRoom, with the true time, for a request that would wait in vain."""
@@ -4996,20 +4980,16 @@ class UpstreamPool:
 
     def close(self) -> None:
         """Stop the timers."""
-        for handle in (self.alarm, self.sweeper):
-            if handle is not None:
-                handle.cancel()
-        self.alarm = self.sweeper = None
+        for handle in filter(None, (self.alarm, self.sweeper)):
+            handle.cancel()
 
 
+@dataclass(slots=True, eq=False)
 class ClientCharge:
-    """One request of a client key, which counts until `leave`."""
+    """What one request of a client key counts, until `leave`."""
 
-    def __init__(self, quota: Quota, need: float, now: float) -> None:
-        self.quota, self.receipts = quota, quota.ledger("").take(need, now)
-        quota.in_flight += 1
-        for limit, receipt in self.receipts:
-            limit.sent(receipt, now)
+    quota: Quota
+    receipts: list[tuple[Bucket | Window, Receipt]]
 
     def used(self, total: float, now: float) -> None:
         """Charge the tokens that the answer used, in place of the estimate."""
@@ -5034,13 +5014,16 @@ class ClientQuota(Quota):
         opens = self.ledger("").opens_at(need, now)
         if opens:
             raise NoRoom("has reached its own limit", opens - now)
-        return ClientCharge(self, need, now)
+        self.in_flight += 1
+        charge = ClientCharge(self, self.ledger("").take(need, now))
+        for limit, receipt in charge.receipts:
+            limit.sent(receipt, now)
+        return charge
 
 
 def describe_ledger(ledger: Ledger, now: float) -> dict[str, Any]:
     """Return the state of one model's quota, for /status."""
-    closed_until = max([until for _, until in ledger.closed], default=0.0)
-    closed_until = max(closed_until, ledger.gate.until)
+    closed_until = max(ledger.gate.until, *(until for _, until in ledger.closed), 0.0)
     state: dict[str, Any] = {"closed_for_s": round(max(0.0, closed_until - now), 3)}
     for bucket in ledger.buckets:
         if bucket.limit:
