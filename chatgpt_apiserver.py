@@ -4143,33 +4143,20 @@ def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
 # How much an account may be sent, and whether it works. Pure arithmetic: `now` is the loop's clock and always passed
 # in; nothing here waits or knows HTTP.
 #
-# A *limit* computes when an amount may be sent (`opens_at`) and charges it (`take`). Later it learns when the amount
-# was sent (`sent`) and its real cost (`correct`; 0 gives it back). A *window* is a configured limit, counted exactly.
-# A *bucket* follows replies: providers keep leaky buckets that refill all the time, and a reply reports what was left
-# when its own request was admitted; other requests were sent since. So the bucket is a model, charged at each sending
-# and refilled by the clock. A reply is compared with what the model expected for its request, and the difference
-# corrects the model. So each request under way counts exactly once, in whatever order replies come.
-#
 # Providers count per model, so a *quota* (an account, or several that share a `quota_group`) has a *ledger* of limits
 # for each model. A request is charged when it gets its *lease*, before it is sent: else ten requests at once would all
-# see the same last place. A *gate* is shut for a time that doubles at each relapse; then one request, the probe, finds
-# out. There is a gate for a controller's health, one for a quota's credit, and one for a *candidate*, which is a
-# controller for one model.
+# see the same last place. A *window* is a configured limit, counted exactly. A *bucket* follows replies: providers keep
+# leaky buckets that refill all the time, and a reply reports what was left when its own request was admitted. Other
+# requests were sent since. So the bucket is a model, charged at each sending and refilled by the clock. A reply is
+# compared with what the model expected for its request, and the difference corrects the model. So each request under
+# way counts exactly once, in whatever order replies come.
+#
+# A *gate* is shut for a time that doubles at each relapse. Then one request, the probe, finds out. Gates
+# are for a controller's health, a quota's credit, a ledger's 429s that name no time, and for whether a controller has a
+# model (together they are a *candidate*).
 
 NEVER = math.inf
 MEMORY_MODELS = 256  # models in each cache, as clients choose the names
-WINDOW_S = 60.0  # the time that rpm and tpm count
-# A bucket refills this much later than computed: a request that is 1 ms too early gets a 429.
-EDGE_S = 0.005
-# A request may need this much longer than another to reach the upstream, which then counts it later.
-SLACK_S = 0.25
-CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
-# For a 429 that says "now": the first closing, and the end of doubling.
-CLOSED_NOW_S = (0.01, 1.0)
-SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
-# Slow start: requests per second at least and at its end; growth for each request near the refused rate; requests that
-# may go at once.
-PACE_MIN, PACE_END, PACE_STEP, PACE_BURST = 1 / 30, 1000.0, 0.0625, 4.0
 
 CachedT = TypeVar("CachedT")
 
@@ -4188,7 +4175,81 @@ def next_backoff(last_s: float, bounds: tuple[float, float]) -> float:
     return min(max(2 * last_s, bounds[0]), bounds[1])
 
 
-# -- limits
+# -- gates
+
+FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY, LIMITED = REASONS = (
+    "failing refused silent no_credit missing busy limited".split()
+)
+# Seconds for which a gate is shut: the first time, and the end of doubling. An overload ends in seconds, a refused key
+# or an unpaid bill needs a person, a hang may end at any moment. For BUSY the upstream names the time.
+BACKOFF_S = dict(zip(REASONS, ((2, 60), (30, 3600), (1, 60), (300, 3600), (600, 600), (0, 0), (1, 30)), strict=True))
+
+
+class Gate:
+    """A gate is shut for a `reason` ("": open) until a time that doubles at each relapse; then one probe may pass."""
+
+    def __init__(self, name: str = "") -> None:
+        # The log names the account; a gate without a name is not logged.
+        self.name, self.reason, self.until = name, "", 0.0
+        self.out_since = self.shut_at = 0.0  # when it shut first and last
+        self.probe: Lease | None = None
+        self.backoff_s: dict[str, float] = {}  # the last time by reason, until an answer ends well
+
+    def opens_at(self, now: float) -> float:
+        """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
+        if not self.reason or self.until > now:
+            return self.until
+        if self.probe is None:
+            return 0.0
+        # A 429 comes soon. A probe that is not refused for as long as the gate was shut is probably answered.
+        again_at = self.probe.since + self.until - self.shut_at if self.reason == LIMITED else NEVER
+        return again_at if again_at > now else 0.0
+
+    def enter(self, lease: "Lease", now: float) -> None:
+        """Let a request pass; the first after the time is the probe, a last resort before that is not."""
+        if self.reason == BUSY and self.until <= now:
+            self.open(now)
+        elif self.reason and not self.opens_at(now):
+            self.probe = lease
+
+    def counts(self, lease: "Lease", enough: bool = True) -> bool:
+        """Return whether a failure of `lease` shuts the gate: a probe's does, another if it is open and `enough`."""
+        return self.probe is lease or (enough and self.reason in ("", BUSY))
+
+    def shut(self, reason: str, now: float, why: str, for_s: float | None = None) -> None:
+        """Shut for `for_s` seconds, by default twice the last time for this reason. `why`: for the log."""
+        if for_s is None:
+            for_s = self.backoff_s[reason] = next_backoff(self.backoff_s.get(reason, 0.0), BACKOFF_S[reason])
+        self.out_since = self.out_since if self.reason else now
+        self.reason, self.shut_at, self.until, self.probe = reason, now, now + for_s, None
+        if self.name:
+            until = "until it answers" if for_s == NEVER else f"for {math.ceil(for_s)} s"
+            log.warning("account %s: disabled %s: %s", self.name, until, why)
+
+    def works(self, lease: "Lease", now: float) -> None:
+        """Open after an answer, unless its request began before the gate shut."""
+        if self.reason and lease.since > self.shut_at:
+            self.open(now)
+
+    def open(self, now: float) -> None:
+        """Let all requests pass."""
+        if self.reason and self.name:
+            log.info("account %s: back after %.0f s", self.name, now - self.out_since)
+        self.reason, self.until, self.probe = "", 0.0, None
+
+
+# -- limits. `opens_at` says when an amount may be sent, and `take` charges it. Later a limit learns when the amount was
+# `sent`, and by `correct` its real cost; 0 gives it back.
+
+WINDOW_S = 60.0  # the time that rpm and tpm count
+EDGE_S = 0.005  # a bucket refills this much later than computed: a request that is 1 ms too early gets a 429
+SLACK_S = 0.25  # a request may need this much longer than another to reach the upstream, which then counts it later
+CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
+CLOSED_NOW_S = (0.01, 1.0)  # for a 429 that says "now": the first closing, and the end of doubling
+SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
+# Slow start: requests per second at least and at its end; growth for each request near the refused rate; requests that
+# may go at once.
+PACE_MIN, PACE_END, PACE_STEP, PACE_BURST = 1 / 30, 1000.0, 0.0625, 4.0
 
 
 @dataclass(slots=True, eq=False)
@@ -4207,16 +4268,16 @@ class Bucket:
     `shift` is the sum of all corrections by replies. A receipt keeps the level right after its own charge, less the
     shift of that time; so a reply is compared with what was expected of it, and each error is corrected once.
 
-    Until a reply reports a `limit`, `rate` is 0: the bucket refuses nothing and only counts, below zero. `most`: the
-    largest `size` that is believed. `newest`: the serial of the latest request whose reply counted. `known_at`: when
-    the first reply came. `doubles`: whether a slow start had no second 429. `grown_at`: when its rate grew last.
+    Until a reply reports a `limit` (at `known_at`) `rate` is 0: the bucket refuses nothing and only counts, below zero.
     """
 
     def __init__(self, by_tokens: bool, now: float = 0.0) -> None:
-        self.by_tokens = by_tokens
-        self.level = self.limit = self.rate = self.shift = 0.0
-        self.size = self.most = NEVER
-        self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
+        self.by_tokens, self.at = by_tokens, now
+        self.level = self.limit = self.rate = self.shift = self.known_at = 0.0
+        self.size = self.most = NEVER  # `most`: the largest size that is believed
+        # The serial of the latest request whose reply counted; how many replies in a row reported a slow limit.
+        self.newest, self.slow = -1, 0
+        # Of a slow start: whether it had no second 429, and when its rate grew last.
         self.doubles, self.grown_at = True, 0.0
 
     def level_at(self, now: float) -> float:
@@ -4257,16 +4318,15 @@ class Bucket:
             self.known_at = now
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
-            # `remaining` is rounded down; the time until the bucket is full has the fraction, but no more.
-            left = min(max(self.size - told.reset_s * self.rate, left), left + 0.999)
+            # `remaining` is rounded down; the time until the bucket is full has the fraction, unless it is a window's.
+            exact = self.size - told.reset_s * self.rate
+            left = exact if left < exact < left + 1 else left
         elif told.limit != self.limit:
             self.limit, self.rate = told.limit, told.limit / WINDOW_S
             self.size = min(told.limit, self.most)
-        # A charge before the first reply met a bucket without a rate, which did not refill.
-        expected -= max(0.0, self.known_at - sent_at) * self.rate
-        # `expected` leaves out the shift of its time. With the shift of now it is what the model would have expected
-        # after all corrections, so no error is corrected twice.
-        error = left - expected - self.shift
+        # A charge before the first reply met a bucket without a rate, which did not refill. `expected` leaves out the
+        # shift of its time; with the shift of now no error is corrected twice.
+        error = left - expected + max(0.0, self.known_at - sent_at) * self.rate - self.shift
         self.shift += error
         # No more can be left than the reply reports and was refilled since. Where the model was below zero, and so was
         # set to zero, each refused request would otherwise look like one that was given back.
@@ -4276,8 +4336,8 @@ class Bucket:
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
         """Learn size and rate. A bucket may hold less than a minute's worth, as its content and its reset show.
 
-        The rate is the limit per minute. When two replies in a row report that the limit needs more than ten minutes to
-        refill, it counts hours or days. One such reply proves nothing, as resets are rounded and delayed.
+        The limit is per minute, unless two replies in a row report that it needs more than ten minutes to refill. One
+        such reply proves nothing, as resets are rounded and delayed.
         """
         spent = limit - left
         slow = spent > 0 and reset_s * limit > SLOW_PERIOD_S * spent
@@ -4293,8 +4353,7 @@ class Bucket:
     def slow_down(self, after_s: float, now: float) -> None:
         """Begin a slow start after a 429 of an account that reports no limit (self-hosted, Vertex, some gateways).
 
-        At the reopening one request goes, and the next after `after_s` again; else the whole line would go at once. A
-        429 during the slow start halves the rate.
+        At the reopening one request goes, the next after `after_s`. Another 429 halves the rate.
         """
         self.take(0.0, now - EDGE_S)
         self.doubles = not self.rate
@@ -4304,35 +4363,47 @@ class Bucket:
     def speed_up(self, sent_at: float, now: float) -> None:
         """Grow the rate of a slow start, once in a round trip: a rate must be tried before it grows.
 
-        Until the second 429 it doubles, and one more request goes at once. Then it grows with the requests since the
-        last growth, as doubling would exceed the same limit again.
+        It doubles until the second 429, then grows with the requests since: doubling would exceed the same limit again.
         """
-        if sent_at > self.grown_at:
-            if self.doubles:
-                self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
-            else:
-                self.rate *= 1 + PACE_STEP * min(self.rate * (now - self.grown_at), PACE_BURST)
-            self.grown_at, self.size = now, PACE_BURST
-            if self.rate >= PACE_END:
-                self.rate, self.size = 0.0, NEVER
+        if sent_at <= self.grown_at or self.limit or not self.rate:
+            return
+        if self.doubles:
+            self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
+        else:
+            self.rate *= 1 + PACE_STEP * min(self.rate * (now - self.grown_at), PACE_BURST)
+        self.grown_at, self.size = now, PACE_BURST
+        if self.rate >= PACE_END:
+            self.rate, self.size = 0.0, NEVER
 
 
 class Window:
     """A configured limit: at most `limit` in any `span_s` seconds, where a counter per minute would let twice as many.
 
-    A charge counts in `total` at once, and gets its place in `queue` when it is sent. `burst`: this window bounds the
-    bursts of a minute's window. As many requests as fit may go within the time that they are worth, so 1.67 a second
-    become one each 0.6 s.
+    A charge counts in `total` at once, and gets its place in `queue` when it is sent. `burst`: it bounds the bursts of
+    another window. As many requests as fit may go in the time that they are worth: 1.67 a second are one each 0.6 s.
     """
 
     def __init__(self, by_tokens: bool, limit: float, span_s: float, burst: bool = False) -> None:
-        self.by_tokens, self.burst, self.total = by_tokens, burst, 0.0
+        self.by_tokens, self.limit, self.span_s, self.burst = by_tokens, limit, span_s, burst
+        self.total = 0.0
         self.queue: deque[Receipt] = deque()
-        self.resize(limit, span_s)
 
-    def resize(self, limit: float, span_s: float) -> None:
-        """Set the limit; the charges stay."""
-        self.limit, self.span_s, self.rate = limit, span_s, limit / span_s
+    @property
+    def rate(self) -> float:
+        """What may be sent per second in the long run."""
+        return self.limit / self.span_s
+
+    def opens_at(self, amount: float, now: float) -> float:
+        """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
+        self._forget(now)
+        most = min(amount, self.limit)
+        if self.total + most <= self.limit + 1e-9:
+            return 0.0
+        at = self._falls_to(self.limit - most, self.span_s, now)
+        if self.burst:
+            worth = self.limit // most * most
+            at = min(at, self._falls_to(worth - most, worth / self.rate, now))
+        return at if at > now else 0.0
 
     def take(self, amount: float, now: float) -> Receipt:
         """Count an amount that is about to be sent."""
@@ -4346,25 +4417,13 @@ class Window:
         receipt.sent_at = now
 
     def correct(self, receipt: Receipt, amount: float, now: float) -> None:
-        """Count `amount` in place of the receipt's. What a charge that left the window lacked is charged now."""
+        """Count `amount` in place of the receipt's. What a charge lacked that has left the window is charged now."""
         self._forget(now)
         if receipt.counted:
             self.total += amount - receipt.amount
             receipt.amount = amount
         elif amount > receipt.amount and not self.burst:
             self.sent(self.take(amount - receipt.amount, now), now)
-
-    def opens_at(self, amount: float, now: float) -> float:
-        """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
-        self._forget(now)
-        most = min(amount, self.limit)
-        if self.total + most <= self.limit + 1e-9:
-            return 0.0
-        at = self._falls_to(self.limit - most, self.span_s, now)
-        if self.burst:
-            worth = self.limit // most * most
-            at = min(at, self._falls_to(worth - most, worth / self.rate, now))
-        return at if at > now else 0.0
 
     def _forget(self, now: float) -> None:
         """Drop the charges that are older than the window."""
@@ -4384,40 +4443,32 @@ class Window:
 
 
 class Ledger:
-    """The limits of one quota for one model: by replies, by configuration and by the last 429s.
-
-    `closed`: pairs of tokens and a time; until then no request with at least so many tokens goes. `closed_at`: when the
-    last 429 came. `closed_for`: the last closing by a 429 that said "now", 0 after an answer. `gate`: shut by a 429
-    that names no time, for requests of at least `least` tokens. `open`: the leases, by their serials.
-    """
+    """The limits of one quota for one model: by replies, by configuration and by the last 429s."""
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name = name
+        self.name, self.serial = name, 0
+        self.open: dict[Lease, None] = {}
         self.requests, self.tokens = self.buckets = Bucket(False), Bucket(True)
         self.limits: list[Bucket | Window] = []
+        # When the last 429 came, and the last closing by one that said "now".
+        self.closed_at = self.closed_for = 0.0
+        # Pairs of tokens and a time: until then no request with at least so many tokens goes.
         self.closed: list[tuple[float, float]] = []
-        self.closed_at = self.closed_for = self.least = 0.0
-        self.gate = Gate()
-        self.serial = 0
-        self.open: dict[Lease, None] = {}
+        # A 429 without a time shuts the gate for requests of at least `least` tokens.
+        self.gate, self.least = Gate(), 0.0
         self.configure(limits)
 
     def configure(self, limits: QuotaLimits) -> None:
         """Apply configured limits. Windows keep their charges, as the provider counts them too."""
-        self.configured = limits
         known = {(limit.by_tokens, limit.burst): limit for limit in self.limits if isinstance(limit, Window)}
-        self.limits, self.minutes = [*self.buckets], []
+        windows: list[Window] = []
         for by_tokens, limit in ((False, limits.rpm), (True, limits.tpm)):
-            if limit:
-                minute = known.get((by_tokens, False)) or Window(by_tokens, limit, WINDOW_S)
-                minute.resize(limit, WINDOW_S + SLACK_S)
-                self.limits.append(minute)
-                self.minutes.append(minute)
-            if limit and limits.burst_s < WINDOW_S:
-                most = max(1.0, limit * limits.burst_s / WINDOW_S)
-                burst = known.get((by_tokens, True)) or Window(by_tokens, most, WINDOW_S, True)
-                burst.resize(most, most * WINDOW_S / limit)
-                self.limits.append(burst)
+            most = max(1.0, limit * limits.burst_s / WINDOW_S)
+            for burst, size, slack_s in ((False, limit, SLACK_S), (True, most, 0.0)) if limit else ():
+                windows.append(known.get((by_tokens, burst)) or Window(by_tokens, size, WINDOW_S, burst))
+                windows[-1].limit, windows[-1].span_s = size, size * WINDOW_S / limit + slack_s
+        self.configured, self.limits = limits, [*self.buckets, *windows]
+        self.minutes = [window for window in windows if not window.burst]
 
     @property
     def limited(self) -> bool:
@@ -4428,9 +4479,7 @@ class Ledger:
         """Return when a request of `need` tokens may be sent; 0 for now."""
         openings = [limit.opens_at(need if limit.by_tokens else 1.0, now) for limit in self.limits]
         openings += [until for least, until in self.closed if need >= least]
-        if need >= self.least:
-            openings.append(self.gate.opens_at(now))
-        opens = max(openings)
+        opens = max(*openings, self.gate.opens_at(now) if need >= self.least else 0.0)
         return opens if opens > now else 0.0
 
     def take(self, need: float, now: float) -> list[tuple[Bucket | Window, Receipt]]:
@@ -4444,8 +4493,8 @@ class Ledger:
 
     def largest(self) -> float:
         """Return the most tokens that one request may have; 0 while no limit is known."""
-        known = [minute.limit for minute in self.minutes if minute.by_tokens]
-        return min([*known, self.tokens.limit] if self.tokens.limit else known, default=0.0)
+        known = [self.tokens.limit, *(minute.limit for minute in self.minutes if minute.by_tokens)]
+        return min(filter(None, known), default=0.0)
 
     def answered(self, sent_at: float, now: float) -> None:
         """Note a good answer: the backoff begins anew, and a slow start becomes faster."""
@@ -4453,14 +4502,13 @@ class Ledger:
         if sent_at > self.closed_at:
             self.closed_for = 0.0
             self.gate.backoff_s.clear()
-            if self.requests.rate and not self.requests.limit:
-                self.requests.speed_up(sent_at, now)
+            self.requests.speed_up(sent_at, now)
 
     def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
         """Learn from a 429: close until the time it named, else for 1, 2, 4 ... 30 s, and then for all but one probe.
 
-        A 429 about tokens closes for requests of at least the refused size: smaller ones may fit. `under_way`: the
-        request was sent before the last 429. So a whole burst that is refused doubles the backoff once.
+        A 429 about tokens leaves smaller requests alone. `under_way`: the request was sent before the last 429, so a
+        whole burst that is refused doubles the backoff once.
         """
         least, gate, until = need if verdict.by_tokens else 0.0, self.gate, now
         if verdict.after_s is not None:
@@ -4474,8 +4522,7 @@ class Ledger:
         elif not under_way:
             self.least = min(least, self.least) if gate.reason else least
             gate.shut(LIMITED, now, "")
-            gate.until = min(gate.until, now + (verdict.reset_s or NEVER))
-            until = gate.until
+            gate.until = until = min(gate.until, now + (verdict.reset_s or NEVER))
         self.closed_at = now
         if not (self.minutes or self.requests.limit or under_way):
             self.requests.slow_down(until - now, now)
@@ -4489,85 +4536,19 @@ class Ledger:
                 bucket.size = bucket.most = max(1.0, bucket.size / 2)
 
 
-# -- gates
-
-FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
-LIMITED = "limited"
-# How long a gate is shut, in seconds: the first time, and the end of doubling. An overload ends in seconds, a refused
-# key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
-BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600), NO_MODEL: (600, 600)}
-BACKOFF_S[LIMITED] = (1, 30)
-
-
-class Gate:
-    """A gate is shut for a `reason` ("": open) until a time that doubles at each relapse; then one probe may pass.
-
-    `name`: the account for the log; without a name nothing is logged. `out_since`: when the gate shut first, `shut_at`:
-    when it shut last. `backoff_s`: the last time by reason, until an answer ended well.
-    """
-
-    def __init__(self, name: str = "") -> None:
-        self.name, self.reason, self.until, self.out_since, self.shut_at = name, "", 0.0, 0.0, 0.0
-        self.probe: Lease | None = None
-        self.backoff_s: dict[str, float] = {}
-
-    def opens_at(self, now: float) -> float:
-        """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
-        if not self.reason or self.until > now:
-            return self.until
-        if self.probe is None:
-            return 0.0
-        # A 429 comes soon. A probe that is not refused for as long as the gate was shut is probably answered.
-        again_at = self.probe.since + self.until - self.shut_at if self.reason == LIMITED else NEVER
-        return again_at if again_at > now else 0.0
-
-    def enter(self, lease: "Lease", now: float) -> None:
-        """Let a request pass; the first after the time is the probe, a last resort before that is not."""
-        if self.reason == BUSY and self.until <= now:
-            self.open(now)
-        elif self.reason and not self.opens_at(now):
-            self.probe = lease
-
-    def counts(self, lease: "Lease") -> bool:
-        """Return whether a failure of `lease` counts: while the gate is shut, only the probe's does."""
-        return self.reason in ("", BUSY) or self.probe is lease
-
-    def shut(self, reason: str, now: float, why: str, for_s: float | None = None) -> None:
-        """Shut for `for_s` seconds, by default twice the last time for this reason. `why`: for the log."""
-        if for_s is None:
-            for_s = self.backoff_s[reason] = next_backoff(self.backoff_s.get(reason, 0.0), BACKOFF_S[reason])
-        self.out_since = self.out_since if self.reason else now
-        self.reason, self.shut_at, self.until, self.probe = reason, now, now + for_s, None
-        if self.name:
-            until = "until it answers" if for_s == NEVER else f"for {math.ceil(for_s)} s"
-            log.warning("account %s: disabled %s: %s", self.name, until, why)
-
-    def works(self, lease: "Lease", now: float) -> None:
-        """Open after an answer, unless its request began before the gate shut."""
-        if self.reason and lease.since > self.shut_at:
-            self.open(now)
-
-    def open(self, now: float) -> None:
-        """Let all requests pass."""
-        if self.reason and self.name:
-            log.info("account %s: back after %.0f s", self.name, now - self.out_since)
-        self.reason, self.until, self.probe = "", 0.0, None
-
-
 class Quota:
     """What a controller, or a `quota_group`, may be sent: ledgers by model, requests at once, and a gate for credit."""
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name, self.limits, self.in_flight = name, limits, 0
-        self.gate = Gate(name)
+        self.name, self.limits, self.in_flight, self.gate = name, limits, 0, Gate(name)
         self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share a ledger
 
     def configure(self, limits: QuotaLimits) -> None:
         """Apply configured limits; what was sent and what is under way still counts."""
-        if limits != self.limits:
-            self.limits = limits
-            for ledger in self.ledgers.values():
-                ledger.configure(limits)
+        # Equal limits must not undo what `halve_burst` learned.
+        for ledger in self.ledgers.values() if limits != self.limits else ():
+            ledger.configure(limits)
+        self.limits = limits
 
     @property
     def is_full(self) -> bool:
@@ -4584,11 +4565,8 @@ class Quota:
 BREAKER_OUTCOMES, BREAKER_FAILURES, BREAKER_WITHIN_S = 20, 5, 30.0
 # So many in a row shut the gate, as a single 401 may be a short fault of the provider.
 REFUSALS = {Outcome.AUTH: 2, Outcome.FORBIDDEN: 3}
-SUSPECT_COUNT = 3  # silent requests that make a controller suspect
-# The shortest suspicious silence, and the silence where no usual time is known.
-SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0
-# Fewer samples prove nothing; a hedge may be billed twice, so it comes late.
-HEDGE_SAMPLES, HEDGE_MIN_S = 20, 10.0
+# Silent requests that make a suspect; the shortest suspicious silence, and that where no usual time is known.
+SUSPECT_COUNT, SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 3, 1.0, 30.0
 SAMPLES = 100  # cached times to the first answer, per controller, model and kind
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
 
@@ -4608,14 +4586,14 @@ def unusual_s(times: Iterable[float], share: float) -> float:
 class Candidate:
     """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer.
 
-    `mapped`: the name that `model_map` gives the model. `limited_as`: the model's name in the quota, without a date
-    (gpt-4.1-2025-04-14 counts as gpt-4.1) except for Azure's deployments. `times`: of whole answers and of streams.
+    `mapped`: its name by `model_map`. `limited_as`: its name in the quota. `times`: of whole answers and of streams.
     """
 
     def __init__(self, upstream: "Upstream", model: str) -> None:
         self.upstream, self.model, self.gate = upstream, model, Gate()
         self.mapped = dict(upstream.config.model_map).get(model)
         name = self.mapped or model
+        # gpt-4.1-2025-04-14 counts as gpt-4.1, but each of Azure's deployments has a quota of its own.
         self.limited_as = name if upstream.config.type == "azure" else _DATED.sub("", name)
         self.times: tuple[deque[float], deque[float]] = (deque(maxlen=SAMPLES), deque(maxlen=SAMPLES))
 
@@ -4643,26 +4621,22 @@ class Candidate:
 
 
 class Upstream:
-    """A controller with its live state.
-
-    `first_byte_s`: moving means, of whole answers and of streams; 0 is unknown. `recent`: when the last attempts ended,
-    and whether they failed. `unanswered`: leases in the order of sending. `hedged`: how many requests in a row another
-    controller had to answer. `listed`: the models that its own list has; None is unknown.
-    """
+    """A controller with its live state."""
 
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
         self.config, self.controller, self.quota = config, controller, quota
-        self.name, self.weight = config.name, config.weight
-        self.credit = self.in_flight = self.requests = self.failures = self.hedged = 0
-        self.first_byte_s = [0.0, 0.0]
-        self.gate = Gate(config.name)
+        self.name, self.weight, self.gate = config.name, config.weight, Gate(config.name)
+        self.credit = self.in_flight = self.requests = self.failures = 0
+        self.first_byte_s = [0.0, 0.0]  # moving means, of whole answers and of streams; 0 is unknown
+        # When the last attempts ended, and whether they failed.
         self.recent: deque[tuple[float, bool]] = deque(maxlen=BREAKER_OUTCOMES)
         self.refusals: Counter[Outcome] = Counter()
+        # Sent requests without a byte of reply; how many in a row another controller had to answer.
         self.unanswered: dict[Lease, None] = {}
-        self.answered_at, self.last_error = 0.0, ""
+        self.hedged, self.answered_at, self.last_error = 0, 0.0, ""
         self.candidates: dict[str, Candidate] = {}
-        self.patterns = model_patterns(config.models + tuple(name for name, _ in config.model_map))
-        self.listed: frozenset[str] | None = None
+        self.patterns = model_patterns([*config.models, *dict(config.model_map)])
+        self.listed: frozenset[str] | None = None  # the models of its own list, if that is known
 
     def names(self, model: str) -> bool:
         """Return whether the configuration names `model` for this controller."""
@@ -4677,7 +4651,7 @@ class Upstream:
         return recall(self.candidates, model, functools.partial(Candidate, self))
 
     def try_again(self, now: float) -> None:
-        """Open all its gates: the operator has just acted."""
+        """Open all its gates and forget all failures: the operator has just acted."""
         for gate in (self.gate, self.quota.gate, *(candidate.gate for candidate in self.candidates.values())):
             gate.open(now)
             gate.backoff_s.clear()
@@ -4697,12 +4671,12 @@ class Upstream:
         elif outcome in REFUSALS:
             self.failures += 1
             self.refusals[outcome] += 1
-            if gate.probe is lease or (gate.counts(lease) and self.refusals[outcome] >= REFUSALS[outcome]):
+            if gate.counts(lease, self.refusals[outcome] >= REFUSALS[outcome]):
                 gate.shut(REFUSED, now, why)
         elif outcome in (Outcome.FAULT, Outcome.CONNECT, Outcome.SILENT, Outcome.CUT):
             self._fail(lease, verdict, now, why)
         elif self.hedged >= SUSPECT_COUNT and gate.counts(lease):
-            # With little traffic no three requests are stuck at once, so hedges one after the other count.
+            # With little traffic no three requests are stuck at once.
             gate.shut(SILENT, now, f"{self.hedged} requests in a row were answered elsewhere", NEVER)
         if outcome is Outcome.QUOTA and self.quota.gate.counts(lease):
             self.quota.gate.shut(NO_CREDIT, now, why)
@@ -4713,10 +4687,9 @@ class Upstream:
         """Count a failure: the breaker needs a number and a share, so one failure in a hundred never opens it."""
         self.failures += 1
         self.recent.append((now, True))
-        # Old outcomes do not count: a controller with one request a minute needs no breaker.
+        # A controller with one request a minute needs no breaker.
         fresh = [failed for at, failed in self.recent if now - at <= BREAKER_WITHIN_S]
-        many = sum(fresh) >= BREAKER_FAILURES and 2 * sum(fresh) >= len(fresh)
-        if self.gate.probe is lease or (many and self.gate.counts(lease)):
+        if self.gate.counts(lease, sum(fresh) >= max(BREAKER_FAILURES, len(fresh) / 2)):
             self.gate.shut(FAILING, now, why)
         if verdict.after_s:  # the upstream named a time: no relapse, and no probe is needed
             for_s = min(verdict.after_s, CLOSED_MAX_S)
@@ -4741,30 +4714,26 @@ class Upstream:
         times = candidate.times[stream]  # by model and kind, as a thinking model takes minutes
         usual = max(SUSPECT_MIN_S, unusual_s(times, 0.95)) if times else SUSPECT_UNKNOWN_S
         alike = [lease for lease in self.unanswered if lease.candidate is candidate and lease.stream == stream]
-        slow = [since - lease.sent_at for lease in alike]  # negative for a request sent since, and without effect
-        return now - asked[0].sent_at > max(usual, *slow)
+        return now - asked[0].sent_at > max(usual, *(since - lease.sent_at for lease in alike))
 
 
 class Lease:
-    """The right to send one request to one controller: charged when granted, given back at most once by `release`.
-
-    `since`: when it was granted. `told`: what its reply reported of requests and of tokens. `stuck`: called when the
-    request needs a hedge. `urgent`: whether it had a hedge, or is a probe, and gets the next hedge at once.
-    """
+    """The right to send one request to one controller: charged when granted, given back at most once by `release`."""
 
     def __init__(self, candidate: Candidate, need: float, stream: bool, now: float) -> None:
         upstream = candidate.upstream
-        self.candidate, self.upstream, self.need = candidate, upstream, need
-        self.stream, self.since, self.sent_at, self.urgent = stream, now, 0.0, False
+        self.candidate, self.upstream, self.need, self.stream = candidate, upstream, need, stream
+        self.since, self.sent_at = now, 0.0
+        # Called when the request needs a hedge. After a hedge, and for a silent probe, the next one follows at once.
         self.stuck: Callable[[], bool] | None = None
+        self.urgent = False
+        # What the reply reported of requests and of tokens.
         self.told: tuple[Allowance | None, Allowance | None] = (None, None)
         upstream.in_flight += 1
         upstream.requests += 1
         upstream.quota.in_flight += 1
         self.ledger = ledger = candidate.ledger
-        self.gates = [upstream.gate, upstream.quota.gate, candidate.gate]
-        if need >= ledger.least:
-            self.gates.append(ledger.gate)
+        self.gates = [upstream.gate, upstream.quota.gate, candidate.gate, *[ledger.gate] * (need >= ledger.least)]
         for gate in self.gates:
             gate.enter(self, now)
         ledger.serial = self.serial = ledger.serial + 1
@@ -4793,8 +4762,7 @@ class Lease:
 
     def answered(self, now: float) -> None:
         """Note that the answer began: the controller works, and the time so far becomes a sample."""
-        upstream, took_s = self.upstream, now - self.since
-        was_out = upstream.gate.reason
+        upstream, took_s, was_out = self.upstream, now - self.since, self.upstream.gate.reason
         self.heard(now)
         self.candidate.times[self.stream].append(took_s)
         mean = upstream.first_byte_s[self.stream]
@@ -4815,18 +4783,15 @@ class Lease:
 
     def was_early(self, verdict: Verdict) -> bool:
         """Return whether a 429 came in spite of room, by the reply's own figures, else by our exact count."""
-        # The reply's figures come first: other programs may use the account too.
         told = self.told[verdict.by_tokens]
         if told is not None:
             return told.remaining >= (self.need if verdict.by_tokens else 1)
         return bool(self.ledger.minutes)
 
     def release(self, verdict: Verdict, now: float) -> None:
-        """End the attempt with this verdict, also after its answer began.
-
-        A request that was never sent is given back whole. A sent one stays charged: providers count failed calls too.
-        """
-        # Not before the end of the answer: providers count a stream as one request at once until its last byte.
+        """End the attempt with this verdict, also after its answer began. What was never sent is given back whole."""
+        # A sent request stays charged, as providers count failed calls too.
+        # Providers count a stream as one request at once until its last byte.
         upstream = self.upstream
         upstream.in_flight -= 1
         upstream.quota.in_flight -= 1
@@ -4863,28 +4828,29 @@ class Lease:
 # A request asks for a *lease*. The *policy* chooses among the candidates that are open (section 11) and not tried in
 # this round; long conversations prefer the account whose prompt cache has them. When no candidate has room, the request
 # stands in the *line* of its model: first come, first served, and never behind a request for another model. The line is
-# not polled: at the end of each lease, at each answer and at each known reopening `pump` hands out as many leases as
-# there are places. A request that cannot be served in time is refused at once, with the time to come again.
+# not polled: at the end of each lease, at each answer and at each known reopening `pump` hands out the free places. A
+# request that cannot be served in time is refused at once, with the time to come again.
 
 TOKENS_ANSWER = 500  # the estimate for an answer of an unknown model
 MODEL_NAME_CHARS = 256  # longer names are not cached
 KEY_BUSY_S = 1.0  # Retry-After for a client key whose requests are all under way
 AFFINE_TOKENS = 1000  # 4,000 characters; providers cache no shorter prompts
 AFFINE_LOAD = 1.25  # a controller with more in flight than so many times its share is passed over
+# Fewer samples prove nothing; a hedge may be billed twice, so it comes late.
+HEDGE_SAMPLES, HEDGE_MIN_S = 20, 10.0
 SWEEP_S = 0.25  # how often silent requests are looked for, while any is unanswered
 # Hedges may be billed twice. So many may go in a minute, or this share of all calls, of which so many are saved up.
 HEDGES_A_MINUTE, HEDGE_SHARE, HEDGES_SAVED = 10, 0.05, 500.0
 
 
-# -- conversations. Providers cache the beginning of prompts for some minutes, and bill a cached part at a tenth to a
-# half. Without affinity the turns of a conversation go to all accounts, and the hits fall from 95 % to nothing.
+# -- conversations. Providers cache the beginning of prompts for some minutes, and bill it at a tenth to a half then.
+# When the turns of a conversation go to all accounts, the hits fall from 95 % to nothing.
 
 
 def thread_of(data: dict[str, Any]) -> bytes:
     """Return a conversation's name: its prompt_cache_key, else a checksum of its texts to the user's first, else b"".
 
-    All turns of a conversation have the same name. A system prompt alone makes no name: it would bring all requests
-    of an application to one account.
+    A system prompt alone makes no name: it would bring all requests of an application to one account.
     """
     key, messages = data.get("prompt_cache_key"), data.get("messages")
     if isinstance(key, str) and key:
@@ -4905,8 +4871,8 @@ def thread_of(data: dict[str, Any]) -> bytes:
 def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
     """Return the candidates of the quota that a conversation prefers, as prompt caches belong to organisations.
 
-    Weighted rendezvous hashing: each quota gets its weight's share of the conversations, and when a quota comes or goes
-    only its own conversations move. A quota with too much in flight is passed over (bounded loads).
+    By weighted rendezvous hashing only the conversations of a quota that comes or goes move. A quota with too much in
+    flight is passed over (bounded loads).
     """
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -4926,8 +4892,7 @@ def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
     return best
 
 
-# -- policies: which candidate gets a request. `candidates` has at least one, in the order of the configuration. The
-# names are POOL_TYPES of the configuration.
+# -- policies (POOL_TYPES): which of at least one candidates, in the order of the configuration, gets a request
 
 
 def smooth_weighted(candidates: list[Candidate], stream: bool) -> Candidate:
@@ -4936,10 +4901,7 @@ def smooth_weighted(candidates: list[Candidate], stream: bool) -> Candidate:
 
 
 def take_turn(candidates: list[Candidate], chosen: Candidate) -> None:
-    """Change the credits after a choice: each candidate gains its weight, and the chosen one pays the sum.
-
-    A controller that cannot take part gains and loses nothing, so the others share by their weights.
-    """
+    """Change the credits after a choice: each candidate gains its weight, and the chosen one pays the sum."""
     for candidate in candidates:
         candidate.upstream.credit += candidate.upstream.weight
         chosen.upstream.credit -= candidate.upstream.weight
@@ -4982,26 +4944,20 @@ def turn_at(openings: list[tuple[float, float]], ahead: int, now: float) -> floa
     """Return when a request with `ahead` others before it gets its turn.
 
     `openings`: when each controller has room, and its requests per second from then on. It gives one place at its
-    opening and then its rate, so the number of places is a piecewise linear function of time, which must exceed
-    `ahead`.
+    opening and then its rate.
     """
-    speed = places = 0.0
-    at = now
+    turn, speed, at_zero = NEVER, 0.0, ahead + 1.0
     for opens, rate in sorted((max(opens, now), min(rate, 1e6)) for opens, rate in openings if opens != NEVER):
-        if speed and places + (opens - at) * speed >= ahead + 1:
-            break
-        places += (opens - at) * speed + 1.0
-        at, speed = opens, speed + rate
-        if places >= ahead + 1:
-            return at
-    return at + (ahead + 1 - places) / speed if speed else NEVER
+        # If only these and no later openings counted: places = speed * time - at_zero.
+        speed, at_zero = speed + rate, at_zero + rate * opens - 1.0
+        turn = min(turn, max(opens, at_zero / speed))
+    return turn
 
 
 class UpstreamPool:
     """The controllers, the policy that chooses among them, and the lines of requests that wait for room.
 
-    `timers` is the loop, of which `time`, `call_at` and `create_future` are used. Only `lease` waits; all else happens
-    in one turn of the loop, so there is no lock.
+    `timers` is the loop. Only `lease` waits; all else happens in one turn of the loop, so there is no lock.
     """
 
     def __init__(self, upstreams: list[Upstream], config: PoolConfig, timers: asyncio.AbstractEventLoop) -> None:
@@ -5051,18 +5007,16 @@ class UpstreamPool:
         return serving
 
     def _serving(self, model: str) -> list[Candidate]:
-        """Return the candidates for `model`, from the cache or by the configuration and the controllers' own lists."""
+        """Return the candidates that name or list `model`, or else those that might have it; "" for all."""
 
         def find(name: str) -> list[Candidate]:
             able = [upstream for upstream in self.upstreams if not name or upstream.serves(name)]
-            named = any(upstream.names(name) for upstream in able)
-            sure = []
-            for upstream in able:
-                is_listed = not named if upstream.listed is None else name in upstream.listed
-                if upstream.names(name) or (is_listed and not upstream.config.models):
-                    sure.append(upstream)
+            sure = [item for item in able if item.names(name) or name in (item.listed or ())]
+            if not any(upstream.names(name) for upstream in sure):
+                # A list that is not known yet may have the model, and no controller is meant for it.
+                sure += [upstream for upstream in able if sure and upstream.listed is None]
             # Lists leave out previews and tuned models.
-            return [upstream.candidate(name) for upstream in sure or able]
+            return [upstream.candidate(name) for upstream in able if not (name and sure) or upstream in sure]
 
         # Clients choose the names: long ones must not fill the memory.
         return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
@@ -5093,8 +5047,8 @@ class UpstreamPool:
     async def lease(self, request: ApiRequest, candidates: list[Candidate], tried: set[Upstream]) -> Lease | None:
         """Return the right to send to a candidate that is not in `tried`, now or from the line; None if that is no use.
 
-        A lease from the line begins a new round: `tried` becomes empty. `request.wait_s` becomes less by the time in
-        line. Raise NoRoom when no controller has room in time.
+        A lease from the line begins a new round: `tried` becomes empty. The time in line is taken from
+        `request.wait_s`. Raise NoRoom when no controller has room in time.
         """
         lease = self.lease_at_once(request, candidates, tried)
         if lease is None and request.model not in self.lines:
@@ -5133,14 +5087,13 @@ class UpstreamPool:
         """Lease the candidate that is due back first, if all candidates are out; else None.
 
         So a sole controller passes its errors on. A limit or a lack of credit still refuses. A controller that named
-        its time is waited for, if that is within the request's time.
+        its time is waited for, if there is time.
         """
         now = self.timers.time()
-        until = now + request.wait_s
         if not all(item.is_out(now) for item in candidates):
             return None
         left = [item for item in candidates if item.upstream not in tried and not item.room_at(request.need, now)]
-        if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= until for item in left):
+        if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= now + request.wait_s for item in left):
             return None
         return self._give(min(left, key=lambda item: item.well_at(now)), request, now)
 
@@ -5153,10 +5106,7 @@ class UpstreamPool:
     # -- results of attempts
 
     def settle(self, lease: Lease, verdict: Verdict) -> None:
-        """End an attempt: its controller learns, and waiters may have room now. A second call does nothing.
-
-        An error after the answer began counts like an error before.
-        """
+        """End an attempt: its controller learns, and waiters may have room now. A second call does nothing."""
         # The end of a hedge and a client that leaves may both settle a lease.
         if lease not in lease.ledger.open:
             return
@@ -5232,9 +5182,8 @@ class UpstreamPool:
                     lease = self._grant(waiter.request, candidates)
                     if lease is None:
                         # A place that is too small is kept too: else small requests would pass a large one for ever.
-                        openings = [candidate.opens_at(waiter.request.need, now) for candidate in candidates]
-                        soonest = min([soonest, *openings])
                         blocked += candidates
+                        soonest = min([soonest, *(item.opens_at(waiter.request.need, now) for item in candidates)])
                         if all(item in blocked for item in self._serving(model)):
                             break  # no other candidate is left for the waiters behind
                         continue
@@ -5244,11 +5193,9 @@ class UpstreamPool:
                 del self.lines[model]
         if self.alarm is not None:
             self.alarm.cancel()
-            self.alarm = None
         # Where no time is known, the end of another request calls this. A timer may fire a moment too early, so it is
         # set at least a millisecond ahead.
-        if soonest != NEVER:
-            self.alarm = self.timers.call_at(max(soonest, now + 0.001), self.pump)
+        self.alarm = None if soonest == NEVER else self.timers.call_at(max(soonest, now + 0.001), self.pump)
 
     def _check_line(self, request: ApiRequest, candidates: list[Candidate], now: float) -> None:
         """Raise NoRoom, with the true time, for a request that would wait in vain."""
@@ -5327,20 +5274,16 @@ class UpstreamPool:
 
     def close(self) -> None:
         """Stop the timers."""
-        for handle in (self.alarm, self.sweeper):
-            if handle is not None:
-                handle.cancel()
-        self.alarm = self.sweeper = None
+        for handle in filter(None, (self.alarm, self.sweeper)):
+            handle.cancel()
 
 
+@dataclass(slots=True, eq=False)
 class ClientCharge:
-    """One request of a client key, which counts until `leave`."""
+    """What one request of a client key counts, until `leave`."""
 
-    def __init__(self, quota: Quota, need: float, now: float) -> None:
-        self.quota, self.receipts = quota, quota.ledger("").take(need, now)
-        quota.in_flight += 1
-        for limit, receipt in self.receipts:
-            limit.sent(receipt, now)
+    quota: Quota
+    receipts: list[tuple[Bucket | Window, Receipt]]
 
     def used(self, total: float, now: float) -> None:
         """Charge the tokens that the answer used, in place of the estimate."""
@@ -5365,13 +5308,16 @@ class ClientQuota(Quota):
         opens = self.ledger("").opens_at(need, now)
         if opens:
             raise NoRoom("has reached its own limit", opens - now)
-        return ClientCharge(self, need, now)
+        self.in_flight += 1
+        charge = ClientCharge(self, self.ledger("").take(need, now))
+        for limit, receipt in charge.receipts:
+            limit.sent(receipt, now)
+        return charge
 
 
 def describe_ledger(ledger: Ledger, now: float) -> dict[str, Any]:
     """Return the state of one model's quota, for /status."""
-    closed_until = max([until for _, until in ledger.closed], default=0.0)
-    closed_until = max(closed_until, ledger.gate.until)
+    closed_until = max(ledger.gate.until, *(until for _, until in ledger.closed), 0.0)
     state: dict[str, Any] = {"closed_for_s": round(max(0.0, closed_until - now), 3)}
     for bucket in ledger.buckets:
         if bucket.limit:
@@ -6718,7 +6664,8 @@ def ignore_write(now: float) -> None:
 class ModelLists:
     """The models that the controllers serve: those of the configuration, and the lists of open-ended controllers.
 
-    The lists are asked for in the background, never in a client's way. While a controller fails, its last list counts.
+    Where they help to choose among several controllers, the lists are asked for in the background, never in a client's
+    way; else at the first question for them. While a controller fails, its last list counts.
     """
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
@@ -6730,9 +6677,8 @@ class ModelLists:
     def follow(self) -> None:
         """Ask the controllers of the current configuration, now and from time to time."""
         self.close()
-        for upstream in self.pool.upstreams:
-            if is_open_ended(upstream.config):
-                self._ask_again(upstream, 0.0)
+        if len(self.pool.upstreams) > 1:
+            self._ask_all()
 
     def close(self) -> None:
         """Ask no more."""
@@ -6741,6 +6687,12 @@ class ModelLists:
         for task in self.tasks.values():
             task.cancel()
         self.timers, self.tasks = {}, {}
+
+    def _ask_all(self) -> None:
+        """Ask each controller that has not been asked yet."""
+        for upstream in self.pool.upstreams:
+            if is_open_ended(upstream.config) and upstream.name not in self.tasks:
+                self._ask_again(upstream, 0.0)
 
     def _ask_again(self, upstream: Upstream, failed_s: float) -> None:
         self.tasks[upstream.name] = self.loop.create_task(self._ask(upstream, failed_s))
@@ -6761,6 +6713,7 @@ class ModelLists:
 
     async def all(self) -> list[dict[str, Any]]:
         """Return all models and aliases by name. A controller that fails only shortens the list."""
+        self._ask_all()
         first = [task for name, task in self.tasks.items() if name not in self.known and not task.done()]
         if first:  # this server has just been started
             await asyncio.wait(first, timeout=MODELS_WAIT_S)

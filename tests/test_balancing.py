@@ -186,7 +186,8 @@ def test_serves(models: str, served: str, others: str) -> None:
         ("quick", "a a a"),  # in the model_map of a
         ("gpt", "ac ac c"),  # nothing names it, so an unknown list may have it
         ("both", "b bc bc"),  # named by b, listed by c
-        ("preview", "ac a ac"),  # in no list: then what lists no preview may have it
+        ("preview", "ac ac ac"),  # in no list, as lists leave out previews
+        ("", "abc abc abc"),
     ],
 )
 def test_a_model_goes_to_what_names_or_lists_it(model: str, candidates: str) -> None:

@@ -91,8 +91,9 @@ def test_reset_tells_what_remaining_rounds_down() -> None:
     rebase(bucket, told(60, 59, 1.0), 1)
     rebase(bucket, told(60, 9, 50.5), 2)
     assert bucket.level_at(T0) == pytest.approx(9.5)
-    rebase(bucket, told(60, 9, 1.0), 3)
-    assert 9 <= bucket.level_at(T0) < 10
+    for serial, reset_s in enumerate((1.0, 49.9), 3):  # a fixed window's: it refills nothing before
+        rebase(bucket, told(60, 9, reset_s), serial)
+        assert bucket.level_at(T0) == 9
 
 
 def test_slow_limits_only_after_two_replies() -> None:
