@@ -41,6 +41,13 @@ import sys
 if sys.version_info < (3, 11):  # before the imports that older versions do not have
     sys.exit("chatgpt_apiserver needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
+import signal
+
+# They wait from here on until `serve` handles them: SIGHUP would end a program that is still starting.
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
 import argparse
 import asyncio
 import base64
@@ -64,7 +71,6 @@ import re
 import resource
 import secrets
 import select
-import signal
 import socket
 import ssl
 import struct
@@ -208,23 +214,23 @@ CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "/etc/chatgpt-apiserver")
 ENV_PREFIX = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
+ANTHROPIC_URL = "https://api.anthropic.com/v1"
 AZURE_API_VERSION = "2024-10-21"  # the newest stable version of the classic surface
 ORIGIN = r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+"  # editors and mobile apps have schemes of their own
 ORIGIN_IS = 'scheme://host[:port] without a path, "null" or "*"'
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 
-_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # for APIs that refuse or ignore the newer name
-_RATE_CODES = ["insufficient_quota"]  # a rate limit at DashScope (openclaw PR 148275); elsewhere no credit is left
-# By controller type, the `config` that counts unless the user says otherwise. Words in braces are keys to fill in.
+_BARE_KEY = {"auth_header": "api-key", "auth_scheme": ""}
+# For APIs that refuse or ignore the newer name.
+_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}
+_MISTRAL = {**_OLD_LIMIT, "seed": "random_seed"}
+# A rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
+_RATE_CODES = ["insufficient_quota"]
+# Defaults of `config`, by controller type. Words in braces are further keys, which the user must set.
 PRESETS: dict[str, dict[str, Any]] = {
     "openai": {"base_url": OPENAI_URL},
-    "azure": {"auth_header": "api-key", "auth_scheme": ""},
-    "anthropic": {
-        "base_url": "https://api.anthropic.com/v1",
-        "auth_header": "x-api-key",
-        "auth_scheme": "",
-        "chat_path": "/messages",
-    },
+    "azure": _BARE_KEY,
+    "anthropic": {**_BARE_KEY, "auth_header": "x-api-key", "base_url": ANTHROPIC_URL, "chat_path": "/messages"},
     "echo": {},
     "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
     "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
@@ -241,11 +247,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "huggingface": {"base_url": "https://router.huggingface.co/v1"},
     "llamacpp": {"base_url": "http://localhost:8080/v1"},
     "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
-    "mistral": {  # refuses stream_options, and sends usage without it
-        "base_url": "https://api.mistral.ai/v1",
-        "rename_params": {**_OLD_LIMIT, "seed": "random_seed"},
-        "drop_params": ["stream_options"],
-    },
+    # It refuses stream_options, and sends usage without it.
+    "mistral": {"base_url": "https://api.mistral.ai/v1", "rename_params": _MISTRAL, "drop_params": ["stream_options"]},
     "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
     "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
     "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
@@ -260,7 +263,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
     "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
 }
-# What people call a vendor by its product or its company; for hints only.
+# Products and companies that people write in place of a type; for hints only.
 OTHER_NAMES = {"google": "gemini", "claude": "anthropic", "aws": "bedrock", "grok": "xai", "kimi": "moonshot"}
 
 
@@ -285,8 +288,8 @@ class Secret:
         return start + "…" + (self._value[-4:] if len(self._value) >= 12 else "")
 
 
-# What may be a key that was pasted into a wrong place: a vendor's prefix, 16 or more letters and digits that are not a
-# word with a number behind it, a row of pieces that mix them (a UUID), or what stands before the @ of a URL.
+# Text that may be a misplaced key: it has a vendor's prefix, or mixes letters and digits in 16 or more characters
+# (a word with a number behind it does not), or is a UUID, or stands before the @ of a URL.
 KEY_LIKE = re.compile(
     r"\bsk-[\w\-]{4,}|\b(?:gsk_|hf_|fw_|xai-|csk-|pplx-|nvapi-|AIza|ABSK|eyJ)[\w.+/=\-]{12,}"
     r"|(?i:\b(?:bearer|basic) )[^\s\"']+|(?<=//)[^\s\"]+(?=@)"
@@ -318,7 +321,7 @@ def json_type(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Return `value` as a message may show it: without what may be a key, and not at all where it is long."""
+    """Return `value` for a message: what may be a key is masked, and a long value is only described."""
     # Objects and lists may hold keys. Most keys are longer than 40 characters.
     if value and isinstance(value, (dict, list)):
         return json_type(value)
@@ -362,15 +365,18 @@ def read_file(path: str) -> Any:
         raise ConfigError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
+# For a hint about a misplaced key, the paths of all objects that may have it: for `api_key`, ["controllers[].config"].
+# It is filled below the records.
+KEY_PATHS: dict[str, list[str]] = {}
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: the file, the path in it, the environment that `$NAME` refers to.
-
-    `setters` names, by path, the flag or variable that overrides the file there.
-    """
+    """Where a value stands: the file, the path in it, and the environment that `$NAME` refers to."""
 
     source: str
     env: Mapping[str, str]
+    # By path, the flag or variable that overrides the file there.
     setters: Mapping[str, str]
     path: str = ""
 
@@ -378,7 +384,8 @@ class Place:
         """Return the place of an object's member or a list's item."""
         if isinstance(key, int):
             return replace(self, path=f"{self.path}[{key}]")
-        key = key if key.isprintable() else ascii(key)[1:-1]  # a line end would make two lines of a message
+        # A line end would make two lines of a message.
+        key = key if key.isprintable() else ascii(key)[1:-1]
         return replace(self, path=f"{self.path}.{key}" if self.path else key)
 
     def problem(self, message: str) -> ConfigError:
@@ -394,16 +401,17 @@ class Place:
         """Raise ConfigError for a key that is not in `known`, with the nearest name or the key's right place."""
         for key in data.keys() - set(known):
             hint = suggest(key, known)
-            if not hint and (self.path or "controllers" in known):  # the hint would mislead in a `config_file`
+            # In a `config_file`, whose top level is a `config`, the path would mislead.
+            if not hint and (self.path or "controllers" in known):
                 here = re.sub(r"\[\d+\]", "[]", self.path)
-                hint = " or ".join(place for place in places_of(key) if place != here)
+                hint = " or ".join(path for path in KEY_PATHS.get(key, ()) if path != here)
                 hint = hint and "its place is " + hint
             hint = hint or "allowed here: " + ", ".join(sorted(known))
             raise self.inside(key).problem("unknown key; " + hint)
 
 
-# -- checks: each takes a place, the value that stands there and what the key's annotation adds. It returns what the
-# server works with, or raises ConfigError.
+# -- checks: each takes a place, the value that stands there, and the arguments that the key's annotation adds. It
+# returns the value that the server uses, or raises ConfigError.
 
 Check = Callable[..., Any]
 
@@ -427,9 +435,10 @@ def check_list(place: Place, value: Any, check: Check, *args: Any) -> tuple[Any,
 
 
 def check_number(place: Place, value: Any, low: float, high: float, otherwise: str = "") -> float:
-    """Return a number from `low` to `high`; an int as `low` allows whole numbers only. `otherwise` ends the message."""
+    """Return a number from `low` to `high`, a whole one if `low` is an int. The message ends with `otherwise`."""
     whole = isinstance(low, int)
-    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:  # type(): a bool is an int
+    # Not isinstance: a bool is an int.
+    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:
         return value if whole else float(value)
     quoted = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
     raise place.error(show(value), f"a {'whole ' * whole}number from {low:.15g} to {high:.15g}{quoted}{otherwise}")
@@ -484,7 +493,8 @@ def check_secret(place: Place, value: Any) -> Secret:
                 value = file.read()
         except (OSError, ValueError) as error:
             raise place.problem(f"cannot read the file {show(value[5:])}: {reason_of(error)}") from error
-    value = value.strip()  # `echo` and editors end a file with a line end, which no header can hold
+    # `echo` and editors end a file with a line end, which no header can hold.
+    value = value.strip()
     if not (value.isascii() and value.isprintable()):
         raise place.error("a character outside printable ASCII", "printable ASCII (it goes into a header)")
     return Secret(value)
@@ -564,28 +574,30 @@ def check_extra_body(place: Place, value: Any) -> tuple[tuple[str, Any], ...]:
 
 
 @functools.cache
-def checks_of(record: type) -> dict[str, tuple[Any, ...]]:
-    """Return, by key, the check of each field that the configuration may set, and the check's further arguments."""
+def checks_of(record: type) -> dict[str, Any]:
+    """Return what checks each key of `record`: another record, or a function and its further arguments."""
+    # A field without a default is no key: its parser fills it in.
     hints = get_type_hints(record, include_extras=True)
     keys = {item.name: hints[item.name] for item in fields(record) if item.default is not MISSING}
-    return {key: (check_record, hint) if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
+    return {key: hint if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
 
 
 def check_keys(place: Place, value: Any, record: type, *others: str) -> dict[str, Any]:
     """Return the checked values of an object that may have the keys of `record` and `others`. Null counts as absent."""
-    data, checks = check_object(place, value), checks_of(record)
+    data, checks, values = check_object(place, value), checks_of(record), {}
     place.refuse_unknown(data, [*others, *checks])
-    given = {name: check for name, check in checks.items() if data.get(name) is not None}
-    return {name: check(place.inside(name), data[name], *args) for name, (check, *args) in given.items()}
-
-
-def check_record(place: Place, value: Any, record: type) -> Any:
-    """Return an object as an instance of `record`."""
-    return record(**check_keys(place, value, record))
+    for key, check in checks.items():
+        if data.get(key) is None:
+            continue
+        if isinstance(check, type):
+            values[key] = check(**check_keys(place.inside(key), data[key], check))
+        else:
+            values[key] = check[0](place.inside(key), data[key], *check[1:])
+    return values
 
 
 def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[Any, ...]:
-    """Return a list of named records. `parse` gets a place, an item, and the records before it to compare with."""
+    """Return a list of records with different names. `parse` gets a place, an item and the records before it."""
     members: list[Any] = []
     for number, item in enumerate(check_type(place, value, list, "a list, [...]")):
         item_place = place.inside(number)
@@ -660,7 +672,7 @@ class AccountConfig:
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """One upstream account. `models` may hold `*` and `?`; empty means all models."""
+    """One upstream account. `models` may hold `*` and `?`; if it is empty, the account's own list counts."""
 
     type: str
     name: str
@@ -784,6 +796,21 @@ def check_account(place: Place, account: AccountConfig) -> None:
         raise place.inside("base_url").problem(f"must not end in {account.chat_path}, which is added to it")
 
 
+def bypasses_proxy(url: str, no_proxy: str) -> bool:
+    """Return whether `no_proxy` has the host of `url`: an address, a network (CIDR), a domain, or a name with `*`."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    for entry in re.findall(r"[^\s,]+", no_proxy.lower()):
+        pattern = re.escape(entry.lstrip(".")).replace(r"\*", ".*")
+        try:
+            found = ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
+        except ValueError:  # one of them is a name
+            found = any(re.fullmatch(rf"(.+\.)?{pattern}", name) for name in (host, f"{host}:{parts.port}"))
+        if found:
+            return True
+    return False
+
+
 def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfig:
     """Return the `config` of a controller of type `kind`: what the user set, then the preset, then the defaults."""
     preset = dict(PRESETS[kind])
@@ -800,6 +827,8 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
     account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig, *words))
     check_account(place, account)
+    if account.proxy and bypasses_proxy(account.base_url, place.env.get("no_proxy") or place.env.get("NO_PROXY", "")):
+        account = replace(account, proxy=Secret())
     # Vendors always need a key. A local server, or one at an address that the user gave, may work without a key.
     url = account.base_url
     vendor = not own_url or url.startswith("https://api.openai.com")
@@ -857,22 +886,23 @@ class Config:
     drain_timeout: Seconds = 30.0
 
 
-def places_of(key: str) -> list[str]:
-    """Return the paths of all objects that have this key: for `api_key`, "controllers[].config"."""
-    top = {"controllers[].config": AccountConfig, "controllers[]": ControllerConfig, "client_keys[]": ClientKey}
-    places: dict[str, type] = {**top, "the top level": Config}
-    for path, record in list(places.items()):
-        for name, (check, *args) in checks_of(record).items():
-            if check is check_record:
-                places[name if record is Config else f"{path}.{name}"] = args[0]
-    return [path for path, record in places.items() if key in checks_of(record)]
+def note_keys(path: str, record: type) -> None:
+    """Add the keys of `record`, and of the records in it, to KEY_PATHS."""
+    for key, check in checks_of(record).items():
+        KEY_PATHS.setdefault(key, []).append(path or "the top level")
+        if isinstance(check, type):
+            note_keys(f"{path}.{key}".lstrip("."), check)
+
+
+note_keys("controllers[].config", AccountConfig)
+note_keys("controllers[]", ControllerConfig)
+note_keys("client_keys[]", ClientKey)
+note_keys("", Config)
 
 
 def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mapping[str, str] | None = None) -> Config:
-    """Return the configuration in `data`, which was read from `source`. Raise ConfigError.
-
-    `setters`: see `Place`. Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
-    """
+    """Return the configuration in `data`, which was read from `source`. Raise ConfigError."""
+    # Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
     top = Place(source, env, setters or {})
     config = Config(source, **check_keys(top, data, Config))
     if not config.controllers:
@@ -905,7 +935,7 @@ def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str
     return next(filter(os.path.isfile, paths), "")
 
 
-# What Kubernetes sets in every pod for a service with this program's name, or with a name that begins like it.
+# Kubernetes sets these in every pod for a service whose name is, or begins with, this program's name.
 SERVICE_VARIABLE = re.compile(r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)")
 
 
@@ -933,10 +963,8 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
 
 
 def environment_config(env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from.
-
-    The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
-    """
+    """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from."""
+    # The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
     variables = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL", "organization": "OPENAI_ORG_ID"}
     variables["project"] = "OPENAI_PROJECT_ID"
     account = {key: env.get(variable, "") for key, variable in variables.items()}
@@ -957,7 +985,7 @@ NOTHING_TO_RUN = """chatgpt_apiserver: no configuration found. Three ways to sta
 
 
 def demo_controllers() -> list[dict[str, Any]]:
-    """Return the controllers of --demo: two, to show balancing, that echo slowly, to show streaming."""
+    """Return the controllers of --demo: two of them show balancing, their delay shows streaming."""
     echo = {"type": "echo", "models": ["echo", "gpt-*"], "config": {"delay": 0.03}}
     return [{**echo, "name": "echo-a"}, {**echo, "name": "echo-b"}]
 
@@ -965,11 +993,10 @@ def demo_controllers() -> list[dict[str, Any]]:
 def load_config(
     config_file: str, config_path: str, flags: Mapping[str, Any], env: Mapping[str, str], demo: bool = False
 ) -> Config:
-    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError.
-
-    A reload calls this again with the same arguments, so flags still override a file that has changed.
-    """
-    path = "" if demo else find_file(config_file, config_path, env)  # a demo spends no key, whatever file is there
+    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError."""
+    # A reload calls this again with the same arguments, so flags still override a file that has changed.
+    # A demo spends no key, whatever file is there.
+    path = "" if demo else find_file(config_file, config_path, env)
     setters: dict[str, str] = {}
     if path:
         data, source = read_file(path), path
@@ -1762,9 +1789,11 @@ def split_target(target: str) -> tuple[str, str, str]:
 # An event ends with an empty line. Each of its two line ends may be CRLF, LF or CR; "\r\n" alone is one line end, so
 # the longest alternative stands first.
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
-# Responses API events that come before any output: an error after them can still go to another controller. The last
-# two keep a connection open while a model thinks, also behind gateways to Anthropic.
-_PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress", "keepalive", "ping")
+TAIL_BYTES = 4096  # what is kept of the end of an answer
+# Responses API events that come before any output: an error after them can still go to another controller. The next
+# keep a connection open while a model thinks, also behind gateways to Anthropic.
+_KINDS_BY_TYPE = dict.fromkeys(("response.created", "response.queued", "response.in_progress"), "preface")
+_KINDS_BY_TYPE.update(keepalive="life", ping="life")
 
 
 class EventSplitter:
@@ -1798,28 +1827,99 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 class EventKind(enum.Enum):
     """The meaning of an event for the decision to commit to an upstream."""
 
-    PREFACE = "preface"  # comments, Azure's chunk without choices, response.created
+    LIFE = "life"  # a comment or a ping: the upstream is at work
+    PREFACE = "preface"  # a role without content, Azure's chunk without choices, response.created
     REAL = "real"
     ERROR = "error"
 
 
+def first_object(value: Any) -> dict[str, Any]:
+    """Return `value`, or the first member of a list, if it is an object; else an empty object."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
+
+
+def find_error(value: Any) -> dict[str, Any]:
+    """Return the error in a parsed body, in any of the shapes that providers use; an empty object without one.
+
+    Shapes: `error` (OpenAI and most others; a text at xAI and TGI), all in a list (Google), `errors` (Cloudflare),
+    `choices[0].error` (OpenRouter), `response.error` (OpenAI's Responses API), or flat (vLLM, SiliconFlow).
+    """
+    body = first_object(value)
+    choice, response = first_object(body.get("choices")), first_object(body.get("response"))
+    error = body.get("error") or choice.get("error") or response.get("error") or first_object(body.get("errors"))
+    if error:
+        return error if isinstance(error, dict) else {"message": error, **body}
+    is_error = "error" in (body.get("object"), body.get("type"), choice.get("finish_reason"))
+    return body if is_error or body.get("type") == "response.failed" or body.get("success") is False else {}
+
+
+def _says_nothing(choices: Any) -> bool:
+    """Return whether the choices of a chunk bring no word yet: there are none, or only a role."""
+    choice = first_object(choices)
+    delta = choice.get("delta")
+    words = [name for name, value in delta.items() if value and name != "role"] if isinstance(delta, dict) else [""]
+    return choices == [] or not (words or choice.get("finish_reason"))
+
+
 def judge_event(event: bytes) -> EventKind:
     """Return whether an event belongs to a real answer, is an error, or may come before either."""
-    if b'"choices":[{' in event and b'"error"' not in event:  # nearly all events: no need to parse them
-        return EventKind.REAL
     kind, data = event_fields(event)
     data = data.strip()
-    if not data.startswith(b"{"):  # "[DONE]" is real: an answer may be empty
-        return EventKind.REAL if data else EventKind.PREFACE
+    if not data.startswith(b"{"):
+        # "[DONE]" is real: an answer may be empty.
+        return EventKind.REAL if data else EventKind.LIFE
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return EventKind.REAL  # the client gets it as it is
-    if value.get("error") or kind == b"error" or value.get("type") in ("error", "response.failed"):
+    if kind == b"error" or find_error(value):
         return EventKind.ERROR
-    if value.get("type") in _PREFACE_TYPES or value.get("choices") == []:
+    if _says_nothing(value.get("choices")):
         return EventKind.PREFACE
-    return EventKind.REAL
+    return EventKind(_KINDS_BY_TYPE.get(str(value.get("type")), "real"))
+
+
+# What ends a stream of the Responses API, and one of chats or completions. Inside a JSON string each quote has a
+# backslash, so no text of an answer looks like this. Some vendors write "" for a reason that is not known yet.
+_RESPONSE_END = re.compile(rb'"type"\s*:\s*"response\.(?:completed|failed|incomplete)"')
+_CHOICE_END = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+
+
+class StreamEnd:
+    """Watches a stream for its end, as many a connection closes politely in the middle of an answer.
+
+    `tail` is the last part of the stream: usage, late errors and [DONE] stand there.
+    """
+
+    def __init__(self, is_response: bool) -> None:
+        self.pattern, self.seen, self.tail = _RESPONSE_END if is_response else _CHOICE_END, False, b"\n"
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        last = len(self.tail)
+        self.tail += data
+        # A bit of what came before, as the words may be cut in two.
+        self.seen = self.seen or self.pattern.search(self.tail, max(0, last - 64)) is not None
+        self.tail = self.tail[-TAIL_BYTES:]
+
+    def is_whole(self) -> bool:
+        """Return whether the stream has its end, and the last event is not cut in half."""
+        lines = self.tail.split()
+        # Some servers close after the last event without its blank line.
+        is_done = bool(lines) and lines[-1].removeprefix(b"data:") == b"[DONE]"
+        return is_done or (self.seen and self.tail.endswith((b"}", b"\n", b"\r")))
+
+
+def is_usage_event(event: bytes) -> bool:
+    """Return whether an event has the usage of a chat and nothing else, as `include_usage` brings it."""
+    if b'"usage"' not in event:
+        return False
+    try:
+        value = json.loads(event_fields(event)[1])
+    except (ValueError, RecursionError):
+        value = None
+    return isinstance(value, dict) and value.get("choices") == [] and bool(value.get("usage"))
 
 
 def error_event(message: str, code: str) -> bytes:
@@ -1835,7 +1935,30 @@ def error_event(message: str, code: str) -> bytes:
 READ_BYTES = 65_536  # the most that one read brings; a reader that holds as much stops its peer
 WRITE_HIGH_BYTES = 65_536  # unsent bytes to one peer above which nothing more is read for it
 BATCH_BYTES = 16_384  # larger writes are sent at once: they are few, and batching them would only keep memory
+DEAD_PATH_S = 20.0  # without an acknowledgement an upstream's path is dead; a lost packet is sent again within 1 s
 REARM_S = 30.0  # a timer is armed at most this far ahead, so that moving a deadline later is an assignment
+
+
+def watch_path(connection: socket.socket, dead_after_s: float) -> None:
+    """Let the kernel end a connection whose peer acknowledges nothing for `dead_after_s`, also while nothing is sent.
+
+    Accepted connections inherit this from their listener.
+    """
+    dead_after_s = min(max(DEAD_PATH_S, dead_after_s), 3600.0)
+    options = {
+        "TCP_USER_TIMEOUT": round(dead_after_s * 1000),  # for bytes that were sent, in ms (RFC 5482); Linux only
+        "TCP_KEEPIDLE": round(dead_after_s * 0.4),  # seconds of silence before the first of three probes
+        "TCP_KEEPALIVE": round(dead_after_s * 0.4),  # its name on macOS
+        "TCP_KEEPINTVL": round(dead_after_s * 0.2),
+        "TCP_KEEPCNT": 3,
+    }
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    except OSError:  # macOS refuses options of a connection that was reset; the next read reports that
+        pass
 
 
 class Deadline:
@@ -2057,11 +2180,11 @@ class WriteBatcher:
 # All others are closed, which costs a handshake and no more.
 
 INTERIM_COUNT = 16  # 1xx replies before the final one; an upstream that sends more is broken
-JOINED_BYTES = 262_144  # a request up to this size is one write: to copy it costs less than to wake the upstream twice
-SEND_BYTES = 65_536  # a larger one goes out in pieces of this size
+SEND_BYTES = 65_536  # a larger request goes out in pieces; no system's receive buffer is smaller than that
 ABANDONED_S = 1.0  # how long an abandoned connect may still run, so that its socket can be closed
 IDLE_UPSTREAM_S = 55.0  # an idle connection is closed after this; servers commonly close after 60 s
 IDLE_UPSTREAM_COUNT = 1024  # idle connections of all origins; each is an open file
+CONNECTION_AGE_S = 300.0  # an older connection is not reused: its host's name may lead to another address by now
 STALE_S = 1.0  # an idle connection that ends this soon after a write had been closed before it
 
 
@@ -2108,6 +2231,9 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     Verification cannot be switched off: a private certificate can be put into ca_file.
     """
     context = ssl.create_default_context(cafile=ca_file or None)
+    if ca_file:
+        # Python 3.13 began to refuse private CAs whose certificates lack a key usage or a key identifier.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["http/1.1"])  # without ALPN some front ends speak HTTP/2
     return context
 
@@ -2200,6 +2326,18 @@ async def dial(origin: Origin) -> TimedProtocol:
     return protocol
 
 
+def describe_failure(problem: Exception) -> str:
+    """Return why a connect failed, for clients: without the addresses that the error itself names."""
+    if isinstance(problem, UpstreamError):
+        return str(problem)
+    if isinstance(problem, ssl.SSLError):
+        return "TLS failed: " + (problem.reason or "protocol error").lower().replace("_", " ")
+    if isinstance(problem, (socket.gaierror, UnicodeError)):
+        return "its name cannot be resolved"
+    number = re.search(r"\[Errno (\d+)\]", str(problem))  # if several addresses failed, only their texts have it
+    return os.strerror(int(number.group(1))) if number else "closed during the handshake"
+
+
 Message = tuple[bytes | memoryview | mmap.mmap, ...]  # a request's head, and its body in any number of pieces
 
 
@@ -2209,9 +2347,11 @@ class Exchange(Protocol):
     `start` sends the request and reads the reply's `head`. `read` returns some bytes of the body, b"" at its whole end.
     `finish` gives everything back after that, `abort` closes the upstream connection at any time; both are harmless
     when repeated. `interrupt` makes the `start` or `read` that waits raise `error`. All raise UpstreamError.
+    `first_byte_s` is the longest time to the first event.
     """
 
     head: ResponseHead
+    first_byte_s: float
 
     async def start(self) -> None: ...
     async def read(self) -> bytes: ...
@@ -2230,6 +2370,8 @@ class UpstreamConnection:
         self.deadline = Deadline(self.loop, self._expired)
         self.idle = False
         self.request_count = 0
+        self.dead_after_s = 0.0  # see `watch_path`
+        self.expires_at = self.loop.time() + CONNECTION_AGE_S
         self.written_at = 0.0  # the current request's beginning, in loop time
         self.before_reply = True  # no final head has come for it
         self.first_byte_s = math.inf  # the time that its reply may take to begin
@@ -2240,9 +2382,12 @@ class UpstreamConnection:
         return not (self.reader.ended or self.reader.data or self.transport.is_closing())
 
     def was_stale(self, error: UpstreamClosed) -> bool:
-        """Return whether it had ended in the pool, so that the request never arrived (RFC 9112, 9.3.1)."""
-        # A reset long after the write is another thing: the request was being answered, and may be billed.
-        return error.before_reply and self.request_count > 1 and self.loop.time() - self.written_at < STALE_S
+        """Return whether it had ended in the pool, so that the request hardly arrived (RFC 9112, 9.3.1)."""
+        # A reset long after the write is another thing: the request was being answered, and may be billed. The kernel
+        # reports a dead path with one of these errors: the other side acknowledged nothing for DEAD_PATH_S.
+        lost = getattr(self.reader.lost, "errno", None) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+        early = lost or self.loop.time() - self.written_at < STALE_S
+        return error.before_reply and self.request_count > 1 and early
 
     def close(self) -> None:
         """Close at once. TLS would wait for the peer's goodbye, and an upstream that generates would not notice."""
@@ -2299,10 +2444,10 @@ class ConnectionPool:
             async with asyncio.timeout(within_s):
                 protocol = await self.dial(origin)
         except TimeoutError:
-            raise ConnectFailed(f"no connection to {origin.authority} within {within_s:g} s") from None
+            raise ConnectFailed(f"no connection within {within_s:g} s") from None
         except (OSError, UnicodeError, UpstreamError) as problem:
-            reason = str(problem) or "closed during the handshake"  # asyncio's error for that has no text
-            raise ConnectFailed(f"no connection to {origin.authority}: {reason}") from problem
+            log.info("no connection to %s: %s", origin.authority, str(problem) or "closed during the handshake")
+            raise ConnectFailed(f"no connection: {describe_failure(problem)}") from problem
         connection = UpstreamConnection(origin, protocol, self)
         self.active.add(connection)
         return connection
@@ -2312,11 +2457,13 @@ class ConnectionPool:
         self.active.discard(connection)
         # What is left of a request in the transport's buffer would stand before the next request.
         unsent = connection.transport.get_write_buffer_size()
-        if not reusable or self.closed or unsent or not connection.is_quiet():
+        now = connection.loop.time()
+        usable = reusable and not (self.closed or unsent or connection.expires_at <= now)
+        if not usable or not connection.is_quiet():
             connection.close()
             return
         connection.idle = True
-        connection.deadline.set(connection.loop.time() + IDLE_UPSTREAM_S)
+        connection.deadline.set(min(now + IDLE_UPSTREAM_S, connection.expires_at))
         self.idle.setdefault(connection.origin, []).append(connection)
         if self.idle_count > IDLE_UPSTREAM_COUNT:
             oldest = [connections[0] for connections in self.idle.values() if connections]
@@ -2341,7 +2488,8 @@ class NetworkExchange:
     """An exchange on a connection of the pool. See `Exchange`.
 
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
-    when its exchange ends, as providers bill cancelled calls.
+    when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
+    had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
     """
 
     def __init__(
@@ -2352,9 +2500,11 @@ class NetworkExchange:
         timeouts: Timeouts,
         on_sent: Callable[[float], None],
         method: str = "POST",
+        resend: bool = False,
+        fresh: bool = False,
     ) -> None:
         self.pool, self.origin, self.message = pool, origin, message
-        self.on_sent, self.method = on_sent, method
+        self.on_sent, self.method, self.resend, self.fresh = on_sent, method, resend, fresh
         self.connect_s = timeouts.connect
         self.idle_s, self.total_s = timeouts.idle or math.inf, timeouts.total or math.inf
         self.first_byte_s = min(timeouts.first_byte or math.inf, self.total_s)
@@ -2367,8 +2517,8 @@ class NetworkExchange:
         self.head: ResponseHead
 
     async def start(self) -> None:
-        """See `Exchange`. A pooled connection that had ended is replaced, and the request written again."""
-        connection = self.pool.take(self.origin)
+        """See `Exchange`."""
+        connection = None if self.fresh else self.pool.take(self.origin)
         while True:
             if connection is None:
                 connection = await self.pool.connect(self.origin, self.connect_s)
@@ -2380,14 +2530,14 @@ class NetworkExchange:
                 self.head = await read_reply_head(connection.reader)
                 break
             except UpstreamClosed as error:
-                # Upstreams close idle connections, and their FIN may cross our request. It was never read then: this is
-                # the only replay that section 10 does not decide. A new connection is never stale.
-                if not connection.was_stale(error):
+                # Upstreams close idle connections, and their FIN may cross our request: few read it then. This is the
+                # only replay that section 10 does not decide. A new connection is never stale.
+                if not (self.resend and connection.was_stale(error)):
                     raise
                 self.abort()
                 connection = None
         if self.head.status == 407:  # from a proxy, so the request has not reached its upstream
-            raise ConnectFailed(f"a proxy on the way to {self.origin.authority} wants another password")
+            raise ConnectFailed("the proxy wants another password")
         self.decoder = reply_body_decoder(self.head, self.method)
         self.message = ()  # a long answer does not keep the memory of its prompt
         self.replied_early = not self.all_sent
@@ -2427,7 +2577,8 @@ class NetworkExchange:
         decoder = self.decoder
         # After an early reply the upstream may take the rest of the body, a client's bytes, for the next request.
         whole = decoder is not None and decoder.done and not (decoder.surplus or self.replied_early)
-        self._give_back(whole and keeps_alive(self.head.index, self.head.http_minor))
+        # What answers 5xx may be a machine that the host's name leads to no longer.
+        self._give_back(whole and self.head.status < 500 and keeps_alive(self.head.index, self.head.http_minor))
 
     def abort(self) -> None:
         """See `Exchange`."""
@@ -2439,7 +2590,13 @@ class NetworkExchange:
         now = connection.loop.time()
         connection.request_count += 1
         connection.written_at, connection.before_reply, connection.first_byte_s = now, True, self.first_byte_s
-        if sum(map(len, self.message)) <= JOINED_BYTES:
+        small = sum(map(len, self.message)) <= SEND_BYTES
+        # An upstream that reads nothing while it works acknowledges a buffer's worth, which is no sign of a dead path.
+        dead_after_s = DEAD_PATH_S if small else self.first_byte_s
+        if dead_after_s != connection.dead_after_s:
+            connection.dead_after_s = dead_after_s
+            watch_path(connection.transport.get_extra_info("socket"), dead_after_s)
+        if small:
             self.pool.batcher.write(connection.transport, b"".join(self.message))
             connection.deadline.set(now + self.first_byte_s)
             self.on_sent(now)
@@ -2897,27 +3054,6 @@ def parse_reply(body: bytes) -> Any:
         return None
 
 
-def first_object(value: Any) -> dict[str, Any]:
-    """Return `value`, or the first member of a list, if it is an object; else an empty object."""
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, dict) else {}
-
-
-def find_error(value: Any) -> dict[str, Any]:
-    """Return the error in a parsed body, in any of the shapes that providers use; an empty object without one.
-
-    Shapes: `error` (OpenAI and most others; a text at xAI and TGI), all in a list (Google), `errors` (Cloudflare),
-    `choices[0].error` (OpenRouter), `response.error` (OpenAI's Responses API), or flat (vLLM, SiliconFlow).
-    """
-    body = first_object(value)
-    choice, response = first_object(body.get("choices")), first_object(body.get("response"))
-    error = body.get("error") or choice.get("error") or response.get("error") or first_object(body.get("errors"))
-    if error:
-        return error if isinstance(error, dict) else {"message": error, **body}
-    is_error = "error" in (body.get("object"), body.get("type"), choice.get("finish_reason"))
-    return body if is_error or body.get("type") == "response.failed" or body.get("success") is False else {}
-
-
 def error_words(error: dict[str, Any]) -> tuple[list[str], str]:
     """Return the names of an error (code, type and the like), the most exact one first, and its message."""
     names = [str(error[name]) for name in ("code", "type", "status", "reason") if error.get(name)]
@@ -3175,7 +3311,9 @@ class ApiRequest:
     prompt_tokens: int = 0  # estimated
     max_tokens: int = 0  # limit of the answer, 0 without one
     need: int = 0  # tokens that it is expected to cost
-    add_usage: bool = False  # a limit counts tokens, so the stream must report usage although the client did not ask
+    add_usage: bool = False  # the account is asked for the usage of a stream, although the client did not ask
+    on_usage: Callable[[int], None] | None = None  # gets the tokens that the answer used: the client key has a limit
+    was_sent: bool = False  # at least one account got it
     wait_s: float = 0.0  # how long it may still wait in line
 
     def substitute(self, model: str) -> None:
@@ -3244,9 +3382,13 @@ class Controller(Protocol):
     reports_usage: bool
     rate_codes: tuple[str, ...]
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
-        """Return an exchange for `request`, not started; it calls `on_sent(now)` when it writes the request. Raise
-        Untranslatable if the account cannot express the request."""
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
+        """Return an exchange for `request`, not started; it calls `on_sent(now)` when it writes the request.
+
+        `fresh`: on a new connection. Raise Untranslatable if the account cannot express the request.
+        """
 
 
 class OpenAIController:
@@ -3257,6 +3399,7 @@ class OpenAIController:
     """
 
     chat_only = cache_free = False
+    reports_usage = True
     api_fields: tuple[tuple[str, str], ...] = ()  # header fields that every request of this API has
 
     def __init__(self, config: ControllerConfig) -> None:
@@ -3294,10 +3437,13 @@ class OpenAIController:
         by_default = [replace(config.timeouts, first_byte=seconds) for seconds in (600.0, 120.0)]
         self.timeouts = by_default if config.timeouts.first_byte is None else [config.timeouts] * 2
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
         timeouts, message = self.timeouts[request.stream], self.message(request)
-        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method)
+        resend = not request.stateful
+        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method, resend, fresh)
 
     def message(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the head and the pieces of the body, as the account gets them. Raise Untranslatable."""
@@ -3394,7 +3540,7 @@ class MessagesExchange:
     """
 
     def __init__(self, inner: Exchange, usage: bool) -> None:
-        self.inner, self.usage = inner, usage
+        self.inner, self.usage, self.first_byte_s = inner, usage, inner.first_byte_s
         self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: MessageStream | None = None
@@ -3474,9 +3620,11 @@ class AnthropicController(OpenAIController):
         # The default is 20.
         self.paths["/models"] = "/models?limit=1000"
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
-        exchange = super().exchange(request, connections, on_sent)
+        exchange = super().exchange(request, connections, on_sent, fresh)
         return MessagesExchange(exchange, wants_usage(request)) if request.path == CHAT_PATH else exchange
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
@@ -3520,7 +3668,7 @@ class EchoExchange:
     """An exchange that makes its reply up. See `Exchange`."""
 
     def __init__(self, request: ApiRequest, account: AccountConfig, on_sent: Callable[[float], None]) -> None:
-        self.pieces, self.on_sent = echo_pieces(request), on_sent
+        self.pieces, self.on_sent, self.first_byte_s = echo_pieces(request), on_sent, math.inf
         self.first_delay_s, self.delay_s = account.first_delay, account.delay if request.stream else 0.0
         self.wait_s = 0.0  # before the next piece; none before the first
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
@@ -3553,7 +3701,9 @@ class EchoController:
     def __init__(self, config: ControllerConfig) -> None:
         self.account = config.account
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
         return EchoExchange(request, self.account, on_sent)
 
@@ -4014,14 +4164,12 @@ EDGE_S = 0.005
 # A request may need this much longer than another to reach the upstream, which then counts it later.
 SLACK_S = 0.25
 CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
-# For a 429 that names no time: the first closing, and the end of doubling.
-CLOSED_S = (1.0, 30.0)
-# For a 429 that says "now": the first closing. It doubles while more of them come.
-CLOSED_MIN_S = 0.01
+# For a 429 that says "now": the first closing, and the end of doubling.
+CLOSED_NOW_S = (0.01, 1.0)
 SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
-# Slow start: requests per second at its end; growth for each request near the refused rate; requests that may go at
-# once.
-PACE_END, PACE_STEP, PACE_BURST = 1000.0, 0.0625, 4.0
+# Slow start: requests per second at least and at its end; growth for each request near the refused rate; requests that
+# may go at once.
+PACE_MIN, PACE_END, PACE_STEP, PACE_BURST = 1 / 30, 1000.0, 0.0625, 4.0
 
 CachedT = TypeVar("CachedT")
 
@@ -4120,7 +4268,10 @@ class Bucket:
         # after all corrections, so no error is corrected twice.
         error = left - expected - self.shift
         self.shift += error
-        self.level = min(max(self.level + error, 0.0), self.size)
+        # No more can be left than the reply reports and was refilled since. Where the model was below zero, and so was
+        # set to zero, each refused request would otherwise look like one that was given back.
+        most = min(self.size, left + (now - sent_at) * self.rate)
+        self.level = min(max(self.level + error, 0.0), most)
 
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
         """Learn size and rate. A bucket may hold less than a minute's worth, as its content and its reset show.
@@ -4147,7 +4298,7 @@ class Bucket:
         """
         self.take(0.0, now - EDGE_S)
         self.doubles = not self.rate
-        self.rate = max(self.rate / 2 or 1 / after_s, 1 / CLOSED_S[1])
+        self.rate = max(self.rate / 2 or 1 / after_s, PACE_MIN)
         self.size, self.level, self.shift = 1.0, 1.0, self.shift + 1.0 - self.level
 
     def speed_up(self, sent_at: float, now: float) -> None:
@@ -4175,9 +4326,13 @@ class Window:
     """
 
     def __init__(self, by_tokens: bool, limit: float, span_s: float, burst: bool = False) -> None:
-        self.by_tokens, self.limit, self.span_s, self.burst = by_tokens, limit, span_s, burst
-        self.rate, self.total = limit / span_s, 0.0
+        self.by_tokens, self.burst, self.total = by_tokens, burst, 0.0
         self.queue: deque[Receipt] = deque()
+        self.resize(limit, span_s)
+
+    def resize(self, limit: float, span_s: float) -> None:
+        """Set the limit; the charges stay."""
+        self.limit, self.span_s, self.rate = limit, span_s, limit / span_s
 
     def take(self, amount: float, now: float) -> Receipt:
         """Count an amount that is about to be sent."""
@@ -4191,17 +4346,17 @@ class Window:
         receipt.sent_at = now
 
     def correct(self, receipt: Receipt, amount: float, now: float) -> None:
-        """Count `amount` in place of the receipt's, unless the charge has left the window."""
+        """Count `amount` in place of the receipt's. What a charge that left the window lacked is charged now."""
+        self._forget(now)
         if receipt.counted:
             self.total += amount - receipt.amount
             receipt.amount = amount
+        elif amount > receipt.amount and not self.burst:
+            self.sent(self.take(amount - receipt.amount, now), now)
 
     def opens_at(self, amount: float, now: float) -> float:
         """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
-        while self.queue and self.queue[0].sent_at + self.span_s <= now:
-            left = self.queue.popleft()
-            self.total -= left.amount
-            left.counted = False
+        self._forget(now)
         most = min(amount, self.limit)
         if self.total + most <= self.limit + 1e-9:
             return 0.0
@@ -4210,6 +4365,13 @@ class Window:
             worth = self.limit // most * most
             at = min(at, self._falls_to(worth - most, worth / self.rate, now))
         return at if at > now else 0.0
+
+    def _forget(self, now: float) -> None:
+        """Drop the charges that are older than the window."""
+        while self.queue and self.queue[0].sent_at + self.span_s <= now:
+            left = self.queue.popleft()
+            self.total -= left.amount
+            left.counted = False
 
     def _falls_to(self, rest: float, span_s: float, now: float) -> float:
         """Return when at most `rest` is left of the charges of `span_s`."""
@@ -4225,27 +4387,37 @@ class Ledger:
     """The limits of one quota for one model: by replies, by configuration and by the last 429s.
 
     `closed`: pairs of tokens and a time; until then no request with at least so many tokens goes. `closed_at`: when the
-    ledger was closed last. `closed_for`: the last backoff, 0 after a good answer. `open`: the leases, by their serials.
+    last 429 came. `closed_for`: the last closing by a 429 that said "now", 0 after an answer. `gate`: shut by a 429
+    that names no time, for requests of at least `least` tokens. `open`: the leases, by their serials.
     """
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name, self.burst_s = name, limits.burst_s
+        self.name = name
         self.requests, self.tokens = self.buckets = Bucket(False), Bucket(True)
-        rates = (limits.rpm, limits.tpm)
-        self.minutes = [Window(bool(kind), rate, WINDOW_S + SLACK_S) for kind, rate in enumerate(rates) if rate]
+        self.limits: list[Bucket | Window] = []
         self.closed: list[tuple[float, float]] = []
-        self.closed_at = self.closed_for = 0.0
+        self.closed_at = self.closed_for = self.least = 0.0
+        self.gate = Gate()
         self.serial = 0
         self.open: dict[Lease, None] = {}
-        self._list_limits()
+        self.configure(limits)
 
-    def _list_limits(self) -> None:
-        """List all limits; each minute's window gets a window for bursts, unless a minute's worth may go at once."""
-        self.limits: list[Bucket | Window] = [*self.buckets, *self.minutes]
-        for minute in self.minutes if self.burst_s < WINDOW_S else ():
-            rate = minute.limit / WINDOW_S
-            burst = max(1.0, rate * self.burst_s)
-            self.limits.append(Window(minute.by_tokens, burst, burst / rate, True))
+    def configure(self, limits: QuotaLimits) -> None:
+        """Apply configured limits. Windows keep their charges, as the provider counts them too."""
+        self.configured = limits
+        known = {(limit.by_tokens, limit.burst): limit for limit in self.limits if isinstance(limit, Window)}
+        self.limits, self.minutes = [*self.buckets], []
+        for by_tokens, limit in ((False, limits.rpm), (True, limits.tpm)):
+            if limit:
+                minute = known.get((by_tokens, False)) or Window(by_tokens, limit, WINDOW_S)
+                minute.resize(limit, WINDOW_S + SLACK_S)
+                self.limits.append(minute)
+                self.minutes.append(minute)
+            if limit and limits.burst_s < WINDOW_S:
+                most = max(1.0, limit * limits.burst_s / WINDOW_S)
+                burst = known.get((by_tokens, True)) or Window(by_tokens, most, WINDOW_S, True)
+                burst.resize(most, most * WINDOW_S / limit)
+                self.limits.append(burst)
 
     @property
     def limited(self) -> bool:
@@ -4255,7 +4427,10 @@ class Ledger:
     def opens_at(self, need: float, now: float) -> float:
         """Return when a request of `need` tokens may be sent; 0 for now."""
         openings = [limit.opens_at(need if limit.by_tokens else 1.0, now) for limit in self.limits]
-        opens = max(openings + [until for least, until in self.closed if need >= least])
+        openings += [until for least, until in self.closed if need >= least]
+        if need >= self.least:
+            openings.append(self.gate.opens_at(now))
+        opens = max(openings)
         return opens if opens > now else 0.0
 
     def take(self, need: float, now: float) -> list[tuple[Bucket | Window, Receipt]]:
@@ -4277,35 +4452,38 @@ class Ledger:
         # An answer to a request from before the last 429 proves nothing.
         if sent_at > self.closed_at:
             self.closed_for = 0.0
+            self.gate.backoff_s.clear()
             if self.requests.rate and not self.requests.limit:
                 self.requests.speed_up(sent_at, now)
 
     def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
-        """Learn from a 429: close until the time it named, else until the lack is refilled, else for 1 s, doubling.
+        """Learn from a 429: close until the time it named, else for 1, 2, 4 ... 30 s, and then for all but one probe.
 
         A 429 about tokens closes for requests of at least the refused size: smaller ones may fit. `under_way`: the
         request was sent before the last 429. So a whole burst that is refused doubles the backoff once.
         """
-        after_s, bucket, amount = verdict.after_s, self.buckets[verdict.by_tokens], need if verdict.by_tokens else 1.0
-        if after_s is None and bucket.limit:
-            after_s = max(0.0, bucket.opens_at(amount, now) - now) or None
-        # "Now" (0, or a date in the past) may be a rounded time, but not again and again.
-        if not (under_way and self.closed_for):
-            bounds = CLOSED_S if after_s is None else (CLOSED_MIN_S, CLOSED_S[0])
-            self.closed_for = next_backoff(self.closed_for, bounds)
-        after_s = max(after_s or 0.0, self.closed_for)
-        until, self.closed_at = now + min(after_s, CLOSED_MAX_S), now
+        least, gate, until = need if verdict.by_tokens else 0.0, self.gate, now
+        if verdict.after_s is not None:
+            # "Now" (0, or a date in the past) may be a rounded time, but not again and again.
+            if not (under_way and self.closed_for):
+                self.closed_for = next_backoff(self.closed_for, CLOSED_NOW_S)
+            until = now + min(max(verdict.after_s, self.closed_for), CLOSED_MAX_S)
+            # Earlier 429s still hold for larger requests and for later times; this 429 covers the rest.
+            self.closed = [item for item in self.closed if item[1] > now and (item[0] < least or item[1] > until)]
+            self.closed.append((least, until))
+        elif not under_way:
+            self.least = min(least, self.least) if gate.reason else least
+            gate.shut(LIMITED, now, "")
+            gate.until = min(gate.until, now + (verdict.reset_s or NEVER))
+            until = gate.until
+        self.closed_at = now
         if not (self.minutes or self.requests.limit or under_way):
-            self.requests.slow_down(after_s, now)
-        # Earlier 429s still hold for larger requests and for later times; this 429 covers the rest.
-        least = need if verdict.by_tokens else 0.0
-        self.closed = [item for item in self.closed if item[1] > now and (item[0] < least or item[1] > until)]
-        self.closed.append((least, until))
+            self.requests.slow_down(until - now, now)
 
     def halve_burst(self) -> None:
         """Halve the burst after a 429 that came in spite of room: Azure counts slices of 1 or 10 s."""
-        self.burst_s = max(self.burst_s / 2, 1.0)
-        self._list_limits()
+        burst_s = self.configured.burst_s
+        self.configure(replace(self.configured, burst_s=min(burst_s, max(burst_s / 2, 1.0))))
         for bucket in self.buckets:
             if bucket.limit:
                 bucket.size = bucket.most = max(1.0, bucket.size / 2)
@@ -4314,9 +4492,11 @@ class Ledger:
 # -- gates
 
 FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
+LIMITED = "limited"
 # How long a gate is shut, in seconds: the first time, and the end of doubling. An overload ends in seconds, a refused
 # key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
 BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600), NO_MODEL: (600, 600)}
+BACKOFF_S[LIMITED] = (1, 30)
 
 
 class Gate:
@@ -4335,13 +4515,17 @@ class Gate:
         """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
         if not self.reason or self.until > now:
             return self.until
-        return 0.0 if self.probe is None else NEVER
+        if self.probe is None:
+            return 0.0
+        # A 429 comes soon. A probe that is not refused for as long as the gate was shut is probably answered.
+        again_at = self.probe.since + self.until - self.shut_at if self.reason == LIMITED else NEVER
+        return again_at if again_at > now else 0.0
 
     def enter(self, lease: "Lease", now: float) -> None:
         """Let a request pass; the first after the time is the probe, a last resort before that is not."""
         if self.reason == BUSY and self.until <= now:
             self.open(now)
-        elif self.reason and self.until <= now and self.probe is None:
+        elif self.reason and not self.opens_at(now):
             self.probe = lease
 
     def counts(self, lease: "Lease") -> bool:
@@ -4359,8 +4543,8 @@ class Gate:
             log.warning("account %s: disabled %s: %s", self.name, until, why)
 
     def works(self, lease: "Lease", now: float) -> None:
-        """Open after an answer, unless its request began before the gate shut. Any answer ends a silence."""
-        if self.reason and (lease.since > self.shut_at or self.reason == SILENT):
+        """Open after an answer, unless its request began before the gate shut."""
+        if self.reason and lease.since > self.shut_at:
             self.open(now)
 
     def open(self, now: float) -> None:
@@ -4377,6 +4561,13 @@ class Quota:
         self.name, self.limits, self.in_flight = name, limits, 0
         self.gate = Gate(name)
         self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share a ledger
+
+    def configure(self, limits: QuotaLimits) -> None:
+        """Apply configured limits; what was sent and what is under way still counts."""
+        if limits != self.limits:
+            self.limits = limits
+            for ledger in self.ledgers.values():
+                ledger.configure(limits)
 
     @property
     def is_full(self) -> bool:
@@ -4442,6 +4633,10 @@ class Candidate:
         """Return when the controller works again and has the model, as far as is known: 0 for now."""
         return max(self.upstream.gate.opens_at(now), self.gate.opens_at(now))
 
+    def is_out(self, now: float) -> bool:
+        """Return whether its health or a lack of credit keeps requests away, and not only a limit."""
+        return bool(self.well_at(now) or self.upstream.quota.gate.opens_at(now))
+
     def opens_at(self, need: float, now: float) -> float:
         """Return when a request may go here, as far as is known: 0 for now."""
         return max(self.room_at(need, now), self.well_at(now))
@@ -4452,7 +4647,7 @@ class Upstream:
 
     `first_byte_s`: moving means, of whole answers and of streams; 0 is unknown. `recent`: when the last attempts ended,
     and whether they failed. `unanswered`: leases in the order of sending. `hedged`: how many requests in a row another
-    controller had to answer.
+    controller had to answer. `listed`: the models that its own list has; None is unknown.
     """
 
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
@@ -4466,12 +4661,16 @@ class Upstream:
         self.unanswered: dict[Lease, None] = {}
         self.answered_at, self.last_error = 0.0, ""
         self.candidates: dict[str, Candidate] = {}
-        names = config.models + tuple(name for name, _ in config.model_map)
-        self.patterns = model_patterns(names) if config.models else None
+        self.patterns = model_patterns(config.models + tuple(name for name, _ in config.model_map))
+        self.listed: frozenset[str] | None = None
+
+    def names(self, model: str) -> bool:
+        """Return whether the configuration names `model` for this controller."""
+        return self.patterns.fullmatch(model) is not None
 
     def serves(self, model: str) -> bool:
         """Return whether requests for `model` may go here; a controller without `models` takes all."""
-        return self.patterns is None or self.patterns.fullmatch(model) is not None
+        return not self.config.models or self.names(model)
 
     def candidate(self, model: str) -> Candidate:
         """Return what is known of this controller and `model`."""
@@ -4483,6 +4682,8 @@ class Upstream:
             gate.open(now)
             gate.backoff_s.clear()
         self.recent.clear()
+        self.refusals.clear()
+        self.hedged = 0
 
     def learn(self, lease: "Lease", verdict: Verdict, now: float) -> None:
         """Learn from an attempt that failed (README's table, third column)."""
@@ -4557,16 +4758,23 @@ class Lease:
         self.stream, self.since, self.sent_at, self.urgent = stream, now, 0.0, False
         self.stuck: Callable[[], bool] | None = None
         self.told: tuple[Allowance | None, Allowance | None] = (None, None)
-        self.gates = (upstream.gate, upstream.quota.gate, candidate.gate)
-        for gate in self.gates:
-            gate.enter(self, now)
         upstream.in_flight += 1
         upstream.requests += 1
         upstream.quota.in_flight += 1
         self.ledger = ledger = candidate.ledger
+        self.gates = [upstream.gate, upstream.quota.gate, candidate.gate]
+        if need >= ledger.least:
+            self.gates.append(ledger.gate)
+        for gate in self.gates:
+            gate.enter(self, now)
         ledger.serial = self.serial = ledger.serial + 1
         ledger.open[self] = None
         self.receipts = ledger.take(need, now)
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the request finds out if a controller that was out works again."""
+        return self.upstream.gate.probe is self
 
     def sent(self, now: float) -> None:
         """Note that the request was written: from now on it counts, whatever its result."""
@@ -4576,13 +4784,17 @@ class Lease:
         self.upstream.unanswered[self] = None
 
     def heard(self, now: float) -> None:
-        """Note that a part of a reply came: the request is not silent."""
-        self.upstream.unanswered.pop(self, None)
-        self.upstream.answered_at, self.upstream.hedged = now, 0
+        """Note that a byte of a reply came, also of a ping: request and controller are not silent."""
+        upstream = self.upstream
+        upstream.unanswered.pop(self, None)
+        upstream.answered_at, upstream.hedged = now, 0
+        if upstream.gate.reason == SILENT:
+            upstream.gate.open(now)
 
     def answered(self, now: float) -> None:
         """Note that the answer began: the controller works, and the time so far becomes a sample."""
         upstream, took_s = self.upstream, now - self.since
+        was_out = upstream.gate.reason
         self.heard(now)
         self.candidate.times[self.stream].append(took_s)
         mean = upstream.first_byte_s[self.stream]
@@ -4590,6 +4802,8 @@ class Lease:
         upstream.refusals.clear()
         for gate in self.gates:
             gate.works(self, now)
+        if was_out and not upstream.gate.reason:
+            upstream.recent.clear()
         self.ledger.answered(self.sent_at, now)
 
     def learn(self, requests: Allowance | None, tokens: Allowance | None, now: float) -> None:
@@ -4828,12 +5042,7 @@ class UpstreamPool:
 
     def candidates(self, model: str) -> list[Candidate]:
         """Return the candidates that serve `model`, "" for all. Raise ProxyError (404) when there are none."""
-
-        def find(name: str) -> list[Candidate]:
-            return [upstream.candidate(name) for upstream in self.upstreams if not name or upstream.serves(name)]
-
-        # Clients choose the names: long ones must not fill the memory.
-        serving = recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
+        serving = self._serving(model)
         if not serving:
             names = ", ".join(sorted({name for upstream in self.upstreams for name in upstream.config.models}))[:1000]
             name = model if len(model) <= 64 else model[:63] + "…"
@@ -4841,14 +5050,37 @@ class UpstreamPool:
             raise ProxyError(404, message, "model_not_found", param="model")
         return serving
 
+    def _serving(self, model: str) -> list[Candidate]:
+        """Return the candidates for `model`, from the cache or by the configuration and the controllers' own lists."""
+
+        def find(name: str) -> list[Candidate]:
+            able = [upstream for upstream in self.upstreams if not name or upstream.serves(name)]
+            named = any(upstream.names(name) for upstream in able)
+            sure = []
+            for upstream in able:
+                is_listed = not named if upstream.listed is None else name in upstream.listed
+                if upstream.names(name) or (is_listed and not upstream.config.models):
+                    sure.append(upstream)
+            # Lists leave out previews and tuned models.
+            return [upstream.candidate(name) for upstream in sure or able]
+
+        # Clients choose the names: long ones must not fill the memory.
+        return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
+
+    def learn_models(self, upstream: Upstream, names: Iterable[str]) -> None:
+        """Learn the models that a controller itself lists. Waiting requests keep their candidates."""
+        upstream.listed = frozenset(names)
+        self.serving.clear()
+
     def candidates_for(self, request: ApiRequest, model: str) -> list[Candidate]:
         """Return the candidates that serve `model` and can take the request. Raise ProxyError (404)."""
         candidates = self.candidates(model)
         if request.path == CHAT_PATH:
             return candidates
+        if request.pinned:  # the object is there, whatever the lists say of its model
+            able = [upstream for upstream in self.upstreams if upstream.name == request.pinned]
+            candidates = [upstream.candidate(model) for upstream in able if not model or upstream.serves(model)]
         candidates = [item for item in candidates if not item.upstream.controller.chat_only]
-        if request.pinned:
-            candidates = [item for item in candidates if item.upstream.name == request.pinned]
         if not candidates:
             raise ProxyError(404, f"No controller here can take {request.path[:200]} for this model.", "unknown_url")
         return candidates
@@ -4905,7 +5137,7 @@ class UpstreamPool:
         """
         now = self.timers.time()
         until = now + request.wait_s
-        if not all(item.well_at(now) or item.upstream.quota.gate.opens_at(now) for item in candidates):
+        if not all(item.is_out(now) for item in candidates):
             return None
         left = [item for item in candidates if item.upstream not in tried and not item.room_at(request.need, now)]
         if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= until for item in left):
@@ -4947,13 +5179,13 @@ class UpstreamPool:
         self.pump()
 
     def used(self, lease: Lease, model: str, total: int, answer: int, told: bool) -> None:
-        """Charge the tokens that an answer used, in all, unless the reply reported what is left (`told`)."""
+        """Charge the tokens that an answer used, in all. `told`: the reply reported what is left."""
         if answer:
             mean = recall(self.answer_tokens, model, lambda name: float(answer))
             self.answer_tokens[model] = mean + (answer - mean) / 16
-        # Reports of what is left count more: OpenAI and Azure charge the maximum at admission and give nothing back.
-        for limit, receipt in lease.receipts if total and not told else ():
-            if limit.by_tokens:
+        # For a bucket the report counts more: OpenAI and Azure charge the maximum at admission and give nothing back.
+        for limit, receipt in lease.receipts if total else ():
+            if limit.by_tokens and not (told and isinstance(limit, Bucket)):
                 limit.correct(receipt, total, self.timers.time())
 
     # -- the line
@@ -5003,7 +5235,7 @@ class UpstreamPool:
                         openings = [candidate.opens_at(waiter.request.need, now) for candidate in candidates]
                         soonest = min([soonest, *openings])
                         blocked += candidates
-                        if len(waiter.candidates) >= len(self.serving.get(model, ())):
+                        if all(item in blocked for item in self._serving(model)):
                             break  # no other candidate is left for the waiters behind
                         continue
                     waiter.future.set_result(lease)
@@ -5101,33 +5333,45 @@ class UpstreamPool:
         self.alarm = self.sweeper = None
 
 
-class ClientQuota:
+class ClientCharge:
+    """One request of a client key, which counts until `leave`."""
+
+    def __init__(self, quota: Quota, need: float, now: float) -> None:
+        self.quota, self.receipts = quota, quota.ledger("").take(need, now)
+        quota.in_flight += 1
+        for limit, receipt in self.receipts:
+            limit.sent(receipt, now)
+
+    def used(self, total: float, now: float) -> None:
+        """Charge the tokens that the answer used, in place of the estimate."""
+        for limit, receipt in self.receipts:
+            if limit.by_tokens:
+                limit.correct(receipt, total, now)
+
+    def leave(self, was_sent: bool, now: float) -> None:
+        """Note that the request is over; what was never sent to an upstream is given back."""
+        self.quota.in_flight -= 1
+        for limit, receipt in self.receipts if not was_sent else ():
+            limit.correct(receipt, 0.0, now)
+
+
+class ClientQuota(Quota):
     """The quota of one client key: its own rpm, tpm and concurrency, over all models."""
 
-    def __init__(self, key: ClientKey) -> None:
-        self.key, self.quota = key, Quota(key.name, key.limits)
-
-    def enter(self, need: float, now: float) -> float:
-        """Count a request and return 0, or return the seconds until it may come again."""
-        if self.quota.is_full:
-            return KEY_BUSY_S
-        ledger = self.quota.ledger("")
-        opens = ledger.opens_at(need, now)
+    def enter(self, need: float, now: float) -> ClientCharge:
+        """Charge a request that may be sent now. Raise NoRoom."""
+        if self.is_full:
+            raise NoRoom("has as many requests under way as it may", KEY_BUSY_S)
+        opens = self.ledger("").opens_at(need, now)
         if opens:
-            return opens - now
-        self.quota.in_flight += 1
-        for limit, receipt in ledger.take(need, now):
-            limit.sent(receipt, now)
-        return 0.0
-
-    def leave(self) -> None:
-        """Note that the request is over."""
-        self.quota.in_flight -= 1
+            raise NoRoom("has reached its own limit", opens - now)
+        return ClientCharge(self, need, now)
 
 
 def describe_ledger(ledger: Ledger, now: float) -> dict[str, Any]:
     """Return the state of one model's quota, for /status."""
-    closed_until = max((until for _, until in ledger.closed), default=0.0)
+    closed_until = max([until for _, until in ledger.closed], default=0.0)
+    closed_until = max(closed_until, ledger.gate.until)
     state: dict[str, Any] = {"closed_for_s": round(max(0.0, closed_until - now), 3)}
     for bucket in ledger.buckets:
         if bucket.limit:
@@ -5187,11 +5431,21 @@ def describe_pool(pool: UpstreamPool, now: float) -> dict[str, Any]:
 
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head is sent, and can be replayed
 HOLD_S = 15.0  # the longest time for which the beginning of a stream is held back
-TAIL_BYTES = 4096  # the end of an answer that is kept: usage and late errors stand there
 OBJECTS_KNOWN = 10_000  # ids of objects whose controller is remembered; the oldest are forgotten
-ONE_LINE = bytes.maketrans(b"\r\n", b"  ")  # JSON text on several lines becomes one line
 JSON_TYPE = b"Content-Type: application/json\r\n"
 ABANDONED = Verdict(Outcome.GONE)  # the verdict of an attempt until another is known: its client left
+RATE_LIMITED = Verdict(Outcome.RATE, 429)
+# Streams that have a certain end, and whether it is that of the Responses API. Without it they were cut.
+ENDED_STREAMS = {CHAT_PATH: False, "/completions": False, "/responses": True}
+# What an operator should look at when an account refuses this server itself. Clients can do nothing about it.
+ACCOUNT_REFUSALS = {
+    Outcome.AUTH: "check its api_key",
+    Outcome.FORBIDDEN: "check the rights of its key, its organisation and its region",
+    Outcome.BARRED: "its key may not use such objects",
+    Outcome.QUOTA: "its credit or its spending limit is used up",
+}
+# The text in an answer or in its events: four characters count as a token where no usage is reported.
+_TEXT = re.compile(rb'"(?:content|reasoning_content|text|delta|arguments)"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(slots=True, repr=False)
@@ -5226,7 +5480,8 @@ class Attempt:
     """One request to one controller and what is known of the reply.
 
     `head` is None while there was no reply. `held` is what was read of the body, and all of it when `whole`. `at` is
-    the time at which the attempt was decided. `tokens_known`: the reply said how many tokens are left.
+    the time at which the attempt was decided. `readable`: the body is not compressed. `tokens_known`: the reply said
+    how many tokens are left. `adds_usage`: this server asked for the usage of the stream, and the client did not.
     """
 
     lease: Lease
@@ -5238,7 +5493,9 @@ class Attempt:
     at: float = 0.0
     whole: bool = False
     stream: bool = False
+    readable: bool = True
     tokens_known: bool = False
+    adds_usage: bool = False
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -5247,8 +5504,9 @@ class Trip:
 
     `tried` are the controllers asked in this round, without those that were only full. A wait in line begins a new
     round. `refusals` are the attempts that brought a reply. `failure` is the last error of an attempt without a reply,
-    `full` the last refusal by the line, `unfit` the error when no API can express the request. `has_fallbacks`: other
-    models may answer instead; `models` are those left. `hedge` is the second attempt beside a silent one and its task.
+    `full` the last refusal by the line; it is `merely_full` if a limit is the reason, and not health. `unfit` is the
+    error when no API can express the request. `has_fallbacks`: other models may answer instead; `models` are those
+    left. `hedge` is the second attempt beside a silent one and its task.
     """
 
     request: ApiRequest
@@ -5259,6 +5517,7 @@ class Trip:
     verdict: Verdict = ABANDONED  # of the last attempt
     failure: UpstreamError | None = None
     full: NoRoom | None = None
+    merely_full: bool = False
     unfit: ProxyError | None = None
     has_fallbacks: bool = False
     models: Iterator[str] | None = None
@@ -5294,9 +5553,9 @@ class Trip:
         if verdict.outcome is not Outcome.RATE:
             self.tried.add(controller)
         if verdict.outcome is Outcome.LARGE:  # only accounts that are known to take as many tokens are left
-            self.keep([one for one in self.candidates if one.ledger.largest() >= verdict.requested])
+            self.keep([item for item in self.candidates if item.ledger.largest() >= verdict.requested])
         elif verdict.outcome is Outcome.UNFIT:  # to wait for it would be no use either
-            self.keep([one for one in self.candidates if one.upstream is not controller])
+            self.keep([item for item in self.candidates if item.upstream is not controller])
 
     def keep(self, candidates: list[Candidate]) -> None:
         """Go on with these candidates only."""
@@ -5323,9 +5582,24 @@ def routing_headers(record: AccessRecord) -> bytes:
     return lines
 
 
-def is_compressed(head: ResponseHead) -> bool:
-    """Return whether a reply's body is compressed. The request asked for plain bytes."""
-    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
+def counts_tokens(lease: Lease, request: ApiRequest) -> bool:
+    """Return whether a configured limit counts the tokens of a request."""
+    return request.on_usage is not None or any(minute.by_tokens for minute in lease.ledger.minutes)
+
+
+def plain_text(body: bytes) -> str:
+    """Return the beginning of an error page's text, without markup."""
+    text = body[:HOLD_BYTES].decode("utf-8", "replace")
+    return " ".join(re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", text).split())[:300]
+
+
+def is_error_object(body: bytes) -> bool:
+    """Return whether a body is an error as OpenAI's API sends it, which all SDKs can read."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(parsed, dict) and isinstance(parsed.get("error"), dict)
 
 
 class Relay:
@@ -5333,6 +5607,8 @@ class Relay:
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
+        self.stopping = False  # the server cuts what is left
+        self.shows_account = True  # the client may see what an account said of itself
         # Object id -> name of the controller that made it. An id says nothing about its account.
         self.makers: dict[str, str] = {}
 
@@ -5424,7 +5700,10 @@ class Relay:
                 try:
                     lease = await self.pool.lease(request, trip.candidates, trip.tried) if trip.candidates else None
                 except NoRoom as full:
-                    trip.full = full
+                    # What was said of the model asked for counts, and not what was said of a fallback.
+                    if trip.models is None or not (trip.refusals or trip.failure):
+                        now, trip.full = self.loop.time(), full
+                        trip.merely_full = not all(candidate.is_out(now) for candidate in trip.candidates)
                 finally:
                     trip.record.waited_s += wait_s - request.wait_s
                 if lease is None:
@@ -5453,9 +5732,8 @@ class Relay:
             trip.unfit, attempt.verdict = error, Verdict(Outcome.UNFIT)
         except UpstreamError as error:
             trip.failure, attempt.verdict, attempt.head = error, judge_failure(error), None
-        except (
-            BaseException
-        ):  # the client left, another controller answered first, or there is a mistake in this program
+        except BaseException:
+            # The client left, another controller answered first, or there is a mistake in this program.
             self._settle(attempt, trip)
             raise
         finally:
@@ -5467,19 +5745,27 @@ class Relay:
     async def _exchange(self, attempt: Attempt, trip: Trip) -> None:
         """Send the request, and read as much of the reply as decides. Raise UpstreamError, Untranslatable, Hedged."""
         request, lease, others = trip.request, attempt.lease, trip.has_others()
-        exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent)
+        # The usage of a stream comes on demand only. Where a limit counts it, this server asks in the client's place.
+        asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
+        request.add_usage = False  # the last account may have been asked for it
+        attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
+        request.add_usage = attempt.adds_usage
+        exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
         if others:
             lease.stuck = functools.partial(self._hedge, trip, attempt)
         await exchange.start()
         attempt.head, attempt.at = exchange.head, self.loop.time()
+        # Some proxies compress although only identity was asked for.
+        coding = exchange.head.index.get(b"content-encoding", b"identity").strip().lower()
+        attempt.readable = coding in (b"identity", b"")
         requests, tokens = read_allowances(exchange.head.index, time.time)
         if requests is not None or tokens is not None:
             lease.learn(requests, tokens, attempt.at)
             attempt.tokens_known = tokens is not None
         kind = exchange.head.index.get(b"content-type", b"").lower()
         # Some servers name no type, or text/plain, for a stream. Collected as a whole it would arrive late.
-        untyped = request.stream and request.path == CHAT_PATH and b"json" not in kind
+        untyped = request.stream and request.path == CHAT_PATH and not (b"json" in kind or b"html" in kind)
         attempt.stream = exchange.head.status < 300 and (untyped or kind.startswith(b"text/event-stream"))
         if attempt.stream:
             attempt.verdict = await self._hold(attempt, exchange, request, others)
@@ -5493,7 +5779,7 @@ class Relay:
                 held += piece
                 attempt.whole = not piece
             attempt.held = bytes(held)
-            attempt.verdict = self._judge_whole(attempt, exchange, request, others)
+            attempt.verdict = self._judge_whole(attempt, exchange, request)
         if attempt.verdict is not OK:
             self.pool.answered(lease, False, self.loop.time())
 
@@ -5501,26 +5787,29 @@ class Relay:
         """Read a stream up to its first real event, if there is another controller to ask; return the verdict.
 
         Upstreams that are about to fail often say 200 first: Azure sends a chunk with empty choices, OpenRouter and
-        DeepSeek send comments while the request waits, the Responses API three events before the first word.
+        DeepSeek send comments while the request waits, the Responses API three events before the first word. Raise
+        UpstreamTimeout when signs of life are all that comes within `first_byte`.
         """
-        assert attempt.head is not None
-        readable = not is_compressed(attempt.head)
-        others, stateful = others and readable, request.stateful and readable
-        splitter = EventSplitter()
+        others, stateful = others and attempt.readable, request.stateful and attempt.readable
+        splitter, begun = EventSplitter(), False
         try:
-            async with asyncio.timeout(None) as held:
+            async with asyncio.timeout_at(attempt.at + exchange.first_byte_s) as held:
                 while True:
                     piece = await exchange.read()
+                    attempt.lease.heard(self.loop.time())
                     attempt.held = attempt.held + piece if attempt.held else piece
                     for event in splitter.feed(piece or b"\n\n") if others else ():
                         kind = judge_event(event)
-                        if kind is not EventKind.PREFACE:
+                        if kind in (EventKind.REAL, EventKind.ERROR):
                             return OK if kind is EventKind.REAL else self._refused_in_200(attempt, event)
+                        if kind is EventKind.PREFACE and not begun:
+                            begun = True
+                            held.reschedule(self.loop.time() + HOLD_S)
                     if not piece:
                         attempt.whole = True
                         if attempt.held.lstrip()[:1] == b"{":  # no stream, whatever its type says
                             attempt.stream = False
-                            return self._judge_whole(attempt, exchange, request, others)
+                            return self._judge_whole(attempt, exchange, request)
                         if others or not attempt.held:
                             raise UpstreamClosed("the upstream ended its stream before the first event")
                         return OK
@@ -5528,42 +5817,34 @@ class Relay:
                     decided = not others and (not stateful or made_id(attempt.held) or _EVENT_END.search(attempt.held))
                     if decided or len(attempt.held) > HOLD_BYTES:
                         return OK
-                    if held.when() is None:  # the time before the first byte has its own limit
-                        held.reschedule(self.loop.time() + HOLD_S)
         except TimeoutError:
-            return OK
+            if begun or not others:
+                return OK
+            message = f"no event within {exchange.first_byte_s:g} s, only signs of life"
+            raise UpstreamTimeout(message, before_reply=True) from None
         finally:
             attempt.at = self.loop.time()
 
-    def _judge_whole(self, attempt: Attempt, exchange: Exchange, request: ApiRequest, others: bool) -> Verdict:
-        """Return the verdict of a reply that is no stream. Raise UpstreamClosed for an empty answer."""
+    def _judge_whole(self, attempt: Attempt, exchange: Exchange, request: ApiRequest) -> Verdict:
+        """Return the verdict on a reply that is no stream."""
         head, rate_codes = exchange.head, attempt.lease.upstream.controller.rate_codes
-        text = attempt.held.lstrip()  # DeepSeek sends blank lines while a request waits
-        event = b""
         if head.status < 300:
-            if others and attempt.whole and not text and request.path == CHAT_PATH:
-                raise UpstreamClosed("the upstream's answer is empty")
-            # An error in a 200 has the word as its first key. To parse every answer would double the cost of a request.
-            if text.find(b'"error"', 0, 24) >= 0:
-                event = b"data: " + attempt.held.translate(ONE_LINE)
-            if not event or judge_event(event) is not EventKind.ERROR:
-                return OK
+            is_known = attempt.whole and attempt.readable
+            verdict = judge_answer(attempt.held, request, rate_codes) if is_known else OK
+            if verdict is not OK:
+                exchange.finish()
+                attempt.head = ResponseHead(verdict.status, 1, head.index, JSON_TYPE)
+            return verdict
         if attempt.whole:
             exchange.finish()
-        if head.status < 300:
-            return self._refused_in_200(attempt, event)
-        if attempt.held and is_compressed(head):
-            message = f"The upstream sent a compressed error of status {head.status}, which this server does not read."
-            attempt.held = compact_json(error_object(message, "server_error", "upstream_bad_reply"))
-            lines = without(head.lines, (b"content-encoding", b"content-type")) + JSON_TYPE
-            attempt.head = ResponseHead(head.status, head.http_minor, head.index, lines)
+        attempt.held = attempt.held if attempt.readable else b""
         return judge_reply(head.status, head.index, attempt.held, request, rate_codes, time.time())
 
     def _refused_in_200(self, attempt: Attempt, event: bytes) -> Verdict:
-        """Return the verdict of an error that came with status 200; the attempt gets the status that fits it."""
+        """Return the verdict of an error event in an answer's place; the attempt gets the status that fits it."""
         assert attempt.head is not None
         verdict = judge_error_event(event, attempt.lease.upstream.controller.rate_codes)
-        attempt.held = event_fields(event)[1] if attempt.stream else attempt.held
+        attempt.held = event_fields(event)[1]
         attempt.head = ResponseHead(verdict.status, 1, attempt.head.index, JSON_TYPE)
         return verdict
 
@@ -5571,14 +5852,16 @@ class Relay:
         """End an attempt: the pool learns its verdict, and the access record gets it as `word` or by its outcome."""
         verdict, lease = attempt.verdict, attempt.lease
         ended_at = attempt.at if verdict is OK else self.loop.time()
-        trip.record.outcomes.append((lease.upstream.name, word or verdict.outcome.value, ended_at - lease.since))
+        word = word or ("stopped" if self.stopping and verdict is ABANDONED else verdict.outcome.value)
+        trip.record.outcomes.append((lease.upstream.name, word, ended_at - lease.since))
+        trip.request.was_sent |= lease.sent_at > 0
         self.pool.settle(lease, verdict)
 
     # -- hedges
 
     def _hedge(self, trip: Trip, silent: Attempt) -> bool:
         """Ask a second controller that has room now; return whether there is one. The first real answer wins."""
-        if trip.hedge is not None or any(not may_retry(one.verdict, trip.request) for one in trip.refusals):
+        if trip.hedge is not None or any(not may_retry(refusal.verdict, trip.request) for refusal in trip.refusals):
             return False
         self._drop_removed(trip)
         lease = self.pool.lease_at_once(trip.request, trip.candidates, trip.tried | {silent.lease.upstream})
@@ -5647,50 +5930,69 @@ class Relay:
     async def _rest(self, attempt: Attempt, exchange: Exchange, trip: Trip) -> AsyncGenerator[bytes, None]:
         """Yield what was held, then the rest of an answer as it comes. Settle the attempt at the end, or when closed.
 
-        Raise AnswerCut when the upstream breaks off.
+        Raise AnswerCut when the upstream breaks off, when its stream ends without its end, or when this server stops.
         """
-        request, stream, word = trip.request, attempt.stream, ""
-        tail = last = attempt.held
-        attempt.verdict, attempt.held = ABANDONED, b""
-        counts = "stream_options" in request.data or request.path == "/responses"
+        request, stream, word, text = trip.request, attempt.stream, "", 0
+        readable = stream and attempt.readable
+        end, counts_text = StreamEnd(ENDED_STREAMS.get(request.path, False)), counts_tokens(attempt.lease, request)
+        splitter = EventSplitter() if attempt.adds_usage and readable else None
+        data, attempt.verdict, attempt.held = attempt.held, ABANDONED, b""
         request.body, request.data = b"", {}  # not needed any more; a prompt may have megabytes
         try:
-            yield redactor.scrub(last) if stream and b'"error"' in last else last
-            while not attempt.whole:
-                data = await exchange.read()
-                if not data:
-                    break
-                last, tail = data, (tail + data)[-TAIL_BYTES:]
+            while True:
+                end.feed(data)
+                text += sum(map(len, _TEXT.findall(data))) if counts_text else 0
+                if splitter is not None:
+                    events = [event for event in splitter.feed(data) if not is_usage_event(event)]
+                    data = b"".join(events) + (splitter.pending if attempt.whole else b"")
                 yield redactor.scrub(data) if stream and data.find(b'"error"') >= 0 else data
-            exchange.finish()
-            attempt.verdict = OK
-            if counts:
-                self._take_usage(attempt, request, tail)
+                if attempt.whole:
+                    break
+                data = await exchange.read()
+                attempt.whole = not data
             # Some upstreams tell of a failure with status 200 and in their last event only (vLLM, OpenRouter).
-            late = (
-                [event for event in _EVENT_END.split(tail) if judge_event(event) is EventKind.ERROR] if stream else []
-            )
+            tells = readable and (b"error" in end.tail or b"failed" in end.tail)
+            events = _EVENT_END.split(end.tail) if tells else []
+            late = [event for event in events if judge_event(event) is EventKind.ERROR]
             if late:
-                word = "error"
-                attempt.verdict = judge_late_event(late[0], attempt.lease.upstream.controller.rate_codes)
-        except UpstreamError as error:
-            attempt.verdict, word = Verdict(Outcome.CUT, 0, str(error)), "cut"
-            log.warning("%s: answer of account %s cut: %s", request.request_id, attempt.lease.upstream.name, error)
-            event = error_event(f"The upstream's answer was cut: {error}.", error.code)
+                word, attempt.verdict = "error", judge_late_event(late[0], attempt.lease.upstream.controller.rate_codes)
+            elif readable and request.path in ENDED_STREAMS and not end.is_whole():
+                raise UpstreamClosed("the upstream ended its stream before the last event")
+            else:
+                attempt.verdict = OK
+            exchange.finish()
+        except (UpstreamError, asyncio.CancelledError) as error:
+            if isinstance(error, UpstreamError):
+                attempt.verdict, word = Verdict(Outcome.CUT, 0, str(error)), "cut"
+                log.warning("%s: answer of account %s cut: %s", request.request_id, attempt.lease.upstream.name, error)
+                event = error_event(f"The upstream's answer was cut: {error}.", error.code)
+            elif self.stopping:
+                event = error_event("This server is shutting down.", "server_shutdown")
+            else:
+                raise
             # go-openai adds what stands before an error to its line, and then cannot parse it.
-            begun = last and not last.endswith((b"\n\n", b"\r\r", b"\n\r\n"))
-            readable = stream and attempt.head is not None and not is_compressed(attempt.head)
+            begun = not end.tail.endswith((b"\n\n", b"\r\r", b"\n\r\n"))
             raise AnswerCut((b"\n\n" if begun else b"") + event if readable else b"") from error
         finally:
             exchange.abort()
+            self._take_usage(attempt, request, end.tail, text)
             self._settle(attempt, trip, word)
 
-    def _take_usage(self, attempt: Attempt, request: ApiRequest, tail: bytes) -> None:
-        """Count what an answer cost, where a limit counts tokens and the reply did not say what is left."""
+    def _take_usage(self, attempt: Attempt, request: ApiRequest, body: bytes, text: int | None = None) -> None:
+        """Count what an answer cost, where a limit counts tokens.
+
+        `body` is the answer or its end. Without usage in it, four characters of `text` count as a token.
+        """
         lease = attempt.lease
-        if lease.ledger.limited:
-            total, answer = used_tokens(tail, lease.upstream.controller.cache_free)
-            self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
+        if request.on_usage is None and not lease.ledger.limited:
+            return
+        total, answer = used_tokens(body, lease.upstream.controller.cache_free)
+        if not total:
+            text = sum(map(len, _TEXT.findall(body))) if text is None else text
+            total = request.prompt_tokens + text // 4
+        self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
+        if request.on_usage is not None:
+            request.on_usage(total)
 
     def _lines(self, attempt: Attempt, trip: Trip, retry: bytes = b"") -> bytes:
         """Return the header lines of an upstream's answer: those that may pass, then those of this server."""
@@ -5712,9 +6014,11 @@ class Relay:
         record, request = trip.record, trip.request
         # What was said of the model asked for counts more than what a fallback said; the last of equals is the truest.
         asked = trip.refusals[0].model if trip.refusals else ""
-        best = max(trip.refusals[::-1], key=lambda one: (one.model == asked, usefulness(one.verdict)), default=None)
+        best = max(trip.refusals[::-1], key=lambda item: (item.model == asked, usefulness(item.verdict)), default=None)
         limited = best is not None and best.verdict.outcome is Outcome.RATE
-        if trip.full is None and limited and request.model == asked:
+        if trip.merely_full and best is not None and usefulness(best.verdict) < usefulness(RATE_LIMITED):
+            best = None  # an account is merely full, so the troubles of others do not matter to the client
+        elif trip.full is None and limited and request.model == asked:
             # That 429 was waited out. What came then is the answer: the last refusal, or an error without a reply.
             best = trip.refusals[-1] if trip.verdict is trip.refusals[-1].verdict else None
         outcome = Outcome.RATE if best is None else best.verdict.outcome
@@ -5730,25 +6034,37 @@ class Relay:
         if best is not None:
             return self._show(best, trip, retry)
         if trip.full is not None:
-            message = f"Rate limit reached on every controller that serves {request.model[:64]}: {trip.full.why}."
+            model = (request.asked or request.model)[:64]
+            message = f"Rate limit reached on every controller that serves {model}: {trip.full.why}."
             raise ProxyError(429, message, "rate_limit_exceeded", headers=retry)
         raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
     def _show(self, attempt: Attempt, trip: Trip, retry: bytes) -> Answer:
         """Return an upstream's refusal as the answer, without secrets that it may repeat. Raise ProxyError."""
         assert attempt.head is not None
-        status = attempt.head.status
+        status, outcome = attempt.head.status, attempt.verdict.outcome
         trip.name(attempt)
+        name = trip.record.controller
         trip.record.first_at = self.loop.time()
         if 300 <= status < 400:  # a client that follows its Location would send a key there
-            raise ProxyError(502, "The upstream redirects; correct its base_url.", "upstream_redirects")
-        body = redactor.scrub(attempt.held)
-        if (
-            attempt.verdict.outcome is Outcome.AUTH and status == 401
-        ):  # the upstream's text shows parts of this server's key, and blames the client's
-            message = f"The upstream refused this server's key for the controller {trip.record.controller!r}."
-            body = compact_json(error_object(message, "invalid_request_error", "invalid_api_key"))
-        return Answer(status, self._lines(attempt, trip, retry), body, len(body))
+            raise ProxyError(502, f"The upstream of {name!r} redirects; correct its base_url.", "upstream_redirects")
+        if outcome in ACCOUNT_REFUSALS and not self.shows_account:
+            message = f"The account of controller {name!r} refused this server: {ACCOUNT_REFUSALS[outcome]}."
+            raise ProxyError(502, message, "upstream_account_refused", headers=retry)
+        body, lines = redactor.scrub(attempt.held), self._lines(attempt, trip, retry)
+        if (outcome is Outcome.AUTH and status == 401) or not is_error_object(body):
+            message, code = redactor.clean(attempt.verdict.message), None
+            if outcome is Outcome.AUTH:
+                # The upstream's text shows parts of this server's key, and blames the client.
+                message, code = (
+                    f"The upstream refused this server's key for the controller {name!r}.",
+                    "invalid_api_key",
+                )
+            message = message or plain_text(body) or f"The upstream sent status {status} without a reason."
+            kind = "invalid_request_error" if status < 500 else "server_error"
+            body = compact_json(error_object(message, kind, code))
+            lines = without(lines, (b"content-encoding", b"content-type")) + JSON_TYPE
+        return Answer(status, lines, body, len(body))
 
 
 # ==== 14. Server ====
@@ -5766,11 +6082,14 @@ SPOOL_BYTES = 1_048_576  # a larger upload waits in a temporary file
 BACKLOG = 4096  # connections that the kernel completes before they are accepted
 LINGER_S, LINGER_BYTES = 2.0, 1_048_576  # how long, and how much, a client may send after this side is closed
 FLUSH_FIRST_S, FLUSH_MAX_S = 0.01, 1.0  # between two looks at whether a closing connection has sent all
-MODELS_TTL_S = 300.0  # how long a controller's model list is cached
-MODELS_TIMEOUT_S = 10.0  # for asking a controller for its list, and between two tries
+MODELS_EVERY_S = 600.0  # between two questions to a controller for its list of models
+MODELS_TIMEOUT_S = 10.0  # for an answer, and before a question is repeated at first
+MODELS_WAIT_S = 2.0  # how long a client waits for the first lists after the start
 LIST_BYTES = 8_388_608  # one controller's model list
 ANSWER_EARLY_S = 2.0  # answer this long before the client's own read timeout
 SKIP_BYTES, SKIP_S = 65536, 1.0  # a body of a refused request is read to its end if it is this small and fast
+IDLE_GRACE_S = 1.0  # at a stop, for a request that crosses the end of its idle connection
+LAST_BYTES_S = 1.0  # at a stop, for an error event to reach its client
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
 
 DATE = b"Date: %b\r\n"  # RFC 9110, 6.6.1
@@ -5865,8 +6184,8 @@ def find_route(method: str, target: str, endpoints: tuple[str, ...]) -> tuple[st
 class Call:
     """One request as the handlers get it.
 
-    `key` is the client's key, and `origin` the web page that may read the answer. `quota` is the limit of the client
-    key; it counts this request until its answer has ended.
+    `key` is the client's key, and `origin` the web page that may read the answer. `charge` is what the limit of the
+    client key counts for this request. `request` is what the controllers get.
     """
 
     head: RequestHead
@@ -5877,7 +6196,8 @@ class Call:
     origin: bytes = b""
     key: ClientKey | None = None
     body: bytes | mmap.mmap = b""
-    quota: ClientQuota | None = None
+    charge: ClientCharge | None = None
+    request: ApiRequest | None = None
 
 
 def longest_wait(index: Index, most_s: float) -> float:
@@ -6095,30 +6415,32 @@ class ClientConnection:
     async def _serve_one(self) -> bool:
         """Read and answer one request; return whether another may follow."""
         self.phase, self.head_sent, self.http_minor = Phase.IDLE, False, 1
-        call, error = None, None
+        error: ProxyError | None = None
         try:
             head = await self._read_head()
-            if head is None:
-                return False
-            call = self._begin(head)
-            await self._read_call(call)
         except EOFError:  # the deadline's, while the client still reads its last answer
             return False
         except ProxyError as problem:
-            error = problem
-            self.keep = self.keep and not self.unread
-        if call is None:
-            call, self.unread, self.keep = self._begin(RequestHead("-", "-", 1, {}, b"")), True, False
-        self.deadline.set(math.inf)
-        self.phase = Phase.ANSWER
+            head, error, self.unread = RequestHead("-", "-", 1, {}, b""), problem, True
+        if head is None:
+            return False
+        call = self._begin(head)
         try:
+            try:
+                if error is None:
+                    await self._read_call(call)
+            except ProxyError as problem:
+                error = problem
+            self.keep = self.keep and not self.unread
+            self.deadline.set(math.inf)
+            self.phase = Phase.ANSWER
             await self._send(await self._answer(call, error), call)
         except (asyncio.CancelledError, ConnectionError, TimeoutError, ClientGone):
             call.record.status = call.record.status or 499  # nginx's status for a client that left
             raise
         finally:
-            if call.quota is not None:
-                call.quota.leave()
+            if call.charge is not None:
+                call.charge.leave(call.request is not None and call.request.was_sent, self.loop.time())
             self.server.access.add(call.record)
             self._release()
         if self.protocol.full:  # a client that never reads must not pile up answers
@@ -6282,8 +6604,11 @@ class ClientConnection:
             return await handler(call)
         except (ProxyError, UpstreamError) as problem:
             return error_answer(problem, call.record)
-        except ClientGone:
-            raise
+        except asyncio.CancelledError:
+            if self.gone or not self.server.relay.stopping:
+                raise
+            error = ProxyError(503, "This server is shutting down; try again.", "server_shutdown")
+            return error_answer(error, call.record)
         except Exception:  # a mistake in this program costs one request; the log has the traceback
             log.exception("%s: internal error", call.record.request_id)
             self.keep = False
@@ -6296,6 +6621,7 @@ class ClientConnection:
         chunked = rest is not None and answer.length is None and self.http_minor > 0
         # A 204 has no length (RFC 9110, 8.6), a 304's is another answer's, and to HEAD the body's length is unknown.
         bodiless = answer.status in (204, 304) or (head_only and not answer.held)
+        self.keep = self.keep and not self.server.draining
         if chunked:
             framing = b"Transfer-Encoding: chunked\r\n"
         elif answer.length is not None:
@@ -6315,6 +6641,8 @@ class ClientConnection:
             if self.protocol.full:
                 await self._drain()
             async for data in rest:
+                if not data:  # an empty chunk would end the body
+                    continue
                 record.bytes += len(data)
                 self.batcher.write(self.transport, chunk(data) if chunked else data)
                 if self.protocol.full:
@@ -6390,19 +6718,55 @@ def ignore_write(now: float) -> None:
 class ModelLists:
     """The models that the controllers serve: those of the configuration, and the lists of open-ended controllers.
 
-    Each list is asked for at most every few minutes. While a controller fails, its last known list counts.
+    The lists are asked for in the background, never in a client's way. While a controller fails, its last list counts.
     """
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
-        self.cache: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # controller: valid until, its models
+        self.known: dict[str, list[dict[str, Any]]] = {}  # by controller
+        self.tasks: dict[str, asyncio.Task[None]] = {}  # the last question to each controller
+        self.timers: dict[str, asyncio.TimerHandle] = {}  # of the next
+
+    def follow(self) -> None:
+        """Ask the controllers of the current configuration, now and from time to time."""
+        self.close()
+        for upstream in self.pool.upstreams:
+            if is_open_ended(upstream.config):
+                self._ask_again(upstream, 0.0)
+
+    def close(self) -> None:
+        """Ask no more."""
+        for timer in self.timers.values():
+            timer.cancel()
+        for task in self.tasks.values():
+            task.cancel()
+        self.timers, self.tasks = {}, {}
+
+    def _ask_again(self, upstream: Upstream, failed_s: float) -> None:
+        self.tasks[upstream.name] = self.loop.create_task(self._ask(upstream, failed_s))
+
+    async def _ask(self, upstream: Upstream, failed_s: float) -> None:
+        """Ask one controller, and set the time of the next question. `failed_s`: the last backoff."""
+        name, again_s = upstream.name, MODELS_EVERY_S
+        try:
+            async with asyncio.timeout(MODELS_TIMEOUT_S):
+                self.known[name] = await self._fetch(upstream)
+            self.pool.learn_models(upstream, [model["id"] for model in self.known[name]])
+        except (UpstreamError, TimeoutError, Untranslatable) as error:
+            again_s = next_backoff(failed_s, (MODELS_TIMEOUT_S, MODELS_EVERY_S))
+            if not failed_s:
+                log.warning("account %s: its models cannot be listed: %s", name, str(error) or "no answer in time")
+        failed_s = again_s if again_s < MODELS_EVERY_S else 0.0
+        self.timers[name] = self.loop.call_later(again_s, self._ask_again, upstream, failed_s)
 
     async def all(self) -> list[dict[str, Any]]:
         """Return all models and aliases by name. A controller that fails only shortens the list."""
+        first = [task for name, task in self.tasks.items() if name not in self.known and not task.done()]
+        if first:  # this server has just been started
+            await asyncio.wait(first, timeout=MODELS_WAIT_S)
         models = {name: model_object(name) for name in self.pool.configured_models()}
-        asked = [upstream for upstream in self.pool.upstreams if is_open_ended(upstream.config)]
-        for upstream, listed in zip(asked, await asyncio.gather(*map(self._of, asked)), strict=True):
-            for model in listed:
+        for upstream in self.pool.upstreams:
+            for model in self.known.get(upstream.name, ()):
                 if upstream.serves(model["id"]):
                     models.setdefault(model["id"], model)
         for alias, name in self.pool.aliases.items():
@@ -6410,31 +6774,15 @@ class ModelLists:
                 models[alias] = {**model_object(alias), "root": name}  # as vLLM does
         return [models[name] for name in sorted(models)]
 
-    async def _of(self, upstream: Upstream) -> list[dict[str, Any]]:
-        """Return a controller's models, from the cache or by asking it."""
-        valid_until, models = self.cache.get(upstream.name, (0.0, []))
-        if self.loop.time() < valid_until:
-            return models
-        again_s = MODELS_TTL_S
-        try:
-            async with asyncio.timeout(MODELS_TIMEOUT_S):
-                models = await self._fetch(upstream)
-        except (UpstreamError, TimeoutError, Untranslatable) as error:
-            log.warning("account %s: its models cannot be listed: %s", upstream.name, str(error) or "no answer in time")
-            again_s = MODELS_TIMEOUT_S
-        self.cache[upstream.name] = (self.loop.time() + again_s, models)
-        return models
-
     async def _fetch(self, upstream: Upstream) -> list[dict[str, Any]]:
         """Return a controller's own list of models. Raise UpstreamError, Untranslatable."""
         request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
-        exchange = upstream.controller.exchange(request, self.connections, ignore_write)
+        exchange = upstream.controller.exchange(request, self.connections, ignore_write, True)
         try:
             await exchange.start()
             body = await read_all(exchange, LIST_BYTES)
-            exchange.finish()
         finally:
-            exchange.abort()
+            exchange.abort()  # a connection that is kept for requests has served a request
         try:
             if exchange.head.status == 200:
                 listed = [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
@@ -6460,12 +6808,13 @@ def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
     upstreams: list[Upstream] = []
     for controller in config.controllers:
         upstream = known.get(controller.name)
-        if upstream is None or upstream.config != controller:
+        if upstream is not None and replace(upstream.config, limits=controller.limits) == controller:
+            upstream.config = controller
+        else:
             which = bool(controller.quota_group), controller.quota_group or controller.name
-            quota = quotas.get(which)
-            if quota is None or quota.limits != controller.limits:
-                quota = quotas[which] = Quota(which[1], controller.limits)
+            quota = quotas.setdefault(which, Quota(which[1], controller.limits))
             upstream = Upstream(controller, CONTROLLERS[controller.type](controller), quota)
+        upstream.quota.configure(controller.limits)
         upstreams.append(upstream)
     pool.replace(upstreams, config.pool)
 
@@ -6526,15 +6875,16 @@ class Server:
         known, self.client_quotas = self.client_quotas, {}
         for key in config.client_keys:
             if key.limits != QuotaLimits():
-                quota = known.get(key.name)
-                same = quota is not None and quota.key.limits == key.limits
-                self.client_quotas[key.name] = quota if quota is not None and same else ClientQuota(key)
+                quota = self.client_quotas[key.name] = known.get(key.name) or ClientQuota(key.name, key.limits)
+                quota.configure(key.limits)
         self.access.render = json_line if config.log.format == "json" else text_line
         # A web page may point its own name at 127.0.0.1 (DNS rebinding), or send a simple request without asking. It
         # could spend the keys of a server on loopback. No page has a client key.
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
-        self.models.cache.clear()
+        self.relay.shows_account = len(config.controllers) == 1 and not config.client_keys
+        if self.listener is not None:
+            self.models.follow()
 
     def next_id(self) -> str:
         """Return a request id that no other request has."""
@@ -6547,6 +6897,9 @@ class Server:
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
+        for listener in self.listener.sockets:  # connections inherit it
+            watch_path(listener, self.config.limits.write_timeout)
+        self.models.follow()
         return [listener.getsockname()[:2] for listener in self.listener.sockets]
 
     def _protocol(self) -> TimedProtocol:
@@ -6578,22 +6931,38 @@ class Server:
             self.connections.discard(client)
             self.per_peer -= Counter((client.peer,))
 
-    async def stop(self) -> None:
-        """Drain: /status says so for drain_delay, the listener closes, answers may finish within drain_timeout."""
+    async def drain(self) -> None:
+        """Let what is under way finish: /status says so for drain_delay, the listener closes, answers may still end.
+
+        Answers say from the beginning on that their connection closes. An idle one is closed after a grace, as its
+        client may have sent a request that is on its way.
+        """
         self.draining = True
-        if self.config.drain_delay:  # load balancers ask /status; until they know, new requests still come
-            await asyncio.sleep(self.config.drain_delay)
+        await asyncio.sleep(self.config.drain_delay)  # load balancers ask /status; until they know, new requests come
         self.stopping = True
         if self.listener is not None:
             self.listener.close()
+        tasks = [connection.task for connection in self.connections]
+        if tasks and self.config.drain_delay < IDLE_GRACE_S:
+            await asyncio.wait(tasks, timeout=IDLE_GRACE_S)
         for connection in list(self.connections):
             connection.retire()
-        tasks = [connection.task for connection in self.connections]
         if tasks:
             await asyncio.wait(tasks, timeout=self.config.drain_timeout)
+
+    async def close(self) -> None:
+        """Cut what is left, and close everything. Streams end with an error event."""
+        self.draining = self.stopping = self.relay.stopping = True
+        if self.listener is not None:
+            self.listener.close()
+        # The second time for clients that do not take their last bytes.
+        for _ in range(2):
+            tasks = [connection.task for connection in self.connections]
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            if tasks:
+                await asyncio.wait(tasks, timeout=LAST_BYTES_S)
+        self.models.close()
         self.pool.close()
         self.links.close()
         self.access.flush()
@@ -6751,11 +7120,15 @@ class Server:
             quota = self.client_quotas.get(call.key.name)
             if quota is not None:
                 self.pool.estimate(request)
-                after_s = quota.enter(request.need, self.loop.time())
-                if after_s:
-                    message = f"The client key {request.key!r} has reached its own limit on this gateway."
-                    raise ProxyError(429, message, "rate_limit_exceeded", headers=retry_fields(after_s))
-                call.quota = quota
+                try:
+                    charge = call.charge = quota.enter(request.need, self.loop.time())
+                except NoRoom as full:
+                    message = f"The client key {request.key!r} {full.why} on this gateway."
+                    fields = retry_fields(full.after_s)
+                    raise ProxyError(429, message, "rate_limit_exceeded", headers=fields) from None
+                call.request = request
+                if quota.limits.tpm:
+                    request.on_usage = lambda total: charge.used(total, self.loop.time())
         return await self.relay.run(request, call.record)
 
     async def _list_models(self, call: Call) -> Answer:
@@ -6871,17 +7244,19 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS))
     server = Server(config, loop)
     stop = asyncio.Event()
+    drain: list[asyncio.Task[None]] = []
 
     def on_stop() -> None:
-        if stop.is_set():
+        if drain:
             log.warning("second signal: closing now")
-            leave(1)
+            drain[0].cancel()
         stop.set()
 
-    # Before the listener: a supervisor may signal as soon as it can connect.
+    # Before the listener: a supervisor may signal as soon as it can connect. What came earlier is handled now.
     loop.add_signal_handler(signal.SIGINT, on_stop)
     loop.add_signal_handler(signal.SIGTERM, on_stop)
     loop.add_signal_handler(signal.SIGHUP, reload_config, server, load)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     raise_open_files()
     try:
         addresses = await server.start()
@@ -6897,9 +7272,11 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     await stop.wait()
     open_count, wait_s = len(server.connections), server.config.drain_delay + server.config.drain_timeout
     log.info("stopping: %d connections open; waiting up to %g s, a second signal ends it now", open_count, wait_s)
-    await server.stop()
+    drain.append(loop.create_task(server.drain()))
+    await asyncio.wait(drain)
+    await server.close()
     log.info("stopped")
-    leave(0)
+    leave(1 if drain[0].cancelled() else 0)
 
 
 def tell(text: str, status: int = 0) -> int:

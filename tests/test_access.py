@@ -102,9 +102,10 @@ async def test_a_key_with_models_may_not_list_files() -> None:
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("limits", [{"rpm": 3}, {"tpm": 600}, {"rpm": 6, "burst_s": 30}])
 async def test_rate_limits_of_a_key(limits: dict[str, float]) -> None:
-    """One request too many gets 429 with the exact time after which the next one is accepted."""
+    """One request too many gets 429 with the exact time after which the next one is accepted. Usage is what counts."""
     keys = [{"key": KEY, "limits": limits}, {"key": OTHER_KEY, "limits": limits}]
-    async with Upstream(answers(OK)) as upstream, Running(controller("a", upstream.url), client_keys=keys) as server:
+    used = json_reply(200, {**ANSWER, "usage": {"total_tokens": 200}})
+    async with Upstream(answers(used)) as upstream, Running(controller("a", upstream.url), client_keys=keys) as server:
 
         async def ask(key: str = KEY) -> Message:
             return await server.post("m", "api-key: " + key, max_tokens=199)

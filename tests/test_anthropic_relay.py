@@ -9,7 +9,19 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import ANSWER, SSE_HEAD, Message, Peer, Running, Upstream, answers, controller, json_reply, sse_reply
+from .support import (
+    ANSWER,
+    SSE_HEAD,
+    Listing,
+    Message,
+    Peer,
+    Running,
+    Upstream,
+    answers,
+    controller,
+    json_reply,
+    sse_reply,
+)
 
 STREAMS = Path(__file__).parent / "golden" / "anthropic" / "streams"
 REPLY = {
@@ -91,7 +103,9 @@ async def test_what_the_configuration_adds() -> None:
     account = {"max_tokens": 77, "thinking": "adaptive", "extra_body": {"service_tier": "standard_only"}}
     account["headers"] = {"anthropic-version": "2099-01-01", "anthropic-beta": "x"}
     async with Upstream(answers(OK)) as one, Running(anthropic("a", one, account=account)) as server:
-        assert [(await server.post(**more)).status for more in ({"max_tokens": 20, "reasoning_effort": "low"}, {})] == [200] * 2
+        assert [(await server.post(**more)).status for more in ({"max_tokens": 20, "reasoning_effort": "low"}, {})] == [
+            200
+        ] * 2
         first, second = (seen.json() for seen in one.seen)
         assert first["thinking"] == {"type": "adaptive"} and first["service_tier"] == "standard_only"
         assert (first["max_tokens"], second["max_tokens"]) == (20, 77)
@@ -289,7 +303,7 @@ async def test_an_untranslatable_request_goes_to_another_account(last: str) -> N
 async def test_models_are_listed_in_openais_form() -> None:
     """The account's models come with all four fields of OpenAI's API."""
     listed = {"data": [{"type": "model", "id": "claude-x", "display_name": "X", "created_at": "2025-01-01T00:00:00Z"}]}
-    async with Upstream(answers(json_reply(200, listed))) as one, Running(anthropic("a", one)) as server:
+    async with Upstream(answers(json_reply(200, listed))) as one, Listing(anthropic("a", one)) as server:
         (model,) = (await server.ask("GET", "/v1/models")).json()["data"]
         assert (model["id"], model["object"], model["owned_by"]) == ("claude-x", "model", "chatgpt-apiserver")
         assert one.seen[0].start == "GET /v1/models?limit=1000 HTTP/1.1"

@@ -179,6 +179,27 @@ def test_serves(models: str, served: str, others: str) -> None:
     assert all(map(controller.serves, served.split())) and not any(map(controller.serves, others.split()))
 
 
+@pytest.mark.parametrize(
+    ("model", "candidates"),
+    [
+        ("llama-3", "b b b"),  # b names it
+        ("quick", "a a a"),  # in the model_map of a
+        ("gpt", "ac ac c"),  # nothing names it, so an unknown list may have it
+        ("both", "b bc bc"),  # named by b, listed by c
+        ("preview", "ac a ac"),  # in no list: then what lists no preview may have it
+    ],
+)
+def test_a_model_goes_to_what_names_or_lists_it(model: str, candidates: str) -> None:
+    """Without `models` a controller gets what it lists, and what nothing names or lists."""
+    a, b, c = upstream("a", model_map=(("quick", "x"),)), upstream("b", models=("llama-*", "both")), upstream("c")
+    pool, found = pool_of([a, b, c]), []
+    for learner, names_listed in ((None, ""), (c, "gpt both"), (a, "other")):
+        if learner is not None:
+            pool.learn_models(learner, names_listed.split())
+        found.append("".join(item.upstream.name for item in pool.candidates(model)))
+    assert " ".join(found) == candidates
+
+
 def test_candidates() -> None:
     """Only those that serve the model, in the order of the file; else a 404 that names what is served."""
     pool = pool_of([upstream("a", models=("x", "y*")), upstream("b", 1, ("x",))], "priority")
@@ -288,16 +309,28 @@ def test_when_a_request_is_stuck(own: int, others: int, after_s: float | None) -
 
 
 def test_a_client_key_has_its_own_limits() -> None:
-    """Requests and tokens of a minute over all models, and requests at once; what was refused costs nothing."""
-    key = app.ClientQuota(app.ClientKey("k", b"", (), app.QuotaLimits(rpm=3, tpm=1000, concurrency=2)))
-    assert key.enter(400, T0) == 0 and key.enter(400, T0) == 0
-    assert key.enter(1, T0) == app.KEY_BUSY_S
-    key.leave()
-    assert key.enter(400, T0) == pytest.approx(60, abs=1)
-    assert key.enter(200, T0) == 0
-    key.leave()
-    assert key.enter(1, T0 + 1) == pytest.approx(59, abs=1)
-    assert key.enter(1000, T0 + 61) == 0
+    """Requests and tokens of a minute and requests at once, by what was used; what was refused or not sent is free."""
+    key = app.ClientQuota("k", app.QuotaLimits(rpm=3, tpm=1000, concurrency=2))
+
+    def refused_for(need: float, now: float = T0) -> float:
+        with pytest.raises(app.NoRoom) as refusal:
+            key.enter(need, now)
+        return round(refusal.value.after_s)
+
+    first, second = key.enter(400, T0), key.enter(400, T0)
+    assert refused_for(1) == app.KEY_BUSY_S
+    first.leave(False, T0)
+    assert refused_for(700) == 60
+    third = key.enter(500, T0)
+    third.used(100, T0)
+    third.leave(True, T0)
+    key.enter(500, T0).leave(True, T0)
+    assert refused_for(1) == 60  # three requests were sent
+    second.used(3000, T0 + 90)  # a long answer: its minute is over, and what the estimate lacked counts now
+    assert refused_for(1, T0 + 91) == 59
+    key.configure(app.QuotaLimits(tpm=4000))
+    key.enter(1300, T0 + 91).leave(True, T0 + 91)
+    assert refused_for(200, T0 + 91) == 59
 
 
 # -- what /status says

@@ -190,6 +190,17 @@ def test_the_first_replies_know_what_was_sent_before_anything_was_known(order: t
     assert one.ledger.tokens.level_at(T0 + 1) == pytest.approx(5700, abs=1)
 
 
+@pytest.mark.parametrize("order", ["6789", "9876", "1234567896789", "9512346", "5"])
+def test_a_refusal_adds_no_room(order: str) -> None:
+    """Nine requests at once on an unknown account of five: whatever reply comes first or last, nothing is left."""
+    one = candidate()
+    flying = [lease(one, T0, need=10) for _ in range(9)]
+    for number in map(int, order):
+        left = max(0, 5 - number)
+        flying[number - 1].learn(told(5, left, 12.0 * (5 - left)), told(50, 10 * left), T0 + 0.1)
+    assert one.ledger.requests.level_at(T0 + 0.1) < 0.1 and one.ledger.tokens.level_at(T0 + 0.1) < 0.1
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_what_was_never_sent_is_given_back_whole(seed: int) -> None:
     """A reply's word less exactly the requests that were charged after its own and not given back."""
@@ -304,6 +315,42 @@ def test_a_short_burst_wastes_nothing(limits: dict[str, Any], needs: tuple[int, 
     assert max(needs) > 1000 == limits.get("tpm", 0) / 60 or max(third) - min(third) <= 0.15 * max(third) + 2
 
 
+def test_used_tokens_replace_the_estimate() -> None:
+    """A configured limit counts what was used; what a reply reports counts more only where no limit is configured."""
+    for tells in (False, True):
+        one = candidate(tpm=1000)
+        pool = pool_of(one.upstream)
+        for used, taken in ((1, 1), (800, 801)):
+            made = lease(one, need=500)
+            made.learn(None, told(9000, 5000) if tells else None, T0)
+            pool.used(made, "m", used, 0, tells)
+            state = app.describe_ledger(one.ledger, T0)
+            assert state["tpm"]["taken"] == taken and (not tells or state["tokens"]["left"] == 5000)
+
+
+def test_a_reload_changes_limits_and_keeps_what_they_count() -> None:
+    """What was sent within the minute, what is under way and what replies reported count under the new limits too."""
+    pool = pool_of()
+
+    def reload(**limits: Any) -> app.Candidate:
+        data = {"controllers": [{"type": "echo", "name": "a", "limits": limits}]}
+        app.rebuild_pool(pool, app.parse_config(data, "c.json", {}))
+        return pool.candidates("m")[0]
+
+    one = reload(rpm=10, concurrency=3, burst_s=30)
+    flying = [lease(one), lease(one)]
+    flying[0].learn(told(60, 40), None, T0)
+    lease(one, sent=False).release(verdict("connect"), T0)
+    assert reload(rpm=4, concurrency=2, burst_s=30).opens_at(1, T0) == NEVER
+    flying[0].release(app.OK, T0)
+    assert one.opens_at(1, T0) == T0 + 30  # two of four are half a minute's worth
+    assert reload(rpm=2).opens_at(1, T0) == T0 + 60 + app.SLACK_S
+    assert one.ledger.requests.level_at(T0) == 39 and one.upstream.in_flight == 1
+    assert is_open(reload(rpm=3, tpm=100))
+    lease(one, need=90)
+    assert not is_open(one) and is_open(one, T0 + 61, need=100)
+
+
 def test_limits_count_per_model_and_concurrency_for_all() -> None:
     """rpm closes one model; concurrency closes the controller, its quota group too."""
     first = upstream("a", limits=app.QuotaLimits(rpm=1))
@@ -380,21 +427,48 @@ def refuse(one: app.Candidate, now: float = T0, need: float = 1.0, **more: Any) 
 
 
 def test_a_429_without_a_time() -> None:
-    """Without a hint: until what is lacking is back, where that is known; else a second, doubling to thirty."""
-    one = candidate()
-    lease(one).learn(told(60, 0), None, T0)
-    assert refuse(one) == pytest.approx(1.0, abs=0.01)
-    two, now = candidate(), T0
+    """Without a time: one second, doubling to thirty, not past a known reset, and longer where more is lacking."""
+    full, one, now = candidate(), candidate(), T0
+    lease(full).learn(told(6, 0), None, T0)
+    assert refuse(full) == pytest.approx(10, abs=0.01)
     for expected in (1, 2, 4, 8, 16, 30, 30):
-        assert refuse(two, now) == pytest.approx(expected)
+        assert refuse(one, now) == expected
         now += expected
-    under_way, made = lease(two, now), lease(two, now)
+    for reset_s, expected in ((3.0, 3), (50.0, 30)):
+        assert refuse(one, now, reset_s=reset_s) == expected
+        now += expected
+    under_way, made = lease(one, now), lease(one, now + 0.1)
     under_way.sent(now - 30)
     under_way.answered(now)  # it was let in before that refusal
-    assert refuse(two, now) == pytest.approx(30.0)
+    assert refuse(one, now) == 30
     made.sent(now + 30)
     made.answered(now + 30)
-    assert refuse(two, now + 30) == pytest.approx(1.0)
+    assert refuse(one, now + 30) == 1
+
+
+def test_after_a_429_without_a_time_there_is_one_probe_at_a_time() -> None:
+    """The next one goes once the probe is answered, has ended, or was not refused for as long as the closing was."""
+    one, now = candidate(rpm=1000), T0
+    pool = pool_of(one.upstream)
+    pool.timers.time.side_effect = lambda: now  # type: ignore[attr-defined]
+    flying = [lease(one, now, need=5) for _ in range(6)]
+    for made in flying[:3]:
+        pool.settle(made, verdict("rate", 429))
+    assert one.opens_at(1, now) == now + 1
+    for closed_s in (2, 4):
+        now = one.opens_at(1, now)
+        pool.settle(lease(one, now), verdict("gone", 0))
+        probe = lease(one, now)
+        assert one.opens_at(1, now) == now + closed_s / 2
+        pool.settle(probe, verdict("rate", 429))
+        assert one.opens_at(1, now) == now + closed_s
+        flying.pop().answered(now)  # from before the 429
+        assert one.opens_at(1, now) == now + closed_s
+    now += 4
+    lease(one, now).answered(now)
+    assert is_open(one, now)
+    pool.settle(lease(one, now + 0.1, need=5), verdict("rate", 429, by_tokens=True))
+    assert is_open(one, now + 0.2, need=4) and not is_open(one, now + 0.2, need=5)
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.003])
@@ -482,6 +556,7 @@ def times_out(one: app.Candidate, outcome: str, count: int, now: float, times: t
         if at + 1 < len(times):
             assert is_open(one, now)
             probe = lease(one, now)
+            assert probe.is_probe is (outcome in ("fault", "auth", "forbidden"))
             assert one.opens_at(1, now) == NEVER  # one at a time
             probe.release(verdict(outcome), now)
     return now
@@ -490,6 +565,7 @@ def times_out(one: app.Candidate, outcome: str, count: int, now: float, times: t
 @pytest.mark.parametrize(
     ("outcome", "count", "times"),
     [
+        ("fault", 5, (2,)),
         ("fault", 5, (2, 4, 8, 16, 32, 60, 60)),
         ("auth", 2, (30, 60, 120, 240, 480, 960, 1920, 3600, 3600)),
         ("forbidden", 3, (30, 60, 120)),
@@ -508,9 +584,10 @@ def test_out_for_longer_each_time_until_an_answer_ends_well(outcome: str, count:
     times_out(one, outcome, count, now + 1, times[:2])
 
 
-@pytest.mark.parametrize(
-    ("outcome", "count", "first_s"), [("fault", 5, 2), ("auth", 2, 30), ("quota", 1, 300), ("missing", 1, 600)]
-)
+FIRST = [("fault", 5, 2), ("auth", 2, 30), ("forbidden", 3, 30), ("quota", 1, 300), ("missing", 1, 600)]
+
+
+@pytest.mark.parametrize(("outcome", "count", "first_s"), FIRST)
 def test_only_a_probe_at_its_due_time_doubles(outcome: str, count: int, first_s: float) -> None:
     """Requests that were under way, or forced through as a last resort, change no time."""
     one = candidate()
@@ -652,20 +729,14 @@ def test_the_log_says_why_a_controller_is_out_and_when_it_is_back(caplog: pytest
     ]
 
 
-@pytest.mark.parametrize("outcome", ["auth", "fault", "quota", "missing"])
-def test_a_reload_tries_all_again(outcome: str) -> None:
+@pytest.mark.parametrize(("outcome", "count", "first_s"), FIRST)
+def test_a_reload_tries_all_again(outcome: str, count: int, first_s: float) -> None:
     """The operator has just acted: what was out is asked at once, and is out for the first time again if it fails."""
-    one = upstream()
-    pool = pool_of(one)
-    for _ in range(5):
-        fail(one.candidate("m"), outcome)
-    first = one.candidate("m").opens_at(1, T0)
-    fail(one.candidate("m"), outcome, first)
-    pool.replace([one], app.PoolConfig())
-    assert is_open(one.candidate("m"))
-    for _ in range(5):
-        fail(one.candidate("m"), outcome)
-    assert one.candidate("m").opens_at(1, T0) == first
+    one = candidate()
+    pool = pool_of(one.upstream)
+    for _ in range(2):
+        times_out(one, outcome, count, T0, (first_s, 2 * first_s)[: 1 + (outcome != "missing")])
+        pool.replace([one.upstream], app.PoolConfig())
 
 
 # -- suspicion
@@ -701,8 +772,9 @@ def test_one_slow_request_hides_no_hang() -> None:
     for at in range(3):
         lease(one, T0 + 51 + at)
     assert silent_from(one, T0 + 51) == 52.1
-    lease(one, T0 + 54).answered(T0 + 54.1)
-    assert not one.upstream.is_silent(T0 + 1000)
+    pinged = lease(one, T0 + 54)
+    pinged.heard(T0 + 54.1)  # any byte is a sign of life, and this request is never silent again
+    assert not one.upstream.is_silent(T0 + 1000) and pinged not in one.upstream.unanswered
 
 
 def test_what_was_slow_when_it_last_answered_may_be_slow_again() -> None:
@@ -748,7 +820,7 @@ def test_kinds_and_models_have_their_own_usual_times() -> None:
 
 
 def test_a_suspect_is_probed_once_nothing_is_stuck() -> None:
-    """No new requests; when it is empty one probes after 1, 2, 4 ... 60 s; any late answer clears it."""
+    """No new requests; when it is empty one probes after 1, 2, 4 ... 60 s; any late byte clears it."""
     one, now = candidate(), T0
     usual(one, 0.1)
     flying = [lease(one, now) for _ in range(3)]
@@ -764,7 +836,7 @@ def test_a_suspect_is_probed_once_nothing_is_stuck() -> None:
         one.upstream.gate.shut(app.SILENT, now, "silent", NEVER)
         probe.release(verdict("lost", 0), now)
     stuck = [lease(one, now) for _ in range(2)]
-    stuck[1].answered(now)
+    stuck[1].heard(now)
     assert is_open(one, now)
 
 
