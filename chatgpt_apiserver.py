@@ -3830,9 +3830,10 @@ _QUOTED = re.compile(r"(?<!\w)(['\"]).*\1(?!\w)", re.DOTALL)
 ERROR_STATUSES = {
     **dict.fromkeys((*CREDIT_CODES, "rate_limit_error", "rate_limit_exceeded"), 429),
     **dict.fromkeys(MISSING_CODES, 404),
-    **dict.fromkeys(("invalid_request_error", "content_filter", "content_policy_violation"), 400),
+    **dict.fromkeys(("invalid_request_error", "invalid_prompt", "content_filter", "content_policy_violation"), 400),
+    **dict.fromkeys(TOO_LONG_CODES, 400),
+    **dict.fromkeys(("authentication_error", "invalid_api_key"), 401),
     "overloaded_error": 529,
-    "authentication_error": 401,
     "permission_error": 403,
 }
 
