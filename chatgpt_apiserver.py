@@ -5781,6 +5781,12 @@ class Relay:
                 attempt.whole = not piece
             attempt.held = bytes(held)
             attempt.verdict = self._judge_whole(attempt, exchange, request)
+            is_refused = attempt.verdict.outcome is Outcome.CLIENT and "stream_options" in attempt.verdict.message
+            if attempt.adds_usage and is_refused:
+                # The parameter is this server's, not the client's. The account does not get it any more.
+                lease.upstream.controller.reports_usage = attempt.whole = False
+                await self._exchange(attempt, trip)
+                return
         if attempt.verdict is not OK:
             self.pool.answered(lease, False, self.loop.time())
 
