@@ -3043,7 +3043,7 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
         raise ValueError("the upstream's answer is not a message") from None
 
 
-# -- errors, which vendors and gateways send in many shapes; section 10 reads those of all other APIs
+# -- errors in the many shapes of vendors and gateways; section 10 uses these functions too
 
 
 def parse_reply(body: bytes) -> Any:
@@ -3762,12 +3762,12 @@ CREDIT_WORDS = (
     f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insufficient"
     "|User is locked. Reason: |(Your (team|project)|Account) .*(monthly spending (cap|limit)|credits))"
 )
+# 1211 is Zhipu's, 5007 Cloudflare's, 20012 SiliconFlow's.
 MISSING_CODES = (
     "model_not_found DeploymentNotFound not_found_error model_decommissioned model_not_supported model_not_available"
     " model_terms_required invalid_model unknown_model INVALID_MODEL_ID 1211 5007 20012"
 ).split()
-# DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare. The
-# numbers are codes of Zhipu, Cloudflare and SiliconFlow.
+# DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare.
 MISSING_WORDS = (
     r"(?i)^(model (does )?not (exist|found)|invalid model( name| id)?( passed| ['\"]|[.:]|$)"
     r"|(invalid params, )?unknown model(:| ['\"])|\S+ is not a valid model id"
@@ -3812,9 +3812,9 @@ RULES = (
 TOO_LONG_CODES = (
     "context_length_exceeded exceed_context_size_error model_max_prompt_tokens_exceeded tokens_limit_reached 1261"
 ).split()
-# Words of nearly all vendors, with an amount or a comparison, as other errors also speak of contexts and lengths; then
-# of Anthropic, Bedrock, Cohere, TGI, Google, xAI, Moonshot, DashScope, Zhipu, SGLang, Groq, GitHub. Not Cohere's "too
-# many tokens: max tokens must be less than": that is about the answer.
+# First the words of most vendors, with an amount or a comparison, as other errors also speak of contexts; then those of
+# Anthropic, Bedrock, Cohere, TGI, Google, xAI, Moonshot, DashScope, Zhipu, SGLang, Groq and GitHub. Cohere's "too many
+# tokens: max tokens must be less than" is not among them: it is about the answer.
 TOO_LONG_WORDS = re.compile(
     r"context (length|window|size|limit)( is| of)?( only)?:? ?\(?\d|\d maximum context length|context window exceeds"
     r"|(exceed(s|ed)?|(longer|greater|less) than) (\S+ ){0,3}context (length|window|size)"
@@ -3830,9 +3830,10 @@ _QUOTED = re.compile(r"(?<!\w)(['\"]).*\1(?!\w)", re.DOTALL)
 ERROR_STATUSES = {
     **dict.fromkeys((*CREDIT_CODES, "rate_limit_error", "rate_limit_exceeded"), 429),
     **dict.fromkeys(MISSING_CODES, 404),
-    **dict.fromkeys(("invalid_request_error", "content_filter", "content_policy_violation"), 400),
+    **dict.fromkeys(("invalid_request_error", "invalid_prompt", "content_filter", "content_policy_violation"), 400),
+    **dict.fromkeys(TOO_LONG_CODES, 400),
+    **dict.fromkeys(("authentication_error", "invalid_api_key"), 401),
     "overloaded_error": 529,
-    "authentication_error": 401,
     "permission_error": 403,
 }
 
@@ -3889,8 +3890,8 @@ def parse_duration(text: str) -> float | None:
 def parse_date(text: str) -> float | None:
     """Return the Unix time of an HTTP date or an RFC 3339 time; None for anything else."""
     try:
-        is_rfc3339 = text[:4].isdigit()
-        then = dt.datetime.fromisoformat(text) if is_rfc3339 else email.utils.parsedate_to_datetime(text)
+        parse = dt.datetime.fromisoformat if text[:4].isdigit() else email.utils.parsedate_to_datetime
+        then = parse(text)
         return (then if then.tzinfo else then.replace(tzinfo=dt.UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
@@ -3917,7 +3918,7 @@ def seconds_until(name: bytes, index: Index, wall_s: float) -> float | None:
 
 
 def read_waits(verdict: Verdict, index: Index, body: bytes, wall_s: float) -> None:
-    """Set the time to wait: by the fields of an error (RFC 9110, 10.2.3), by its text, or by the end of a window.
+    """Set the time to wait: by an error's fields (RFC 9110, 10.2.3), else by its text, else by the end of a window.
 
     The milliseconds of Azure and OpenAI come first: Retry-After rounds 20 ms up to a second, or down to zero.
     X-RateLimit-Reset (OpenRouter) is the end of a fixed window. A bucket that refills has room long before it is full,
@@ -3956,7 +3957,7 @@ def read_rate_message(verdict: Verdict, names: list[str]) -> None:
 
 
 def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[str], wall_s: float) -> Verdict:
-    """Return the verdict on an error reply to a request for a model. In a 200, the error's words tell the status."""
+    """Return the verdict on an error reply to a request for a model. For a 200, the error's words give the status."""
     value = parse_reply(body)
     error = find_error(value) or first_object(value)
     names, message = error_words(error)
@@ -3996,7 +3997,7 @@ def judge_reply(
         elif status == 404 or (status == 409 and request.stateful):
             verdict.outcome = Outcome.CLIENT
     elif status == 404 and body.lstrip()[:1] not in (b"{", b"["):
-        # No API says this, but a proxy whose backend is away; or a server that lacks one of the rarer paths.
+        # An API would answer in JSON: this is a proxy whose backend is away, or a server that lacks a rarer path.
         is_common = request.path.endswith(("/completions", "/embeddings"))
         verdict.outcome = Outcome.FAULT if is_common else Outcome.UNFIT
     elif request.stateful and status in (404, 409) and not (request.model and verdict.outcome is Outcome.MISSING):
@@ -4005,16 +4006,16 @@ def judge_reply(
     return verdict
 
 
-# In JSON, quotes within a text are escaped, so neither of these can be a part of one.
+# Inside a JSON string quotes are escaped, so neither pattern can match there.
 _CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 _ERROR = re.compile(rb'"(?:error|success)"(?!\s*:\s*(?:null|true))')
 
 
 def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
-    """Return the verdict on `body`, all of an answer with status 200: some upstreams send their errors so.
+    """Return the verdict on `body`, a whole answer with status 200: some upstreams send errors with that status.
 
-    A chat must have choices; any other answer may be anything but an error object. Only suspicious bodies are parsed:
-    to parse every answer would double the cost of a request.
+    A chat must have choices; any other answer may be anything but an error object. Only a suspicious body is parsed,
+    as parsing every answer would double the cost of a request.
     """
     text, is_chat = body.strip(), request.path in (CHAT_PATH, "/completions")
     is_object = text[:1] == b"{" and text[-1:] == b"}"
@@ -4025,7 +4026,7 @@ def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) 
         return OK
     value = parse_reply(text)
     answer = first_object(value)
-    # A stored response that failed is an object of the account, which its client may read again.
+    # A stored response that failed is an object of the account: the client may read it again.
     if find_error(value) and not (request.stateful and answer.get("object") == "response"):
         return judge_error(200, {}, text, rate_codes, time.time())
     if not is_chat or first_object(answer.get("choices")):
@@ -4132,7 +4133,7 @@ def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
     the prompt cache do not count.
     """
     start = max((usage.end() for usage in _USAGE.finditer(body)), default=len(body))
-    # In reverse, as the first of equal names counts: others stand in details. No usage has more than 2,048 bytes.
+    # Reversed, so that the first of equal names counts: later ones are details. No usage has more than 2,048 bytes.
     counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + 2048))}
     answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
     total = counts.get(b"total", 0) or counts.get(b"prompt", 0) + counts.get(b"input", 0) + answer
@@ -5726,6 +5727,12 @@ class Relay:
                 attempt.whole = not piece
             attempt.held = bytes(held)
             attempt.verdict = self._judge_whole(attempt, exchange, request)
+            is_refused = attempt.verdict.outcome is Outcome.CLIENT and "stream_options" in attempt.verdict.message
+            if attempt.adds_usage and is_refused:
+                # The parameter is this server's, not the client's. The account does not get it any more.
+                lease.upstream.controller.reports_usage = attempt.whole = False
+                await self._exchange(attempt, trip)
+                return
         if attempt.verdict is not OK:
             self.pool.answered(lease, False, self.loop.time())
 
