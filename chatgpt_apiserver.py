@@ -4487,13 +4487,6 @@ class Lease:
             if told:
                 bucket.rebase(told, self.serial, receipt.expected, self.sent_at, now)
 
-    def was_early(self, verdict: Verdict) -> bool:
-        """Return whether a 429 came in spite of room, by the reply's own figures, else by our exact count."""
-        told = self.told[verdict.by_tokens]
-        if told is not None:
-            return told.remaining >= (self.need if verdict.by_tokens else 1)
-        return bool(self.ledger.minutes)
-
     def release(self, verdict: Verdict, now: float) -> None:
         """End the attempt with this verdict, also after its answer began. What was never sent is given back whole."""
         # A sent request stays charged, as providers count failed calls too.
@@ -4601,20 +4594,11 @@ def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
 # -- policies (POOL_TYPES): which of at least one candidates, in the order of the configuration, gets a request
 
 
-def smooth_weighted(candidates: list[Candidate], stream: bool) -> Candidate:
-    """Return the next of a smooth weighted round robin, as the Go original and nginx: 5, 1, 1 gives a a b a c a a."""
-    return max(candidates, key=lambda candidate: candidate.upstream.credit + candidate.upstream.weight)
-
-
-def take_turn(candidates: list[Candidate], chosen: Candidate) -> None:
-    """Change the credits after a choice: each candidate gains its weight, and the chosen one pays the sum."""
-    for candidate in candidates:
-        candidate.upstream.credit += candidate.upstream.weight
-        chosen.upstream.credit -= candidate.upstream.weight
-
-
 POLICIES: dict[str, Callable[[list[Candidate], bool], Candidate]] = {
-    "balanced": smooth_weighted,
+    # Smooth weighted round robin, as the Go original and nginx: 5, 1, 1 gives a a b a c a a.
+    "balanced": lambda candidates, stream: max(
+        candidates, key=lambda item: item.upstream.credit + item.upstream.weight
+    ),
     "random": lambda candidates, stream: random.choices(candidates, [item.upstream.weight for item in candidates])[0],
     "least_busy": lambda candidates, stream: min(
         candidates, key=lambda item: item.upstream.in_flight / item.upstream.weight
@@ -4783,8 +4767,10 @@ class UpstreamPool:
                 eligible = preferred(request.thread, ready) if request.thread else ready
             chosen = self.policy(eligible, request.stream)
             if not chosen.room_at(request.need, now):
-                if self.policy is smooth_weighted:
-                    take_turn(eligible, chosen)
+                # Each one that could take part gains its weight, and the chosen one pays the sum.
+                for item in eligible if self.config.type == "balanced" else ():
+                    item.upstream.credit += item.upstream.weight
+                    chosen.upstream.credit -= item.upstream.weight
                 return self._give(chosen, request, now)
             ready.remove(chosen)
         return None
@@ -4824,7 +4810,10 @@ class UpstreamPool:
             if verdict.bucket and verdict.bucket != ledger.name:
                 ledger = quota.ledgers[lease.candidate.limited_as] = quota.ledger(verdict.bucket)
             under_way = lease.sent_at <= ledger.closed_at
-            if not under_way and lease.was_early(verdict):
+            # Whether there was room, by the reply's own figures, else by our exact count.
+            told, amount = lease.told[verdict.by_tokens], lease.need if verdict.by_tokens else 1.0
+            had_room = told.remaining >= amount if told is not None else bool(ledger.minutes)
+            if had_room and not under_way:
                 ledger.halve_burst()
             ledger.close(verdict, lease.need, now, under_way)
         self.pump()
