@@ -3923,7 +3923,7 @@ class Gate:
             self.probe = lease
 
     def counts(self, lease: "Lease", enough: bool = True) -> bool:
-        """Return whether a failure of `lease` shuts the gate: a probe's does, another if it is open and `enough`."""
+        """Return whether a failure shuts the gate: the probe's does, any other where the gate is open and `enough`."""
         return self.probe is lease or (enough and self.reason in ("", BUSY))
 
     def shut(self, reason: str, now: float, why: str, for_s: float | None = None) -> None:
@@ -4028,7 +4028,7 @@ class Bucket:
             self.known_at = now
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
-            # `remaining` is rounded down; the time until the bucket is full has the fraction, unless it is a window's.
+            # `remaining` is rounded down; the time until the bucket is full has the fraction, unless it ends a window.
             exact = self.size - told.reset_s * self.rate
             left = exact if left < exact < left + 1 else left
         elif told.limit != self.limit:
@@ -4038,8 +4038,8 @@ class Bucket:
         # shift of its time; with the shift of now no error is corrected twice.
         error = left - expected + max(0.0, self.known_at - sent_at) * self.rate - self.shift
         self.shift += error
-        # No more can be left than the reply reports and was refilled since. Where the model was below zero, and so was
-        # set to zero, each refused request would otherwise look like one that was given back.
+        # No more can be left than the reply reported, plus what was refilled since. The level may have been below zero
+        # and was set to zero: without this bound each refused request would then look like one that was given back.
         most = min(self.size, left + (now - sent_at) * self.rate)
         self.level = min(max(self.level + error, 0.0), most)
 
@@ -4127,13 +4127,13 @@ class Window:
         receipt.sent_at = now
 
     def correct(self, receipt: Receipt, amount: float, now: float) -> None:
-        """Count `amount` in place of the receipt's. What a charge lacked that has left the window is charged now."""
+        """Count `amount` in place of the receipt's. If the charge has left the window, only the excess counts, now."""
         self._forget(now)
         if receipt.counted:
             self.total += amount - receipt.amount
-            receipt.amount = amount
         elif amount > receipt.amount and not self.burst:
             self.sent(self.take(amount - receipt.amount, now), now)
+        receipt.amount = amount
 
     def _forget(self, now: float) -> None:
         """Drop the charges that are older than the window."""
@@ -4702,7 +4702,7 @@ class UpstreamPool:
         def find(name: str) -> list[Candidate]:
             able = [upstream for upstream in self.upstreams if not name or upstream.serves(name)]
             named = [upstream for upstream in able if upstream.names(name)]
-            # A list that is not known yet may have the model, unless another controller is meant for it.
+            # An unknown list may have the model, unless the configuration names a controller for it.
             unknown = () if named else (name,)
             sure = [item for item in able if item in named or name in (unknown if item.listed is None else item.listed)]
             # Lists leave out previews and tuned models.
