@@ -3887,12 +3887,12 @@ def next_backoff(last_s: float, bounds: tuple[float, float]) -> float:
 
 # -- gates
 
-FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY, LIMITED = REASONS = (
-    "failing refused silent no_credit missing busy limited".split()
-)
+FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
+LIMITED = "limited"
 # Seconds for which a gate is shut: the first time, and the end of doubling. An overload ends in seconds, a refused key
 # or an unpaid bill needs a person, a hang may end at any moment. For BUSY the upstream names the time.
-BACKOFF_S = dict(zip(REASONS, ((2, 60), (30, 3600), (1, 60), (300, 3600), (600, 600), (0, 0), (1, 30)), strict=True))
+BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600)}
+BACKOFF_S |= {NO_MODEL: (600, 600), LIMITED: (1, 30)}
 
 
 class Gate:
