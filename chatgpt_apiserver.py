@@ -4178,12 +4178,12 @@ def next_backoff(last_s: float, bounds: tuple[float, float]) -> float:
 
 # -- gates
 
-FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY, LIMITED = REASONS = (
-    "failing refused silent no_credit missing busy limited".split()
-)
+FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
+LIMITED = "limited"
 # Seconds for which a gate is shut: the first time, and the end of doubling. An overload ends in seconds, a refused key
 # or an unpaid bill needs a person, a hang may end at any moment. For BUSY the upstream names the time.
-BACKOFF_S = dict(zip(REASONS, ((2, 60), (30, 3600), (1, 60), (300, 3600), (600, 600), (0, 0), (1, 30)), strict=True))
+BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600)}
+BACKOFF_S |= {NO_MODEL: (600, 600), LIMITED: (1, 30)}
 
 
 class Gate:
@@ -4214,7 +4214,7 @@ class Gate:
             self.probe = lease
 
     def counts(self, lease: "Lease", enough: bool = True) -> bool:
-        """Return whether a failure of `lease` shuts the gate: a probe's does, another if it is open and `enough`."""
+        """Return whether a failure shuts the gate: the probe's does, any other where the gate is open and `enough`."""
         return self.probe is lease or (enough and self.reason in ("", BUSY))
 
     def shut(self, reason: str, now: float, why: str, for_s: float | None = None) -> None:
@@ -4319,7 +4319,7 @@ class Bucket:
             self.known_at = now
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
-            # `remaining` is rounded down; the time until the bucket is full has the fraction, unless it is a window's.
+            # `remaining` is rounded down; the time until the bucket is full has the fraction, unless it ends a window.
             exact = self.size - told.reset_s * self.rate
             left = exact if left < exact < left + 1 else left
         elif told.limit != self.limit:
@@ -4329,8 +4329,8 @@ class Bucket:
         # shift of its time; with the shift of now no error is corrected twice.
         error = left - expected + max(0.0, self.known_at - sent_at) * self.rate - self.shift
         self.shift += error
-        # No more can be left than the reply reports and was refilled since. Where the model was below zero, and so was
-        # set to zero, each refused request would otherwise look like one that was given back.
+        # No more can be left than the reply reported, plus what was refilled since. The level may have been below zero
+        # and was set to zero: without this bound each refused request would then look like one that was given back.
         most = min(self.size, left + (now - sent_at) * self.rate)
         self.level = min(max(self.level + error, 0.0), most)
 
@@ -4418,13 +4418,13 @@ class Window:
         receipt.sent_at = now
 
     def correct(self, receipt: Receipt, amount: float, now: float) -> None:
-        """Count `amount` in place of the receipt's. What a charge lacked that has left the window is charged now."""
+        """Count `amount` in place of the receipt's. If the charge has left the window, only the excess counts, now."""
         self._forget(now)
         if receipt.counted:
             self.total += amount - receipt.amount
-            receipt.amount = amount
         elif amount > receipt.amount and not self.burst:
             self.sent(self.take(amount - receipt.amount, now), now)
+        receipt.amount = amount
 
     def _forget(self, now: float) -> None:
         """Drop the charges that are older than the window."""
@@ -4782,13 +4782,6 @@ class Lease:
             if told:
                 bucket.rebase(told, self.serial, receipt.expected, self.sent_at, now)
 
-    def was_early(self, verdict: Verdict) -> bool:
-        """Return whether a 429 came in spite of room, by the reply's own figures, else by our exact count."""
-        told = self.told[verdict.by_tokens]
-        if told is not None:
-            return told.remaining >= (self.need if verdict.by_tokens else 1)
-        return bool(self.ledger.minutes)
-
     def release(self, verdict: Verdict, now: float) -> None:
         """End the attempt with this verdict, also after its answer began. What was never sent is given back whole."""
         # A sent request stays charged, as providers count failed calls too.
@@ -4896,20 +4889,11 @@ def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
 # -- policies (POOL_TYPES): which of at least one candidates, in the order of the configuration, gets a request
 
 
-def smooth_weighted(candidates: list[Candidate], stream: bool) -> Candidate:
-    """Return the next of a smooth weighted round robin, as the Go original and nginx: 5, 1, 1 gives a a b a c a a."""
-    return max(candidates, key=lambda candidate: candidate.upstream.credit + candidate.upstream.weight)
-
-
-def take_turn(candidates: list[Candidate], chosen: Candidate) -> None:
-    """Change the credits after a choice: each candidate gains its weight, and the chosen one pays the sum."""
-    for candidate in candidates:
-        candidate.upstream.credit += candidate.upstream.weight
-        chosen.upstream.credit -= candidate.upstream.weight
-
-
 POLICIES: dict[str, Callable[[list[Candidate], bool], Candidate]] = {
-    "balanced": smooth_weighted,
+    # Smooth weighted round robin, as the Go original and nginx: 5, 1, 1 gives a a b a c a a.
+    "balanced": lambda candidates, stream: max(
+        candidates, key=lambda item: item.upstream.credit + item.upstream.weight
+    ),
     "random": lambda candidates, stream: random.choices(candidates, [item.upstream.weight for item in candidates])[0],
     "least_busy": lambda candidates, stream: min(
         candidates, key=lambda item: item.upstream.in_flight / item.upstream.weight
@@ -5078,8 +5062,10 @@ class UpstreamPool:
                 eligible = preferred(request.thread, ready) if request.thread else ready
             chosen = self.policy(eligible, request.stream)
             if not chosen.room_at(request.need, now):
-                if self.policy is smooth_weighted:
-                    take_turn(eligible, chosen)
+                # Each one that could take part gains its weight, and the chosen one pays the sum.
+                for item in eligible if self.config.type == "balanced" else ():
+                    item.upstream.credit += item.upstream.weight
+                    chosen.upstream.credit -= item.upstream.weight
                 return self._give(chosen, request, now)
             ready.remove(chosen)
         return None
@@ -5119,7 +5105,10 @@ class UpstreamPool:
             if verdict.bucket and verdict.bucket != ledger.name:
                 ledger = quota.ledgers[lease.candidate.limited_as] = quota.ledger(verdict.bucket)
             under_way = lease.sent_at <= ledger.closed_at
-            if not under_way and lease.was_early(verdict):
+            # Whether there was room, by the reply's own figures, else by our exact count.
+            told, amount = lease.told[verdict.by_tokens], lease.need if verdict.by_tokens else 1.0
+            had_room = told.remaining >= amount if told is not None else bool(ledger.minutes)
+            if had_room and not under_way:
                 ledger.halve_burst()
             ledger.close(verdict, lease.need, now, under_way)
         self.pump()
