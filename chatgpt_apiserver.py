@@ -288,8 +288,8 @@ class Secret:
         return start + "…" + (self._value[-4:] if len(self._value) >= 12 else "")
 
 
-# Text that may be a misplaced key: it has a vendor's prefix, or mixes letters and digits in 16 or more characters
-# (a word with a number behind it does not), or is a UUID, or stands before the @ of a URL.
+# Text that may be a key in a wrong place: it has a vendor's prefix, or mixes letters and digits in at least 16
+# characters (a word with a number behind it does not), or is a UUID, or stands before the @ of a URL.
 KEY_LIKE = re.compile(
     r"\bsk-[\w\-]{4,}|\b(?:gsk_|hf_|fw_|xai-|csk-|pplx-|nvapi-|AIza|ABSK|eyJ)[\w.+/=\-]{12,}"
     r"|(?i:\b(?:bearer|basic) )[^\s\"']+|(?<=//)[^\s\"]+(?=@)"
@@ -316,8 +316,8 @@ def reason_of(error: Exception) -> str:
 
 def json_type(value: Any) -> str:
     """Return the JSON name of the value's type, for messages that must not show the value."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number"}
-    return {**names, float: "a number", type(None): "null"}.get(type(value), "another type")
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return {**names, int: "a number", float: "a number"}.get(type(value), "another type")
 
 
 def show(value: Any) -> str:
@@ -800,15 +800,15 @@ def bypasses_proxy(url: str, no_proxy: str) -> bool:
     """Return whether `no_proxy` has the host of `url`: an address, a network (CIDR), a domain, or a name with `*`."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
-    for entry in re.findall(r"[^\s,]+", no_proxy.lower()):
-        pattern = re.escape(entry.lstrip(".")).replace(r"\*", ".*")
+
+    def has_host(entry: str) -> bool:
         try:
-            found = ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
+            return ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
         except ValueError:  # one of them is a name
-            found = any(re.fullmatch(rf"(.+\.)?{pattern}", name) for name in (host, f"{host}:{parts.port}"))
-        if found:
-            return True
-    return False
+            pattern = re.escape(entry.lstrip(".")).replace(r"\*", ".*")
+            return any(re.fullmatch(rf"(.+\.)?{pattern}", name) for name in (host, f"{host}:{parts.port}"))
+
+    return any(map(has_host, re.findall(r"[^\s,]+", no_proxy.lower())))
 
 
 def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfig:
@@ -915,23 +915,18 @@ def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mappin
 # -- where a configuration comes from
 
 
-def named_places(flag: str, value: str, env: Mapping[str, str]) -> Iterator[str]:
-    """Yield the paths that a flag and its two variables name, in this order. Raise ConfigError for a missing path."""
-    kind, exists = ("file", os.path.isfile) if flag == "--config_file" else ("folder", os.path.isdir)
-    name = flag[2:].upper()
-    for setter, path in ((flag, value), (ENV_PREFIX + name, env.get(ENV_PREFIX + name)), (name, env.get(name))):
-        if path and not exists(path):
-            raise ConfigError(f"{setter}: {path}: {'is not a' if os.path.exists(path) else 'no such'} {kind}")
-        if path:
-            yield path
-
-
 def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str:
-    """Return the path of the configuration file to read; "" when there is none. Raise ConfigError."""
-    for path in named_places("--config_file", config_file, env):
-        return path
-    folders = (*named_places("--config_path", config_path, env), *CONFIG_FOLDERS)
-    paths = (os.path.join(folder, name) for folder in folders for name in CONFIG_NAMES)
+    """Return the path of the configuration file to read, "" for none. Raise ConfigError if what is named is missing."""
+    folders: list[str] = []
+    for name, kind, flag in (("CONFIG_FILE", "file", config_file), ("CONFIG_PATH", "folder", config_path)):
+        variables = [(variable, env.get(variable)) for variable in (ENV_PREFIX + name, name)]
+        for setter, path in (("--" + name.lower(), flag), *variables):
+            if path and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
+                raise ConfigError(f"{setter}: {path}: {'is not a' if os.path.exists(path) else 'no such'} {kind}")
+            if path and kind == "file":
+                return path
+            folders += [path] if path else []
+    paths = (os.path.join(folder, name) for folder in (*folders, *CONFIG_FOLDERS) for name in CONFIG_NAMES)
     return next(filter(os.path.isfile, paths), "")
 
 

@@ -449,27 +449,23 @@ class Bench:
         if case.gap_ms:
             self.row(name, "kB / open stream", kb)
 
-    def idle(self, gateway: Gateway, case: str) -> float:
-        """Start and stop a gateway; return the milliseconds until it listened, or the MB that it has without load."""
-        since = time.monotonic()
-        pid = self.open(gateway)
-        result = 1e3 * (time.monotonic() - since)
-        if case == "memory":
-            time.sleep(1)
-            result = rss_kb(pid) / 1000
-        self.processes.stop()
-        return result
-
     def run_idle(self, name: str) -> None:
         """Start and stop each gateway in turn; LiteLLM and Portkey's, which take many seconds, only once."""
         url, what = "http://127.0.0.1:9", "MB idle" if name == "memory" else "ms until it listens"
         results: dict[str, list[float]] = {}
-        self.idle(self.gateways(url)[0], name)  # writes the bytecode
+        self.open(self.gateways(url)[0])  # writes the bytecode
+        self.processes.stop()
         for number in range(1 if name == "memory" else STARTS):
             script = this_server("file", url, self.folder, [self.args.python, str(ROOT / "chatgpt_apiserver.py")])
             for gateway in [script, *self.gateways(url)]:
-                if number == 0 or gateway.name not in SHARE:
-                    results.setdefault(gateway.name, []).append(self.idle(gateway, name))
+                if number and gateway.name in SHARE:
+                    continue
+                since = time.monotonic()
+                pid = self.open(gateway)
+                took_s = time.monotonic() - since
+                time.sleep(name == "memory")
+                results.setdefault(gateway.name, []).append(rss_kb(pid) / 1000 if name == "memory" else 1e3 * took_s)
+                self.processes.stop()
         cells = {gateway: middle(values) for gateway, values in results.items()}
         self.row(name, what + ", -m", cells)
         self.row(name, what + ", file", {THIS: cells["file"]})
