@@ -86,15 +86,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from typing import (
-    Annotated,
-    Any,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TypeVar,
-    get_type_hints,
-)
+from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 
 __version__ = "1.0.0"
 
@@ -1163,6 +1155,10 @@ class AccessRecord:
     until: float = 0.0
     outcomes: list[tuple[str, str, float]] = field(default_factory=list)
 
+    def ms(self, at: float) -> float:
+        """Return the milliseconds from the beginning to `at`, or to the end if that never came."""
+        return ((at or self.until) - self.since) * 1e3
+
 
 def plain(text: str) -> str:
     """Return `text` as one word: all but visible ASCII is escaped, and the backslash, which begins an escape."""
@@ -1171,11 +1167,10 @@ def plain(text: str) -> str:
 
 def text_line(record: AccessRecord, stamp: str) -> str:
     """Return the access line for people, with `name=value` words that awk, grep and logfmt can read."""
-    first_ms = ((record.first_at or record.until) - record.since) * 1e3
     line = (
         f"{stamp} {record.client} {record.method} {plain(record.path)} {record.status}"
         f" model={plain(record.model) or '-'} controller={record.controller or '-'} attempts={len(record.outcomes)}"
-        f" first_ms={first_ms:.1f} ms={(record.until - record.since) * 1e3:.1f} bytes={record.bytes}"
+        f" first_ms={record.ms(record.first_at):.1f} ms={record.ms(record.until):.1f} bytes={record.bytes}"
     )
     if record.key:
         line += f" key={plain(record.key)}"
@@ -1199,8 +1194,8 @@ def json_line(record: AccessRecord, stamp: str) -> str:
         "attempts": [
             {"controller": name, "outcome": word, "ms": round(s * 1e3, 1)} for name, word, s in record.outcomes
         ],
-        "first_ms": round(((record.first_at or record.until) - record.since) * 1e3, 1),
-        "ms": round((record.until - record.since) * 1e3, 1),
+        "first_ms": round(record.ms(record.first_at), 1),
+        "ms": round(record.ms(record.until), 1),
         "wait_ms": round(record.waited_s * 1e3),
         "bytes": record.bytes,
         "key": record.key or None,
@@ -1246,18 +1241,10 @@ class LogWriter:
         with self.changed:
             self.changed.wait_for(lambda: not self.waiting, wait_ms / 1e3)
 
-    def close(self) -> None:
-        """End the thread once it has written all lines."""
-        with self.changed:
-            self.opened = False
-            self.changed.notify_all()
-
     def _run(self, fd: int) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or not self.opened)
-                if not self.waiting:
-                    return
+                self.changed.wait_for(lambda: self.waiting)
                 data = bytes(self.waiting)
             try:
                 written = os.write(fd, data)  # sys.stderr has a lock, which the end of the process would wait for
@@ -1338,7 +1325,6 @@ START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a req
 FIELD_COUNT = 100  # header fields of a request; nginx and Apache stop near this too
 REPLY_FIELD_COUNT = 1000  # header fields of a reply, which UPSTREAM_HEAD_BYTES bounds as well
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
-HOST_BYTES = 300  # a name has at most 255 bytes (RFC 1035), a port five digits
 CHUNK_LINE_BYTES = 256  # a chunk-size line with its extensions, which no known client or vendor uses
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
 CACHED_LINES, CACHED_LINE_BYTES = 1024, 256  # number and size of cached header lines, for each direction
@@ -1357,10 +1343,10 @@ _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # before a request line they are skipped (RFC 9112, 2.2)
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")  # checked before int(), which takes "+5", "1_0" and " 5"
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[^\r\n\x00]*)?)?\r?")
 _ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]+)([^#]*)\Z")
-# IP-literals and reg-names of RFC 3986, 3.2.2; the port may be empty. No comma: two Hosts are joined by one.
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-~%!$&'()*+;=]*)(?::[0-9]{0,5})?\Z")
+# IP-literals and reg-names of RFC 3986, 3.2.2, with at most 255 bytes (RFC 1035); the port may be empty. No comma: two
+# Host fields are joined by one.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]{1,99}\]|[A-Za-z0-9_.\-~%!$&'()*+;=]{0,255})(?::[0-9]{0,5})?\Z")
 
 # These fields are about one connection (RFC 9110, 7.6.1); so are those that Connection names.
 HOP_BY_HOP = frozenset(b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade".split())
@@ -1414,11 +1400,6 @@ class RequestHead:
     http_minor: int
     index: Index
     lines: bytes
-
-    @property
-    def keeps_alive(self) -> bool:
-        """Return whether another request may follow on this connection."""
-        return keeps_alive(self.index, self.http_minor)
 
 
 @dataclass(slots=True)
@@ -1492,7 +1473,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     host = index.get(b"host")
     if host is None and minor != b"0":
         raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
-    if host is not None and (len(host) > HOST_BYTES or not _HOST.match(host)):
+    if host is not None and not _HOST.match(host):
         raise BadMessage(400, "The Host header is not one host name with an optional port.")
     return RequestHead(method.decode(), target.decode(), min(int(minor), 1), index, lines)
 
@@ -1535,7 +1516,7 @@ def content_length(value: bytes) -> int:
 
 
 class LengthDecoder:
-    """A body of `length` bytes; None: of all bytes until the connection ends. `surplus`: the bytes after the body."""
+    """A body of `length` bytes; None: `until_end` of the connection. `surplus`: the bytes after the body."""
 
     __slots__ = ("done", "left", "surplus", "until_end")
 
@@ -1553,11 +1534,6 @@ class LengthDecoder:
         self.done = not self.left
         return data
 
-    def feed_eof(self) -> bool:
-        """Return whether the body is complete if the connection ends here."""
-        self.done = self.done or self.until_end
-        return self.done
-
 
 class ChunkedDecoder:
     """A chunked body of at most `limit` bytes (RFC 9112, 7.1). `surplus`: the bytes after the body.
@@ -1566,6 +1542,7 @@ class ChunkedDecoder:
     """
 
     __slots__ = ("done", "left", "limit", "pending", "surplus", "total", "trailer_bytes")
+    until_end = False
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -1594,9 +1571,12 @@ class ChunkedDecoder:
             else:
                 # Found by its LF, so that a line with a bare LF is refused: a parser in front of this server may take
                 # it for a line end, and would see another body (RFC 9112, 11.2).
-                end = data.find(b"\n", at, at + (CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES)) + 1
+                limit = CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES
+                end = data.find(b"\n", at, at + limit) + 1
                 if not end:
-                    self._check_partial_line(data[at:])
+                    # A client that does not know chunks, and sends its JSON at once, must not wait for an answer.
+                    if size - at >= limit or (self.trailer_bytes < 0 and data[at] not in b"0123456789ABCDEFabcdef"):
+                        raise ValueError("a chunk-size or trailer line is malformed or too long")
                     break
                 if self.trailer_bytes < 0:
                     self._read_size(data[at:end])
@@ -1630,17 +1610,6 @@ class ChunkedDecoder:
         valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
         if not valid or self.trailer_bytes > TRAILER_BYTES:
             raise ValueError("the trailer section is malformed or too long")
-
-    def _check_partial_line(self, line: bytes) -> None:
-        """Refuse an incomplete line that is too long or can no longer become valid."""
-        if len(line) >= (CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES):
-            raise ValueError("a chunk-size or trailer line is too long")
-        if self.trailer_bytes < 0 and not _CHUNK_LINE_START.fullmatch(line):
-            raise ValueError("a chunk-size line is malformed")
-
-    def feed_eof(self) -> bool:
-        """Return whether the body is complete if the connection ends here."""
-        return self.done
 
 
 Decoder = LengthDecoder | ChunkedDecoder
@@ -2238,10 +2207,7 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     return context
 
 
-Dial = Callable[[Origin], Awaitable[TimedProtocol]]
-
-
-def abort_abandoned(connecting: asyncio.Task[tuple[asyncio.Transport, TimedProtocol]]) -> None:
+def abort_late(connecting: asyncio.Task[tuple[asyncio.Transport, TimedProtocol]]) -> None:
     """Close the connection of an abandoned connect, if it has brought one."""
     if not connecting.cancelled() and connecting.exception() is None:
         connecting.result()[0].abort()
@@ -2257,7 +2223,7 @@ async def open_connection(host: str, port: int) -> TimedProtocol:
         await asyncio.shield(connecting)
     except asyncio.CancelledError:
         # Cancelled itself, asyncio's race would leave a socket open that has just connected.
-        connecting.add_done_callback(abort_abandoned)
+        connecting.add_done_callback(abort_late)
         loop.call_later(ABANDONED_S, connecting.cancel)
         raise
     return protocol
@@ -2299,7 +2265,7 @@ async def read_reply_head(reader: TimedReader) -> ResponseHead:
 async def open_tunnel(protocol: TimedProtocol, origin: Origin) -> None:
     """Ask the proxy for a tunnel to `origin`. Raises UpstreamError, UnicodeError."""
     host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    target = b"%b:%d" % (host.encode("ascii" if host.isascii() else "idna"), origin.port)  # RFC 9110, 9.3.6: with port
+    target = f"{host}:{origin.port}".encode()  # always with the port (RFC 9110, 9.3.6)
     lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n"
     protocol.transport.write(lines % (target, target, proxy_authorization(origin.proxy)))
     head = await read_reply_head(protocol.reader)
@@ -2368,7 +2334,6 @@ class UpstreamConnection:
         self.reader, self.transport = protocol.reader, protocol.transport
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
-        self.idle = False
         self.request_count = 0
         self.dead_after_s = 0.0  # see `watch_path`
         self.expires_at = self.loop.time() + CONNECTION_AGE_S
@@ -2396,7 +2361,7 @@ class UpstreamConnection:
         self.transport.abort()
 
     def _expired(self) -> None:
-        if self.idle:
+        if self not in self.pool.active:
             self.pool.drop(self)
         elif self.before_reply:
             error = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
@@ -2405,15 +2370,15 @@ class UpstreamConnection:
             self.reader.interrupt(UpstreamTimeout("nothing came from the upstream in time"))
 
     def _ended(self, error: BaseException | None) -> None:
-        if self.idle:  # in an exchange the next read reports it
+        if self not in self.pool.active:  # in an exchange the next read reports it
             self.pool.drop(self)
 
 
 class ConnectionPool:
     """Keeps the idle connections of each origin. The last used goes out first, so that those too many grow old."""
 
-    def __init__(self, batcher: WriteBatcher, dial: Dial = dial) -> None:
-        self.batcher, self.dial = batcher, dial
+    def __init__(self, batcher: WriteBatcher) -> None:
+        self.batcher = batcher
         self.idle: dict[Origin, list[UpstreamConnection]] = {}
         self.active: set[UpstreamConnection] = set()
         self.closed = False
@@ -2431,7 +2396,6 @@ class ConnectionPool:
         idle = self.idle.get(origin, [])
         while idle:
             connection = idle.pop()
-            connection.idle = False
             if connection.is_quiet():
                 self.active.add(connection)
                 return connection
@@ -2442,7 +2406,7 @@ class ConnectionPool:
         """Return a new connection. Raises ConnectFailed, within `within_s` seconds."""
         try:
             async with asyncio.timeout(within_s):
-                protocol = await self.dial(origin)
+                protocol = await dial(origin)
         except TimeoutError:
             raise ConnectFailed(f"no connection within {within_s:g} s") from None
         except (OSError, UnicodeError, UpstreamError) as problem:
@@ -2462,7 +2426,6 @@ class ConnectionPool:
         if not usable or not connection.is_quiet():
             connection.close()
             return
-        connection.idle = True
         connection.deadline.set(min(now + IDLE_UPSTREAM_S, connection.expires_at))
         self.idle.setdefault(connection.origin, []).append(connection)
         if self.idle_count > IDLE_UPSTREAM_COUNT:
@@ -2471,7 +2434,6 @@ class ConnectionPool:
 
     def drop(self, connection: UpstreamConnection) -> None:
         """Close an idle connection that has expired or ended."""
-        connection.idle = False
         self.idle[connection.origin].remove(connection)
         connection.close()
 
@@ -2560,9 +2522,9 @@ class NetworkExchange:
                 raise BadReply(f"the upstream's reply is malformed: {problem}") from problem
             connection.deadline.at = math.inf  # until the next read it is the client that is slow
             if not data:
-                if not decoder.feed_eof():
+                if not decoder.until_end:
                     raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
-                break
+                decoder.done = True
         return payload
 
     def interrupt(self, error: Exception) -> None:
@@ -6496,7 +6458,7 @@ class ClientConnection:
         kind = index.get(b"content-type", b"")
         form = not is_json(kind) and b"multipart/" in kind.lower()
         decoder = request_body_decoder(head, limits.upload_bytes if form else limits.body_bytes)
-        if (b"connection" in index or not head.http_minor) and not head.keeps_alive:
+        if not keeps_alive(index, head.http_minor):
             self.keep = False
         if decoder is None:
             self.unread = False
@@ -6845,9 +6807,9 @@ class Server:
     by name. Tests pass another `dial`.
     """
 
-    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
+    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.batcher, self.config = loop, WriteBatcher(loop), config
-        self.links = ConnectionPool(self.batcher, dial)
+        self.links = ConnectionPool(self.batcher)
         self.connections: set[ClientConnection] = set()
         self.per_peer: Counter[str] = Counter()
         self.held_bytes = 0  # of request bodies under way
