@@ -1183,23 +1183,17 @@ def text_line(record: AccessRecord, stamp: str) -> str:
 
 def json_line(record: AccessRecord, stamp: str) -> str:
     """Return the access line for machines: every field, in one JSON object; unknown text is null."""
+    names = "client method path status model controller bytes key request_id".split()
+    values = {name: getattr(record, name) for name in names}
     fields = {
         "time": stamp,
-        "client": record.client,
-        "method": record.method,
-        "path": record.path,
-        "status": record.status,
-        "model": record.model or None,
-        "controller": record.controller or None,
-        "attempts": [
-            {"controller": name, "outcome": word, "ms": round(s * 1e3, 1)} for name, word, s in record.outcomes
-        ],
+        **{name: None if value == "" else value for name, value in values.items()},
         "first_ms": round(record.ms(record.first_at), 1),
         "ms": round(record.ms(record.until), 1),
         "wait_ms": round(record.waited_s * 1e3),
-        "bytes": record.bytes,
-        "key": record.key or None,
-        "request_id": record.request_id or None,
+        "attempts": [
+            {"controller": name, "outcome": word, "ms": round(s * 1e3, 1)} for name, word, s in record.outcomes
+        ],
     }
     return json.dumps(fields, separators=(",", ":")) + "\n"
 
@@ -2096,12 +2090,10 @@ class TimedProtocol(asyncio.StreamReaderProtocol):
 
     def pause_writing(self) -> None:
         """Note that the peer is slow. Called by asyncio above the high-water mark."""
-        super().pause_writing()
         self.full = True
 
     def resume_writing(self) -> None:
         """Report that the peer has caught up. Called by asyncio below the low-water mark."""
-        super().resume_writing()
         self.full = False
         if self.on_writable is not None:
             self.on_writable()
@@ -2446,44 +2438,42 @@ class ConnectionPool:
         self.idle.clear()
 
 
+@dataclass(eq=False)
 class NetworkExchange:
     """An exchange on a connection of the pool. See `Exchange`.
 
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
     when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
     had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
+    `replied_early`: the reply began before the request had ended. `interrupted`: by this, while there is no connection.
     """
 
-    def __init__(
-        self,
-        pool: ConnectionPool,
-        origin: Origin,
-        message: Message,
-        timeouts: Timeouts,
-        on_sent: Callable[[float], None],
-        method: str = "POST",
-        resend: bool = False,
-        fresh: bool = False,
-    ) -> None:
-        self.pool, self.origin, self.message = pool, origin, message
-        self.on_sent, self.method, self.resend, self.fresh = on_sent, method, resend, fresh
-        self.connect_s = timeouts.connect
-        self.idle_s, self.total_s = timeouts.idle or math.inf, timeouts.total or math.inf
-        self.first_byte_s = min(timeouts.first_byte or math.inf, self.total_s)
-        self.connection: UpstreamConnection | None = None
-        self.pieces: Iterator[memoryview] = iter(())  # of a large request, not written yet
-        self.all_sent = True
-        self.replied_early = False  # the reply began before the request had ended
-        self.interrupted: Exception | None = None  # an interruption that came while there was no connection
-        self.decoder: Decoder | None = None
-        self.head: ResponseHead
+    pool: ConnectionPool
+    origin: Origin
+    message: Message
+    timeouts: Timeouts
+    on_sent: Callable[[float], None]
+    method: str = "POST"
+    resend: bool = False
+    fresh: bool = False
+    head: ResponseHead = field(init=False)
+    first_byte_s: float = field(init=False)
+    connection: UpstreamConnection | None = None
+    decoder: Decoder | None = None
+    pieces: Iterator[memoryview] | None = None  # of a large request, not written yet
+    all_sent: bool = True
+    replied_early: bool = False
+    interrupted: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.first_byte_s = min(self.timeouts.first_byte or math.inf, self.timeouts.total or math.inf)
 
     async def start(self) -> None:
         """See `Exchange`."""
         connection = None if self.fresh else self.pool.take(self.origin)
         while True:
             if connection is None:
-                connection = await self.pool.connect(self.origin, self.connect_s)
+                connection = await self.pool.connect(self.origin, self.timeouts.connect)
                 if self.interrupted is not None:
                     self.pool.give_back(connection, False)
                     raise self.interrupted
@@ -2510,9 +2500,9 @@ class NetworkExchange:
         """See `Exchange`."""
         connection, decoder, payload = self.connection, self.decoder, b""
         assert connection is not None and decoder is not None
+        idle_s, total_s = self.timeouts.idle or math.inf, self.timeouts.total or math.inf
         while not (payload or decoder.done):
-            now = connection.loop.time()
-            connection.deadline.set(min(now + self.idle_s, connection.written_at + self.total_s))
+            connection.deadline.set(min(connection.loop.time() + idle_s, connection.written_at + total_s))
             try:
                 data = await connection.reader.read_some()
                 payload = decoder.feed(data) if data else b""
@@ -2580,7 +2570,7 @@ class NetworkExchange:
         now = connection.loop.time()
         if connection.before_reply:
             connection.deadline.set(now + self.first_byte_s)
-        for piece in self.pieces:
+        for piece in self.pieces or ():
             if connection.transport.is_closing():
                 return
             connection.transport.write(piece)
@@ -2594,7 +2584,7 @@ class NetworkExchange:
         if connection is None:
             return
         connection.protocol.on_writable = None
-        self.pieces = iter(())
+        self.pieces = None
         if not self.all_sent:
             self.all_sent = True
             self.on_sent(connection.loop.time())
