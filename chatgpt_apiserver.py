@@ -190,9 +190,8 @@ def compact_json(value: Any) -> bytes:
 
 def error_body(error: ProxyError | UpstreamError) -> bytes:
     """Return the JSON body that reports `error` to a client."""
-    if isinstance(error, ProxyError):
-        return compact_json(error_object(error.message, error.type, error.code, error.param))
-    return compact_json(error_object(str(error), "server_error", error.code))
+    kind, param = (error.type, error.param) if isinstance(error, ProxyError) else ("server_error", None)
+    return compact_json(error_object(str(error), kind, error.code, param))
 
 
 # ==== 2. Configuration ====
@@ -1420,9 +1419,8 @@ def parse_line(line: bytes, is_reply: bool) -> Line:
     spelled, value = match.group(1), match.group(2).rstrip(b" \t")
     name = spelled.lower()
     dropped = name in (REPLY_DROPPED if is_reply else REQUEST_DROPPED)
-    if dropped or (name.startswith(REQUEST_DROPPED_PREFIXES) and not is_reply):
-        return name, value, b""
-    return name, value, b"%b: %b\r\n" % (spelled, value)
+    dropped = dropped or (not is_reply and name.startswith(REQUEST_DROPPED_PREFIXES))
+    return name, value, b"" if dropped else b"%b: %b\r\n" % (spelled, value)
 
 
 def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
@@ -1452,15 +1450,15 @@ def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
 
 def parse_request_head(data: bytes) -> RequestHead:
     """Parse a request's head, which ends with the empty line. Raises BadMessage."""
-    end = data.find(b"\r\n")
-    match = _REQUEST_LINE.match(data[:end])
+    start, _, block = data.removesuffix(b"\r\n").partition(b"\r\n")
+    match = _REQUEST_LINE.match(start)
     if match is None:
         raise BadMessage(400, "The request line is malformed: METHOD SP /PATH SP HTTP/1.1 CRLF is needed.")
     method, target, major, minor = match.groups()
     if major != b"1":
         raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
     try:
-        index, lines = parse_fields(data[end + 2 : -2], is_reply=False)
+        index, lines = parse_fields(block, is_reply=False)
     except ValueError as problem:
         status = 431 if "more than" in str(problem) else 400
         raise BadMessage(status, f"The request head is refused: {problem}.") from None
@@ -1474,12 +1472,12 @@ def parse_request_head(data: bytes) -> RequestHead:
 
 def parse_response_head(data: bytes) -> ResponseHead:
     """Parse a reply's head, which ends with the empty line; configured secrets are struck out. Raises BadReply."""
-    end = data.find(b"\r\n")
-    match = _STATUS_LINE.match(data[:end])
+    start, _, block = data.removesuffix(b"\r\n").partition(b"\r\n")
+    match = _STATUS_LINE.match(start)
     if match is None:
         raise BadReply("the upstream's status line is malformed")
     try:
-        index, lines = parse_fields(data[end + 2 : -2], is_reply=True)
+        index, lines = parse_fields(block, is_reply=True)
     except ValueError as problem:
         raise BadReply(f"the upstream's reply head is malformed: {problem}") from None
     return ResponseHead(int(match.group(2)), int(match.group(1)), index, redactor.scrub(lines))
@@ -1572,19 +1570,20 @@ class ChunkedDecoder:
                     if size - at >= limit or (self.trailer_bytes < 0 and data[at] not in b"0123456789ABCDEFabcdef"):
                         raise ValueError("a chunk-size or trailer line is malformed or too long")
                     break
-                if self.trailer_bytes < 0:
-                    self._read_size(data[at:end])
-                else:
-                    self._check_trailer(data[at:end])
+                self._read_line(data[at:end])
                 at = end
-        if self.done:
-            self.surplus = data[at:]
-        else:
-            self.pending = data[at:]
+        self.surplus, self.pending = (data[at:], b"") if self.done else (b"", data[at:])
         return payloads[0] if len(payloads) == 1 else b"".join(payloads)
 
-    def _read_size(self, line: bytes) -> None:
-        """Read a chunk-size line; a size of 0 begins the trailer section."""
+    def _read_line(self, line: bytes) -> None:
+        """Read a chunk-size line or, behind the size 0, a line of the trailer section; an empty one ends the body."""
+        if self.trailer_bytes >= 0:
+            self.trailer_bytes += len(line)
+            self.done = line == b"\r\n"
+            valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
+            if not valid or self.trailer_bytes > TRAILER_BYTES:
+                raise ValueError("the trailer section is malformed or too long")
+            return
         match = _CHUNK_LINE.fullmatch(line)
         if match is None:
             raise ValueError("a chunk-size line is malformed")
@@ -1596,14 +1595,6 @@ class ChunkedDecoder:
             self.left = length + 2
         else:
             self.trailer_bytes = 0
-
-    def _check_trailer(self, line: bytes) -> None:
-        """Check a line of the trailer section; the empty line ends the body."""
-        self.trailer_bytes += len(line)
-        self.done = line == b"\r\n"
-        valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
-        if not valid or self.trailer_bytes > TRAILER_BYTES:
-            raise ValueError("the trailer section is malformed or too long")
 
 
 Decoder = LengthDecoder | ChunkedDecoder
@@ -1730,10 +1721,10 @@ def split_target(target: str) -> tuple[str, str, str]:
     """Return the authority (of absolute-form), the decoded path and the raw query of a target. Raises BadMessage."""
     authority = ""
     if not target.startswith("/"):
+        if target == "*":
+            return "", "*", ""
         absolute = _ABSOLUTE_TARGET.match(target)  # clients with a proxy setting send it (RFC 9112, 3.2.2)
         if absolute is None:
-            if target == "*":
-                return "", "*", ""
             raise BadMessage(400, "The request target is neither a path nor an absolute URL.")
         authority, target = absolute.group(1), absolute.group(2)
         target = target if target.startswith("/") else "/" + target
@@ -2165,8 +2156,13 @@ class Origin:
     @property
     def authority(self) -> str:
         """Return `host[:port]` as the Host field spells it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == {"http": 80, "https": 443}[self.scheme] else f"{host}:{self.port}"
+        usual = self.port == {"http": 80, "https": 443}[self.scheme]
+        return self.address.rpartition(":")[0] if usual else self.address
+
+    @property
+    def address(self) -> str:
+        """Return `host:port`."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse_origin(base_url: str, proxy: Secret, ca_file: str) -> tuple[Origin, str]:
@@ -2256,10 +2252,9 @@ async def read_reply_head(reader: TimedReader) -> ResponseHead:
 
 async def open_tunnel(protocol: TimedProtocol, origin: Origin) -> None:
     """Ask the proxy for a tunnel to `origin`. Raises UpstreamError, UnicodeError."""
-    host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    target = f"{host}:{origin.port}".encode()  # always with the port (RFC 9110, 9.3.6)
-    lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n"
-    protocol.transport.write(lines % (target, target, proxy_authorization(origin.proxy)))
+    # The target has its port, even the usual one (RFC 9110, 9.3.6).
+    start = f"CONNECT {origin.address} HTTP/1.1\r\nHost: {origin.address}\r\n"
+    protocol.transport.write(start.encode() + proxy_authorization(origin.proxy) + b"\r\n")
     head = await read_reply_head(protocol.reader)
     if not 200 <= head.status < 300:
         raise ConnectFailed(f"the proxy refused the tunnel with status {head.status}")

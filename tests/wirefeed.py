@@ -79,7 +79,7 @@ def take_body(decoder: app.Decoder, data: bytes, pieces: Iterator[bytes]) -> tup
         if not decoder.done:
             data = next(pieces, b"")
             if not data:
-                return body, b"", decoder.feed_eof()
+                return body, b"", decoder.until_end
     return body, decoder.surplus + data, True
 
 
