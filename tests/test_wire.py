@@ -17,24 +17,7 @@ import pytest
 import chatgpt_apiserver as app
 
 from .support import ANSWER, SSE_HEAD, Message, Peer, Running, Upstream, controller, event, json_reply
-from .wirefeed import (
-    FOLLOW,
-    HOW,
-    WAIT_S,
-    WIRE,
-    Stage,
-    corpus,
-    cut,
-    cut_at,
-    message,
-    pooled,
-    read_answers,
-    read_reply,
-    read_requests,
-    talk,
-    trickle,
-    turns,
-)
+from .wirefeed import FOLLOW, HOW, WAIT_S, WIRE, Stage, corpus, cut, cut_at, message, pooled, read_answers, read_reply, read_requests, talk, trickle, turns
 
 EXPECTED: dict[str, dict[str, Any]] = json.loads((WIRE / "expected.json").read_text(encoding="utf-8"))
 VALID, INVALID = corpus("valid"), corpus("invalid")
