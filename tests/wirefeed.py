@@ -102,11 +102,6 @@ def each_request(pieces: Iterable[bytes], limit: int = BODY_LIMIT) -> Iterator[R
         yield head.method, head.target, head.http_minor, body
 
 
-def read_requests(pieces: Iterable[bytes]) -> list[Request]:
-    """Return the requests of `each_request`."""
-    return list(each_request(pieces))
-
-
 def read_reply(pieces: Iterable[bytes], method: str = "POST") -> tuple[int, bytes, bytes]:
     """Return status, body and the bytes after the reply in the pieces, by the pure parser. Raises its errors."""
     left, data = iter(pieces), b""
