@@ -11,7 +11,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import ANSWER, CERT, Listing, Message, Peer, Running, Upstream, answers, controller, json_reply, now, pause, read_message, until
+from .support import ANSWER, CERT, Message, Peer, Running, Upstream, answers, controller, json_reply, now, pause, read_message, until
 
 OK = json_reply(200, ANSWER)
 BODY = OK.partition(b"\r\n\r\n")[2]
