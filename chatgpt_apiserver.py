@@ -86,15 +86,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from typing import (
-    Annotated,
-    Any,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TypeVar,
-    get_type_hints,
-)
+from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 
 __version__ = "1.0.0"
 
@@ -198,9 +190,8 @@ def compact_json(value: Any) -> bytes:
 
 def error_body(error: ProxyError | UpstreamError) -> bytes:
     """Return the JSON body that reports `error` to a client."""
-    if isinstance(error, ProxyError):
-        return compact_json(error_object(error.message, error.type, error.code, error.param))
-    return compact_json(error_object(str(error), "server_error", error.code))
+    kind, param = (error.type, error.param) if isinstance(error, ProxyError) else ("server_error", None)
+    return compact_json(error_object(str(error), kind, error.code, param))
 
 
 # ==== 2. Configuration ====
@@ -1158,6 +1149,10 @@ class AccessRecord:
     until: float = 0.0
     outcomes: list[tuple[str, str, float]] = field(default_factory=list)
 
+    def ms(self, at: float) -> float:
+        """Return the milliseconds from the beginning to `at`, or to the end if that never came."""
+        return ((at or self.until) - self.since) * 1e3
+
 
 def plain(text: str) -> str:
     """Return `text` as one word: all but visible ASCII is escaped, and the backslash, which begins an escape."""
@@ -1166,11 +1161,10 @@ def plain(text: str) -> str:
 
 def text_line(record: AccessRecord, stamp: str) -> str:
     """Return the access line for people, with `name=value` words that awk, grep and logfmt can read."""
-    first_ms = ((record.first_at or record.until) - record.since) * 1e3
     line = (
         f"{stamp} {record.client} {record.method} {plain(record.path)} {record.status}"
         f" model={plain(record.model) or '-'} controller={record.controller or '-'} attempts={len(record.outcomes)}"
-        f" first_ms={first_ms:.1f} ms={(record.until - record.since) * 1e3:.1f} bytes={record.bytes}"
+        f" first_ms={record.ms(record.first_at):.1f} ms={record.ms(record.until):.1f} bytes={record.bytes}"
     )
     if record.key:
         line += f" key={plain(record.key)}"
@@ -1183,23 +1177,17 @@ def text_line(record: AccessRecord, stamp: str) -> str:
 
 def json_line(record: AccessRecord, stamp: str) -> str:
     """Return the access line for machines: every field, in one JSON object; unknown text is null."""
+    names = "client method path status model controller bytes key request_id".split()
+    values = {name: getattr(record, name) for name in names}
     fields = {
         "time": stamp,
-        "client": record.client,
-        "method": record.method,
-        "path": record.path,
-        "status": record.status,
-        "model": record.model or None,
-        "controller": record.controller or None,
+        **{name: None if value == "" else value for name, value in values.items()},
+        "first_ms": round(record.ms(record.first_at), 1),
+        "ms": round(record.ms(record.until), 1),
+        "wait_ms": round(record.waited_s * 1e3),
         "attempts": [
             {"controller": name, "outcome": word, "ms": round(s * 1e3, 1)} for name, word, s in record.outcomes
         ],
-        "first_ms": round(((record.first_at or record.until) - record.since) * 1e3, 1),
-        "ms": round((record.until - record.since) * 1e3, 1),
-        "wait_ms": round(record.waited_s * 1e3),
-        "bytes": record.bytes,
-        "key": record.key or None,
-        "request_id": record.request_id or None,
     }
     return json.dumps(fields, separators=(",", ":")) + "\n"
 
@@ -1241,18 +1229,10 @@ class LogWriter:
         with self.changed:
             self.changed.wait_for(lambda: not self.waiting, wait_ms / 1e3)
 
-    def close(self) -> None:
-        """End the thread once it has written all lines."""
-        with self.changed:
-            self.opened = False
-            self.changed.notify_all()
-
     def _run(self, fd: int) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or not self.opened)
-                if not self.waiting:
-                    return
+                self.changed.wait_for(lambda: self.waiting)
                 data = bytes(self.waiting)
             try:
                 written = os.write(fd, data)  # sys.stderr has a lock, which the end of the process would wait for
@@ -1333,7 +1313,6 @@ START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a req
 FIELD_COUNT = 100  # header fields of a request; nginx and Apache stop near this too
 REPLY_FIELD_COUNT = 1000  # header fields of a reply, which UPSTREAM_HEAD_BYTES bounds as well
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
-HOST_BYTES = 300  # a name has at most 255 bytes (RFC 1035), a port five digits
 CHUNK_LINE_BYTES = 256  # a chunk-size line with its extensions, which no known client or vendor uses
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
 CACHED_LINES, CACHED_LINE_BYTES = 1024, 256  # number and size of cached header lines, for each direction
@@ -1352,10 +1331,10 @@ _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # before a request line they are skipped (RFC 9112, 2.2)
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")  # checked before int(), which takes "+5", "1_0" and " 5"
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[^\r\n\x00]*)?)?\r?")
 _ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]+)([^#]*)\Z")
-# IP-literals and reg-names of RFC 3986, 3.2.2; the port may be empty. No comma: two Hosts are joined by one.
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-~%!$&'()*+;=]*)(?::[0-9]{0,5})?\Z")
+# IP-literals and reg-names of RFC 3986, 3.2.2, with at most 255 bytes (RFC 1035); the port may be empty. No comma: two
+# Host fields are joined by one.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]{1,99}\]|[A-Za-z0-9_.\-~%!$&'()*+;=]{0,255})(?::[0-9]{0,5})?\Z")
 
 # These fields are about one connection (RFC 9110, 7.6.1); so are those that Connection names.
 HOP_BY_HOP = frozenset(b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade".split())
@@ -1410,11 +1389,6 @@ class RequestHead:
     index: Index
     lines: bytes
 
-    @property
-    def keeps_alive(self) -> bool:
-        """Return whether another request may follow on this connection."""
-        return keeps_alive(self.index, self.http_minor)
-
 
 @dataclass(slots=True)
 class ResponseHead:
@@ -1440,9 +1414,8 @@ def parse_line(line: bytes, is_reply: bool) -> Line:
     spelled, value = match.group(1), match.group(2).rstrip(b" \t")
     name = spelled.lower()
     dropped = name in (REPLY_DROPPED if is_reply else REQUEST_DROPPED)
-    if dropped or (name.startswith(REQUEST_DROPPED_PREFIXES) and not is_reply):
-        return name, value, b""
-    return name, value, b"%b: %b\r\n" % (spelled, value)
+    dropped = dropped or (not is_reply and name.startswith(REQUEST_DROPPED_PREFIXES))
+    return name, value, b"" if dropped else b"%b: %b\r\n" % (spelled, value)
 
 
 def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
@@ -1472,34 +1445,34 @@ def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
 
 def parse_request_head(data: bytes) -> RequestHead:
     """Parse a request's head, which ends with the empty line. Raises BadMessage."""
-    end = data.find(b"\r\n")
-    match = _REQUEST_LINE.match(data[:end])
+    start, _, block = data.removesuffix(b"\r\n").partition(b"\r\n")
+    match = _REQUEST_LINE.match(start)
     if match is None:
         raise BadMessage(400, "The request line is malformed: METHOD SP /PATH SP HTTP/1.1 CRLF is needed.")
     method, target, major, minor = match.groups()
     if major != b"1":
         raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
     try:
-        index, lines = parse_fields(data[end + 2 : -2], is_reply=False)
+        index, lines = parse_fields(block, is_reply=False)
     except ValueError as problem:
         status = 431 if "more than" in str(problem) else 400
         raise BadMessage(status, f"The request head is refused: {problem}.") from None
     host = index.get(b"host")
     if host is None and minor != b"0":
         raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
-    if host is not None and (len(host) > HOST_BYTES or not _HOST.match(host)):
+    if host is not None and not _HOST.match(host):
         raise BadMessage(400, "The Host header is not one host name with an optional port.")
     return RequestHead(method.decode(), target.decode(), min(int(minor), 1), index, lines)
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
     """Parse a reply's head, which ends with the empty line; configured secrets are struck out. Raises BadReply."""
-    end = data.find(b"\r\n")
-    match = _STATUS_LINE.match(data[:end])
+    start, _, block = data.removesuffix(b"\r\n").partition(b"\r\n")
+    match = _STATUS_LINE.match(start)
     if match is None:
         raise BadReply("the upstream's status line is malformed")
     try:
-        index, lines = parse_fields(data[end + 2 : -2], is_reply=True)
+        index, lines = parse_fields(block, is_reply=True)
     except ValueError as problem:
         raise BadReply(f"the upstream's reply head is malformed: {problem}") from None
     return ResponseHead(int(match.group(2)), int(match.group(1)), index, redactor.scrub(lines))
@@ -1530,7 +1503,7 @@ def content_length(value: bytes) -> int:
 
 
 class LengthDecoder:
-    """A body of `length` bytes; None: of all bytes until the connection ends. `surplus`: the bytes after the body."""
+    """A body of `length` bytes; None: `until_end` of the connection. `surplus`: the bytes after the body."""
 
     __slots__ = ("done", "left", "surplus", "until_end")
 
@@ -1548,11 +1521,6 @@ class LengthDecoder:
         self.done = not self.left
         return data
 
-    def feed_eof(self) -> bool:
-        """Return whether the body is complete if the connection ends here."""
-        self.done = self.done or self.until_end
-        return self.done
-
 
 class ChunkedDecoder:
     """A chunked body of at most `limit` bytes (RFC 9112, 7.1). `surplus`: the bytes after the body.
@@ -1561,6 +1529,7 @@ class ChunkedDecoder:
     """
 
     __slots__ = ("done", "left", "limit", "pending", "surplus", "total", "trailer_bytes")
+    until_end = False
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -1589,23 +1558,27 @@ class ChunkedDecoder:
             else:
                 # Found by its LF, so that a line with a bare LF is refused: a parser in front of this server may take
                 # it for a line end, and would see another body (RFC 9112, 11.2).
-                end = data.find(b"\n", at, at + (CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES)) + 1
+                limit = CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES
+                end = data.find(b"\n", at, at + limit) + 1
                 if not end:
-                    self._check_partial_line(data[at:])
+                    # A client that does not know chunks, and sends its JSON at once, must not wait for an answer.
+                    if size - at >= limit or (self.trailer_bytes < 0 and data[at] not in b"0123456789ABCDEFabcdef"):
+                        raise ValueError("a chunk-size or trailer line is malformed or too long")
                     break
-                if self.trailer_bytes < 0:
-                    self._read_size(data[at:end])
-                else:
-                    self._check_trailer(data[at:end])
+                self._read_line(data[at:end])
                 at = end
-        if self.done:
-            self.surplus = data[at:]
-        else:
-            self.pending = data[at:]
+        self.surplus, self.pending = (data[at:], b"") if self.done else (b"", data[at:])
         return payloads[0] if len(payloads) == 1 else b"".join(payloads)
 
-    def _read_size(self, line: bytes) -> None:
-        """Read a chunk-size line; a size of 0 begins the trailer section."""
+    def _read_line(self, line: bytes) -> None:
+        """Read a chunk-size line or, behind the size 0, a line of the trailer section; an empty one ends the body."""
+        if self.trailer_bytes >= 0:
+            self.trailer_bytes += len(line)
+            self.done = line == b"\r\n"
+            valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
+            if not valid or self.trailer_bytes > TRAILER_BYTES:
+                raise ValueError("the trailer section is malformed or too long")
+            return
         match = _CHUNK_LINE.fullmatch(line)
         if match is None:
             raise ValueError("a chunk-size line is malformed")
@@ -1617,25 +1590,6 @@ class ChunkedDecoder:
             self.left = length + 2
         else:
             self.trailer_bytes = 0
-
-    def _check_trailer(self, line: bytes) -> None:
-        """Check a line of the trailer section; the empty line ends the body."""
-        self.trailer_bytes += len(line)
-        self.done = line == b"\r\n"
-        valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
-        if not valid or self.trailer_bytes > TRAILER_BYTES:
-            raise ValueError("the trailer section is malformed or too long")
-
-    def _check_partial_line(self, line: bytes) -> None:
-        """Refuse an incomplete line that is too long or can no longer become valid."""
-        if len(line) >= (CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES):
-            raise ValueError("a chunk-size or trailer line is too long")
-        if self.trailer_bytes < 0 and not _CHUNK_LINE_START.fullmatch(line):
-            raise ValueError("a chunk-size line is malformed")
-
-    def feed_eof(self) -> bool:
-        """Return whether the body is complete if the connection ends here."""
-        return self.done
 
 
 Decoder = LengthDecoder | ChunkedDecoder
@@ -1762,10 +1716,10 @@ def split_target(target: str) -> tuple[str, str, str]:
     """Return the authority (of absolute-form), the decoded path and the raw query of a target. Raises BadMessage."""
     authority = ""
     if not target.startswith("/"):
+        if target == "*":
+            return "", "*", ""
         absolute = _ABSOLUTE_TARGET.match(target)  # clients with a proxy setting send it (RFC 9112, 3.2.2)
         if absolute is None:
-            if target == "*":
-                return "", "*", ""
             raise BadMessage(400, "The request target is neither a path nor an absolute URL.")
         authority, target = absolute.group(1), absolute.group(2)
         target = target if target.startswith("/") else "/" + target
@@ -2122,12 +2076,10 @@ class TimedProtocol(asyncio.StreamReaderProtocol):
 
     def pause_writing(self) -> None:
         """Note that the peer is slow. Called by asyncio above the high-water mark."""
-        super().pause_writing()
         self.full = True
 
     def resume_writing(self) -> None:
         """Report that the peer has caught up. Called by asyncio below the low-water mark."""
-        super().resume_writing()
         self.full = False
         if self.on_writable is not None:
             self.on_writable()
@@ -2199,8 +2151,13 @@ class Origin:
     @property
     def authority(self) -> str:
         """Return `host[:port]` as the Host field spells it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == {"http": 80, "https": 443}[self.scheme] else f"{host}:{self.port}"
+        usual = self.port == {"http": 80, "https": 443}[self.scheme]
+        return self.address.rpartition(":")[0] if usual else self.address
+
+    @property
+    def address(self) -> str:
+        """Return `host:port`."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse_origin(base_url: str, proxy: Secret, ca_file: str) -> tuple[Origin, str]:
@@ -2233,10 +2190,7 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     return context
 
 
-Dial = Callable[[Origin], Awaitable[TimedProtocol]]
-
-
-def abort_abandoned(connecting: asyncio.Task[tuple[asyncio.Transport, TimedProtocol]]) -> None:
+def abort_late(connecting: asyncio.Task[tuple[asyncio.Transport, TimedProtocol]]) -> None:
     """Close the connection of an abandoned connect, if it has brought one."""
     if not connecting.cancelled() and connecting.exception() is None:
         connecting.result()[0].abort()
@@ -2252,7 +2206,7 @@ async def open_connection(host: str, port: int) -> TimedProtocol:
         await asyncio.shield(connecting)
     except asyncio.CancelledError:
         # Cancelled itself, asyncio's race would leave a socket open that has just connected.
-        connecting.add_done_callback(abort_abandoned)
+        connecting.add_done_callback(abort_late)
         loop.call_later(ABANDONED_S, connecting.cancel)
         raise
     return protocol
@@ -2293,10 +2247,9 @@ async def read_reply_head(reader: TimedReader) -> ResponseHead:
 
 async def open_tunnel(protocol: TimedProtocol, origin: Origin) -> None:
     """Ask the proxy for a tunnel to `origin`. Raises UpstreamError, UnicodeError."""
-    host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    target = b"%b:%d" % (host.encode("ascii" if host.isascii() else "idna"), origin.port)  # RFC 9110, 9.3.6: with port
-    lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n"
-    protocol.transport.write(lines % (target, target, proxy_authorization(origin.proxy)))
+    # The target has its port, even the usual one (RFC 9110, 9.3.6).
+    start = f"CONNECT {origin.address} HTTP/1.1\r\nHost: {origin.address}\r\n"
+    protocol.transport.write(start.encode() + proxy_authorization(origin.proxy) + b"\r\n")
     head = await read_reply_head(protocol.reader)
     if not 200 <= head.status < 300:
         raise ConnectFailed(f"the proxy refused the tunnel with status {head.status}")
@@ -2363,7 +2316,6 @@ class UpstreamConnection:
         self.reader, self.transport = protocol.reader, protocol.transport
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
-        self.idle = False
         self.request_count = 0
         self.dead_after_s = 0.0  # see `watch_path`
         self.expires_at = self.loop.time() + CONNECTION_AGE_S
@@ -2391,7 +2343,7 @@ class UpstreamConnection:
         self.transport.abort()
 
     def _expired(self) -> None:
-        if self.idle:
+        if self not in self.pool.active:
             self.pool.drop(self)
         elif self.before_reply:
             error = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
@@ -2400,15 +2352,15 @@ class UpstreamConnection:
             self.reader.interrupt(UpstreamTimeout("nothing came from the upstream in time"))
 
     def _ended(self, error: BaseException | None) -> None:
-        if self.idle:  # in an exchange the next read reports it
+        if self not in self.pool.active:  # in an exchange the next read reports it
             self.pool.drop(self)
 
 
 class ConnectionPool:
     """Keeps the idle connections of each origin. The last used goes out first, so that those too many grow old."""
 
-    def __init__(self, batcher: WriteBatcher, dial: Dial = dial) -> None:
-        self.batcher, self.dial = batcher, dial
+    def __init__(self, batcher: WriteBatcher) -> None:
+        self.batcher = batcher
         self.idle: dict[Origin, list[UpstreamConnection]] = {}
         self.active: set[UpstreamConnection] = set()
         self.closed = False
@@ -2426,7 +2378,6 @@ class ConnectionPool:
         idle = self.idle.get(origin, [])
         while idle:
             connection = idle.pop()
-            connection.idle = False
             if connection.is_quiet():
                 self.active.add(connection)
                 return connection
@@ -2437,7 +2388,7 @@ class ConnectionPool:
         """Return a new connection. Raises ConnectFailed, within `within_s` seconds."""
         try:
             async with asyncio.timeout(within_s):
-                protocol = await self.dial(origin)
+                protocol = await dial(origin)
         except TimeoutError:
             raise ConnectFailed(f"no connection within {within_s:g} s") from None
         except (OSError, UnicodeError, UpstreamError) as problem:
@@ -2457,7 +2408,6 @@ class ConnectionPool:
         if not usable or not connection.is_quiet():
             connection.close()
             return
-        connection.idle = True
         connection.deadline.set(min(now + IDLE_UPSTREAM_S, connection.expires_at))
         self.idle.setdefault(connection.origin, []).append(connection)
         if self.idle_count > IDLE_UPSTREAM_COUNT:
@@ -2466,7 +2416,6 @@ class ConnectionPool:
 
     def drop(self, connection: UpstreamConnection) -> None:
         """Close an idle connection that has expired or ended."""
-        connection.idle = False
         self.idle[connection.origin].remove(connection)
         connection.close()
 
@@ -2479,44 +2428,42 @@ class ConnectionPool:
         self.idle.clear()
 
 
+@dataclass(eq=False)
 class NetworkExchange:
     """An exchange on a connection of the pool. See `Exchange`.
 
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
     when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
     had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
+    `replied_early`: the reply began before the request had ended. `interrupted`: by this, while there is no connection.
     """
 
-    def __init__(
-        self,
-        pool: ConnectionPool,
-        origin: Origin,
-        message: Message,
-        timeouts: Timeouts,
-        on_sent: Callable[[float], None],
-        method: str = "POST",
-        resend: bool = False,
-        fresh: bool = False,
-    ) -> None:
-        self.pool, self.origin, self.message = pool, origin, message
-        self.on_sent, self.method, self.resend, self.fresh = on_sent, method, resend, fresh
-        self.connect_s = timeouts.connect
-        self.idle_s, self.total_s = timeouts.idle or math.inf, timeouts.total or math.inf
-        self.first_byte_s = min(timeouts.first_byte or math.inf, self.total_s)
-        self.connection: UpstreamConnection | None = None
-        self.pieces: Iterator[memoryview] = iter(())  # of a large request, not written yet
-        self.all_sent = True
-        self.replied_early = False  # the reply began before the request had ended
-        self.interrupted: Exception | None = None  # an interruption that came while there was no connection
-        self.decoder: Decoder | None = None
-        self.head: ResponseHead
+    pool: ConnectionPool
+    origin: Origin
+    message: Message
+    timeouts: Timeouts
+    on_sent: Callable[[float], None]
+    method: str = "POST"
+    resend: bool = False
+    fresh: bool = False
+    head: ResponseHead = field(init=False)
+    first_byte_s: float = field(init=False)
+    connection: UpstreamConnection | None = None
+    decoder: Decoder | None = None
+    pieces: Iterator[memoryview] | None = None  # of a large request, not written yet
+    all_sent: bool = True
+    replied_early: bool = False
+    interrupted: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.first_byte_s = min(self.timeouts.first_byte or math.inf, self.timeouts.total or math.inf)
 
     async def start(self) -> None:
         """See `Exchange`."""
         connection = None if self.fresh else self.pool.take(self.origin)
         while True:
             if connection is None:
-                connection = await self.pool.connect(self.origin, self.connect_s)
+                connection = await self.pool.connect(self.origin, self.timeouts.connect)
                 if self.interrupted is not None:
                     self.pool.give_back(connection, False)
                     raise self.interrupted
@@ -2543,9 +2490,9 @@ class NetworkExchange:
         """See `Exchange`."""
         connection, decoder, payload = self.connection, self.decoder, b""
         assert connection is not None and decoder is not None
+        idle_s, total_s = self.timeouts.idle or math.inf, self.timeouts.total or math.inf
         while not (payload or decoder.done):
-            now = connection.loop.time()
-            connection.deadline.set(min(now + self.idle_s, connection.written_at + self.total_s))
+            connection.deadline.set(min(connection.loop.time() + idle_s, connection.written_at + total_s))
             try:
                 data = await connection.reader.read_some()
                 payload = decoder.feed(data) if data else b""
@@ -2555,9 +2502,9 @@ class NetworkExchange:
                 raise BadReply(f"the upstream's reply is malformed: {problem}") from problem
             connection.deadline.at = math.inf  # until the next read it is the client that is slow
             if not data:
-                if not decoder.feed_eof():
+                if not decoder.until_end:
                     raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
-                break
+                decoder.done = True
         return payload
 
     def interrupt(self, error: Exception) -> None:
@@ -2613,7 +2560,7 @@ class NetworkExchange:
         now = connection.loop.time()
         if connection.before_reply:
             connection.deadline.set(now + self.first_byte_s)
-        for piece in self.pieces:
+        for piece in self.pieces or ():
             if connection.transport.is_closing():
                 return
             connection.transport.write(piece)
@@ -2627,7 +2574,7 @@ class NetworkExchange:
         if connection is None:
             return
         connection.protocol.on_writable = None
-        self.pieces = iter(())
+        self.pieces = None
         if not self.all_sent:
             self.all_sent = True
             self.on_sent(connection.loop.time())
@@ -6433,7 +6380,7 @@ class ClientConnection:
         kind = index.get(b"content-type", b"")
         form = not is_json(kind) and b"multipart/" in kind.lower()
         decoder = request_body_decoder(head, limits.upload_bytes if form else limits.body_bytes)
-        if (b"connection" in index or not head.http_minor) and not head.keeps_alive:
+        if not keeps_alive(index, head.http_minor):
             self.keep = False
         if decoder is None:
             self.unread = False
@@ -6789,9 +6736,9 @@ class Server:
     by name. Tests pass another `dial`.
     """
 
-    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
+    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.batcher, self.config = loop, WriteBatcher(loop), config
-        self.links = ConnectionPool(self.batcher, dial)
+        self.links = ConnectionPool(self.batcher)
         self.connections: set[ClientConnection] = set()
         self.per_peer: Counter[str] = Counter()
         self.held_bytes = 0  # of request bodies under way
