@@ -86,15 +86,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from typing import (
-    Annotated,
-    Any,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TypeVar,
-    get_type_hints,
-)
+from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 
 __version__ = "1.0.0"
 
@@ -198,9 +190,8 @@ def compact_json(value: Any) -> bytes:
 
 def error_body(error: ProxyError | UpstreamError) -> bytes:
     """Return the JSON body that reports `error` to a client."""
-    if isinstance(error, ProxyError):
-        return compact_json(error_object(error.message, error.type, error.code, error.param))
-    return compact_json(error_object(str(error), "server_error", error.code))
+    kind, param = (error.type, error.param) if isinstance(error, ProxyError) else ("server_error", None)
+    return compact_json(error_object(str(error), kind, error.code, param))
 
 
 # ==== 2. Configuration ====
@@ -1158,6 +1149,10 @@ class AccessRecord:
     until: float = 0.0
     outcomes: list[tuple[str, str, float]] = field(default_factory=list)
 
+    def ms(self, at: float) -> float:
+        """Return the milliseconds from the beginning to `at`, or to the end if that never came."""
+        return ((at or self.until) - self.since) * 1e3
+
 
 def plain(text: str) -> str:
     """Return `text` as one word: all but visible ASCII is escaped, and the backslash, which begins an escape."""
@@ -1166,11 +1161,10 @@ def plain(text: str) -> str:
 
 def text_line(record: AccessRecord, stamp: str) -> str:
     """Return the access line for people, with `name=value` words that awk, grep and logfmt can read."""
-    first_ms = ((record.first_at or record.until) - record.since) * 1e3
     line = (
         f"{stamp} {record.client} {record.method} {plain(record.path)} {record.status}"
         f" model={plain(record.model) or '-'} controller={record.controller or '-'} attempts={len(record.outcomes)}"
-        f" first_ms={first_ms:.1f} ms={(record.until - record.since) * 1e3:.1f} bytes={record.bytes}"
+        f" first_ms={record.ms(record.first_at):.1f} ms={record.ms(record.until):.1f} bytes={record.bytes}"
     )
     if record.key:
         line += f" key={plain(record.key)}"
@@ -1183,23 +1177,17 @@ def text_line(record: AccessRecord, stamp: str) -> str:
 
 def json_line(record: AccessRecord, stamp: str) -> str:
     """Return the access line for machines: every field, in one JSON object; unknown text is null."""
+    names = "client method path status model controller bytes key request_id".split()
+    values = {name: getattr(record, name) for name in names}
     fields = {
         "time": stamp,
-        "client": record.client,
-        "method": record.method,
-        "path": record.path,
-        "status": record.status,
-        "model": record.model or None,
-        "controller": record.controller or None,
+        **{name: None if value == "" else value for name, value in values.items()},
+        "first_ms": round(record.ms(record.first_at), 1),
+        "ms": round(record.ms(record.until), 1),
+        "wait_ms": round(record.waited_s * 1e3),
         "attempts": [
             {"controller": name, "outcome": word, "ms": round(s * 1e3, 1)} for name, word, s in record.outcomes
         ],
-        "first_ms": round(((record.first_at or record.until) - record.since) * 1e3, 1),
-        "ms": round((record.until - record.since) * 1e3, 1),
-        "wait_ms": round(record.waited_s * 1e3),
-        "bytes": record.bytes,
-        "key": record.key or None,
-        "request_id": record.request_id or None,
     }
     return json.dumps(fields, separators=(",", ":")) + "\n"
 
@@ -1241,18 +1229,10 @@ class LogWriter:
         with self.changed:
             self.changed.wait_for(lambda: not self.waiting, wait_ms / 1e3)
 
-    def close(self) -> None:
-        """End the thread once it has written all lines."""
-        with self.changed:
-            self.opened = False
-            self.changed.notify_all()
-
     def _run(self, fd: int) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or not self.opened)
-                if not self.waiting:
-                    return
+                self.changed.wait_for(lambda: self.waiting)
                 data = bytes(self.waiting)
             try:
                 written = os.write(fd, data)  # sys.stderr has a lock, which the end of the process would wait for
@@ -1333,7 +1313,6 @@ START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a req
 FIELD_COUNT = 100  # header fields of a request; nginx and Apache stop near this too
 REPLY_FIELD_COUNT = 1000  # header fields of a reply, which UPSTREAM_HEAD_BYTES bounds as well
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
-HOST_BYTES = 300  # a name has at most 255 bytes (RFC 1035), a port five digits
 CHUNK_LINE_BYTES = 256  # a chunk-size line with its extensions, which no known client or vendor uses
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
 CACHED_LINES, CACHED_LINE_BYTES = 1024, 256  # number and size of cached header lines, for each direction
@@ -1352,10 +1331,10 @@ _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # before a request line they are skipped (RFC 9112, 2.2)
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")  # checked before int(), which takes "+5", "1_0" and " 5"
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[^\r\n\x00]*)?)?\r?")
 _ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]+)([^#]*)\Z")
-# IP-literals and reg-names of RFC 3986, 3.2.2; the port may be empty. No comma: two Hosts are joined by one.
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-~%!$&'()*+;=]*)(?::[0-9]{0,5})?\Z")
+# IP-literals and reg-names of RFC 3986, 3.2.2, with at most 255 bytes (RFC 1035); the port may be empty. No comma: two
+# Host fields are joined by one.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]{1,99}\]|[A-Za-z0-9_.\-~%!$&'()*+;=]{0,255})(?::[0-9]{0,5})?\Z")
 
 # These fields are about one connection (RFC 9110, 7.6.1); so are those that Connection names.
 HOP_BY_HOP = frozenset(b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade".split())
@@ -1410,11 +1389,6 @@ class RequestHead:
     index: Index
     lines: bytes
 
-    @property
-    def keeps_alive(self) -> bool:
-        """Return whether another request may follow on this connection."""
-        return keeps_alive(self.index, self.http_minor)
-
 
 @dataclass(slots=True)
 class ResponseHead:
@@ -1440,9 +1414,8 @@ def parse_line(line: bytes, is_reply: bool) -> Line:
     spelled, value = match.group(1), match.group(2).rstrip(b" \t")
     name = spelled.lower()
     dropped = name in (REPLY_DROPPED if is_reply else REQUEST_DROPPED)
-    if dropped or (name.startswith(REQUEST_DROPPED_PREFIXES) and not is_reply):
-        return name, value, b""
-    return name, value, b"%b: %b\r\n" % (spelled, value)
+    dropped = dropped or (not is_reply and name.startswith(REQUEST_DROPPED_PREFIXES))
+    return name, value, b"" if dropped else b"%b: %b\r\n" % (spelled, value)
 
 
 def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
@@ -1472,34 +1445,34 @@ def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
 
 def parse_request_head(data: bytes) -> RequestHead:
     """Parse a request's head, which ends with the empty line. Raises BadMessage."""
-    end = data.find(b"\r\n")
-    match = _REQUEST_LINE.match(data[:end])
+    start, _, block = data.removesuffix(b"\r\n").partition(b"\r\n")
+    match = _REQUEST_LINE.match(start)
     if match is None:
         raise BadMessage(400, "The request line is malformed: METHOD SP /PATH SP HTTP/1.1 CRLF is needed.")
     method, target, major, minor = match.groups()
     if major != b"1":
         raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
     try:
-        index, lines = parse_fields(data[end + 2 : -2], is_reply=False)
+        index, lines = parse_fields(block, is_reply=False)
     except ValueError as problem:
         status = 431 if "more than" in str(problem) else 400
         raise BadMessage(status, f"The request head is refused: {problem}.") from None
     host = index.get(b"host")
     if host is None and minor != b"0":
         raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
-    if host is not None and (len(host) > HOST_BYTES or not _HOST.match(host)):
+    if host is not None and not _HOST.match(host):
         raise BadMessage(400, "The Host header is not one host name with an optional port.")
     return RequestHead(method.decode(), target.decode(), min(int(minor), 1), index, lines)
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
     """Parse a reply's head, which ends with the empty line; configured secrets are struck out. Raises BadReply."""
-    end = data.find(b"\r\n")
-    match = _STATUS_LINE.match(data[:end])
+    start, _, block = data.removesuffix(b"\r\n").partition(b"\r\n")
+    match = _STATUS_LINE.match(start)
     if match is None:
         raise BadReply("the upstream's status line is malformed")
     try:
-        index, lines = parse_fields(data[end + 2 : -2], is_reply=True)
+        index, lines = parse_fields(block, is_reply=True)
     except ValueError as problem:
         raise BadReply(f"the upstream's reply head is malformed: {problem}") from None
     return ResponseHead(int(match.group(2)), int(match.group(1)), index, redactor.scrub(lines))
@@ -1530,7 +1503,7 @@ def content_length(value: bytes) -> int:
 
 
 class LengthDecoder:
-    """A body of `length` bytes; None: of all bytes until the connection ends. `surplus`: the bytes after the body."""
+    """A body of `length` bytes; None: `until_end` of the connection. `surplus`: the bytes after the body."""
 
     __slots__ = ("done", "left", "surplus", "until_end")
 
@@ -1548,11 +1521,6 @@ class LengthDecoder:
         self.done = not self.left
         return data
 
-    def feed_eof(self) -> bool:
-        """Return whether the body is complete if the connection ends here."""
-        self.done = self.done or self.until_end
-        return self.done
-
 
 class ChunkedDecoder:
     """A chunked body of at most `limit` bytes (RFC 9112, 7.1). `surplus`: the bytes after the body.
@@ -1561,6 +1529,7 @@ class ChunkedDecoder:
     """
 
     __slots__ = ("done", "left", "limit", "pending", "surplus", "total", "trailer_bytes")
+    until_end = False
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -1589,23 +1558,27 @@ class ChunkedDecoder:
             else:
                 # Found by its LF, so that a line with a bare LF is refused: a parser in front of this server may take
                 # it for a line end, and would see another body (RFC 9112, 11.2).
-                end = data.find(b"\n", at, at + (CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES)) + 1
+                limit = CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES
+                end = data.find(b"\n", at, at + limit) + 1
                 if not end:
-                    self._check_partial_line(data[at:])
+                    # A client that does not know chunks, and sends its JSON at once, must not wait for an answer.
+                    if size - at >= limit or (self.trailer_bytes < 0 and data[at] not in b"0123456789ABCDEFabcdef"):
+                        raise ValueError("a chunk-size or trailer line is malformed or too long")
                     break
-                if self.trailer_bytes < 0:
-                    self._read_size(data[at:end])
-                else:
-                    self._check_trailer(data[at:end])
+                self._read_line(data[at:end])
                 at = end
-        if self.done:
-            self.surplus = data[at:]
-        else:
-            self.pending = data[at:]
+        self.surplus, self.pending = (data[at:], b"") if self.done else (b"", data[at:])
         return payloads[0] if len(payloads) == 1 else b"".join(payloads)
 
-    def _read_size(self, line: bytes) -> None:
-        """Read a chunk-size line; a size of 0 begins the trailer section."""
+    def _read_line(self, line: bytes) -> None:
+        """Read a chunk-size line or, behind the size 0, a line of the trailer section; an empty one ends the body."""
+        if self.trailer_bytes >= 0:
+            self.trailer_bytes += len(line)
+            self.done = line == b"\r\n"
+            valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
+            if not valid or self.trailer_bytes > TRAILER_BYTES:
+                raise ValueError("the trailer section is malformed or too long")
+            return
         match = _CHUNK_LINE.fullmatch(line)
         if match is None:
             raise ValueError("a chunk-size line is malformed")
@@ -1617,25 +1590,6 @@ class ChunkedDecoder:
             self.left = length + 2
         else:
             self.trailer_bytes = 0
-
-    def _check_trailer(self, line: bytes) -> None:
-        """Check a line of the trailer section; the empty line ends the body."""
-        self.trailer_bytes += len(line)
-        self.done = line == b"\r\n"
-        valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
-        if not valid or self.trailer_bytes > TRAILER_BYTES:
-            raise ValueError("the trailer section is malformed or too long")
-
-    def _check_partial_line(self, line: bytes) -> None:
-        """Refuse an incomplete line that is too long or can no longer become valid."""
-        if len(line) >= (CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES):
-            raise ValueError("a chunk-size or trailer line is too long")
-        if self.trailer_bytes < 0 and not _CHUNK_LINE_START.fullmatch(line):
-            raise ValueError("a chunk-size line is malformed")
-
-    def feed_eof(self) -> bool:
-        """Return whether the body is complete if the connection ends here."""
-        return self.done
 
 
 Decoder = LengthDecoder | ChunkedDecoder
@@ -1762,10 +1716,10 @@ def split_target(target: str) -> tuple[str, str, str]:
     """Return the authority (of absolute-form), the decoded path and the raw query of a target. Raises BadMessage."""
     authority = ""
     if not target.startswith("/"):
+        if target == "*":
+            return "", "*", ""
         absolute = _ABSOLUTE_TARGET.match(target)  # clients with a proxy setting send it (RFC 9112, 3.2.2)
         if absolute is None:
-            if target == "*":
-                return "", "*", ""
             raise BadMessage(400, "The request target is neither a path nor an absolute URL.")
         authority, target = absolute.group(1), absolute.group(2)
         target = target if target.startswith("/") else "/" + target
@@ -2122,12 +2076,10 @@ class TimedProtocol(asyncio.StreamReaderProtocol):
 
     def pause_writing(self) -> None:
         """Note that the peer is slow. Called by asyncio above the high-water mark."""
-        super().pause_writing()
         self.full = True
 
     def resume_writing(self) -> None:
         """Report that the peer has caught up. Called by asyncio below the low-water mark."""
-        super().resume_writing()
         self.full = False
         if self.on_writable is not None:
             self.on_writable()
@@ -2199,8 +2151,13 @@ class Origin:
     @property
     def authority(self) -> str:
         """Return `host[:port]` as the Host field spells it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == {"http": 80, "https": 443}[self.scheme] else f"{host}:{self.port}"
+        usual = self.port == {"http": 80, "https": 443}[self.scheme]
+        return self.address.rpartition(":")[0] if usual else self.address
+
+    @property
+    def address(self) -> str:
+        """Return `host:port`."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse_origin(base_url: str, proxy: Secret, ca_file: str) -> tuple[Origin, str]:
@@ -2233,10 +2190,7 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     return context
 
 
-Dial = Callable[[Origin], Awaitable[TimedProtocol]]
-
-
-def abort_abandoned(connecting: asyncio.Task[tuple[asyncio.Transport, TimedProtocol]]) -> None:
+def abort_late(connecting: asyncio.Task[tuple[asyncio.Transport, TimedProtocol]]) -> None:
     """Close the connection of an abandoned connect, if it has brought one."""
     if not connecting.cancelled() and connecting.exception() is None:
         connecting.result()[0].abort()
@@ -2252,7 +2206,7 @@ async def open_connection(host: str, port: int) -> TimedProtocol:
         await asyncio.shield(connecting)
     except asyncio.CancelledError:
         # Cancelled itself, asyncio's race would leave a socket open that has just connected.
-        connecting.add_done_callback(abort_abandoned)
+        connecting.add_done_callback(abort_late)
         loop.call_later(ABANDONED_S, connecting.cancel)
         raise
     return protocol
@@ -2293,10 +2247,9 @@ async def read_reply_head(reader: TimedReader) -> ResponseHead:
 
 async def open_tunnel(protocol: TimedProtocol, origin: Origin) -> None:
     """Ask the proxy for a tunnel to `origin`. Raises UpstreamError, UnicodeError."""
-    host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    target = b"%b:%d" % (host.encode("ascii" if host.isascii() else "idna"), origin.port)  # RFC 9110, 9.3.6: with port
-    lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n"
-    protocol.transport.write(lines % (target, target, proxy_authorization(origin.proxy)))
+    # The target has its port, even the usual one (RFC 9110, 9.3.6).
+    start = f"CONNECT {origin.address} HTTP/1.1\r\nHost: {origin.address}\r\n"
+    protocol.transport.write(start.encode() + proxy_authorization(origin.proxy) + b"\r\n")
     head = await read_reply_head(protocol.reader)
     if not 200 <= head.status < 300:
         raise ConnectFailed(f"the proxy refused the tunnel with status {head.status}")
@@ -2363,7 +2316,6 @@ class UpstreamConnection:
         self.reader, self.transport = protocol.reader, protocol.transport
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
-        self.idle = False
         self.request_count = 0
         self.dead_after_s = 0.0  # see `watch_path`
         self.expires_at = self.loop.time() + CONNECTION_AGE_S
@@ -2391,7 +2343,7 @@ class UpstreamConnection:
         self.transport.abort()
 
     def _expired(self) -> None:
-        if self.idle:
+        if self not in self.pool.active:
             self.pool.drop(self)
         elif self.before_reply:
             error = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
@@ -2400,15 +2352,15 @@ class UpstreamConnection:
             self.reader.interrupt(UpstreamTimeout("nothing came from the upstream in time"))
 
     def _ended(self, error: BaseException | None) -> None:
-        if self.idle:  # in an exchange the next read reports it
+        if self not in self.pool.active:  # in an exchange the next read reports it
             self.pool.drop(self)
 
 
 class ConnectionPool:
     """Keeps the idle connections of each origin. The last used goes out first, so that those too many grow old."""
 
-    def __init__(self, batcher: WriteBatcher, dial: Dial = dial) -> None:
-        self.batcher, self.dial = batcher, dial
+    def __init__(self, batcher: WriteBatcher) -> None:
+        self.batcher = batcher
         self.idle: dict[Origin, list[UpstreamConnection]] = {}
         self.active: set[UpstreamConnection] = set()
         self.closed = False
@@ -2426,7 +2378,6 @@ class ConnectionPool:
         idle = self.idle.get(origin, [])
         while idle:
             connection = idle.pop()
-            connection.idle = False
             if connection.is_quiet():
                 self.active.add(connection)
                 return connection
@@ -2437,7 +2388,7 @@ class ConnectionPool:
         """Return a new connection. Raises ConnectFailed, within `within_s` seconds."""
         try:
             async with asyncio.timeout(within_s):
-                protocol = await self.dial(origin)
+                protocol = await dial(origin)
         except TimeoutError:
             raise ConnectFailed(f"no connection within {within_s:g} s") from None
         except (OSError, UnicodeError, UpstreamError) as problem:
@@ -2457,7 +2408,6 @@ class ConnectionPool:
         if not usable or not connection.is_quiet():
             connection.close()
             return
-        connection.idle = True
         connection.deadline.set(min(now + IDLE_UPSTREAM_S, connection.expires_at))
         self.idle.setdefault(connection.origin, []).append(connection)
         if self.idle_count > IDLE_UPSTREAM_COUNT:
@@ -2466,7 +2416,6 @@ class ConnectionPool:
 
     def drop(self, connection: UpstreamConnection) -> None:
         """Close an idle connection that has expired or ended."""
-        connection.idle = False
         self.idle[connection.origin].remove(connection)
         connection.close()
 
@@ -2479,44 +2428,42 @@ class ConnectionPool:
         self.idle.clear()
 
 
+@dataclass(eq=False)
 class NetworkExchange:
     """An exchange on a connection of the pool. See `Exchange`.
 
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
     when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
     had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
+    `replied_early`: the reply began before the request had ended. `interrupted`: by this, while there is no connection.
     """
 
-    def __init__(
-        self,
-        pool: ConnectionPool,
-        origin: Origin,
-        message: Message,
-        timeouts: Timeouts,
-        on_sent: Callable[[float], None],
-        method: str = "POST",
-        resend: bool = False,
-        fresh: bool = False,
-    ) -> None:
-        self.pool, self.origin, self.message = pool, origin, message
-        self.on_sent, self.method, self.resend, self.fresh = on_sent, method, resend, fresh
-        self.connect_s = timeouts.connect
-        self.idle_s, self.total_s = timeouts.idle or math.inf, timeouts.total or math.inf
-        self.first_byte_s = min(timeouts.first_byte or math.inf, self.total_s)
-        self.connection: UpstreamConnection | None = None
-        self.pieces: Iterator[memoryview] = iter(())  # of a large request, not written yet
-        self.all_sent = True
-        self.replied_early = False  # the reply began before the request had ended
-        self.interrupted: Exception | None = None  # an interruption that came while there was no connection
-        self.decoder: Decoder | None = None
-        self.head: ResponseHead
+    pool: ConnectionPool
+    origin: Origin
+    message: Message
+    timeouts: Timeouts
+    on_sent: Callable[[float], None]
+    method: str = "POST"
+    resend: bool = False
+    fresh: bool = False
+    head: ResponseHead = field(init=False)
+    first_byte_s: float = field(init=False)
+    connection: UpstreamConnection | None = None
+    decoder: Decoder | None = None
+    pieces: Iterator[memoryview] | None = None  # of a large request, not written yet
+    all_sent: bool = True
+    replied_early: bool = False
+    interrupted: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.first_byte_s = min(self.timeouts.first_byte or math.inf, self.timeouts.total or math.inf)
 
     async def start(self) -> None:
         """See `Exchange`."""
         connection = None if self.fresh else self.pool.take(self.origin)
         while True:
             if connection is None:
-                connection = await self.pool.connect(self.origin, self.connect_s)
+                connection = await self.pool.connect(self.origin, self.timeouts.connect)
                 if self.interrupted is not None:
                     self.pool.give_back(connection, False)
                     raise self.interrupted
@@ -2543,9 +2490,9 @@ class NetworkExchange:
         """See `Exchange`."""
         connection, decoder, payload = self.connection, self.decoder, b""
         assert connection is not None and decoder is not None
+        idle_s, total_s = self.timeouts.idle or math.inf, self.timeouts.total or math.inf
         while not (payload or decoder.done):
-            now = connection.loop.time()
-            connection.deadline.set(min(now + self.idle_s, connection.written_at + self.total_s))
+            connection.deadline.set(min(connection.loop.time() + idle_s, connection.written_at + total_s))
             try:
                 data = await connection.reader.read_some()
                 payload = decoder.feed(data) if data else b""
@@ -2555,9 +2502,9 @@ class NetworkExchange:
                 raise BadReply(f"the upstream's reply is malformed: {problem}") from problem
             connection.deadline.at = math.inf  # until the next read it is the client that is slow
             if not data:
-                if not decoder.feed_eof():
+                if not decoder.until_end:
                     raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
-                break
+                decoder.done = True
         return payload
 
     def interrupt(self, error: Exception) -> None:
@@ -2613,7 +2560,7 @@ class NetworkExchange:
         now = connection.loop.time()
         if connection.before_reply:
             connection.deadline.set(now + self.first_byte_s)
-        for piece in self.pieces:
+        for piece in self.pieces or ():
             if connection.transport.is_closing():
                 return
             connection.transport.write(piece)
@@ -2627,7 +2574,7 @@ class NetworkExchange:
         if connection is None:
             return
         connection.protocol.on_writable = None
-        self.pieces = iter(())
+        self.pieces = None
         if not self.all_sent:
             self.all_sent = True
             self.on_sent(connection.loop.time())
@@ -3038,7 +2985,7 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
         raise ValueError("the upstream's answer is not a message") from None
 
 
-# -- errors, which vendors and gateways send in many shapes; section 10 reads those of all other APIs
+# -- errors in the many shapes of vendors and gateways; section 10 uses these functions too
 
 
 def parse_reply(body: bytes) -> Any:
@@ -3757,12 +3704,12 @@ CREDIT_WORDS = (
     f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insufficient"
     "|User is locked. Reason: |(Your (team|project)|Account) .*(monthly spending (cap|limit)|credits))"
 )
+# 1211 is Zhipu's, 5007 Cloudflare's, 20012 SiliconFlow's.
 MISSING_CODES = (
     "model_not_found DeploymentNotFound not_found_error model_decommissioned model_not_supported model_not_available"
     " model_terms_required invalid_model unknown_model INVALID_MODEL_ID 1211 5007 20012"
 ).split()
-# DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare. The
-# numbers are codes of Zhipu, Cloudflare and SiliconFlow.
+# DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare.
 MISSING_WORDS = (
     r"(?i)^(model (does )?not (exist|found)|invalid model( name| id)?( passed| ['\"]|[.:]|$)"
     r"|(invalid params, )?unknown model(:| ['\"])|\S+ is not a valid model id"
@@ -3807,9 +3754,9 @@ RULES = (
 TOO_LONG_CODES = (
     "context_length_exceeded exceed_context_size_error model_max_prompt_tokens_exceeded tokens_limit_reached 1261"
 ).split()
-# Words of nearly all vendors, with an amount or a comparison, as other errors also speak of contexts and lengths; then
-# of Anthropic, Bedrock, Cohere, TGI, Google, xAI, Moonshot, DashScope, Zhipu, SGLang, Groq, GitHub. Not Cohere's "too
-# many tokens: max tokens must be less than": that is about the answer.
+# First the words of most vendors, with an amount or a comparison, as other errors also speak of contexts; then those of
+# Anthropic, Bedrock, Cohere, TGI, Google, xAI, Moonshot, DashScope, Zhipu, SGLang, Groq and GitHub. Cohere's "too many
+# tokens: max tokens must be less than" is not among them: it is about the answer.
 TOO_LONG_WORDS = re.compile(
     r"context (length|window|size|limit)( is| of)?( only)?:? ?\(?\d|\d maximum context length|context window exceeds"
     r"|(exceed(s|ed)?|(longer|greater|less) than) (\S+ ){0,3}context (length|window|size)"
@@ -3825,9 +3772,10 @@ _QUOTED = re.compile(r"(?<!\w)(['\"]).*\1(?!\w)", re.DOTALL)
 ERROR_STATUSES = {
     **dict.fromkeys((*CREDIT_CODES, "rate_limit_error", "rate_limit_exceeded"), 429),
     **dict.fromkeys(MISSING_CODES, 404),
-    **dict.fromkeys(("invalid_request_error", "content_filter", "content_policy_violation"), 400),
+    **dict.fromkeys(("invalid_request_error", "invalid_prompt", "content_filter", "content_policy_violation"), 400),
+    **dict.fromkeys(TOO_LONG_CODES, 400),
+    **dict.fromkeys(("authentication_error", "invalid_api_key"), 401),
     "overloaded_error": 529,
-    "authentication_error": 401,
     "permission_error": 403,
 }
 
@@ -3884,8 +3832,8 @@ def parse_duration(text: str) -> float | None:
 def parse_date(text: str) -> float | None:
     """Return the Unix time of an HTTP date or an RFC 3339 time; None for anything else."""
     try:
-        is_rfc3339 = text[:4].isdigit()
-        then = dt.datetime.fromisoformat(text) if is_rfc3339 else email.utils.parsedate_to_datetime(text)
+        parse = dt.datetime.fromisoformat if text[:4].isdigit() else email.utils.parsedate_to_datetime
+        then = parse(text)
         return (then if then.tzinfo else then.replace(tzinfo=dt.UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
@@ -3912,7 +3860,7 @@ def seconds_until(name: bytes, index: Index, wall_s: float) -> float | None:
 
 
 def read_waits(verdict: Verdict, index: Index, body: bytes, wall_s: float) -> None:
-    """Set the time to wait: by the fields of an error (RFC 9110, 10.2.3), by its text, or by the end of a window.
+    """Set the time to wait: by an error's fields (RFC 9110, 10.2.3), else by its text, else by the end of a window.
 
     The milliseconds of Azure and OpenAI come first: Retry-After rounds 20 ms up to a second, or down to zero.
     X-RateLimit-Reset (OpenRouter) is the end of a fixed window. A bucket that refills has room long before it is full,
@@ -3951,7 +3899,7 @@ def read_rate_message(verdict: Verdict, names: list[str]) -> None:
 
 
 def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[str], wall_s: float) -> Verdict:
-    """Return the verdict on an error reply to a request for a model. In a 200, the error's words tell the status."""
+    """Return the verdict on an error reply to a request for a model. For a 200, the error's words give the status."""
     value = parse_reply(body)
     error = find_error(value) or first_object(value)
     names, message = error_words(error)
@@ -3991,7 +3939,7 @@ def judge_reply(
         elif status == 404 or (status == 409 and request.stateful):
             verdict.outcome = Outcome.CLIENT
     elif status == 404 and body.lstrip()[:1] not in (b"{", b"["):
-        # No API says this, but a proxy whose backend is away; or a server that lacks one of the rarer paths.
+        # An API would answer in JSON: this is a proxy whose backend is away, or a server that lacks a rarer path.
         is_common = request.path.endswith(("/completions", "/embeddings"))
         verdict.outcome = Outcome.FAULT if is_common else Outcome.UNFIT
     elif request.stateful and status in (404, 409) and not (request.model and verdict.outcome is Outcome.MISSING):
@@ -4000,16 +3948,16 @@ def judge_reply(
     return verdict
 
 
-# In JSON, quotes within a text are escaped, so neither of these can be a part of one.
+# Inside a JSON string quotes are escaped, so neither pattern can match there.
 _CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 _ERROR = re.compile(rb'"(?:error|success)"(?!\s*:\s*(?:null|true))')
 
 
 def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
-    """Return the verdict on `body`, all of an answer with status 200: some upstreams send their errors so.
+    """Return the verdict on `body`, a whole answer with status 200: some upstreams send errors with that status.
 
-    A chat must have choices; any other answer may be anything but an error object. Only suspicious bodies are parsed:
-    to parse every answer would double the cost of a request.
+    A chat must have choices; any other answer may be anything but an error object. Only a suspicious body is parsed,
+    as parsing every answer would double the cost of a request.
     """
     text, is_chat = body.strip(), request.path in (CHAT_PATH, "/completions")
     is_object = text[:1] == b"{" and text[-1:] == b"}"
@@ -4020,7 +3968,7 @@ def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) 
         return OK
     value = parse_reply(text)
     answer = first_object(value)
-    # A stored response that failed is an object of the account, which its client may read again.
+    # A stored response that failed is an object of the account: the client may read it again.
     if find_error(value) and not (request.stateful and answer.get("object") == "response"):
         return judge_error(200, {}, text, rate_codes, time.time())
     if not is_chat or first_object(answer.get("choices")):
@@ -4127,7 +4075,7 @@ def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
     the prompt cache do not count.
     """
     start = max((usage.end() for usage in _USAGE.finditer(body)), default=len(body))
-    # In reverse, as the first of equal names counts: others stand in details. No usage has more than 2,048 bytes.
+    # Reversed, so that the first of equal names counts: later ones are details. No usage has more than 2,048 bytes.
     counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + 2048))}
     answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
     total = counts.get(b"total", 0) or counts.get(b"prompt", 0) + counts.get(b"input", 0) + answer
@@ -4138,33 +4086,20 @@ def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
 # How much an account may be sent, and whether it works. Pure arithmetic: `now` is the loop's clock and always passed
 # in; nothing here waits or knows HTTP.
 #
-# A *limit* computes when an amount may be sent (`opens_at`) and charges it (`take`). Later it learns when the amount
-# was sent (`sent`) and its real cost (`correct`; 0 gives it back). A *window* is a configured limit, counted exactly.
-# A *bucket* follows replies: providers keep leaky buckets that refill all the time, and a reply reports what was left
-# when its own request was admitted; other requests were sent since. So the bucket is a model, charged at each sending
-# and refilled by the clock. A reply is compared with what the model expected for its request, and the difference
-# corrects the model. So each request under way counts exactly once, in whatever order replies come.
-#
 # Providers count per model, so a *quota* (an account, or several that share a `quota_group`) has a *ledger* of limits
 # for each model. A request is charged when it gets its *lease*, before it is sent: else ten requests at once would all
-# see the same last place. A *gate* is shut for a time that doubles at each relapse; then one request, the probe, finds
-# out. There is a gate for a controller's health, one for a quota's credit, and one for a *candidate*, which is a
-# controller for one model.
+# see the same last place. A *window* is a configured limit, counted exactly. A *bucket* follows replies: providers keep
+# leaky buckets that refill all the time, and a reply reports what was left when its own request was admitted. Other
+# requests were sent since. So the bucket is a model, charged at each sending and refilled by the clock. A reply is
+# compared with what the model expected for its request, and the difference corrects the model. So each request under
+# way counts exactly once, in whatever order replies come.
+#
+# A *gate* is shut for a time that doubles at each relapse. Then one request, the probe, finds out. Gates
+# are for a controller's health, a quota's credit, a ledger's 429s that name no time, and for whether a controller has a
+# model (together they are a *candidate*).
 
 NEVER = math.inf
 MEMORY_MODELS = 256  # models in each cache, as clients choose the names
-WINDOW_S = 60.0  # the time that rpm and tpm count
-# A bucket refills this much later than computed: a request that is 1 ms too early gets a 429.
-EDGE_S = 0.005
-# A request may need this much longer than another to reach the upstream, which then counts it later.
-SLACK_S = 0.25
-CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
-# For a 429 that says "now": the first closing, and the end of doubling.
-CLOSED_NOW_S = (0.01, 1.0)
-SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
-# Slow start: requests per second at least and at its end; growth for each request near the refused rate; requests that
-# may go at once.
-PACE_MIN, PACE_END, PACE_STEP, PACE_BURST = 1 / 30, 1000.0, 0.0625, 4.0
 
 CachedT = TypeVar("CachedT")
 
@@ -4183,7 +4118,81 @@ def next_backoff(last_s: float, bounds: tuple[float, float]) -> float:
     return min(max(2 * last_s, bounds[0]), bounds[1])
 
 
-# -- limits
+# -- gates
+
+FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
+LIMITED = "limited"
+# Seconds for which a gate is shut: the first time, and the end of doubling. An overload ends in seconds, a refused key
+# or an unpaid bill needs a person, a hang may end at any moment. For BUSY the upstream names the time.
+BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600)}
+BACKOFF_S |= {NO_MODEL: (600, 600), LIMITED: (1, 30)}
+
+
+class Gate:
+    """A gate is shut for a `reason` ("": open) until a time that doubles at each relapse; then one probe may pass."""
+
+    def __init__(self, name: str = "") -> None:
+        # The log names the account; a gate without a name is not logged.
+        self.name, self.reason, self.until = name, "", 0.0
+        self.out_since = self.shut_at = 0.0  # when it shut first and last
+        self.probe: Lease | None = None
+        self.backoff_s: dict[str, float] = {}  # the last time by reason, until an answer ends well
+
+    def opens_at(self, now: float) -> float:
+        """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
+        if not self.reason or self.until > now:
+            return self.until
+        if self.probe is None:
+            return 0.0
+        # A 429 comes soon. A probe that is not refused for as long as the gate was shut is probably answered.
+        again_at = self.probe.since + self.until - self.shut_at if self.reason == LIMITED else NEVER
+        return again_at if again_at > now else 0.0
+
+    def enter(self, lease: "Lease", now: float) -> None:
+        """Let a request pass; the first after the time is the probe, a last resort before that is not."""
+        if self.reason == BUSY and self.until <= now:
+            self.open(now)
+        elif self.reason and not self.opens_at(now):
+            self.probe = lease
+
+    def counts(self, lease: "Lease", enough: bool = True) -> bool:
+        """Return whether a failure shuts the gate: the probe's does, any other where the gate is open and `enough`."""
+        return self.probe is lease or (enough and self.reason in ("", BUSY))
+
+    def shut(self, reason: str, now: float, why: str, for_s: float | None = None) -> None:
+        """Shut for `for_s` seconds, by default twice the last time for this reason. `why`: for the log."""
+        if for_s is None:
+            for_s = self.backoff_s[reason] = next_backoff(self.backoff_s.get(reason, 0.0), BACKOFF_S[reason])
+        self.out_since = self.out_since if self.reason else now
+        self.reason, self.shut_at, self.until, self.probe = reason, now, now + for_s, None
+        if self.name:
+            until = "until it answers" if for_s == NEVER else f"for {math.ceil(for_s)} s"
+            log.warning("account %s: disabled %s: %s", self.name, until, why)
+
+    def works(self, lease: "Lease", now: float) -> None:
+        """Open after an answer, unless its request began before the gate shut."""
+        if self.reason and lease.since > self.shut_at:
+            self.open(now)
+
+    def open(self, now: float) -> None:
+        """Let all requests pass."""
+        if self.reason and self.name:
+            log.info("account %s: back after %.0f s", self.name, now - self.out_since)
+        self.reason, self.until, self.probe = "", 0.0, None
+
+
+# -- limits. `opens_at` says when an amount may be sent, and `take` charges it. Later a limit learns when the amount was
+# `sent`, and by `correct` its real cost; 0 gives it back.
+
+WINDOW_S = 60.0  # the time that rpm and tpm count
+EDGE_S = 0.005  # a bucket refills this much later than computed: a request that is 1 ms too early gets a 429
+SLACK_S = 0.25  # a request may need this much longer than another to reach the upstream, which then counts it later
+CLOSED_MAX_S = 600.0  # the longest closing by one 429 or 503
+CLOSED_NOW_S = (0.01, 1.0)  # for a 429 that says "now": the first closing, and the end of doubling
+SLOW_PERIOD_S = 600.0  # a limit that needs longer than this to refill counts hours or days
+# Slow start: requests per second at least and at its end; growth for each request near the refused rate; requests that
+# may go at once.
+PACE_MIN, PACE_END, PACE_STEP, PACE_BURST = 1 / 30, 1000.0, 0.0625, 4.0
 
 
 @dataclass(slots=True, eq=False)
@@ -4202,16 +4211,16 @@ class Bucket:
     `shift` is the sum of all corrections by replies. A receipt keeps the level right after its own charge, less the
     shift of that time; so a reply is compared with what was expected of it, and each error is corrected once.
 
-    Until a reply reports a `limit`, `rate` is 0: the bucket refuses nothing and only counts, below zero. `most`: the
-    largest `size` that is believed. `newest`: the serial of the latest request whose reply counted. `known_at`: when
-    the first reply came. `doubles`: whether a slow start had no second 429. `grown_at`: when its rate grew last.
+    Until a reply reports a `limit` (at `known_at`) `rate` is 0: the bucket refuses nothing and only counts, below zero.
     """
 
     def __init__(self, by_tokens: bool, now: float = 0.0) -> None:
-        self.by_tokens = by_tokens
-        self.level = self.limit = self.rate = self.shift = 0.0
-        self.size = self.most = NEVER
-        self.at, self.known_at, self.newest, self.slow = now, 0.0, -1, 0
+        self.by_tokens, self.at = by_tokens, now
+        self.level = self.limit = self.rate = self.shift = self.known_at = 0.0
+        self.size = self.most = NEVER  # `most`: the largest size that is believed
+        # The serial of the latest request whose reply counted; how many replies in a row reported a slow limit.
+        self.newest, self.slow = -1, 0
+        # Of a slow start: whether it had no second 429, and when its rate grew last.
         self.doubles, self.grown_at = True, 0.0
 
     def level_at(self, now: float) -> float:
@@ -4252,27 +4261,26 @@ class Bucket:
             self.known_at = now
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
-            # `remaining` is rounded down; the time until the bucket is full has the fraction, but no more.
-            left = min(max(self.size - told.reset_s * self.rate, left), left + 0.999)
+            # `remaining` is rounded down; the time until the bucket is full has the fraction, unless it ends a window.
+            exact = self.size - told.reset_s * self.rate
+            left = exact if left < exact < left + 1 else left
         elif told.limit != self.limit:
             self.limit, self.rate = told.limit, told.limit / WINDOW_S
             self.size = min(told.limit, self.most)
-        # A charge before the first reply met a bucket without a rate, which did not refill.
-        expected -= max(0.0, self.known_at - sent_at) * self.rate
-        # `expected` leaves out the shift of its time. With the shift of now it is what the model would have expected
-        # after all corrections, so no error is corrected twice.
-        error = left - expected - self.shift
+        # A charge before the first reply met a bucket without a rate, which did not refill. `expected` leaves out the
+        # shift of its time; with the shift of now no error is corrected twice.
+        error = left - expected + max(0.0, self.known_at - sent_at) * self.rate - self.shift
         self.shift += error
-        # No more can be left than the reply reports and was refilled since. Where the model was below zero, and so was
-        # set to zero, each refused request would otherwise look like one that was given back.
+        # No more can be left than the reply reported, plus what was refilled since. The level may have been below zero
+        # and was set to zero: without this bound each refused request would then look like one that was given back.
         most = min(self.size, left + (now - sent_at) * self.rate)
         self.level = min(max(self.level + error, 0.0), most)
 
     def _learn_rate(self, limit: float, left: float, reset_s: float) -> None:
         """Learn size and rate. A bucket may hold less than a minute's worth, as its content and its reset show.
 
-        The rate is the limit per minute. When two replies in a row report that the limit needs more than ten minutes to
-        refill, it counts hours or days. One such reply proves nothing, as resets are rounded and delayed.
+        The limit is per minute, unless two replies in a row report that it needs more than ten minutes to refill. One
+        such reply proves nothing, as resets are rounded and delayed.
         """
         spent = limit - left
         slow = spent > 0 and reset_s * limit > SLOW_PERIOD_S * spent
@@ -4288,8 +4296,7 @@ class Bucket:
     def slow_down(self, after_s: float, now: float) -> None:
         """Begin a slow start after a 429 of an account that reports no limit (self-hosted, Vertex, some gateways).
 
-        At the reopening one request goes, and the next after `after_s` again; else the whole line would go at once. A
-        429 during the slow start halves the rate.
+        At the reopening one request goes, the next after `after_s`. Another 429 halves the rate.
         """
         self.take(0.0, now - EDGE_S)
         self.doubles = not self.rate
@@ -4299,35 +4306,47 @@ class Bucket:
     def speed_up(self, sent_at: float, now: float) -> None:
         """Grow the rate of a slow start, once in a round trip: a rate must be tried before it grows.
 
-        Until the second 429 it doubles, and one more request goes at once. Then it grows with the requests since the
-        last growth, as doubling would exceed the same limit again.
+        It doubles until the second 429, then grows with the requests since: doubling would exceed the same limit again.
         """
-        if sent_at > self.grown_at:
-            if self.doubles:
-                self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
-            else:
-                self.rate *= 1 + PACE_STEP * min(self.rate * (now - self.grown_at), PACE_BURST)
-            self.grown_at, self.size = now, PACE_BURST
-            if self.rate >= PACE_END:
-                self.rate, self.size = 0.0, NEVER
+        if sent_at <= self.grown_at or self.limit or not self.rate:
+            return
+        if self.doubles:
+            self.level, self.shift, self.rate = self.level + 1.0, self.shift + 1.0, 2 * self.rate
+        else:
+            self.rate *= 1 + PACE_STEP * min(self.rate * (now - self.grown_at), PACE_BURST)
+        self.grown_at, self.size = now, PACE_BURST
+        if self.rate >= PACE_END:
+            self.rate, self.size = 0.0, NEVER
 
 
 class Window:
     """A configured limit: at most `limit` in any `span_s` seconds, where a counter per minute would let twice as many.
 
-    A charge counts in `total` at once, and gets its place in `queue` when it is sent. `burst`: this window bounds the
-    bursts of a minute's window. As many requests as fit may go within the time that they are worth, so 1.67 a second
-    become one each 0.6 s.
+    A charge counts in `total` at once, and gets its place in `queue` when it is sent. `burst`: it bounds the bursts of
+    another window. As many requests as fit may go in the time that they are worth: 1.67 a second are one each 0.6 s.
     """
 
     def __init__(self, by_tokens: bool, limit: float, span_s: float, burst: bool = False) -> None:
-        self.by_tokens, self.burst, self.total = by_tokens, burst, 0.0
+        self.by_tokens, self.limit, self.span_s, self.burst = by_tokens, limit, span_s, burst
+        self.total = 0.0
         self.queue: deque[Receipt] = deque()
-        self.resize(limit, span_s)
 
-    def resize(self, limit: float, span_s: float) -> None:
-        """Set the limit; the charges stay."""
-        self.limit, self.span_s, self.rate = limit, span_s, limit / span_s
+    @property
+    def rate(self) -> float:
+        """What may be sent per second in the long run."""
+        return self.limit / self.span_s
+
+    def opens_at(self, amount: float, now: float) -> float:
+        """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
+        self._forget(now)
+        most = min(amount, self.limit)
+        if self.total + most <= self.limit + 1e-9:
+            return 0.0
+        at = self._falls_to(self.limit - most, self.span_s, now)
+        if self.burst:
+            worth = self.limit // most * most
+            at = min(at, self._falls_to(worth - most, worth / self.rate, now))
+        return at if at > now else 0.0
 
     def take(self, amount: float, now: float) -> Receipt:
         """Count an amount that is about to be sent."""
@@ -4341,25 +4360,13 @@ class Window:
         receipt.sent_at = now
 
     def correct(self, receipt: Receipt, amount: float, now: float) -> None:
-        """Count `amount` in place of the receipt's. What a charge that left the window lacked is charged now."""
+        """Count `amount` in place of the receipt's. If the charge has left the window, only the excess counts, now."""
         self._forget(now)
         if receipt.counted:
             self.total += amount - receipt.amount
-            receipt.amount = amount
         elif amount > receipt.amount and not self.burst:
             self.sent(self.take(amount - receipt.amount, now), now)
-
-    def opens_at(self, amount: float, now: float) -> float:
-        """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
-        self._forget(now)
-        most = min(amount, self.limit)
-        if self.total + most <= self.limit + 1e-9:
-            return 0.0
-        at = self._falls_to(self.limit - most, self.span_s, now)
-        if self.burst:
-            worth = self.limit // most * most
-            at = min(at, self._falls_to(worth - most, worth / self.rate, now))
-        return at if at > now else 0.0
+        receipt.amount = amount
 
     def _forget(self, now: float) -> None:
         """Drop the charges that are older than the window."""
@@ -4379,40 +4386,32 @@ class Window:
 
 
 class Ledger:
-    """The limits of one quota for one model: by replies, by configuration and by the last 429s.
-
-    `closed`: pairs of tokens and a time; until then no request with at least so many tokens goes. `closed_at`: when the
-    last 429 came. `closed_for`: the last closing by a 429 that said "now", 0 after an answer. `gate`: shut by a 429
-    that names no time, for requests of at least `least` tokens. `open`: the leases, by their serials.
-    """
+    """The limits of one quota for one model: by replies, by configuration and by the last 429s."""
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name = name
+        self.name, self.serial = name, 0
+        self.open: dict[Lease, None] = {}
         self.requests, self.tokens = self.buckets = Bucket(False), Bucket(True)
         self.limits: list[Bucket | Window] = []
+        # When the last 429 came, and the last closing by one that said "now".
+        self.closed_at = self.closed_for = 0.0
+        # Pairs of tokens and a time: until then no request with at least so many tokens goes.
         self.closed: list[tuple[float, float]] = []
-        self.closed_at = self.closed_for = self.least = 0.0
-        self.gate = Gate()
-        self.serial = 0
-        self.open: dict[Lease, None] = {}
+        # A 429 without a time shuts the gate for requests of at least `least` tokens.
+        self.gate, self.least = Gate(), 0.0
         self.configure(limits)
 
     def configure(self, limits: QuotaLimits) -> None:
         """Apply configured limits. Windows keep their charges, as the provider counts them too."""
-        self.configured = limits
         known = {(limit.by_tokens, limit.burst): limit for limit in self.limits if isinstance(limit, Window)}
-        self.limits, self.minutes = [*self.buckets], []
+        windows: list[Window] = []
         for by_tokens, limit in ((False, limits.rpm), (True, limits.tpm)):
-            if limit:
-                minute = known.get((by_tokens, False)) or Window(by_tokens, limit, WINDOW_S)
-                minute.resize(limit, WINDOW_S + SLACK_S)
-                self.limits.append(minute)
-                self.minutes.append(minute)
-            if limit and limits.burst_s < WINDOW_S:
-                most = max(1.0, limit * limits.burst_s / WINDOW_S)
-                burst = known.get((by_tokens, True)) or Window(by_tokens, most, WINDOW_S, True)
-                burst.resize(most, most * WINDOW_S / limit)
-                self.limits.append(burst)
+            most = max(1.0, limit * limits.burst_s / WINDOW_S)
+            for burst, size, slack_s in ((False, limit, SLACK_S), (True, most, 0.0)) if limit else ():
+                windows.append(known.get((by_tokens, burst)) or Window(by_tokens, size, WINDOW_S, burst))
+                windows[-1].limit, windows[-1].span_s = size, size * WINDOW_S / limit + slack_s
+        self.configured, self.limits = limits, [*self.buckets, *windows]
+        self.minutes = [window for window in windows if not window.burst]
 
     @property
     def limited(self) -> bool:
@@ -4423,9 +4422,7 @@ class Ledger:
         """Return when a request of `need` tokens may be sent; 0 for now."""
         openings = [limit.opens_at(need if limit.by_tokens else 1.0, now) for limit in self.limits]
         openings += [until for least, until in self.closed if need >= least]
-        if need >= self.least:
-            openings.append(self.gate.opens_at(now))
-        opens = max(openings)
+        opens = max(*openings, self.gate.opens_at(now) if need >= self.least else 0.0)
         return opens if opens > now else 0.0
 
     def take(self, need: float, now: float) -> list[tuple[Bucket | Window, Receipt]]:
@@ -4439,8 +4436,8 @@ class Ledger:
 
     def largest(self) -> float:
         """Return the most tokens that one request may have; 0 while no limit is known."""
-        known = [minute.limit for minute in self.minutes if minute.by_tokens]
-        return min([*known, self.tokens.limit] if self.tokens.limit else known, default=0.0)
+        known = [self.tokens.limit, *(minute.limit for minute in self.minutes if minute.by_tokens)]
+        return min(filter(None, known), default=0.0)
 
     def answered(self, sent_at: float, now: float) -> None:
         """Note a good answer: the backoff begins anew, and a slow start becomes faster."""
@@ -4448,14 +4445,13 @@ class Ledger:
         if sent_at > self.closed_at:
             self.closed_for = 0.0
             self.gate.backoff_s.clear()
-            if self.requests.rate and not self.requests.limit:
-                self.requests.speed_up(sent_at, now)
+            self.requests.speed_up(sent_at, now)
 
     def close(self, verdict: Verdict, need: float, now: float, under_way: bool = False) -> None:
         """Learn from a 429: close until the time it named, else for 1, 2, 4 ... 30 s, and then for all but one probe.
 
-        A 429 about tokens closes for requests of at least the refused size: smaller ones may fit. `under_way`: the
-        request was sent before the last 429. So a whole burst that is refused doubles the backoff once.
+        A 429 about tokens leaves smaller requests alone. `under_way`: the request was sent before the last 429, so a
+        whole burst that is refused doubles the backoff once.
         """
         least, gate, until = need if verdict.by_tokens else 0.0, self.gate, now
         if verdict.after_s is not None:
@@ -4469,8 +4465,7 @@ class Ledger:
         elif not under_way:
             self.least = min(least, self.least) if gate.reason else least
             gate.shut(LIMITED, now, "")
-            gate.until = min(gate.until, now + (verdict.reset_s or NEVER))
-            until = gate.until
+            gate.until = until = min(gate.until, now + (verdict.reset_s or NEVER))
         self.closed_at = now
         if not (self.minutes or self.requests.limit or under_way):
             self.requests.slow_down(until - now, now)
@@ -4484,85 +4479,19 @@ class Ledger:
                 bucket.size = bucket.most = max(1.0, bucket.size / 2)
 
 
-# -- gates
-
-FAILING, REFUSED, SILENT, NO_CREDIT, NO_MODEL, BUSY = "failing", "refused", "silent", "no_credit", "missing", "busy"
-LIMITED = "limited"
-# How long a gate is shut, in seconds: the first time, and the end of doubling. An overload ends in seconds, a refused
-# key or an unpaid bill needs a person, a hang may end at any moment and its probe costs one hedge.
-BACKOFF_S = {FAILING: (2, 60), REFUSED: (30, 3600), SILENT: (1, 60), NO_CREDIT: (300, 3600), NO_MODEL: (600, 600)}
-BACKOFF_S[LIMITED] = (1, 30)
-
-
-class Gate:
-    """A gate is shut for a `reason` ("": open) until a time that doubles at each relapse; then one probe may pass.
-
-    `name`: the account for the log; without a name nothing is logged. `out_since`: when the gate shut first, `shut_at`:
-    when it shut last. `backoff_s`: the last time by reason, until an answer ended well.
-    """
-
-    def __init__(self, name: str = "") -> None:
-        self.name, self.reason, self.until, self.out_since, self.shut_at = name, "", 0.0, 0.0, 0.0
-        self.probe: Lease | None = None
-        self.backoff_s: dict[str, float] = {}
-
-    def opens_at(self, now: float) -> float:
-        """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
-        if not self.reason or self.until > now:
-            return self.until
-        if self.probe is None:
-            return 0.0
-        # A 429 comes soon. A probe that is not refused for as long as the gate was shut is probably answered.
-        again_at = self.probe.since + self.until - self.shut_at if self.reason == LIMITED else NEVER
-        return again_at if again_at > now else 0.0
-
-    def enter(self, lease: "Lease", now: float) -> None:
-        """Let a request pass; the first after the time is the probe, a last resort before that is not."""
-        if self.reason == BUSY and self.until <= now:
-            self.open(now)
-        elif self.reason and not self.opens_at(now):
-            self.probe = lease
-
-    def counts(self, lease: "Lease") -> bool:
-        """Return whether a failure of `lease` counts: while the gate is shut, only the probe's does."""
-        return self.reason in ("", BUSY) or self.probe is lease
-
-    def shut(self, reason: str, now: float, why: str, for_s: float | None = None) -> None:
-        """Shut for `for_s` seconds, by default twice the last time for this reason. `why`: for the log."""
-        if for_s is None:
-            for_s = self.backoff_s[reason] = next_backoff(self.backoff_s.get(reason, 0.0), BACKOFF_S[reason])
-        self.out_since = self.out_since if self.reason else now
-        self.reason, self.shut_at, self.until, self.probe = reason, now, now + for_s, None
-        if self.name:
-            until = "until it answers" if for_s == NEVER else f"for {math.ceil(for_s)} s"
-            log.warning("account %s: disabled %s: %s", self.name, until, why)
-
-    def works(self, lease: "Lease", now: float) -> None:
-        """Open after an answer, unless its request began before the gate shut."""
-        if self.reason and lease.since > self.shut_at:
-            self.open(now)
-
-    def open(self, now: float) -> None:
-        """Let all requests pass."""
-        if self.reason and self.name:
-            log.info("account %s: back after %.0f s", self.name, now - self.out_since)
-        self.reason, self.until, self.probe = "", 0.0, None
-
-
 class Quota:
     """What a controller, or a `quota_group`, may be sent: ledgers by model, requests at once, and a gate for credit."""
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
-        self.name, self.limits, self.in_flight = name, limits, 0
-        self.gate = Gate(name)
+        self.name, self.limits, self.in_flight, self.gate = name, limits, 0, Gate(name)
         self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share a ledger
 
     def configure(self, limits: QuotaLimits) -> None:
         """Apply configured limits; what was sent and what is under way still counts."""
-        if limits != self.limits:
-            self.limits = limits
-            for ledger in self.ledgers.values():
-                ledger.configure(limits)
+        # Equal limits must not undo what `halve_burst` learned.
+        for ledger in self.ledgers.values() if limits != self.limits else ():
+            ledger.configure(limits)
+        self.limits = limits
 
     @property
     def is_full(self) -> bool:
@@ -4579,11 +4508,8 @@ class Quota:
 BREAKER_OUTCOMES, BREAKER_FAILURES, BREAKER_WITHIN_S = 20, 5, 30.0
 # So many in a row shut the gate, as a single 401 may be a short fault of the provider.
 REFUSALS = {Outcome.AUTH: 2, Outcome.FORBIDDEN: 3}
-SUSPECT_COUNT = 3  # silent requests that make a controller suspect
-# The shortest suspicious silence, and the silence where no usual time is known.
-SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 1.0, 30.0
-# Fewer samples prove nothing; a hedge may be billed twice, so it comes late.
-HEDGE_SAMPLES, HEDGE_MIN_S = 20, 10.0
+# Silent requests that make a suspect; the shortest suspicious silence, and that where no usual time is known.
+SUSPECT_COUNT, SUSPECT_MIN_S, SUSPECT_UNKNOWN_S = 3, 1.0, 30.0
 SAMPLES = 100  # cached times to the first answer, per controller, model and kind
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
 
@@ -4603,14 +4529,14 @@ def unusual_s(times: Iterable[float], share: float) -> float:
 class Candidate:
     """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer.
 
-    `mapped`: the name that `model_map` gives the model. `limited_as`: the model's name in the quota, without a date
-    (gpt-4.1-2025-04-14 counts as gpt-4.1) except for Azure's deployments. `times`: of whole answers and of streams.
+    `mapped`: its name by `model_map`. `limited_as`: its name in the quota. `times`: of whole answers and of streams.
     """
 
     def __init__(self, upstream: "Upstream", model: str) -> None:
         self.upstream, self.model, self.gate = upstream, model, Gate()
         self.mapped = dict(upstream.config.model_map).get(model)
         name = self.mapped or model
+        # gpt-4.1-2025-04-14 counts as gpt-4.1, but each of Azure's deployments has a quota of its own.
         self.limited_as = name if upstream.config.type == "azure" else _DATED.sub("", name)
         self.times: tuple[deque[float], deque[float]] = (deque(maxlen=SAMPLES), deque(maxlen=SAMPLES))
 
@@ -4638,26 +4564,22 @@ class Candidate:
 
 
 class Upstream:
-    """A controller with its live state.
-
-    `first_byte_s`: moving means, of whole answers and of streams; 0 is unknown. `recent`: when the last attempts ended,
-    and whether they failed. `unanswered`: leases in the order of sending. `hedged`: how many requests in a row another
-    controller had to answer. `listed`: the models that its own list has; None is unknown.
-    """
+    """A controller with its live state."""
 
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
         self.config, self.controller, self.quota = config, controller, quota
-        self.name, self.weight = config.name, config.weight
-        self.credit = self.in_flight = self.requests = self.failures = self.hedged = 0
-        self.first_byte_s = [0.0, 0.0]
-        self.gate = Gate(config.name)
+        self.name, self.weight, self.gate = config.name, config.weight, Gate(config.name)
+        self.credit = self.in_flight = self.requests = self.failures = 0
+        self.first_byte_s = [0.0, 0.0]  # moving means, of whole answers and of streams; 0 is unknown
+        # When the last attempts ended, and whether they failed.
         self.recent: deque[tuple[float, bool]] = deque(maxlen=BREAKER_OUTCOMES)
         self.refusals: Counter[Outcome] = Counter()
+        # Sent requests without a byte of reply; how many in a row another controller had to answer.
         self.unanswered: dict[Lease, None] = {}
-        self.answered_at, self.last_error = 0.0, ""
+        self.hedged, self.answered_at, self.last_error = 0, 0.0, ""
         self.candidates: dict[str, Candidate] = {}
-        self.patterns = model_patterns(config.models + tuple(name for name, _ in config.model_map))
-        self.listed: frozenset[str] | None = None
+        self.patterns = model_patterns([*config.models, *dict(config.model_map)])
+        self.listed: frozenset[str] | None = None  # the models of its own list, if that is known
 
     def names(self, model: str) -> bool:
         """Return whether the configuration names `model` for this controller."""
@@ -4672,7 +4594,7 @@ class Upstream:
         return recall(self.candidates, model, functools.partial(Candidate, self))
 
     def try_again(self, now: float) -> None:
-        """Open all its gates: the operator has just acted."""
+        """Open all its gates and forget all failures: the operator has just acted."""
         for gate in (self.gate, self.quota.gate, *(candidate.gate for candidate in self.candidates.values())):
             gate.open(now)
             gate.backoff_s.clear()
@@ -4692,12 +4614,12 @@ class Upstream:
         elif outcome in REFUSALS:
             self.failures += 1
             self.refusals[outcome] += 1
-            if gate.probe is lease or (gate.counts(lease) and self.refusals[outcome] >= REFUSALS[outcome]):
+            if gate.counts(lease, self.refusals[outcome] >= REFUSALS[outcome]):
                 gate.shut(REFUSED, now, why)
         elif outcome in (Outcome.FAULT, Outcome.CONNECT, Outcome.SILENT, Outcome.CUT):
             self._fail(lease, verdict, now, why)
         elif self.hedged >= SUSPECT_COUNT and gate.counts(lease):
-            # With little traffic no three requests are stuck at once, so hedges one after the other count.
+            # With little traffic no three requests are stuck at once.
             gate.shut(SILENT, now, f"{self.hedged} requests in a row were answered elsewhere", NEVER)
         if outcome is Outcome.QUOTA and self.quota.gate.counts(lease):
             self.quota.gate.shut(NO_CREDIT, now, why)
@@ -4708,10 +4630,9 @@ class Upstream:
         """Count a failure: the breaker needs a number and a share, so one failure in a hundred never opens it."""
         self.failures += 1
         self.recent.append((now, True))
-        # Old outcomes do not count: a controller with one request a minute needs no breaker.
+        # A controller with one request a minute needs no breaker.
         fresh = [failed for at, failed in self.recent if now - at <= BREAKER_WITHIN_S]
-        many = sum(fresh) >= BREAKER_FAILURES and 2 * sum(fresh) >= len(fresh)
-        if self.gate.probe is lease or (many and self.gate.counts(lease)):
+        if self.gate.counts(lease, sum(fresh) >= max(BREAKER_FAILURES, len(fresh) / 2)):
             self.gate.shut(FAILING, now, why)
         if verdict.after_s:  # the upstream named a time: no relapse, and no probe is needed
             for_s = min(verdict.after_s, CLOSED_MAX_S)
@@ -4736,30 +4657,26 @@ class Upstream:
         times = candidate.times[stream]  # by model and kind, as a thinking model takes minutes
         usual = max(SUSPECT_MIN_S, unusual_s(times, 0.95)) if times else SUSPECT_UNKNOWN_S
         alike = [lease for lease in self.unanswered if lease.candidate is candidate and lease.stream == stream]
-        slow = [since - lease.sent_at for lease in alike]  # negative for a request sent since, and without effect
-        return now - asked[0].sent_at > max(usual, *slow)
+        return now - asked[0].sent_at > max(usual, *(since - lease.sent_at for lease in alike))
 
 
 class Lease:
-    """The right to send one request to one controller: charged when granted, given back at most once by `release`.
-
-    `since`: when it was granted. `told`: what its reply reported of requests and of tokens. `stuck`: called when the
-    request needs a hedge. `urgent`: whether it had a hedge, or is a probe, and gets the next hedge at once.
-    """
+    """The right to send one request to one controller: charged when granted, given back at most once by `release`."""
 
     def __init__(self, candidate: Candidate, need: float, stream: bool, now: float) -> None:
         upstream = candidate.upstream
-        self.candidate, self.upstream, self.need = candidate, upstream, need
-        self.stream, self.since, self.sent_at, self.urgent = stream, now, 0.0, False
+        self.candidate, self.upstream, self.need, self.stream = candidate, upstream, need, stream
+        self.since, self.sent_at = now, 0.0
+        # Called when the request needs a hedge. After a hedge, and for a silent probe, the next one follows at once.
         self.stuck: Callable[[], bool] | None = None
+        self.urgent = False
+        # What the reply reported of requests and of tokens.
         self.told: tuple[Allowance | None, Allowance | None] = (None, None)
         upstream.in_flight += 1
         upstream.requests += 1
         upstream.quota.in_flight += 1
         self.ledger = ledger = candidate.ledger
-        self.gates = [upstream.gate, upstream.quota.gate, candidate.gate]
-        if need >= ledger.least:
-            self.gates.append(ledger.gate)
+        self.gates = [upstream.gate, upstream.quota.gate, candidate.gate, *[ledger.gate] * (need >= ledger.least)]
         for gate in self.gates:
             gate.enter(self, now)
         ledger.serial = self.serial = ledger.serial + 1
@@ -4788,8 +4705,7 @@ class Lease:
 
     def answered(self, now: float) -> None:
         """Note that the answer began: the controller works, and the time so far becomes a sample."""
-        upstream, took_s = self.upstream, now - self.since
-        was_out = upstream.gate.reason
+        upstream, took_s, was_out = self.upstream, now - self.since, self.upstream.gate.reason
         self.heard(now)
         self.candidate.times[self.stream].append(took_s)
         mean = upstream.first_byte_s[self.stream]
@@ -4808,20 +4724,10 @@ class Lease:
             if told:
                 bucket.rebase(told, self.serial, receipt.expected, self.sent_at, now)
 
-    def was_early(self, verdict: Verdict) -> bool:
-        """Return whether a 429 came in spite of room, by the reply's own figures, else by our exact count."""
-        # The reply's figures come first: other programs may use the account too.
-        told = self.told[verdict.by_tokens]
-        if told is not None:
-            return told.remaining >= (self.need if verdict.by_tokens else 1)
-        return bool(self.ledger.minutes)
-
     def release(self, verdict: Verdict, now: float) -> None:
-        """End the attempt with this verdict, also after its answer began.
-
-        A request that was never sent is given back whole. A sent one stays charged: providers count failed calls too.
-        """
-        # Not before the end of the answer: providers count a stream as one request at once until its last byte.
+        """End the attempt with this verdict, also after its answer began. What was never sent is given back whole."""
+        # A sent request stays charged, as providers count failed calls too.
+        # Providers count a stream as one request at once until its last byte.
         upstream = self.upstream
         upstream.in_flight -= 1
         upstream.quota.in_flight -= 1
@@ -4858,28 +4764,29 @@ class Lease:
 # A request asks for a *lease*. The *policy* chooses among the candidates that are open (section 11) and not tried in
 # this round; long conversations prefer the account whose prompt cache has them. When no candidate has room, the request
 # stands in the *line* of its model: first come, first served, and never behind a request for another model. The line is
-# not polled: at the end of each lease, at each answer and at each known reopening `pump` hands out as many leases as
-# there are places. A request that cannot be served in time is refused at once, with the time to come again.
+# not polled: at the end of each lease, at each answer and at each known reopening `pump` hands out the free places. A
+# request that cannot be served in time is refused at once, with the time to come again.
 
 TOKENS_ANSWER = 500  # the estimate for an answer of an unknown model
 MODEL_NAME_CHARS = 256  # longer names are not cached
 KEY_BUSY_S = 1.0  # Retry-After for a client key whose requests are all under way
 AFFINE_TOKENS = 1000  # 4,000 characters; providers cache no shorter prompts
 AFFINE_LOAD = 1.25  # a controller with more in flight than so many times its share is passed over
+# Fewer samples prove nothing; a hedge may be billed twice, so it comes late.
+HEDGE_SAMPLES, HEDGE_MIN_S = 20, 10.0
 SWEEP_S = 0.25  # how often silent requests are looked for, while any is unanswered
 # Hedges may be billed twice. So many may go in a minute, or this share of all calls, of which so many are saved up.
 HEDGES_A_MINUTE, HEDGE_SHARE, HEDGES_SAVED = 10, 0.05, 500.0
 
 
-# -- conversations. Providers cache the beginning of prompts for some minutes, and bill a cached part at a tenth to a
-# half. Without affinity the turns of a conversation go to all accounts, and the hits fall from 95 % to nothing.
+# -- conversations. Providers cache the beginning of prompts for some minutes, and bill it at a tenth to a half then.
+# When the turns of a conversation go to all accounts, the hits fall from 95 % to nothing.
 
 
 def thread_of(data: dict[str, Any]) -> bytes:
     """Return a conversation's name: its prompt_cache_key, else a checksum of its texts to the user's first, else b"".
 
-    All turns of a conversation have the same name. A system prompt alone makes no name: it would bring all requests
-    of an application to one account.
+    A system prompt alone makes no name: it would bring all requests of an application to one account.
     """
     key, messages = data.get("prompt_cache_key"), data.get("messages")
     if isinstance(key, str) and key:
@@ -4900,8 +4807,8 @@ def thread_of(data: dict[str, Any]) -> bytes:
 def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
     """Return the candidates of the quota that a conversation prefers, as prompt caches belong to organisations.
 
-    Weighted rendezvous hashing: each quota gets its weight's share of the conversations, and when a quota comes or goes
-    only its own conversations move. A quota with too much in flight is passed over (bounded loads).
+    By weighted rendezvous hashing only the conversations of a quota that comes or goes move. A quota with too much in
+    flight is passed over (bounded loads).
     """
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -4921,27 +4828,14 @@ def preferred(thread: bytes, candidates: list[Candidate]) -> list[Candidate]:
     return best
 
 
-# -- policies: which candidate gets a request. `candidates` has at least one, in the order of the configuration. The
-# names are POOL_TYPES of the configuration.
-
-
-def smooth_weighted(candidates: list[Candidate], stream: bool) -> Candidate:
-    """Return the next of a smooth weighted round robin, as the Go original and nginx: 5, 1, 1 gives a a b a c a a."""
-    return max(candidates, key=lambda candidate: candidate.upstream.credit + candidate.upstream.weight)
-
-
-def take_turn(candidates: list[Candidate], chosen: Candidate) -> None:
-    """Change the credits after a choice: each candidate gains its weight, and the chosen one pays the sum.
-
-    A controller that cannot take part gains and loses nothing, so the others share by their weights.
-    """
-    for candidate in candidates:
-        candidate.upstream.credit += candidate.upstream.weight
-        chosen.upstream.credit -= candidate.upstream.weight
+# -- policies (POOL_TYPES): which of at least one candidates, in the order of the configuration, gets a request
 
 
 POLICIES: dict[str, Callable[[list[Candidate], bool], Candidate]] = {
-    "balanced": smooth_weighted,
+    # Smooth weighted round robin, as the Go original and nginx: 5, 1, 1 gives a a b a c a a.
+    "balanced": lambda candidates, stream: max(
+        candidates, key=lambda item: item.upstream.credit + item.upstream.weight
+    ),
     "random": lambda candidates, stream: random.choices(candidates, [item.upstream.weight for item in candidates])[0],
     "least_busy": lambda candidates, stream: min(
         candidates, key=lambda item: item.upstream.in_flight / item.upstream.weight
@@ -4977,26 +4871,20 @@ def turn_at(openings: list[tuple[float, float]], ahead: int, now: float) -> floa
     """Return when a request with `ahead` others before it gets its turn.
 
     `openings`: when each controller has room, and its requests per second from then on. It gives one place at its
-    opening and then its rate, so the number of places is a piecewise linear function of time, which must exceed
-    `ahead`.
+    opening and then its rate.
     """
-    speed = places = 0.0
-    at = now
+    turn, speed, at_zero = NEVER, 0.0, ahead + 1.0
     for opens, rate in sorted((max(opens, now), min(rate, 1e6)) for opens, rate in openings if opens != NEVER):
-        if speed and places + (opens - at) * speed >= ahead + 1:
-            break
-        places += (opens - at) * speed + 1.0
-        at, speed = opens, speed + rate
-        if places >= ahead + 1:
-            return at
-    return at + (ahead + 1 - places) / speed if speed else NEVER
+        # If only these and no later openings counted: places = speed * time - at_zero.
+        speed, at_zero = speed + rate, at_zero + rate * opens - 1.0
+        turn = min(turn, max(opens, at_zero / speed))
+    return turn
 
 
 class UpstreamPool:
     """The controllers, the policy that chooses among them, and the lines of requests that wait for room.
 
-    `timers` is the loop, of which `time`, `call_at` and `create_future` are used. Only `lease` waits; all else happens
-    in one turn of the loop, so there is no lock.
+    `timers` is the loop. Only `lease` waits; all else happens in one turn of the loop, so there is no lock.
     """
 
     def __init__(self, upstreams: list[Upstream], config: PoolConfig, timers: asyncio.AbstractEventLoop) -> None:
@@ -5046,18 +4934,16 @@ class UpstreamPool:
         return serving
 
     def _serving(self, model: str) -> list[Candidate]:
-        """Return the candidates for `model`, from the cache or by the configuration and the controllers' own lists."""
+        """Return the candidates that name or list `model`, or else those that might have it; "" for all."""
 
         def find(name: str) -> list[Candidate]:
             able = [upstream for upstream in self.upstreams if not name or upstream.serves(name)]
-            named = any(upstream.names(name) for upstream in able)
-            sure = []
-            for upstream in able:
-                is_listed = not named if upstream.listed is None else name in upstream.listed
-                if upstream.names(name) or (is_listed and not upstream.config.models):
-                    sure.append(upstream)
+            sure = [item for item in able if item.names(name) or name in (item.listed or ())]
+            if not any(upstream.names(name) for upstream in sure):
+                # A list that is not known yet may have the model, and no controller is meant for it.
+                sure += [upstream for upstream in able if sure and upstream.listed is None]
             # Lists leave out previews and tuned models.
-            return [upstream.candidate(name) for upstream in sure or able]
+            return [upstream.candidate(name) for upstream in able if not (name and sure) or upstream in sure]
 
         # Clients choose the names: long ones must not fill the memory.
         return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
@@ -5088,8 +4974,8 @@ class UpstreamPool:
     async def lease(self, request: ApiRequest, candidates: list[Candidate], tried: set[Upstream]) -> Lease | None:
         """Return the right to send to a candidate that is not in `tried`, now or from the line; None if that is no use.
 
-        A lease from the line begins a new round: `tried` becomes empty. `request.wait_s` becomes less by the time in
-        line. Raise NoRoom when no controller has room in time.
+        A lease from the line begins a new round: `tried` becomes empty. The time in line is taken from
+        `request.wait_s`. Raise NoRoom when no controller has room in time.
         """
         lease = self.lease_at_once(request, candidates, tried)
         if lease is None and request.model not in self.lines:
@@ -5118,8 +5004,10 @@ class UpstreamPool:
                 eligible = preferred(request.thread, ready) if request.thread else ready
             chosen = self.policy(eligible, request.stream)
             if not chosen.room_at(request.need, now):
-                if self.policy is smooth_weighted:
-                    take_turn(eligible, chosen)
+                # Each one that could take part gains its weight, and the chosen one pays the sum.
+                for item in eligible if self.config.type == "balanced" else ():
+                    item.upstream.credit += item.upstream.weight
+                    chosen.upstream.credit -= item.upstream.weight
                 return self._give(chosen, request, now)
             ready.remove(chosen)
         return None
@@ -5128,14 +5016,13 @@ class UpstreamPool:
         """Lease the candidate that is due back first, if all candidates are out; else None.
 
         So a sole controller passes its errors on. A limit or a lack of credit still refuses. A controller that named
-        its time is waited for, if that is within the request's time.
+        its time is waited for, if there is time.
         """
         now = self.timers.time()
-        until = now + request.wait_s
         if not all(item.is_out(now) for item in candidates):
             return None
         left = [item for item in candidates if item.upstream not in tried and not item.room_at(request.need, now)]
-        if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= until for item in left):
+        if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= now + request.wait_s for item in left):
             return None
         return self._give(min(left, key=lambda item: item.well_at(now)), request, now)
 
@@ -5148,10 +5035,7 @@ class UpstreamPool:
     # -- results of attempts
 
     def settle(self, lease: Lease, verdict: Verdict) -> None:
-        """End an attempt: its controller learns, and waiters may have room now. A second call does nothing.
-
-        An error after the answer began counts like an error before.
-        """
+        """End an attempt: its controller learns, and waiters may have room now. A second call does nothing."""
         # The end of a hedge and a client that leaves may both settle a lease.
         if lease not in lease.ledger.open:
             return
@@ -5163,7 +5047,10 @@ class UpstreamPool:
             if verdict.bucket and verdict.bucket != ledger.name:
                 ledger = quota.ledgers[lease.candidate.limited_as] = quota.ledger(verdict.bucket)
             under_way = lease.sent_at <= ledger.closed_at
-            if not under_way and lease.was_early(verdict):
+            # Whether there was room, by the reply's own figures, else by our exact count.
+            told, amount = lease.told[verdict.by_tokens], lease.need if verdict.by_tokens else 1.0
+            had_room = told.remaining >= amount if told is not None else bool(ledger.minutes)
+            if had_room and not under_way:
                 ledger.halve_burst()
             ledger.close(verdict, lease.need, now, under_way)
         self.pump()
@@ -5227,9 +5114,8 @@ class UpstreamPool:
                     lease = self._grant(waiter.request, candidates)
                     if lease is None:
                         # A place that is too small is kept too: else small requests would pass a large one for ever.
-                        openings = [candidate.opens_at(waiter.request.need, now) for candidate in candidates]
-                        soonest = min([soonest, *openings])
                         blocked += candidates
+                        soonest = min([soonest, *(item.opens_at(waiter.request.need, now) for item in candidates)])
                         if all(item in blocked for item in self._serving(model)):
                             break  # no other candidate is left for the waiters behind
                         continue
@@ -5239,11 +5125,9 @@ class UpstreamPool:
                 del self.lines[model]
         if self.alarm is not None:
             self.alarm.cancel()
-            self.alarm = None
         # Where no time is known, the end of another request calls this. A timer may fire a moment too early, so it is
         # set at least a millisecond ahead.
-        if soonest != NEVER:
-            self.alarm = self.timers.call_at(max(soonest, now + 0.001), self.pump)
+        self.alarm = None if soonest == NEVER else self.timers.call_at(max(soonest, now + 0.001), self.pump)
 
     def _check_line(self, request: ApiRequest, candidates: list[Candidate], now: float) -> None:
         """Raise NoRoom, with the true time, for a request that would wait in vain."""
@@ -5322,20 +5206,16 @@ class UpstreamPool:
 
     def close(self) -> None:
         """Stop the timers."""
-        for handle in (self.alarm, self.sweeper):
-            if handle is not None:
-                handle.cancel()
-        self.alarm = self.sweeper = None
+        for handle in filter(None, (self.alarm, self.sweeper)):
+            handle.cancel()
 
 
+@dataclass(slots=True, eq=False)
 class ClientCharge:
-    """One request of a client key, which counts until `leave`."""
+    """What one request of a client key counts, until `leave`."""
 
-    def __init__(self, quota: Quota, need: float, now: float) -> None:
-        self.quota, self.receipts = quota, quota.ledger("").take(need, now)
-        quota.in_flight += 1
-        for limit, receipt in self.receipts:
-            limit.sent(receipt, now)
+    quota: Quota
+    receipts: list[tuple[Bucket | Window, Receipt]]
 
     def used(self, total: float, now: float) -> None:
         """Charge the tokens that the answer used, in place of the estimate."""
@@ -5360,13 +5240,16 @@ class ClientQuota(Quota):
         opens = self.ledger("").opens_at(need, now)
         if opens:
             raise NoRoom("has reached its own limit", opens - now)
-        return ClientCharge(self, need, now)
+        self.in_flight += 1
+        charge = ClientCharge(self, self.ledger("").take(need, now))
+        for limit, receipt in charge.receipts:
+            limit.sent(receipt, now)
+        return charge
 
 
 def describe_ledger(ledger: Ledger, now: float) -> dict[str, Any]:
     """Return the state of one model's quota, for /status."""
-    closed_until = max([until for _, until in ledger.closed], default=0.0)
-    closed_until = max(closed_until, ledger.gate.until)
+    closed_until = max(ledger.gate.until, *(until for _, until in ledger.closed), 0.0)
     state: dict[str, Any] = {"closed_for_s": round(max(0.0, closed_until - now), 3)}
     for bucket in ledger.buckets:
         if bucket.limit:
@@ -5775,6 +5658,12 @@ class Relay:
                 attempt.whole = not piece
             attempt.held = bytes(held)
             attempt.verdict = self._judge_whole(attempt, exchange, request)
+            is_refused = attempt.verdict.outcome is Outcome.CLIENT and "stream_options" in attempt.verdict.message
+            if attempt.adds_usage and is_refused:
+                # The parameter is this server's, not the client's. The account does not get it any more.
+                lease.upstream.controller.reports_usage = attempt.whole = False
+                await self._exchange(attempt, trip)
+                return
         if attempt.verdict is not OK:
             self.pool.answered(lease, False, self.loop.time())
 
@@ -6491,7 +6380,7 @@ class ClientConnection:
         kind = index.get(b"content-type", b"")
         form = not is_json(kind) and b"multipart/" in kind.lower()
         decoder = request_body_decoder(head, limits.upload_bytes if form else limits.body_bytes)
-        if (b"connection" in index or not head.http_minor) and not head.keeps_alive:
+        if not keeps_alive(index, head.http_minor):
             self.keep = False
         if decoder is None:
             self.unread = False
@@ -6713,7 +6602,8 @@ def ignore_write(now: float) -> None:
 class ModelLists:
     """The models that the controllers serve: those of the configuration, and the lists of open-ended controllers.
 
-    The lists are asked for in the background, never in a client's way. While a controller fails, its last list counts.
+    Where they help to choose among several controllers, the lists are asked for in the background, never in a client's
+    way; else at the first question for them. While a controller fails, its last list counts.
     """
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
@@ -6725,9 +6615,8 @@ class ModelLists:
     def follow(self) -> None:
         """Ask the controllers of the current configuration, now and from time to time."""
         self.close()
-        for upstream in self.pool.upstreams:
-            if is_open_ended(upstream.config):
-                self._ask_again(upstream, 0.0)
+        if len(self.pool.upstreams) > 1:
+            self._ask_all()
 
     def close(self) -> None:
         """Ask no more."""
@@ -6736,6 +6625,12 @@ class ModelLists:
         for task in self.tasks.values():
             task.cancel()
         self.timers, self.tasks = {}, {}
+
+    def _ask_all(self) -> None:
+        """Ask each controller that has not been asked yet."""
+        for upstream in self.pool.upstreams:
+            if is_open_ended(upstream.config) and upstream.name not in self.tasks:
+                self._ask_again(upstream, 0.0)
 
     def _ask_again(self, upstream: Upstream, failed_s: float) -> None:
         self.tasks[upstream.name] = self.loop.create_task(self._ask(upstream, failed_s))
@@ -6756,6 +6651,7 @@ class ModelLists:
 
     async def all(self) -> list[dict[str, Any]]:
         """Return all models and aliases by name. A controller that fails only shortens the list."""
+        self._ask_all()
         first = [task for name, task in self.tasks.items() if name not in self.known and not task.done()]
         if first:  # this server has just been started
             await asyncio.wait(first, timeout=MODELS_WAIT_S)
@@ -6840,9 +6736,9 @@ class Server:
     by name. Tests pass another `dial`.
     """
 
-    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
+    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.batcher, self.config = loop, WriteBatcher(loop), config
-        self.links = ConnectionPool(self.batcher, dial)
+        self.links = ConnectionPool(self.batcher)
         self.connections: set[ClientConnection] = set()
         self.per_peer: Counter[str] = Counter()
         self.held_bytes = 0  # of request bodies under way

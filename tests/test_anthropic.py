@@ -196,7 +196,7 @@ def test_an_event_that_cannot_be_read(data: bytes) -> None:
 
 
 LONG = "input length and `max_tokens` exceed context limit: 9 + 9 > 9"
-POOR = "Your credit balance is too low to access the Anthropic API."
+POOR = ("Your credit balance is too low.", "You have reached your specified API usage limits.", "This organization has been disabled.")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ POOR = "Your credit balance is too low to access the Anthropic API."
         (400, ("invalid_request_error", "max_tokens: 9 > 8"), "invalid_request_error", None),
         (400, ("invalid_request_error", "prompt is too long: 9"), "invalid_request_error", "context_length_exceeded"),
         (400, ("invalid_request_error", LONG), "invalid_request_error", "context_length_exceeded"),
-        (400, ("invalid_request_error", POOR), "insufficient_quota", "insufficient_quota"),
+        *((400, ("invalid_request_error", text), "insufficient_quota", "insufficient_quota") for text in POOR),
         (401, ("authentication_error", "invalid x-api-key"), "invalid_request_error", "invalid_api_key"),
         (402, ("billing_error", "m"), "insufficient_quota", "insufficient_quota"),
         (403, ("permission_error", "m"), "invalid_request_error", "permission_error"),
@@ -236,8 +236,3 @@ def test_errors_without_a_message(body: bytes) -> None:
     status, text = app.error_from_messages(502, body)
     message = "The upstream answered with status 502."
     assert status == 502 and json.loads(text) == app.error_object(message, "server_error")
-
-
-def test_a_404_that_is_no_word_of_the_api() -> None:
-    """A 404 of a proxy whose backend is away is a fault of the upstream."""
-    assert [app.error_from_messages(404, body)[0] for body in (b"<html>", b"", b'{"error":{"type":"x"}}')] == [502, 502, 404]

@@ -11,22 +11,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    ANSWER,
-    CERT,
-    Listing,
-    Message,
-    Peer,
-    Running,
-    Upstream,
-    answers,
-    controller,
-    json_reply,
-    now,
-    pause,
-    read_message,
-    until,
-)
+from .support import ANSWER, CERT, Message, Peer, Running, Upstream, answers, controller, json_reply, now, pause, read_message, until
 
 OK = json_reply(200, ANSWER)
 BODY = OK.partition(b"\r\n\r\n")[2]
@@ -233,21 +218,6 @@ async def test_a_proxy_is_used(tls: bool) -> None:
         assert "proxy-authorization" not in upstream.seen[0].headers
     else:
         assert heads[0].start == f"POST http://127.0.0.1:{upstream.port}/v1/chat/completions HTTP/1.1"
-
-
-# ---- the upstream's list of models
-
-
-async def test_models_are_asked_of_the_upstream() -> None:
-    """The upstreams' lists of models are merged and kept; a list that fails does no harm to the others."""
-    listed = json_reply(200, {"object": "list", "data": [{"id": "up-1", "object": "model"}]})
-    async with Upstream(answers(listed)) as good, Upstream(answers(json_reply(500, {}))) as bad:
-        configured = controller("c", good.url, models=["mine", "gpt-*"])
-        async with Listing(controller("a", good.url), controller("b", bad.url), configured) as server:
-            for _ in range(2):
-                listing = (await server.ask("GET", "/v1/models")).json()["data"]
-                assert [model["id"] for model in listing] == ["mine", "up-1"]
-            assert [seen.start for seen in good.seen] == ["GET /v1/models HTTP/1.1"] * 2  # for a and for c
 
 
 # ---- the streams below

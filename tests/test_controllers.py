@@ -222,6 +222,17 @@ def test_asking_for_usage(account: dict[str, Any], body: bytes, sent: bytes) -> 
     assert split(made, asked)[1] == sent and made.reports_usage == (data == {"stream_options": "x"} or sent != body)
 
 
+async def test_an_account_that_refuses_to_report_usage() -> None:
+    """The client never sees that refusal: the request is sent without the parameter, now and from then on."""
+    detail = {"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_options"], "msg": "Extra inputs"}]}
+    good = support.sse_reply(support.event("hi"), b"data: [DONE]\n\n")
+    async with Upstream(answers(json_reply(422, detail), good, good)) as one:
+        async with Running(support.controller("a", one.url, limits={"tpm": 100_000})) as server:
+            for _ in range(2):
+                assert b"hi" in (await server.post(stream=True)).body
+        assert ["stream_options" in seen.json() for seen in one.seen] == [True, False, False]
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_another_model_in_a_form(mapped: bool) -> None:
     """The model of a fallback, or the name it is mapped to, replaces the model in a form, in memory or in a mapped file."""

@@ -9,23 +9,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    ANSWER,
-    CERT,
-    SSE_HEAD,
-    Message,
-    Peer,
-    Running,
-    Upstream,
-    answers,
-    controller,
-    error_reply,
-    event,
-    json_reply,
-    now,
-    pause,
-    read_message,
-)
+from .support import ANSWER, CERT, SSE_HEAD, Message, Peer, Running, Upstream, answers, controller, error_reply, event, json_reply, now, pause, read_message
 from .wirefeed import turns
 
 OK = json_reply(200, ANSWER)
