@@ -10,22 +10,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    ANSWER,
-    SSE_HEAD,
-    Listing,
-    Message,
-    Peer,
-    Running,
-    Script,
-    Upstream,
-    answers,
-    controller,
-    error_reply,
-    json_reply,
-    request,
-    sse_reply,
-)
+from .support import ANSWER, SSE_HEAD, Listing, Message, Peer, Running, Script, Upstream, answers, controller, error_reply, json_reply, request, sse_reply
 from .wirefeed import turns
 
 LISTED = {"object": "list", "data": []}

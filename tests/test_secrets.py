@@ -20,20 +20,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    ANSWER,
-    Message,
-    Peer,
-    Running,
-    Upstream,
-    answers,
-    controller,
-    error_reply,
-    event,
-    json_reply,
-    reply,
-    sse_reply,
-)
+from .support import ANSWER, Message, Peer, Running, Upstream, answers, controller, error_reply, event, json_reply, reply, sse_reply
 from .wirefeed import turns
 
 LITERAL = "sk-proj-LiteralLiteralLiteral-aaaa"

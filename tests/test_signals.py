@@ -17,23 +17,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    ANSWER,
-    CERT,
-    DONE,
-    KEY,
-    SSE_HEAD,
-    Client,
-    Message,
-    Peer,
-    Upstream,
-    answers,
-    controller,
-    event,
-    json_reply,
-    request,
-    until,
-)
+from .support import ANSWER, CERT, DONE, KEY, SSE_HEAD, Client, Message, Peer, Upstream, answers, controller, event, json_reply, request, until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGHUP")
 GOOD = json_reply(200, ANSWER)
