@@ -66,7 +66,6 @@ def test_defaults() -> None:
 TOP_MISTAKES: list[tuple[Any, str, str]] = [  # data, path, what the message says of it
     ([], "top level", "found a list, allowed: an object"),
     ({}, "controllers", "found nothing, allowed: a list of at least one controller"),
-    ({"controllers": {}}, "controllers", "found an object, allowed: a list"),
     ({"controllers": ["x"]}, "controllers[0]", "found a string, allowed: an object"),
     ({"controlers": []}, "controlers", "unknown key; did you mean 'controllers'"),
     ({"controllers": single(name="a")["controllers"] * 2}, "controllers[1].name", "no other in this list has"),
@@ -82,11 +81,9 @@ FIELD_MISTAKES: list[tuple[dict[str, Any], str, str]] = [  # added to a valid to
     ({"port": "http"}, "port", 'found "http", allowed: a whole number from 0 to 65535'),
     ({"port": 65536}, "port", "found 65536"),
     ({"port": "80a"}, "port", 'found "80a"'),
-    ({"host": 1}, "host", "found a number, allowed: a name or an address"),
     ({"host": "a\nb"}, "host", "a character that cannot be printed"),
     *(({"host": host}, "host", "a name or an address of this machine, without scheme and port") for host in
       ("127.0.0.1:80", "http://a", "a b", "*", "[::1]:80", "[a]", "::1]", "a/b")),
-    ({"pool": []}, "pool", "found a list, allowed: an object"),
     ({"pool": {"type": "balancd"}}, "pool.type", "found \"balancd\"; did you mean 'balanced'"),
     ({"pool": {"type": "zzz"}}, "pool.type", "allowed: balanced | random | least_busy | fastest | priority"),
     ({"pool": {"max_wait": -1}}, "pool.max_wait", "found -1, allowed: a number from 0 to 3600"),
@@ -100,14 +97,12 @@ FIELD_MISTAKES: list[tuple[dict[str, Any], str, str]] = [  # added to a valid to
     ({"pool": {"drain_delay": 1}}, "pool.drain_delay", "unknown key; its place is the top level"),
     ({"max_wait": 5}, "max_wait", "unknown key; its place is pool$"),
     ({"endpoints": ["inference", "all"]}, "endpoints[1]", "found \"all\", allowed: inference"),
-    ({"endpoints": "*"}, "endpoints", "a list"),
     *(({"allowed_hosts": ["a", host]}, "allowed_hosts[1]", "allowed: a host with or without port") for host in
       (1, "https://a.example", "*.a.example", "a/", "a b")),
     *(({"cors": {"allow_origins": ["*", origin]}}, "cors.allow_origins[1]", "allowed: scheme://host") for origin in
       ("https://a.example/", "a.example", "https://*.a.example", "https://a/b", "//a", "https:// a")),
     ({"log": {"level": "INFO"}}, "log.level", "did you mean 'info'"),
     ({"tls": {"cert": "nowhere.pem"}}, "tls.cert", 'no file "nowhere.pem" beside the configuration'),
-    ({"limits": {"body_bytes": 0}}, "limits.body_bytes", "found 0"),
     ({"client_keys": [{"name": "a"}]}, "client_keys[0].key", "must be a key"),
     ({"client_keys": [{"key": "sha256:12"}]}, "client_keys[0].key", "64 hex digits"),
     ({"client_keys": [{"name": "a", "key": "k"}, {"name": "a", "key": "l"}]}, "client_keys[1].name", 'found "a"'),
@@ -115,14 +110,11 @@ FIELD_MISTAKES: list[tuple[dict[str, Any], str, str]] = [  # added to a valid to
     ({"api_key": KEY}, "api_key", r"unknown key; its place is controllers\[\].config$"),
 ]
 CONTROLLER_MISTAKES: list[tuple[dict[str, Any], str, str]] = [  # added to a valid controller
-    ({"type": "opnai"}, "type", "did you mean 'openai'"),
     ({"type": "OpenAI"}, "type", "did you mean 'openai'"),
     ({"type": "google"}, "type", "found \"google\"; did you mean 'gemini'"),
     ({"type": "zzz"}, "type", r"allowed: openai | azure | .* | zhipu$"),
     ({"wieght": 3}, "wieght", "did you mean 'weight'"),
     ({"weight": "5"}, "weight", 'found "5", allowed: a whole number from 1 to 10000, without quotes'),
-    ({"name": "\ud800"}, "name", "a character that cannot be printed"),
-    ({"models": "gpt"}, "models", "a list"),
     ({"models": ["a", "${M}"]}, "models[1]", r'found "\$\{M\}", allowed: the text itself'),
     ({"model_map": {"a": ""}}, "model_map.a", 'found "", allowed: a non-empty string'),
     ({"objects": True, "type": "anthropic"}, "objects", "type anthropic has no files"),
@@ -138,7 +130,6 @@ CONTROLLER_MISTAKES: list[tuple[dict[str, Any], str, str]] = [  # added to a val
 ]
 CONFIG_MISTAKES: list[tuple[str, dict[str, Any], str, str]] = [  # type, added to a valid `config`
     ("openai", {"api_key": ""}, "api_key", "found nothing, allowed: an API key"),
-    ("openai", {"api_key": [KEY]}, "api_key", "found a list, allowed: a string"),
     ("openai", {"api_key": "sk\x00"}, "api_key", "found a character outside printable ASCII,"),
     ("openai", {"api_key": "$NOPE"}, "api_key", "the environment variable NOPE is not set$"),
     ("openai", {"api_key": "${A:-b}"}, "api_key", r"found \$\{ and more than a name, allowed: a lit"),
@@ -159,7 +150,6 @@ CONFIG_MISTAKES: list[tuple[str, dict[str, Any], str, str]] = [  # type, added t
     ("anthropic", {"rate_codes": []}, "rate_codes", "unknown key; allowed here"),
     ("openai", {"proxy": "socks5://u:p@a"}, "proxy", r"found socks5://…, allowed: http://host:port, with user:password@ .*SOCKS"),
     ("openai", {"proxy": "a:3128"}, "proxy", "found a value without http://"),
-    ("openai", {"ca_file": "nowhere"}, "ca_file", 'no file "nowhere"'),
     ("openai", {"headers": {"a b": "c"}}, "headers.a b", "a header name"),
     ("openai", {"headers": {"Host": "c"}}, "headers.Host", "a header name"),
     ("openai", {"headers": {"A": "b\n c"}}, "headers.A", "printable ASCII"),
