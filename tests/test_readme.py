@@ -360,7 +360,7 @@ def test_outcomes() -> None:
     """The table has every outcome that the access log may show."""
     rows = table(section("## Operation"), *["outcome", "meaning"] * 3)
     told = [name for row in rows for name in ticked("".join(row[::2]))]
-    assert sorted(told) == sorted([*(outcome.value for outcome in app.Outcome), "error"])
+    assert sorted(told) == sorted([*(outcome.value for outcome in app.Outcome), "error", "stopped"])
 
 
 @pytest.mark.virtual_time
