@@ -4923,12 +4923,16 @@ class UpstreamPool:
 
     # -- choosing
 
-    def candidates(self, model: str) -> list[Candidate]:
-        """Return the candidates that serve `model`, "" for all. Raise ProxyError (404) when there are none."""
+    def candidates(self, model: str, asked: str = "") -> list[Candidate]:
+        """Return the candidates that serve `model`, "" for all. Raise ProxyError (404) when there are none.
+
+        The error names `asked`, if the client asked for the model by another name.
+        """
         serving = self._serving(model)
         if not serving:
             names = ", ".join(sorted({name for upstream in self.upstreams for name in upstream.config.models}))[:1000]
-            name = model if len(model) <= 64 else model[:63] + "…"
+            name = asked or model
+            name = name if len(name) <= 64 else name[:63] + "…"
             message = f"The model {name!r} is served by no controller here. Served: {names}."
             raise ProxyError(404, message, "model_not_found", param="model")
         return serving
@@ -4955,7 +4959,7 @@ class UpstreamPool:
 
     def candidates_for(self, request: ApiRequest, model: str) -> list[Candidate]:
         """Return the candidates that serve `model` and can take the request. Raise ProxyError (404)."""
-        candidates = self.candidates(model)
+        candidates = self.candidates(model, request.asked)
         if request.path == CHAT_PATH:
             return candidates
         if request.pinned:  # the object is there, whatever the lists say of its model
