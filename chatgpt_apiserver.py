@@ -1311,7 +1311,6 @@ def set_up_logging(config: Config) -> None:
 
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
 FIELD_COUNT = 100  # header fields of a request; nginx and Apache stop near this too
-REPLY_FIELD_COUNT = 1000  # header fields of a reply, which UPSTREAM_HEAD_BYTES bounds as well
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
 CHUNK_LINE_BYTES = 256  # a chunk-size line with its extensions, which no known client or vendor uses
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
@@ -1421,9 +1420,7 @@ def parse_line(line: bytes, is_reply: bool) -> Line:
 def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
     """Return the index of header lines, which each end with CRLF, and the lines to forward. Raises ValueError."""
     lines = block.split(b"\r\n")[:-1]  # a bare CR or LF stays within a line, and `_FIELD` refuses it
-    limit, cache = (REPLY_FIELD_COUNT, REPLY_LINES) if is_reply else (FIELD_COUNT, REQUEST_LINES)
-    if len(lines) > limit:
-        raise ValueError(f"more than {limit} header fields")
+    cache = REPLY_LINES if is_reply else REQUEST_LINES
     index: Index = {}
     forwarded = b""
     for line in lines:
@@ -1452,11 +1449,12 @@ def parse_request_head(data: bytes) -> RequestHead:
     method, target, major, minor = match.groups()
     if major != b"1":
         raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
+    if block.count(b"\r\n") > FIELD_COUNT:
+        raise BadMessage(431, f"The request has more than {FIELD_COUNT} header fields.")
     try:
         index, lines = parse_fields(block, is_reply=False)
     except ValueError as problem:
-        status = 431 if "more than" in str(problem) else 400
-        raise BadMessage(status, f"The request head is refused: {problem}.") from None
+        raise BadMessage(400, f"The request head is malformed: {problem}.") from None
     host = index.get(b"host")
     if host is None and minor != b"0":
         raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
@@ -2320,8 +2318,7 @@ class UpstreamConnection:
         self.dead_after_s = 0.0  # see `watch_path`
         self.expires_at = self.loop.time() + CONNECTION_AGE_S
         self.written_at = 0.0  # the current request's beginning, in loop time
-        self.before_reply = True  # no final head has come for it
-        self.first_byte_s = math.inf  # the time that its reply may take to begin
+        self.late = UpstreamTimeout("")  # the error when the deadline passes in an exchange
         self.reader.on_end = self._ended
 
     def is_quiet(self) -> bool:
@@ -2329,11 +2326,11 @@ class UpstreamConnection:
         return not (self.reader.ended or self.reader.data or self.transport.is_closing())
 
     def was_stale(self, error: UpstreamClosed) -> bool:
-        """Return whether it had ended in the pool, so that the request hardly arrived (RFC 9112, 9.3.1)."""
-        # A reset long after the write is another thing: the request was being answered, and may be billed. The kernel
-        # reports a dead path with one of these errors: the other side acknowledged nothing for DEAD_PATH_S.
-        lost = getattr(self.reader.lost, "errno", None) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
-        early = lost or self.loop.time() - self.written_at < STALE_S
+        """Return whether it had probably ended before the request arrived (RFC 9112, 9.3.1)."""
+        # The kernel reports a dead path so, see `watch_path`: the request was not acknowledged.
+        dead = getattr(self.reader.lost, "errno", None) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+        # A reset long after the write is another thing: the request was being answered, and may be billed.
+        early = dead or self.loop.time() - self.written_at < STALE_S
         return error.before_reply and self.request_count > 1 and early
 
     def close(self) -> None:
@@ -2345,11 +2342,8 @@ class UpstreamConnection:
     def _expired(self) -> None:
         if self not in self.pool.active:
             self.pool.drop(self)
-        elif self.before_reply:
-            error = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
-            self.reader.interrupt(error)
         else:
-            self.reader.interrupt(UpstreamTimeout("nothing came from the upstream in time"))
+            self.reader.interrupt(self.late)
 
     def _ended(self, error: BaseException | None) -> None:
         if self not in self.pool.active:  # in an exchange the next read reports it
@@ -2401,11 +2395,10 @@ class ConnectionPool:
     def give_back(self, connection: UpstreamConnection, reusable: bool) -> None:
         """Take a connection after its exchange; close it unless it can serve another."""
         self.active.discard(connection)
-        # What is left of a request in the transport's buffer would stand before the next request.
-        unsent = connection.transport.get_write_buffer_size()
         now = connection.loop.time()
-        usable = reusable and not (self.closed or unsent or connection.expires_at <= now)
-        if not usable or not connection.is_quiet():
+        good = reusable and not self.closed and connection.is_quiet() and now < connection.expires_at
+        # What is left of a request in the transport's buffer would stand before the next request.
+        if not good or connection.transport.get_write_buffer_size():
             connection.close()
             return
         connection.deadline.set(min(now + IDLE_UPSTREAM_S, connection.expires_at))
@@ -2435,7 +2428,8 @@ class NetworkExchange:
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
     when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
     had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
-    `replied_early`: the reply began before the request had ended. `interrupted`: by this, while there is no connection.
+    `pieces` of a large request are not written yet. `replied_early`: the reply began before they were. `interrupted` is
+    the error of an interruption while there was no connection.
     """
 
     pool: ConnectionPool
@@ -2450,8 +2444,7 @@ class NetworkExchange:
     first_byte_s: float = field(init=False)
     connection: UpstreamConnection | None = None
     decoder: Decoder | None = None
-    pieces: Iterator[memoryview] | None = None  # of a large request, not written yet
-    all_sent: bool = True
+    pieces: Iterator[memoryview] | None = None
     replied_early: bool = False
     interrupted: Exception | None = None
 
@@ -2482,8 +2475,8 @@ class NetworkExchange:
             raise ConnectFailed("the proxy wants another password")
         self.decoder = reply_body_decoder(self.head, self.method)
         self.message = ()  # a long answer does not keep the memory of its prompt
-        self.replied_early = not self.all_sent
-        connection.before_reply = False
+        self.replied_early = self.pieces is not None
+        connection.late = UpstreamTimeout("nothing came from the upstream in time")
         connection.deadline.at = math.inf
 
     async def read(self) -> bytes:
@@ -2531,7 +2524,8 @@ class NetworkExchange:
         self.connection = connection
         now = connection.loop.time()
         connection.request_count += 1
-        connection.written_at, connection.before_reply, connection.first_byte_s = now, True, self.first_byte_s
+        connection.written_at = now
+        connection.late = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
         small = sum(map(len, self.message)) <= SEND_BYTES
         # An upstream that reads nothing while it works acknowledges a buffer's worth, which is no sign of a dead path.
         dead_after_s = DEAD_PATH_S if small else self.first_byte_s
@@ -2543,30 +2537,26 @@ class NetworkExchange:
             connection.deadline.set(now + self.first_byte_s)
             self.on_sent(now)
         else:
-            self.pieces = (
-                memoryview(part)[at : at + SEND_BYTES]
-                for part in self.message
-                for at in range(0, len(part), SEND_BYTES)
-            )
-            self.all_sent = False
+            parts = [memoryview(part) for part in self.message]
+            self.pieces = (part[at : at + SEND_BYTES] for part in parts for at in range(0, len(part), SEND_BYTES))
             connection.protocol.on_writable = self._send_more
             self._send_more()
 
     def _send_more(self) -> None:
         """Write as much of a large request as the upstream takes. The time to answer begins anew with each piece."""
         connection = self.connection
-        if connection is None or self.all_sent:
+        if connection is None or self.pieces is None:
             return
         now = connection.loop.time()
-        if connection.before_reply:
+        if self.decoder is None:
             connection.deadline.set(now + self.first_byte_s)
-        for piece in self.pieces or ():
+        for piece in self.pieces:
             if connection.transport.is_closing():
                 return
             connection.transport.write(piece)
             if connection.protocol.full:
                 return
-        self.all_sent = True
+        self.pieces = None
         self.on_sent(now)
 
     def _give_back(self, reusable: bool) -> None:
@@ -2574,9 +2564,8 @@ class NetworkExchange:
         if connection is None:
             return
         connection.protocol.on_writable = None
-        self.pieces = None
-        if not self.all_sent:
-            self.all_sent = True
+        if self.pieces is not None:
+            self.pieces = None
             self.on_sent(connection.loop.time())
         self.pool.give_back(connection, reusable)
 
