@@ -1082,8 +1082,10 @@ def diff_config(old: Config, new: Config) -> list[str]:
 # One access line for each request, and a logger for everything rarer. Text that clients control is escaped. A filter
 # strikes out configured secrets before a record is written.
 
-FLUSH_S = 0.01  # access lines are collected for this long: one write for many lines costs a tenth
-LOG_QUEUE_BYTES = 262_144  # log lines that wait for a slow reader of stderr; about 1,700 lines
+# Access lines are collected for this long: one write for many lines costs a tenth.
+FLUSH_S = 0.01
+# Log lines that wait for a slow reader of stderr; about 1,700 lines.
+LOG_QUEUE_BYTES = 262_144
 SECRET_CHARS = 6  # shorter secrets are not struck out: that would make logs unreadable
 # Keys for local servers without authentication: ordinary words in errors and logs.
 DUMMY_KEYS = frozenset("ollama lm-studio not-needed no-key-required placeholder".split())
@@ -1235,7 +1237,8 @@ class LogWriter:
                 self.changed.wait_for(lambda: self.waiting)
                 data = bytes(self.waiting)
             try:
-                written = os.write(fd, data)  # sys.stderr has a lock, which the end of the process would wait for
+                # sys.stderr has a lock, which the end of the process would wait for.
+                written = os.write(fd, data)
             except BlockingIOError:  # another process set O_NONBLOCK on the shared file
                 select.select((), (fd,), ())
                 written = 0
@@ -1311,11 +1314,12 @@ def set_up_logging(config: Config) -> None:
 
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
 FIELD_COUNT = 100  # header fields of a request; nginx and Apache stop near this too
-REPLY_FIELD_COUNT = 1000  # header fields of a reply, which UPSTREAM_HEAD_BYTES bounds as well
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
-CHUNK_LINE_BYTES = 256  # a chunk-size line with its extensions, which no known client or vendor uses
+# A chunk-size line with its extensions, which no known client or vendor uses.
+CHUNK_LINE_BYTES = 256
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
-CACHED_LINES, CACHED_LINE_BYTES = 1024, 256  # number and size of cached header lines, for each direction
+# Number and size of cached header lines, for each direction.
+CACHED_LINES, CACHED_LINE_BYTES = 1024, 256
 FORM_PARTS = 1000  # parts of a form; an image edit has less than thirty
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -1328,8 +1332,10 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\
 # Possessive, since white space fits both parts: a field of 60,000 spaces with a bad end took 18 s to refuse.
 _FIELD = re.compile(rb"(%b):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)\Z" % _TOKEN)
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
-_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # before a request line they are skipped (RFC 9112, 2.2)
-_DIGITS = re.compile(rb"[0-9]{1,18}\Z")  # checked before int(), which takes "+5", "1_0" and " 5"
+# Before a request line they are skipped (RFC 9112, 2.2).
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+# Checked before int(), which takes "+5", "1_0" and " 5".
+_DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 _ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]+)([^#]*)\Z")
 # IP-literals and reg-names of RFC 3986, 3.2.2, with at most 255 bytes (RFC 1035); the port may be empty. No comma: two
@@ -1359,7 +1365,8 @@ NOT_CACHED = frozenset(
 
 Fields = list[tuple[bytes, bytes]]
 Index = dict[bytes, bytes]
-Line = tuple[bytes, bytes, bytes]  # lower-case name, value, the line to forward with its CRLF: b"" if it is dropped
+# Lower-case name, value, the line to forward with its CRLF: b"" if it is dropped.
+Line = tuple[bytes, bytes, bytes]
 REQUEST_LINES: dict[bytes, Line] = {}
 REPLY_LINES: dict[bytes, Line] = {}
 
@@ -1420,10 +1427,9 @@ def parse_line(line: bytes, is_reply: bool) -> Line:
 
 def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
     """Return the index of header lines, which each end with CRLF, and the lines to forward. Raises ValueError."""
-    lines = block.split(b"\r\n")[:-1]  # a bare CR or LF stays within a line, and `_FIELD` refuses it
-    limit, cache = (REPLY_FIELD_COUNT, REPLY_LINES) if is_reply else (FIELD_COUNT, REQUEST_LINES)
-    if len(lines) > limit:
-        raise ValueError(f"more than {limit} header fields")
+    # A bare CR or LF stays within a line, and `_FIELD` refuses it.
+    lines = block.split(b"\r\n")[:-1]
+    cache = REPLY_LINES if is_reply else REQUEST_LINES
     index: Index = {}
     forwarded = b""
     for line in lines:
@@ -1452,11 +1458,12 @@ def parse_request_head(data: bytes) -> RequestHead:
     method, target, major, minor = match.groups()
     if major != b"1":
         raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
+    if block.count(b"\r\n") > FIELD_COUNT:
+        raise BadMessage(431, f"The request has more than {FIELD_COUNT} header fields.")
     try:
         index, lines = parse_fields(block, is_reply=False)
     except ValueError as problem:
-        status = 431 if "more than" in str(problem) else 400
-        raise BadMessage(status, f"The request head is refused: {problem}.") from None
+        raise BadMessage(400, f"The request head is malformed: {problem}.") from None
     host = index.get(b"host")
     if host is None and minor != b"0":
         raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
@@ -1666,7 +1673,8 @@ def form_spans(body: bytes | mmap.mmap, content_type: bytes) -> dict[bytes, tupl
     unclear = ProxyError(400, "The form is not as RFC 7578 defines it, or it can be read in more than one way.")
     mark = b"--" + kind.group(2)
     spans: dict[bytes, tuple[int, int]] = {}
-    at = body.find(mark)  # every place of the boundary must be the beginning of a part, or the end
+    # Every place of the boundary must be the beginning of a part, or the end.
+    at = body.find(mark)
     if at:
         raise unclear
     for _ in range(FORM_PARTS):
@@ -1881,11 +1889,16 @@ def error_event(message: str, code: str) -> bytes:
 # a callback when the peer leaves, and a timer that an assignment moves (a `wait_for` for each read costs more than the
 # read). A read is never ended by cancelling its task: a cancellation has no reason, and loses what has just arrived.
 
-READ_BYTES = 65_536  # the most that one read brings; a reader that holds as much stops its peer
-WRITE_HIGH_BYTES = 65_536  # unsent bytes to one peer above which nothing more is read for it
-BATCH_BYTES = 16_384  # larger writes are sent at once: they are few, and batching them would only keep memory
-DEAD_PATH_S = 20.0  # without an acknowledgement an upstream's path is dead; a lost packet is sent again within 1 s
-REARM_S = 30.0  # a timer is armed at most this far ahead, so that moving a deadline later is an assignment
+# The most that one read brings; a reader that holds as much stops its peer.
+READ_BYTES = 65_536
+# Unsent bytes to one peer above which nothing more is read for it.
+WRITE_HIGH_BYTES = 65_536
+# Larger writes are sent at once: they are few, and batching them would only keep memory.
+BATCH_BYTES = 16_384
+# Without an acknowledgement an upstream's path is dead; a lost packet is sent again within 1 s.
+DEAD_PATH_S = 20.0
+# A timer is armed at most this far ahead, so that moving a deadline later is an assignment.
+REARM_S = 30.0
 
 
 def watch_path(connection: socket.socket, dead_after_s: float) -> None:
@@ -2056,7 +2069,8 @@ class TimedProtocol(asyncio.StreamReaderProtocol):
         self.over_tls = transport.get_extra_info("sslcontext") is not None
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         if hasattr(transport, "max_size"):
-            transport.max_size = READ_BYTES  # asyncio's default of 256 kB is a large allocation for each read
+            # asyncio's default of 256 kB is a large allocation for each read.
+            transport.max_size = READ_BYTES
         on_open, self.on_open = self.on_open, None
         if on_open is not None:
             on_open(self)
@@ -2126,13 +2140,18 @@ class WriteBatcher:
 # reply ended where the framing says and nothing came after it; it comes out again only if it is still open and silent.
 # All others are closed, which costs a handshake and no more.
 
-INTERIM_COUNT = 16  # 1xx replies before the final one; an upstream that sends more is broken
-SEND_BYTES = 65_536  # a larger request goes out in pieces; no system's receive buffer is smaller than that
-ABANDONED_S = 1.0  # how long an abandoned connect may still run, so that its socket can be closed
-IDLE_UPSTREAM_S = 55.0  # an idle connection is closed after this; servers commonly close after 60 s
-IDLE_UPSTREAM_COUNT = 1024  # idle connections of all origins; each is an open file
-CONNECTION_AGE_S = 300.0  # an older connection is not reused: its host's name may lead to another address by now
-STALE_S = 1.0  # an idle connection that ends this soon after a write had been closed before it
+# 1xx replies before the final one; an upstream that sends more is broken.
+INTERIM_COUNT = 16
+# A larger request goes out in pieces; no system's receive buffer is smaller than that.
+SEND_BYTES = 65_536
+# How long an abandoned connect may still run, so that its socket can be closed.
+ABANDONED_S = 1.0
+# An idle connection is closed after this; servers commonly close after 60 s.
+IDLE_UPSTREAM_S = 55.0
+# An older connection is not reused: its host's name may lead to another address by now.
+CONNECTION_AGE_S = 300.0
+# An idle connection that ends this soon after a write had been closed before it.
+STALE_S = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -2197,10 +2216,10 @@ def abort_late(connecting: asyncio.Task[tuple[asyncio.Transport, TimedProtocol]]
 
 
 async def open_connection(host: str, port: int) -> TimedProtocol:
-    """Return a new TCP connection; IPv6 and IPv4 race (RFC 8305). Raise OSError."""
+    """Return a new TCP connection; IPv6 and IPv4 race, 250 ms apart (RFC 8305). Raise OSError."""
     loop = asyncio.get_running_loop()
     protocol = TimedProtocol(TimedReader(loop))
-    race = loop.create_connection(lambda: protocol, host, port, happy_eyeballs_delay=0.25)  # RFC 8305, 5
+    race = loop.create_connection(lambda: protocol, host, port, happy_eyeballs_delay=0.25)
     connecting = loop.create_task(race)
     try:
         await asyncio.shield(connecting)
@@ -2282,11 +2301,13 @@ def describe_failure(problem: Exception) -> str:
         return "TLS failed: " + (problem.reason or "protocol error").lower().replace("_", " ")
     if isinstance(problem, (socket.gaierror, UnicodeError)):
         return "its name cannot be resolved"
-    number = re.search(r"\[Errno (\d+)\]", str(problem))  # if several addresses failed, only their texts have it
+    # If several addresses failed, only their texts have it.
+    number = re.search(r"\[Errno (\d+)\]", str(problem))
     return os.strerror(int(number.group(1))) if number else "closed during the handshake"
 
 
-Message = tuple[bytes | memoryview | mmap.mmap, ...]  # a request's head, and its body in any number of pieces
+# A request's head, and its body in any number of pieces.
+Message = tuple[bytes | memoryview | mmap.mmap, ...]
 
 
 class Exchange(Protocol):
@@ -2320,8 +2341,7 @@ class UpstreamConnection:
         self.dead_after_s = 0.0  # see `watch_path`
         self.expires_at = self.loop.time() + CONNECTION_AGE_S
         self.written_at = 0.0  # the current request's beginning, in loop time
-        self.before_reply = True  # no final head has come for it
-        self.first_byte_s = math.inf  # the time that its reply may take to begin
+        self.late = UpstreamTimeout("")  # the error when the deadline passes in an exchange
         self.reader.on_end = self._ended
 
     def is_quiet(self) -> bool:
@@ -2329,11 +2349,11 @@ class UpstreamConnection:
         return not (self.reader.ended or self.reader.data or self.transport.is_closing())
 
     def was_stale(self, error: UpstreamClosed) -> bool:
-        """Return whether it had ended in the pool, so that the request hardly arrived (RFC 9112, 9.3.1)."""
-        # A reset long after the write is another thing: the request was being answered, and may be billed. The kernel
-        # reports a dead path with one of these errors: the other side acknowledged nothing for DEAD_PATH_S.
-        lost = getattr(self.reader.lost, "errno", None) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
-        early = lost or self.loop.time() - self.written_at < STALE_S
+        """Return whether it had probably ended before the request arrived (RFC 9112, 9.3.1)."""
+        # The kernel reports a dead path so, see `watch_path`: the request was not acknowledged.
+        dead = getattr(self.reader.lost, "errno", None) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+        # A reset long after the write is another thing: the request was being answered, and may be billed.
+        early = dead or self.loop.time() - self.written_at < STALE_S
         return error.before_reply and self.request_count > 1 and early
 
     def close(self) -> None:
@@ -2345,11 +2365,8 @@ class UpstreamConnection:
     def _expired(self) -> None:
         if self not in self.pool.active:
             self.pool.drop(self)
-        elif self.before_reply:
-            error = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
-            self.reader.interrupt(error)
         else:
-            self.reader.interrupt(UpstreamTimeout("nothing came from the upstream in time"))
+            self.reader.interrupt(self.late)
 
     def _ended(self, error: BaseException | None) -> None:
         if self not in self.pool.active:  # in an exchange the next read reports it
@@ -2357,7 +2374,10 @@ class UpstreamConnection:
 
 
 class ConnectionPool:
-    """Keeps the idle connections of each origin. The last used goes out first, so that those too many grow old."""
+    """Keeps the idle connections of each origin. The last used goes out first, so that those too many grow old.
+
+    They need no bound: an origin never has more of them than it had requests at once.
+    """
 
     def __init__(self, batcher: WriteBatcher) -> None:
         self.batcher = batcher
@@ -2401,18 +2421,14 @@ class ConnectionPool:
     def give_back(self, connection: UpstreamConnection, reusable: bool) -> None:
         """Take a connection after its exchange; close it unless it can serve another."""
         self.active.discard(connection)
-        # What is left of a request in the transport's buffer would stand before the next request.
-        unsent = connection.transport.get_write_buffer_size()
         now = connection.loop.time()
-        usable = reusable and not (self.closed or unsent or connection.expires_at <= now)
-        if not usable or not connection.is_quiet():
+        good = reusable and not self.closed and connection.is_quiet() and now < connection.expires_at
+        # What is left of a request in the transport's buffer would stand before the next request.
+        if not good or connection.transport.get_write_buffer_size():
             connection.close()
             return
         connection.deadline.set(min(now + IDLE_UPSTREAM_S, connection.expires_at))
         self.idle.setdefault(connection.origin, []).append(connection)
-        if self.idle_count > IDLE_UPSTREAM_COUNT:
-            oldest = [connections[0] for connections in self.idle.values() if connections]
-            self.drop(min(oldest, key=lambda connection: connection.deadline.at))
 
     def drop(self, connection: UpstreamConnection) -> None:
         """Close an idle connection that has expired or ended."""
@@ -2435,7 +2451,8 @@ class NetworkExchange:
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
     when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
     had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
-    `replied_early`: the reply began before the request had ended. `interrupted`: by this, while there is no connection.
+    `pieces` of a large request are not written yet. `replied_early`: the reply began before they were. `interrupted` is
+    the error of an interruption while there was no connection.
     """
 
     pool: ConnectionPool
@@ -2450,8 +2467,7 @@ class NetworkExchange:
     first_byte_s: float = field(init=False)
     connection: UpstreamConnection | None = None
     decoder: Decoder | None = None
-    pieces: Iterator[memoryview] | None = None  # of a large request, not written yet
-    all_sent: bool = True
+    pieces: Iterator[memoryview] | None = None
     replied_early: bool = False
     interrupted: Exception | None = None
 
@@ -2482,8 +2498,8 @@ class NetworkExchange:
             raise ConnectFailed("the proxy wants another password")
         self.decoder = reply_body_decoder(self.head, self.method)
         self.message = ()  # a long answer does not keep the memory of its prompt
-        self.replied_early = not self.all_sent
-        connection.before_reply = False
+        self.replied_early = self.pieces is not None
+        connection.late = UpstreamTimeout("nothing came from the upstream in time")
         connection.deadline.at = math.inf
 
     async def read(self) -> bytes:
@@ -2531,7 +2547,8 @@ class NetworkExchange:
         self.connection = connection
         now = connection.loop.time()
         connection.request_count += 1
-        connection.written_at, connection.before_reply, connection.first_byte_s = now, True, self.first_byte_s
+        connection.written_at = now
+        connection.late = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
         small = sum(map(len, self.message)) <= SEND_BYTES
         # An upstream that reads nothing while it works acknowledges a buffer's worth, which is no sign of a dead path.
         dead_after_s = DEAD_PATH_S if small else self.first_byte_s
@@ -2543,30 +2560,26 @@ class NetworkExchange:
             connection.deadline.set(now + self.first_byte_s)
             self.on_sent(now)
         else:
-            self.pieces = (
-                memoryview(part)[at : at + SEND_BYTES]
-                for part in self.message
-                for at in range(0, len(part), SEND_BYTES)
-            )
-            self.all_sent = False
+            parts = [memoryview(part) for part in self.message]
+            self.pieces = (part[at : at + SEND_BYTES] for part in parts for at in range(0, len(part), SEND_BYTES))
             connection.protocol.on_writable = self._send_more
             self._send_more()
 
     def _send_more(self) -> None:
         """Write as much of a large request as the upstream takes. The time to answer begins anew with each piece."""
         connection = self.connection
-        if connection is None or self.all_sent:
+        if connection is None or self.pieces is None:
             return
         now = connection.loop.time()
-        if connection.before_reply:
+        if self.decoder is None:
             connection.deadline.set(now + self.first_byte_s)
-        for piece in self.pieces or ():
+        for piece in self.pieces:
             if connection.transport.is_closing():
                 return
             connection.transport.write(piece)
             if connection.protocol.full:
                 return
-        self.all_sent = True
+        self.pieces = None
         self.on_sent(now)
 
     def _give_back(self, reusable: bool) -> None:
@@ -2574,9 +2587,8 @@ class NetworkExchange:
         if connection is None:
             return
         connection.protocol.on_writable = None
-        self.pieces = None
-        if not self.all_sent:
-            self.all_sent = True
+        if self.pieces is not None:
+            self.pieces = None
             self.on_sent(connection.loop.time())
         self.pool.give_back(connection, reusable)
 

@@ -121,17 +121,6 @@ def test_no_proxy(host: str, no_proxy: str, direct: bool) -> None:
     assert bool(account.proxy) is not direct
 
 
-async def test_idle_connections_of_all_origins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above IDLE_UPSTREAM_COUNT the connection that has been idle longest is closed, whatever its origin."""
-    monkeypatch.setattr(app, "IDLE_UPSTREAM_COUNT", 2)
-    async with Upstream(answers(OK)) as one, Upstream(answers(OK)) as two, Upstream(answers(OK)) as three:
-        places = zip("abc", (one, two, three), strict=True)
-        async with Running(*(controller(name, place.url, models=[name]) for name, place in places)) as server:
-            for name in "abcabbc":
-                assert (await server.post(name)).status == 200 and server.server.links.idle_count <= 2
-            assert [place.connections for place in (one, two, three)] == [2, 2, 2]
-
-
 @pytest.mark.parametrize(
     "raw",
     [
