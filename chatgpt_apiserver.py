@@ -4106,9 +4106,9 @@ def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
 # compared with what the model expected for its request, and the difference corrects the model. So each request under
 # way counts exactly once, in whatever order replies come.
 #
-# A *gate* is shut for a time that doubles at each relapse. Then one request, the probe, finds out. Gates
-# are for a controller's health, a quota's credit, a ledger's 429s that name no time, and for whether a controller has a
-# model (together they are a *candidate*).
+# A *gate* is shut for a time that doubles at each relapse. Then one request, the probe, finds out. There is one for a
+# controller's health, one for a quota's credit, one for each ledger's 429s that name no time, and one for each
+# *candidate*, which is a controller for one model and may lack it.
 
 NEVER = math.inf
 MEMORY_MODELS = 256  # models in each cache, as clients choose the names
@@ -4273,15 +4273,17 @@ class Bucket:
             self.known_at = now
         if told.reset_s:
             self._learn_rate(told.limit, left, told.reset_s)
-            # `remaining` is rounded down; the time until the bucket is full has the fraction, unless it ends a window.
-            exact = self.size - told.reset_s * self.rate
-            left = exact if left < exact < left + 1 else left
         elif told.limit != self.limit:
             self.limit, self.rate = told.limit, told.limit / WINDOW_S
             self.size = min(told.limit, self.most)
-        # A charge before the first reply met a bucket without a rate, which did not refill. `expected` leaves out the
-        # shift of its time; with the shift of now no error is corrected twice.
-        error = left - expected + max(0.0, self.known_at - sent_at) * self.rate - self.shift
+        # What the model expected of this reply, by all that it knows now. `expected` leaves out the shift of its time.
+        # A charge before the first reply met a bucket without a rate, which did not refill.
+        believed = expected + self.shift - max(0.0, self.known_at - sent_at) * self.rate
+        # `remaining` is rounded down. The time until the bucket is full has the fraction, unless it ends a window; then
+        # the model has it, if it is not wrong by more.
+        exact = self.size - (told.reset_s or 0.0) * self.rate
+        left = next(level for level in (exact, believed, left) if left <= level < left + 1)
+        error = left - believed
         self.shift += error
         # No more can be left than the reply reported, plus what was refilled since. The level may have been below zero
         # and was set to zero: without this bound each refused request would then look like one that was given back.
@@ -4738,8 +4740,8 @@ class Lease:
 
     def release(self, verdict: Verdict, now: float) -> None:
         """End the attempt with this verdict, also after its answer began. What was never sent is given back whole."""
-        # A sent request stays charged, as providers count failed calls too.
-        # Providers count a stream as one request at once until its last byte.
+        # A sent request stays charged, as providers count failed calls too. They count a stream as one request at once
+        # until its last byte.
         upstream = self.upstream
         upstream.in_flight -= 1
         upstream.quota.in_flight -= 1
