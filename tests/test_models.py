@@ -1,12 +1,13 @@
 """Models by other names, and models that answer in place of others."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from .support import ANSWER, MESSAGES, Message, Peer, Running, Script, Upstream, answers, controller, error_reply, event, json_reply, sse_reply
+from .support import ANSWER, MESSAGES, Listing, Message, Peer, Running, Script, Upstream, answers, controller, error_reply, event, json_reply, now, sse_reply
 
 OK = json_reply(200, ANSWER)
 STREAM = sse_reply(event("a"), b"data: [DONE]\n\n")
@@ -25,9 +26,7 @@ def asked(one: Upstream) -> list[str]:
 
 
 @asynccontextmanager
-async def two_models(
-    first: Script, second: Script, pool: dict[str, Any], **more: Any
-) -> AsyncIterator[tuple[Running, Upstream, Upstream]]:
+async def two_models(first: Script, second: Script, pool: dict[str, Any], **more: Any) -> AsyncIterator[tuple[Running, Upstream, Upstream]]:
     """Run a server whose controller a serves m-1 and b serves m-2; `more` configures the first."""
     async with Upstream(first) as one, Upstream(second) as two:
         async with Running({**sole("a", one, "m-1"), **more}, sole("b", two, "m-2"), pool=pool) as server:
@@ -190,3 +189,26 @@ async def test_what_a_fallback_refuses_is_not_the_answer(reply: tuple[int, str],
         pool = {"max_wait": 1, "fallbacks": {"m": others}}
         async with Running(controller("a", one.url), pool=pool) as server:
             assert (await server.post("m")).status == (200 if "o" in others else status)
+
+
+@pytest.mark.virtual_time
+async def test_lists_are_asked_in_the_background() -> None:
+    """One hanging account does not stall /v1/models, and many calls at once are one question upstream."""
+
+    async def hang(peer: Peer, _: Message) -> None:
+        await peer.gone()
+
+    listed = json_reply(200, {"object": "list", "data": [{"id": "up-1"}]})
+    async with Upstream(hang) as one, Upstream(answers(listed)) as two:
+        async with Listing(controller("a", one.url), controller("b", two.url)) as server:
+            since = now()
+            calls = await asyncio.gather(*(server.ask("GET", "/v1/models") for _ in range(5)))
+            assert [[model["id"] for model in call.json()["data"]] for call in calls] == [["up-1"]] * 5
+            assert now() - since < 3 and len(one.seen) == len(two.seen) == 1
+
+
+async def test_a_model_is_named_as_the_client_named_it() -> None:
+    """An alias that leads nowhere is a 404 with the name that the client asked for."""
+    async with Running(controller("a", "http://127.0.0.1:9/v1", models=["m"]), pool={"aliases": {"fast": "gone"}}) as server:
+        answer = await server.post("fast")
+        assert answer.status == 404 and "'fast'" in answer.json()["error"]["message"] and b"gone" not in answer.body

@@ -218,3 +218,34 @@ async def test_draining_lets_answers_finish() -> None:
         await stopping
         idle.close()
         busy.close()
+
+
+@pytest.mark.virtual_time
+async def test_an_idle_connection_is_closed_after_a_grace() -> None:
+    """A request that crosses the beginning of a stop is still served; its answer says that the connection closes."""
+    async with Upstream(answers(json_reply(200, ANSWER))) as one, Running(controller("a", one.url)) as server:
+        used, idle = await server.open(), await server.open()
+        for client in (used, idle):
+            await client.post()
+            assert "connection" not in (await client.read()).headers
+        since, stopping = now(), asyncio.ensure_future(server.server.drain())
+        await turns()
+        await used.post()
+        answer = await used.read()
+        assert answer.status == 200 and answer.headers["connection"] == "close" and await used.closed() == b""
+        assert await idle.closed() == b"" and 1 <= now() - since < 1.1
+        await stopping
+        used.close()
+        idle.close()
+
+
+async def test_a_client_that_leaves_within_its_body_is_logged() -> None:
+    """Its access line has status 499, and no controller was asked."""
+    async with Running() as server:
+        client = await server.open()
+        await client.send(request(b"x" * 1000)[:-10])
+        await turns()
+        client.close()
+        await until(server.access_lines)
+        (line,) = server.access_lines()
+        assert " 499 " in line and "attempts=0" in line
