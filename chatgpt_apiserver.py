@@ -5836,6 +5836,7 @@ class Relay:
         """
         request, stream, word, text = trip.request, attempt.stream, "", 0
         readable = stream and attempt.readable
+        has_end = readable and request.path in ENDED_STREAMS
         end, counts_text = StreamEnd(ENDED_STREAMS.get(request.path, False)), counts_tokens(attempt.lease, request)
         splitter = EventSplitter() if attempt.adds_usage and readable else None
         data, attempt.verdict, attempt.held = attempt.held, ABANDONED, b""
@@ -5852,13 +5853,13 @@ class Relay:
                     break
                 data = await exchange.read()
                 attempt.whole = not data
-            # Some upstreams tell of a failure with status 200 and in their last event only (vLLM, OpenRouter).
+            # Some upstreams report a failure with status 200 and in their last event only (vLLM, OpenRouter).
             tells = readable and (b"error" in end.tail or b"failed" in end.tail)
             events = _EVENT_END.split(end.tail) if tells else []
             late = [event for event in events if judge_event(event) is EventKind.ERROR]
             if late:
                 word, attempt.verdict = "error", judge_late_event(late[0], attempt.lease.upstream.controller.rate_codes)
-            elif readable and request.path in ENDED_STREAMS and not end.is_whole():
+            elif has_end and not end.is_whole():
                 raise UpstreamClosed("the upstream ended its stream before the last event")
             else:
                 attempt.verdict = OK
@@ -5877,6 +5878,8 @@ class Relay:
             raise AnswerCut((b"\n\n" if begun else b"") + event if readable else b"") from error
         finally:
             exchange.abort()
+            if attempt.verdict is ABANDONED and has_end and end.is_whole():
+                attempt.verdict = OK  # the SDKs leave after the last event
             self._take_usage(attempt, request, end.tail, text)
             self._settle(attempt, trip, word)
 

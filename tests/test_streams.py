@@ -238,3 +238,19 @@ async def test_errors_in_other_shapes_become_openais(body: bytes, kind: str, mes
         answer = await server.post()
         assert answer.status == 400 and answer.json()["error"]["message"] == message
         assert answer.headers["content-type"] == "application/json"
+
+
+async def test_a_client_may_leave_after_the_last_event() -> None:
+    """The SDKs do so, before the connection's own end: the answer is whole, and the log says `ok`."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD + chunk(event("a") + DONE))
+        await peer.gone()
+
+    async with Upstream(script) as one, Running(controller("a", one.url)) as server:
+        client = await server.open()
+        await client.post(stream=True)
+        await client.reader.readuntil(DONE)
+        client.close()
+        await until(server.access_lines)
+        assert "tried=" not in server.access_lines()[0]
