@@ -41,6 +41,13 @@ import sys
 if sys.version_info < (3, 11):  # before the imports that older versions do not have
     sys.exit("chatgpt_apiserver needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
+import signal
+
+# They wait from here on until `serve` handles them: SIGHUP would end a program that is still starting.
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
 import argparse
 import asyncio
 import base64
@@ -64,7 +71,6 @@ import re
 import resource
 import secrets
 import select
-import signal
 import socket
 import ssl
 import struct
@@ -80,15 +86,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from typing import (
-    Annotated,
-    Any,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TypeVar,
-    get_type_hints,
-)
+from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 
 __version__ = "1.0.0"
 
@@ -192,9 +190,8 @@ def compact_json(value: Any) -> bytes:
 
 def error_body(error: ProxyError | UpstreamError) -> bytes:
     """Return the JSON body that reports `error` to a client."""
-    if isinstance(error, ProxyError):
-        return compact_json(error_object(error.message, error.type, error.code, error.param))
-    return compact_json(error_object(str(error), "server_error", error.code))
+    kind, param = (error.type, error.param) if isinstance(error, ProxyError) else ("server_error", None)
+    return compact_json(error_object(str(error), kind, error.code, param))
 
 
 # ==== 2. Configuration ====
@@ -208,29 +205,30 @@ CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
 CONFIG_FOLDERS = (".", ".config", "/etc/chatgpt-apiserver")
 ENV_PREFIX = "CHATGPT_APISERVER_"
 OPENAI_URL = "https://api.openai.com/v1"
+ANTHROPIC_URL = "https://api.anthropic.com/v1"
 AZURE_API_VERSION = "2024-10-21"  # the newest stable version of the classic surface
 ORIGIN = r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/*\s]+"  # editors and mobile apps have schemes of their own
 ORIGIN_IS = 'scheme://host[:port] without a path, "null" or "*"'
 VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 
-_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}  # for APIs that refuse or ignore the newer name
-_RATE_CODES = ["insufficient_quota"]  # a rate limit at DashScope (openclaw PR 148275); elsewhere no credit is left
-# By controller type, the `config` that counts unless the user says otherwise. Words in braces are keys to fill in.
+_BARE_KEY = {"auth_header": "api-key", "auth_scheme": ""}
+# For APIs that refuse or ignore the newer name.
+_OLD_LIMIT = {"max_completion_tokens": "max_tokens"}
+_MISTRAL = {**_OLD_LIMIT, "seed": "random_seed"}
+# A rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
+_RATE_CODES = ["insufficient_quota"]
+# Defaults of `config`, by controller type. Words in braces are further keys, which the user must set.
 PRESETS: dict[str, dict[str, Any]] = {
     "openai": {"base_url": OPENAI_URL},
-    "azure": {"auth_header": "api-key", "auth_scheme": ""},
-    "anthropic": {
-        "base_url": "https://api.anthropic.com/v1",
-        "auth_header": "x-api-key",
-        "auth_scheme": "",
-        "chat_path": "/messages",
-    },
+    "azure": _BARE_KEY,
+    "anthropic": {**_BARE_KEY, "auth_header": "x-api-key", "base_url": ANTHROPIC_URL, "chat_path": "/messages"},
     "echo": {},
     "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
     "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
     "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
     "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
-    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1"},
+    # Refuses stream_options (strandsagents.com, "Cohere").
+    "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1", "drop_params": ["stream_options"]},
     "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
     "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
     "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
@@ -240,11 +238,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "huggingface": {"base_url": "https://router.huggingface.co/v1"},
     "llamacpp": {"base_url": "http://localhost:8080/v1"},
     "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
-    "mistral": {  # refuses stream_options, and sends usage without it
-        "base_url": "https://api.mistral.ai/v1",
-        "rename_params": {**_OLD_LIMIT, "seed": "random_seed"},
-        "drop_params": ["stream_options"],
-    },
+    # It refuses stream_options, and sends usage without it.
+    "mistral": {"base_url": "https://api.mistral.ai/v1", "rename_params": _MISTRAL, "drop_params": ["stream_options"]},
     "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
     "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
     "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
@@ -259,7 +254,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
     "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
 }
-# What people call a vendor by its product or its company; for hints only.
+# Products and companies that people write in place of a type; for hints only.
 OTHER_NAMES = {"google": "gemini", "claude": "anthropic", "aws": "bedrock", "grok": "xai", "kimi": "moonshot"}
 
 
@@ -284,8 +279,8 @@ class Secret:
         return start + "…" + (self._value[-4:] if len(self._value) >= 12 else "")
 
 
-# What may be a key that was pasted into a wrong place: a vendor's prefix, 16 or more letters and digits that are not a
-# word with a number behind it, a row of pieces that mix them (a UUID), or what stands before the @ of a URL.
+# Text that may be a key in a wrong place: it has a vendor's prefix, or mixes letters and digits in at least 16
+# characters (a word with a number behind it does not), or is a UUID, or stands before the @ of a URL.
 KEY_LIKE = re.compile(
     r"\bsk-[\w\-]{4,}|\b(?:gsk_|hf_|fw_|xai-|csk-|pplx-|nvapi-|AIza|ABSK|eyJ)[\w.+/=\-]{12,}"
     r"|(?i:\b(?:bearer|basic) )[^\s\"']+|(?<=//)[^\s\"]+(?=@)"
@@ -312,12 +307,12 @@ def reason_of(error: Exception) -> str:
 
 def json_type(value: Any) -> str:
     """Return the JSON name of the value's type, for messages that must not show the value."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number"}
-    return {**names, float: "a number", type(None): "null"}.get(type(value), "another type")
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return {**names, int: "a number", float: "a number"}.get(type(value), "another type")
 
 
 def show(value: Any) -> str:
-    """Return `value` as a message may show it: without what may be a key, and not at all where it is long."""
+    """Return `value` for a message: what may be a key is masked, and a long value is only described."""
     # Objects and lists may hold keys. Most keys are longer than 40 characters.
     if value and isinstance(value, (dict, list)):
         return json_type(value)
@@ -361,15 +356,18 @@ def read_file(path: str) -> Any:
         raise ConfigError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
+# For a hint about a misplaced key, the paths of all objects that may have it: for `api_key`, ["controllers[].config"].
+# It is filled below the records.
+KEY_PATHS: dict[str, list[str]] = {}
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: the file, the path in it, the environment that `$NAME` refers to.
-
-    `setters` names, by path, the flag or variable that overrides the file there.
-    """
+    """Where a value stands: the file, the path in it, and the environment that `$NAME` refers to."""
 
     source: str
     env: Mapping[str, str]
+    # By path, the flag or variable that overrides the file there.
     setters: Mapping[str, str]
     path: str = ""
 
@@ -377,7 +375,8 @@ class Place:
         """Return the place of an object's member or a list's item."""
         if isinstance(key, int):
             return replace(self, path=f"{self.path}[{key}]")
-        key = key if key.isprintable() else ascii(key)[1:-1]  # a line end would make two lines of a message
+        # A line end would make two lines of a message.
+        key = key if key.isprintable() else ascii(key)[1:-1]
         return replace(self, path=f"{self.path}.{key}" if self.path else key)
 
     def problem(self, message: str) -> ConfigError:
@@ -393,16 +392,17 @@ class Place:
         """Raise ConfigError for a key that is not in `known`, with the nearest name or the key's right place."""
         for key in data.keys() - set(known):
             hint = suggest(key, known)
-            if not hint and (self.path or "controllers" in known):  # the hint would mislead in a `config_file`
+            # In a `config_file`, whose top level is a `config`, the path would mislead.
+            if not hint and (self.path or "controllers" in known):
                 here = re.sub(r"\[\d+\]", "[]", self.path)
-                hint = " or ".join(place for place in places_of(key) if place != here)
+                hint = " or ".join(path for path in KEY_PATHS.get(key, ()) if path != here)
                 hint = hint and "its place is " + hint
             hint = hint or "allowed here: " + ", ".join(sorted(known))
             raise self.inside(key).problem("unknown key; " + hint)
 
 
-# -- checks: each takes a place, the value that stands there and what the key's annotation adds. It returns what the
-# server works with, or raises ConfigError.
+# -- checks: each takes a place, the value that stands there, and the arguments that the key's annotation adds. It
+# returns the value that the server uses, or raises ConfigError.
 
 Check = Callable[..., Any]
 
@@ -426,9 +426,10 @@ def check_list(place: Place, value: Any, check: Check, *args: Any) -> tuple[Any,
 
 
 def check_number(place: Place, value: Any, low: float, high: float, otherwise: str = "") -> float:
-    """Return a number from `low` to `high`; an int as `low` allows whole numbers only. `otherwise` ends the message."""
+    """Return a number from `low` to `high`, a whole one if `low` is an int. The message ends with `otherwise`."""
     whole = isinstance(low, int)
-    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:  # type(): a bool is an int
+    # Not isinstance: a bool is an int.
+    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:
         return value if whole else float(value)
     quoted = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
     raise place.error(show(value), f"a {'whole ' * whole}number from {low:.15g} to {high:.15g}{quoted}{otherwise}")
@@ -483,7 +484,8 @@ def check_secret(place: Place, value: Any) -> Secret:
                 value = file.read()
         except (OSError, ValueError) as error:
             raise place.problem(f"cannot read the file {show(value[5:])}: {reason_of(error)}") from error
-    value = value.strip()  # `echo` and editors end a file with a line end, which no header can hold
+    # `echo` and editors end a file with a line end, which no header can hold.
+    value = value.strip()
     if not (value.isascii() and value.isprintable()):
         raise place.error("a character outside printable ASCII", "printable ASCII (it goes into a header)")
     return Secret(value)
@@ -563,28 +565,30 @@ def check_extra_body(place: Place, value: Any) -> tuple[tuple[str, Any], ...]:
 
 
 @functools.cache
-def checks_of(record: type) -> dict[str, tuple[Any, ...]]:
-    """Return, by key, the check of each field that the configuration may set, and the check's further arguments."""
+def checks_of(record: type) -> dict[str, Any]:
+    """Return what checks each key of `record`: another record, or a function and its further arguments."""
+    # A field without a default is no key: its parser fills it in.
     hints = get_type_hints(record, include_extras=True)
     keys = {item.name: hints[item.name] for item in fields(record) if item.default is not MISSING}
-    return {key: (check_record, hint) if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
+    return {key: hint if is_dataclass(hint) else hint.__metadata__ for key, hint in keys.items()}
 
 
 def check_keys(place: Place, value: Any, record: type, *others: str) -> dict[str, Any]:
     """Return the checked values of an object that may have the keys of `record` and `others`. Null counts as absent."""
-    data, checks = check_object(place, value), checks_of(record)
+    data, checks, values = check_object(place, value), checks_of(record), {}
     place.refuse_unknown(data, [*others, *checks])
-    given = {name: check for name, check in checks.items() if data.get(name) is not None}
-    return {name: check(place.inside(name), data[name], *args) for name, (check, *args) in given.items()}
-
-
-def check_record(place: Place, value: Any, record: type) -> Any:
-    """Return an object as an instance of `record`."""
-    return record(**check_keys(place, value, record))
+    for key, check in checks.items():
+        if data.get(key) is None:
+            continue
+        if isinstance(check, type):
+            values[key] = check(**check_keys(place.inside(key), data[key], check))
+        else:
+            values[key] = check[0](place.inside(key), data[key], *check[1:])
+    return values
 
 
 def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[Any, ...]:
-    """Return a list of named records. `parse` gets a place, an item, and the records before it to compare with."""
+    """Return a list of records with different names. `parse` gets a place, an item and the records before it."""
     members: list[Any] = []
     for number, item in enumerate(check_type(place, value, list, "a list, [...]")):
         item_place = place.inside(number)
@@ -659,7 +663,7 @@ class AccountConfig:
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """One upstream account. `models` may hold `*` and `?`; empty means all models."""
+    """One upstream account. `models` may hold `*` and `?`; if it is empty, the account's own list counts."""
 
     type: str
     name: str
@@ -783,6 +787,21 @@ def check_account(place: Place, account: AccountConfig) -> None:
         raise place.inside("base_url").problem(f"must not end in {account.chat_path}, which is added to it")
 
 
+def bypasses_proxy(url: str, no_proxy: str) -> bool:
+    """Return whether `no_proxy` has the host of `url`: an address, a network (CIDR), a domain, or a name with `*`."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+
+    def has_host(entry: str) -> bool:
+        try:
+            return ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
+        except ValueError:  # one of them is a name
+            pattern = re.escape(entry.lstrip(".")).replace(r"\*", ".*")
+            return any(re.fullmatch(rf"(.+\.)?{pattern}", name) for name in (host, f"{host}:{parts.port}"))
+
+    return any(map(has_host, re.findall(r"[^\s,]+", no_proxy.lower())))
+
+
 def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfig:
     """Return the `config` of a controller of type `kind`: what the user set, then the preset, then the defaults."""
     preset = dict(PRESETS[kind])
@@ -799,6 +818,8 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
     account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig, *words))
     check_account(place, account)
+    if account.proxy and bypasses_proxy(account.base_url, place.env.get("no_proxy") or place.env.get("NO_PROXY", "")):
+        account = replace(account, proxy=Secret())
     # Vendors always need a key. A local server, or one at an address that the user gave, may work without a key.
     url = account.base_url
     vendor = not own_url or url.startswith("https://api.openai.com")
@@ -856,22 +877,23 @@ class Config:
     drain_timeout: Seconds = 30.0
 
 
-def places_of(key: str) -> list[str]:
-    """Return the paths of all objects that have this key: for `api_key`, "controllers[].config"."""
-    top = {"controllers[].config": AccountConfig, "controllers[]": ControllerConfig, "client_keys[]": ClientKey}
-    places: dict[str, type] = {**top, "the top level": Config}
-    for path, record in list(places.items()):
-        for name, (check, *args) in checks_of(record).items():
-            if check is check_record:
-                places[name if record is Config else f"{path}.{name}"] = args[0]
-    return [path for path, record in places.items() if key in checks_of(record)]
+def note_keys(path: str, record: type) -> None:
+    """Add the keys of `record`, and of the records in it, to KEY_PATHS."""
+    for key, check in checks_of(record).items():
+        KEY_PATHS.setdefault(key, []).append(path or "the top level")
+        if isinstance(check, type):
+            note_keys(f"{path}.{key}".lstrip("."), check)
+
+
+note_keys("controllers[].config", AccountConfig)
+note_keys("controllers[]", ControllerConfig)
+note_keys("client_keys[]", ClientKey)
+note_keys("", Config)
 
 
 def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mapping[str, str] | None = None) -> Config:
-    """Return the configuration in `data`, which was read from `source`. Raise ConfigError.
-
-    `setters`: see `Place`. Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
-    """
+    """Return the configuration in `data`, which was read from `source`. Raise ConfigError."""
+    # Nothing takes effect here, so a reload takes a new configuration as a whole or not at all.
     top = Place(source, env, setters or {})
     config = Config(source, **check_keys(top, data, Config))
     if not config.controllers:
@@ -884,27 +906,22 @@ def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mappin
 # -- where a configuration comes from
 
 
-def named_places(flag: str, value: str, env: Mapping[str, str]) -> Iterator[str]:
-    """Yield the paths that a flag and its two variables name, in this order. Raise ConfigError for a missing path."""
-    kind, exists = ("file", os.path.isfile) if flag == "--config_file" else ("folder", os.path.isdir)
-    name = flag[2:].upper()
-    for setter, path in ((flag, value), (ENV_PREFIX + name, env.get(ENV_PREFIX + name)), (name, env.get(name))):
-        if path and not exists(path):
-            raise ConfigError(f"{setter}: {path}: {'is not a' if os.path.exists(path) else 'no such'} {kind}")
-        if path:
-            yield path
-
-
 def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str:
-    """Return the path of the configuration file to read; "" when there is none. Raise ConfigError."""
-    for path in named_places("--config_file", config_file, env):
-        return path
-    folders = (*named_places("--config_path", config_path, env), *CONFIG_FOLDERS)
-    paths = (os.path.join(folder, name) for folder in folders for name in CONFIG_NAMES)
+    """Return the path of the configuration file to read, "" for none. Raise ConfigError if what is named is missing."""
+    folders: list[str] = []
+    for name, kind, flag in (("CONFIG_FILE", "file", config_file), ("CONFIG_PATH", "folder", config_path)):
+        variables = [(variable, env.get(variable)) for variable in (ENV_PREFIX + name, name)]
+        for setter, path in (("--" + name.lower(), flag), *variables):
+            if path and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
+                raise ConfigError(f"{setter}: {path}: {'is not a' if os.path.exists(path) else 'no such'} {kind}")
+            if path and kind == "file":
+                return path
+            folders += [path] if path else []
+    paths = (os.path.join(folder, name) for folder in (*folders, *CONFIG_FOLDERS) for name in CONFIG_NAMES)
     return next(filter(os.path.isfile, paths), "")
 
 
-# What Kubernetes sets in every pod for a service with this program's name, or with a name that begins like it.
+# Kubernetes sets these in every pod for a service whose name is, or begins with, this program's name.
 SERVICE_VARIABLE = re.compile(r".*(?:\b|_)(?:SERVICE_(?:HOST|PORT)|PORT_\d+_)")
 
 
@@ -932,10 +949,8 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
 
 
 def environment_config(env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from.
-
-    The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
-    """
+    """Return the configuration of a start with only OPENAI_API_KEY, and the variable that each key comes from."""
+    # The variables are those of OpenAI's own SDKs. Only such a start uses the environment's proxy, by urllib's rules.
     variables = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL", "organization": "OPENAI_ORG_ID"}
     variables["project"] = "OPENAI_PROJECT_ID"
     account = {key: env.get(variable, "") for key, variable in variables.items()}
@@ -956,7 +971,7 @@ NOTHING_TO_RUN = """chatgpt_apiserver: no configuration found. Three ways to sta
 
 
 def demo_controllers() -> list[dict[str, Any]]:
-    """Return the controllers of --demo: two, to show balancing, that echo slowly, to show streaming."""
+    """Return the controllers of --demo: two of them show balancing, their delay shows streaming."""
     echo = {"type": "echo", "models": ["echo", "gpt-*"], "config": {"delay": 0.03}}
     return [{**echo, "name": "echo-a"}, {**echo, "name": "echo-b"}]
 
@@ -964,11 +979,10 @@ def demo_controllers() -> list[dict[str, Any]]:
 def load_config(
     config_file: str, config_path: str, flags: Mapping[str, Any], env: Mapping[str, str], demo: bool = False
 ) -> Config:
-    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError.
-
-    A reload calls this again with the same arguments, so flags still override a file that has changed.
-    """
-    path = "" if demo else find_file(config_file, config_path, env)  # a demo spends no key, whatever file is there
+    """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError."""
+    # A reload calls this again with the same arguments, so flags still override a file that has changed.
+    # A demo spends no key, whatever file is there.
+    path = "" if demo else find_file(config_file, config_path, env)
     setters: dict[str, str] = {}
     if path:
         data, source = read_file(path), path
@@ -1068,8 +1082,10 @@ def diff_config(old: Config, new: Config) -> list[str]:
 # One access line for each request, and a logger for everything rarer. Text that clients control is escaped. A filter
 # strikes out configured secrets before a record is written.
 
-FLUSH_S = 0.01  # access lines are collected for this long: one write for many lines costs a tenth
-LOG_QUEUE_BYTES = 262_144  # log lines that wait for a slow reader of stderr; about 1,700 lines
+# Access lines are collected for this long: one write for many lines costs a tenth.
+FLUSH_S = 0.01
+# Log lines that wait for a slow reader of stderr; about 1,700 lines.
+LOG_QUEUE_BYTES = 262_144
 SECRET_CHARS = 6  # shorter secrets are not struck out: that would make logs unreadable
 # Keys for local servers without authentication: ordinary words in errors and logs.
 DUMMY_KEYS = frozenset("ollama lm-studio not-needed no-key-required placeholder".split())
@@ -1135,6 +1151,10 @@ class AccessRecord:
     until: float = 0.0
     outcomes: list[tuple[str, str, float]] = field(default_factory=list)
 
+    def ms(self, at: float) -> float:
+        """Return the milliseconds from the beginning to `at`, or to the end if that never came."""
+        return ((at or self.until) - self.since) * 1e3
+
 
 def plain(text: str) -> str:
     """Return `text` as one word: all but visible ASCII is escaped, and the backslash, which begins an escape."""
@@ -1143,11 +1163,10 @@ def plain(text: str) -> str:
 
 def text_line(record: AccessRecord, stamp: str) -> str:
     """Return the access line for people, with `name=value` words that awk, grep and logfmt can read."""
-    first_ms = ((record.first_at or record.until) - record.since) * 1e3
     line = (
         f"{stamp} {record.client} {record.method} {plain(record.path)} {record.status}"
         f" model={plain(record.model) or '-'} controller={record.controller or '-'} attempts={len(record.outcomes)}"
-        f" first_ms={first_ms:.1f} ms={(record.until - record.since) * 1e3:.1f} bytes={record.bytes}"
+        f" first_ms={record.ms(record.first_at):.1f} ms={record.ms(record.until):.1f} bytes={record.bytes}"
     )
     if record.key:
         line += f" key={plain(record.key)}"
@@ -1160,23 +1179,17 @@ def text_line(record: AccessRecord, stamp: str) -> str:
 
 def json_line(record: AccessRecord, stamp: str) -> str:
     """Return the access line for machines: every field, in one JSON object; unknown text is null."""
+    names = "client method path status model controller bytes key request_id".split()
+    values = {name: getattr(record, name) for name in names}
     fields = {
         "time": stamp,
-        "client": record.client,
-        "method": record.method,
-        "path": record.path,
-        "status": record.status,
-        "model": record.model or None,
-        "controller": record.controller or None,
+        **{name: None if value == "" else value for name, value in values.items()},
+        "first_ms": round(record.ms(record.first_at), 1),
+        "ms": round(record.ms(record.until), 1),
+        "wait_ms": round(record.waited_s * 1e3),
         "attempts": [
             {"controller": name, "outcome": word, "ms": round(s * 1e3, 1)} for name, word, s in record.outcomes
         ],
-        "first_ms": round(((record.first_at or record.until) - record.since) * 1e3, 1),
-        "ms": round((record.until - record.since) * 1e3, 1),
-        "wait_ms": round(record.waited_s * 1e3),
-        "bytes": record.bytes,
-        "key": record.key or None,
-        "request_id": record.request_id or None,
     }
     return json.dumps(fields, separators=(",", ":")) + "\n"
 
@@ -1218,21 +1231,14 @@ class LogWriter:
         with self.changed:
             self.changed.wait_for(lambda: not self.waiting, wait_ms / 1e3)
 
-    def close(self) -> None:
-        """End the thread once it has written all lines."""
-        with self.changed:
-            self.opened = False
-            self.changed.notify_all()
-
     def _run(self, fd: int) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or not self.opened)
-                if not self.waiting:
-                    return
+                self.changed.wait_for(lambda: self.waiting)
                 data = bytes(self.waiting)
             try:
-                written = os.write(fd, data)  # sys.stderr has a lock, which the end of the process would wait for
+                # sys.stderr has a lock, which the end of the process would wait for.
+                written = os.write(fd, data)
             except BlockingIOError:  # another process set O_NONBLOCK on the shared file
                 select.select((), (fd,), ())
                 written = 0
@@ -1308,12 +1314,12 @@ def set_up_logging(config: Config) -> None:
 
 START_LINE_BYTES = 8192  # RFC 9112, 3 recommends at least 8000 octets for a request line
 FIELD_COUNT = 100  # header fields of a request; nginx and Apache stop near this too
-REPLY_FIELD_COUNT = 1000  # header fields of a reply, which UPSTREAM_HEAD_BYTES bounds as well
 UPSTREAM_HEAD_BYTES = 65536  # a reply's head; real ones stay below 8 kB
-HOST_BYTES = 300  # a name has at most 255 bytes (RFC 1035), a port five digits
-CHUNK_LINE_BYTES = 256  # a chunk-size line with its extensions, which no known client or vendor uses
+# A chunk-size line with its extensions, which no known client or vendor uses.
+CHUNK_LINE_BYTES = 256
 TRAILER_BYTES = 8192  # the trailer section is read and dropped
-CACHED_LINES, CACHED_LINE_BYTES = 1024, 256  # number and size of cached header lines, for each direction
+# Number and size of cached header lines, for each direction.
+CACHED_LINES, CACHED_LINE_BYTES = 1024, 256
 FORM_PARTS = 1000  # parts of a form; an image edit has less than thirty
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -1326,13 +1332,15 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\x00-\x08\x0a-\
 # Possessive, since white space fits both parts: a field of 60,000 spaces with a bad end took 18 s to refuse.
 _FIELD = re.compile(rb"(%b):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)\Z" % _TOKEN)
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
-_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # before a request line they are skipped (RFC 9112, 2.2)
-_DIGITS = re.compile(rb"[0-9]{1,18}\Z")  # checked before int(), which takes "+5", "1_0" and " 5"
+# Before a request line they are skipped (RFC 9112, 2.2).
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+# Checked before int(), which takes "+5", "1_0" and " 5".
+_DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[^\r\n\x00]*)?)?\r?")
 _ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]+)([^#]*)\Z")
-# IP-literals and reg-names of RFC 3986, 3.2.2; the port may be empty. No comma: two Hosts are joined by one.
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-~%!$&'()*+;=]*)(?::[0-9]{0,5})?\Z")
+# IP-literals and reg-names of RFC 3986, 3.2.2, with at most 255 bytes (RFC 1035); the port may be empty. No comma: two
+# Host fields are joined by one.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]{1,99}\]|[A-Za-z0-9_.\-~%!$&'()*+;=]{0,255})(?::[0-9]{0,5})?\Z")
 
 # These fields are about one connection (RFC 9110, 7.6.1); so are those that Connection names.
 HOP_BY_HOP = frozenset(b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade".split())
@@ -1357,7 +1365,8 @@ NOT_CACHED = frozenset(
 
 Fields = list[tuple[bytes, bytes]]
 Index = dict[bytes, bytes]
-Line = tuple[bytes, bytes, bytes]  # lower-case name, value, the line to forward with its CRLF: b"" if it is dropped
+# Lower-case name, value, the line to forward with its CRLF: b"" if it is dropped.
+Line = tuple[bytes, bytes, bytes]
 REQUEST_LINES: dict[bytes, Line] = {}
 REPLY_LINES: dict[bytes, Line] = {}
 
@@ -1387,11 +1396,6 @@ class RequestHead:
     index: Index
     lines: bytes
 
-    @property
-    def keeps_alive(self) -> bool:
-        """Return whether another request may follow on this connection."""
-        return keeps_alive(self.index, self.http_minor)
-
 
 @dataclass(slots=True)
 class ResponseHead:
@@ -1417,17 +1421,15 @@ def parse_line(line: bytes, is_reply: bool) -> Line:
     spelled, value = match.group(1), match.group(2).rstrip(b" \t")
     name = spelled.lower()
     dropped = name in (REPLY_DROPPED if is_reply else REQUEST_DROPPED)
-    if dropped or (name.startswith(REQUEST_DROPPED_PREFIXES) and not is_reply):
-        return name, value, b""
-    return name, value, b"%b: %b\r\n" % (spelled, value)
+    dropped = dropped or (not is_reply and name.startswith(REQUEST_DROPPED_PREFIXES))
+    return name, value, b"" if dropped else b"%b: %b\r\n" % (spelled, value)
 
 
 def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
     """Return the index of header lines, which each end with CRLF, and the lines to forward. Raises ValueError."""
-    lines = block.split(b"\r\n")[:-1]  # a bare CR or LF stays within a line, and `_FIELD` refuses it
-    limit, cache = (REPLY_FIELD_COUNT, REPLY_LINES) if is_reply else (FIELD_COUNT, REQUEST_LINES)
-    if len(lines) > limit:
-        raise ValueError(f"more than {limit} header fields")
+    # A bare CR or LF stays within a line, and `_FIELD` refuses it.
+    lines = block.split(b"\r\n")[:-1]
+    cache = REPLY_LINES if is_reply else REQUEST_LINES
     index: Index = {}
     forwarded = b""
     for line in lines:
@@ -1449,34 +1451,35 @@ def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
 
 def parse_request_head(data: bytes) -> RequestHead:
     """Parse a request's head, which ends with the empty line. Raises BadMessage."""
-    end = data.find(b"\r\n")
-    match = _REQUEST_LINE.match(data[:end])
+    start, _, block = data.removesuffix(b"\r\n").partition(b"\r\n")
+    match = _REQUEST_LINE.match(start)
     if match is None:
         raise BadMessage(400, "The request line is malformed: METHOD SP /PATH SP HTTP/1.1 CRLF is needed.")
     method, target, major, minor = match.groups()
     if major != b"1":
         raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
+    if block.count(b"\r\n") > FIELD_COUNT:
+        raise BadMessage(431, f"The request has more than {FIELD_COUNT} header fields.")
     try:
-        index, lines = parse_fields(data[end + 2 : -2], is_reply=False)
+        index, lines = parse_fields(block, is_reply=False)
     except ValueError as problem:
-        status = 431 if "more than" in str(problem) else 400
-        raise BadMessage(status, f"The request head is refused: {problem}.") from None
+        raise BadMessage(400, f"The request head is malformed: {problem}.") from None
     host = index.get(b"host")
     if host is None and minor != b"0":
         raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
-    if host is not None and (len(host) > HOST_BYTES or not _HOST.match(host)):
+    if host is not None and not _HOST.match(host):
         raise BadMessage(400, "The Host header is not one host name with an optional port.")
     return RequestHead(method.decode(), target.decode(), min(int(minor), 1), index, lines)
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
     """Parse a reply's head, which ends with the empty line; configured secrets are struck out. Raises BadReply."""
-    end = data.find(b"\r\n")
-    match = _STATUS_LINE.match(data[:end])
+    start, _, block = data.removesuffix(b"\r\n").partition(b"\r\n")
+    match = _STATUS_LINE.match(start)
     if match is None:
         raise BadReply("the upstream's status line is malformed")
     try:
-        index, lines = parse_fields(data[end + 2 : -2], is_reply=True)
+        index, lines = parse_fields(block, is_reply=True)
     except ValueError as problem:
         raise BadReply(f"the upstream's reply head is malformed: {problem}") from None
     return ResponseHead(int(match.group(2)), int(match.group(1)), index, redactor.scrub(lines))
@@ -1507,7 +1510,7 @@ def content_length(value: bytes) -> int:
 
 
 class LengthDecoder:
-    """A body of `length` bytes; None: of all bytes until the connection ends. `surplus`: the bytes after the body."""
+    """A body of `length` bytes; None: `until_end` of the connection. `surplus`: the bytes after the body."""
 
     __slots__ = ("done", "left", "surplus", "until_end")
 
@@ -1525,11 +1528,6 @@ class LengthDecoder:
         self.done = not self.left
         return data
 
-    def feed_eof(self) -> bool:
-        """Return whether the body is complete if the connection ends here."""
-        self.done = self.done or self.until_end
-        return self.done
-
 
 class ChunkedDecoder:
     """A chunked body of at most `limit` bytes (RFC 9112, 7.1). `surplus`: the bytes after the body.
@@ -1538,6 +1536,7 @@ class ChunkedDecoder:
     """
 
     __slots__ = ("done", "left", "limit", "pending", "surplus", "total", "trailer_bytes")
+    until_end = False
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -1566,23 +1565,27 @@ class ChunkedDecoder:
             else:
                 # Found by its LF, so that a line with a bare LF is refused: a parser in front of this server may take
                 # it for a line end, and would see another body (RFC 9112, 11.2).
-                end = data.find(b"\n", at, at + (CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES)) + 1
+                limit = CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES
+                end = data.find(b"\n", at, at + limit) + 1
                 if not end:
-                    self._check_partial_line(data[at:])
+                    # A client that does not know chunks, and sends its JSON at once, must not wait for an answer.
+                    if size - at >= limit or (self.trailer_bytes < 0 and data[at] not in b"0123456789ABCDEFabcdef"):
+                        raise ValueError("a chunk-size or trailer line is malformed or too long")
                     break
-                if self.trailer_bytes < 0:
-                    self._read_size(data[at:end])
-                else:
-                    self._check_trailer(data[at:end])
+                self._read_line(data[at:end])
                 at = end
-        if self.done:
-            self.surplus = data[at:]
-        else:
-            self.pending = data[at:]
+        self.surplus, self.pending = (data[at:], b"") if self.done else (b"", data[at:])
         return payloads[0] if len(payloads) == 1 else b"".join(payloads)
 
-    def _read_size(self, line: bytes) -> None:
-        """Read a chunk-size line; a size of 0 begins the trailer section."""
+    def _read_line(self, line: bytes) -> None:
+        """Read a chunk-size line or, behind the size 0, a line of the trailer section; an empty one ends the body."""
+        if self.trailer_bytes >= 0:
+            self.trailer_bytes += len(line)
+            self.done = line == b"\r\n"
+            valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
+            if not valid or self.trailer_bytes > TRAILER_BYTES:
+                raise ValueError("the trailer section is malformed or too long")
+            return
         match = _CHUNK_LINE.fullmatch(line)
         if match is None:
             raise ValueError("a chunk-size line is malformed")
@@ -1594,25 +1597,6 @@ class ChunkedDecoder:
             self.left = length + 2
         else:
             self.trailer_bytes = 0
-
-    def _check_trailer(self, line: bytes) -> None:
-        """Check a line of the trailer section; the empty line ends the body."""
-        self.trailer_bytes += len(line)
-        self.done = line == b"\r\n"
-        valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
-        if not valid or self.trailer_bytes > TRAILER_BYTES:
-            raise ValueError("the trailer section is malformed or too long")
-
-    def _check_partial_line(self, line: bytes) -> None:
-        """Refuse an incomplete line that is too long or can no longer become valid."""
-        if len(line) >= (CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES):
-            raise ValueError("a chunk-size or trailer line is too long")
-        if self.trailer_bytes < 0 and not _CHUNK_LINE_START.fullmatch(line):
-            raise ValueError("a chunk-size line is malformed")
-
-    def feed_eof(self) -> bool:
-        """Return whether the body is complete if the connection ends here."""
-        return self.done
 
 
 Decoder = LengthDecoder | ChunkedDecoder
@@ -1689,7 +1673,8 @@ def form_spans(body: bytes | mmap.mmap, content_type: bytes) -> dict[bytes, tupl
     unclear = ProxyError(400, "The form is not as RFC 7578 defines it, or it can be read in more than one way.")
     mark = b"--" + kind.group(2)
     spans: dict[bytes, tuple[int, int]] = {}
-    at = body.find(mark)  # every place of the boundary must be the beginning of a part, or the end
+    # Every place of the boundary must be the beginning of a part, or the end.
+    at = body.find(mark)
     if at:
         raise unclear
     for _ in range(FORM_PARTS):
@@ -1739,10 +1724,10 @@ def split_target(target: str) -> tuple[str, str, str]:
     """Return the authority (of absolute-form), the decoded path and the raw query of a target. Raises BadMessage."""
     authority = ""
     if not target.startswith("/"):
+        if target == "*":
+            return "", "*", ""
         absolute = _ABSOLUTE_TARGET.match(target)  # clients with a proxy setting send it (RFC 9112, 3.2.2)
         if absolute is None:
-            if target == "*":
-                return "", "*", ""
             raise BadMessage(400, "The request target is neither a path nor an absolute URL.")
         authority, target = absolute.group(1), absolute.group(2)
         target = target if target.startswith("/") else "/" + target
@@ -1761,9 +1746,11 @@ def split_target(target: str) -> tuple[str, str, str]:
 # An event ends with an empty line. Each of its two line ends may be CRLF, LF or CR; "\r\n" alone is one line end, so
 # the longest alternative stands first.
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
-# Responses API events that come before any output: an error after them can still go to another controller. The last
-# two keep a connection open while a model thinks, also behind gateways to Anthropic.
-_PREFACE_TYPES = ("response.created", "response.queued", "response.in_progress", "keepalive", "ping")
+TAIL_BYTES = 4096  # what is kept of the end of an answer
+# Responses API events that come before any output: an error after them can still go to another controller. The next
+# keep a connection open while a model thinks, also behind gateways to Anthropic.
+_KINDS_BY_TYPE = dict.fromkeys(("response.created", "response.queued", "response.in_progress"), "preface")
+_KINDS_BY_TYPE.update(keepalive="life", ping="life")
 
 
 class EventSplitter:
@@ -1797,28 +1784,99 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 class EventKind(enum.Enum):
     """The meaning of an event for the decision to commit to an upstream."""
 
-    PREFACE = "preface"  # comments, Azure's chunk without choices, response.created
+    LIFE = "life"  # a comment or a ping: the upstream is at work
+    PREFACE = "preface"  # a role without content, Azure's chunk without choices, response.created
     REAL = "real"
     ERROR = "error"
 
 
+def first_object(value: Any) -> dict[str, Any]:
+    """Return `value`, or the first member of a list, if it is an object; else an empty object."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, dict) else {}
+
+
+def find_error(value: Any) -> dict[str, Any]:
+    """Return the error in a parsed body, in any of the shapes that providers use; an empty object without one.
+
+    Shapes: `error` (OpenAI and most others; a text at xAI and TGI), all in a list (Google), `errors` (Cloudflare),
+    `choices[0].error` (OpenRouter), `response.error` (OpenAI's Responses API), or flat (vLLM, SiliconFlow).
+    """
+    body = first_object(value)
+    choice, response = first_object(body.get("choices")), first_object(body.get("response"))
+    error = body.get("error") or choice.get("error") or response.get("error") or first_object(body.get("errors"))
+    if error:
+        return error if isinstance(error, dict) else {"message": error, **body}
+    is_error = "error" in (body.get("object"), body.get("type"), choice.get("finish_reason"))
+    return body if is_error or body.get("type") == "response.failed" or body.get("success") is False else {}
+
+
+def _says_nothing(choices: Any) -> bool:
+    """Return whether the choices of a chunk bring no word yet: there are none, or only a role."""
+    choice = first_object(choices)
+    delta = choice.get("delta")
+    words = [name for name, value in delta.items() if value and name != "role"] if isinstance(delta, dict) else [""]
+    return choices == [] or not (words or choice.get("finish_reason"))
+
+
 def judge_event(event: bytes) -> EventKind:
     """Return whether an event belongs to a real answer, is an error, or may come before either."""
-    if b'"choices":[{' in event and b'"error"' not in event:  # nearly all events: no need to parse them
-        return EventKind.REAL
     kind, data = event_fields(event)
     data = data.strip()
-    if not data.startswith(b"{"):  # "[DONE]" is real: an answer may be empty
-        return EventKind.REAL if data else EventKind.PREFACE
+    if not data.startswith(b"{"):
+        # "[DONE]" is real: an answer may be empty.
+        return EventKind.REAL if data else EventKind.LIFE
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return EventKind.REAL  # the client gets it as it is
-    if value.get("error") or kind == b"error" or value.get("type") in ("error", "response.failed"):
+    if kind == b"error" or find_error(value):
         return EventKind.ERROR
-    if value.get("type") in _PREFACE_TYPES or value.get("choices") == []:
+    if _says_nothing(value.get("choices")):
         return EventKind.PREFACE
-    return EventKind.REAL
+    return EventKind(_KINDS_BY_TYPE.get(str(value.get("type")), "real"))
+
+
+# What ends a stream of the Responses API, and one of chats or completions. Inside a JSON string each quote has a
+# backslash, so no text of an answer looks like this. Some vendors write "" for a reason that is not known yet.
+_RESPONSE_END = re.compile(rb'"type"\s*:\s*"response\.(?:completed|failed|incomplete)"')
+_CHOICE_END = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+
+
+class StreamEnd:
+    """Watches a stream for its end, as many a connection closes politely in the middle of an answer.
+
+    `tail` is the last part of the stream: usage, late errors and [DONE] stand there.
+    """
+
+    def __init__(self, is_response: bool) -> None:
+        self.pattern, self.seen, self.tail = _RESPONSE_END if is_response else _CHOICE_END, False, b"\n"
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        last = len(self.tail)
+        self.tail += data
+        # A bit of what came before, as the words may be cut in two.
+        self.seen = self.seen or self.pattern.search(self.tail, max(0, last - 64)) is not None
+        self.tail = self.tail[-TAIL_BYTES:]
+
+    def is_whole(self) -> bool:
+        """Return whether the stream has its end, and the last event is not cut in half."""
+        lines = self.tail.split()
+        # Some servers close after the last event without its blank line.
+        is_done = bool(lines) and lines[-1].removeprefix(b"data:") == b"[DONE]"
+        return is_done or (self.seen and self.tail.endswith((b"}", b"\n", b"\r")))
+
+
+def is_usage_event(event: bytes) -> bool:
+    """Return whether an event has the usage of a chat and nothing else, as `include_usage` brings it."""
+    if b'"usage"' not in event:
+        return False
+    try:
+        value = json.loads(event_fields(event)[1])
+    except (ValueError, RecursionError):
+        value = None
+    return isinstance(value, dict) and value.get("choices") == [] and bool(value.get("usage"))
 
 
 def error_event(message: str, code: str) -> bytes:
@@ -1831,10 +1889,38 @@ def error_event(message: str, code: str) -> bytes:
 # a callback when the peer leaves, and a timer that an assignment moves (a `wait_for` for each read costs more than the
 # read). A read is never ended by cancelling its task: a cancellation has no reason, and loses what has just arrived.
 
-READ_BYTES = 65_536  # the most that one read brings; a reader that holds as much stops its peer
-WRITE_HIGH_BYTES = 65_536  # unsent bytes to one peer above which nothing more is read for it
-BATCH_BYTES = 16_384  # larger writes are sent at once: they are few, and batching them would only keep memory
-REARM_S = 30.0  # a timer is armed at most this far ahead, so that moving a deadline later is an assignment
+# The most that one read brings; a reader that holds as much stops its peer.
+READ_BYTES = 65_536
+# Unsent bytes to one peer above which nothing more is read for it.
+WRITE_HIGH_BYTES = 65_536
+# Larger writes are sent at once: they are few, and batching them would only keep memory.
+BATCH_BYTES = 16_384
+# Without an acknowledgement an upstream's path is dead; a lost packet is sent again within 1 s.
+DEAD_PATH_S = 20.0
+# A timer is armed at most this far ahead, so that moving a deadline later is an assignment.
+REARM_S = 30.0
+
+
+def watch_path(connection: socket.socket, dead_after_s: float) -> None:
+    """Let the kernel end a connection whose peer acknowledges nothing for `dead_after_s`, also while nothing is sent.
+
+    Accepted connections inherit this from their listener.
+    """
+    dead_after_s = min(max(DEAD_PATH_S, dead_after_s), 3600.0)
+    options = {
+        "TCP_USER_TIMEOUT": round(dead_after_s * 1000),  # for bytes that were sent, in ms (RFC 5482); Linux only
+        "TCP_KEEPIDLE": round(dead_after_s * 0.4),  # seconds of silence before the first of three probes
+        "TCP_KEEPALIVE": round(dead_after_s * 0.4),  # its name on macOS
+        "TCP_KEEPINTVL": round(dead_after_s * 0.2),
+        "TCP_KEEPCNT": 3,
+    }
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    except OSError:  # macOS refuses options of a connection that was reset; the next read reports that
+        pass
 
 
 class Deadline:
@@ -1983,7 +2069,8 @@ class TimedProtocol(asyncio.StreamReaderProtocol):
         self.over_tls = transport.get_extra_info("sslcontext") is not None
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         if hasattr(transport, "max_size"):
-            transport.max_size = READ_BYTES  # asyncio's default of 256 kB is a large allocation for each read
+            # asyncio's default of 256 kB is a large allocation for each read.
+            transport.max_size = READ_BYTES
         on_open, self.on_open = self.on_open, None
         if on_open is not None:
             on_open(self)
@@ -2003,12 +2090,10 @@ class TimedProtocol(asyncio.StreamReaderProtocol):
 
     def pause_writing(self) -> None:
         """Note that the peer is slow. Called by asyncio above the high-water mark."""
-        super().pause_writing()
         self.full = True
 
     def resume_writing(self) -> None:
         """Report that the peer has caught up. Called by asyncio below the low-water mark."""
-        super().resume_writing()
         self.full = False
         if self.on_writable is not None:
             self.on_writable()
@@ -2055,13 +2140,18 @@ class WriteBatcher:
 # reply ended where the framing says and nothing came after it; it comes out again only if it is still open and silent.
 # All others are closed, which costs a handshake and no more.
 
-INTERIM_COUNT = 16  # 1xx replies before the final one; an upstream that sends more is broken
-JOINED_BYTES = 262_144  # a request up to this size is one write: to copy it costs less than to wake the upstream twice
-SEND_BYTES = 65_536  # a larger one goes out in pieces of this size
-ABANDONED_S = 1.0  # how long an abandoned connect may still run, so that its socket can be closed
-IDLE_UPSTREAM_S = 55.0  # an idle connection is closed after this; servers commonly close after 60 s
-IDLE_UPSTREAM_COUNT = 1024  # idle connections of all origins; each is an open file
-STALE_S = 1.0  # an idle connection that ends this soon after a write had been closed before it
+# 1xx replies before the final one; an upstream that sends more is broken.
+INTERIM_COUNT = 16
+# A larger request goes out in pieces; no system's receive buffer is smaller than that.
+SEND_BYTES = 65_536
+# How long an abandoned connect may still run, so that its socket can be closed.
+ABANDONED_S = 1.0
+# An idle connection is closed after this; servers commonly close after 60 s.
+IDLE_UPSTREAM_S = 55.0
+# An older connection is not reused: its host's name may lead to another address by now.
+CONNECTION_AGE_S = 300.0
+# An idle connection that ends this soon after a write had been closed before it.
+STALE_S = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -2080,8 +2170,13 @@ class Origin:
     @property
     def authority(self) -> str:
         """Return `host[:port]` as the Host field spells it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == {"http": 80, "https": 443}[self.scheme] else f"{host}:{self.port}"
+        usual = self.port == {"http": 80, "https": 443}[self.scheme]
+        return self.address.rpartition(":")[0] if usual else self.address
+
+    @property
+    def address(self) -> str:
+        """Return `host:port`."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse_origin(base_url: str, proxy: Secret, ca_file: str) -> tuple[Origin, str]:
@@ -2107,30 +2202,30 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     Verification cannot be switched off: a private certificate can be put into ca_file.
     """
     context = ssl.create_default_context(cafile=ca_file or None)
+    if ca_file:
+        # Python 3.13 began to refuse private CAs whose certificates lack a key usage or a key identifier.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["http/1.1"])  # without ALPN some front ends speak HTTP/2
     return context
 
 
-Dial = Callable[[Origin], Awaitable[TimedProtocol]]
-
-
-def abort_abandoned(connecting: asyncio.Task[tuple[asyncio.Transport, TimedProtocol]]) -> None:
+def abort_late(connecting: asyncio.Task[tuple[asyncio.Transport, TimedProtocol]]) -> None:
     """Close the connection of an abandoned connect, if it has brought one."""
     if not connecting.cancelled() and connecting.exception() is None:
         connecting.result()[0].abort()
 
 
 async def open_connection(host: str, port: int) -> TimedProtocol:
-    """Return a new TCP connection; IPv6 and IPv4 race (RFC 8305). Raise OSError."""
+    """Return a new TCP connection; IPv6 and IPv4 race, 250 ms apart (RFC 8305). Raise OSError."""
     loop = asyncio.get_running_loop()
     protocol = TimedProtocol(TimedReader(loop))
-    race = loop.create_connection(lambda: protocol, host, port, happy_eyeballs_delay=0.25)  # RFC 8305, 5
+    race = loop.create_connection(lambda: protocol, host, port, happy_eyeballs_delay=0.25)
     connecting = loop.create_task(race)
     try:
         await asyncio.shield(connecting)
     except asyncio.CancelledError:
         # Cancelled itself, asyncio's race would leave a socket open that has just connected.
-        connecting.add_done_callback(abort_abandoned)
+        connecting.add_done_callback(abort_late)
         loop.call_later(ABANDONED_S, connecting.cancel)
         raise
     return protocol
@@ -2171,10 +2266,9 @@ async def read_reply_head(reader: TimedReader) -> ResponseHead:
 
 async def open_tunnel(protocol: TimedProtocol, origin: Origin) -> None:
     """Ask the proxy for a tunnel to `origin`. Raises UpstreamError, UnicodeError."""
-    host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    target = b"%b:%d" % (host.encode("ascii" if host.isascii() else "idna"), origin.port)  # RFC 9110, 9.3.6: with port
-    lines = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n"
-    protocol.transport.write(lines % (target, target, proxy_authorization(origin.proxy)))
+    # The target has its port, even the usual one (RFC 9110, 9.3.6).
+    start = f"CONNECT {origin.address} HTTP/1.1\r\nHost: {origin.address}\r\n"
+    protocol.transport.write(start.encode() + proxy_authorization(origin.proxy) + b"\r\n")
     head = await read_reply_head(protocol.reader)
     if not 200 <= head.status < 300:
         raise ConnectFailed(f"the proxy refused the tunnel with status {head.status}")
@@ -2199,7 +2293,21 @@ async def dial(origin: Origin) -> TimedProtocol:
     return protocol
 
 
-Message = tuple[bytes | memoryview | mmap.mmap, ...]  # a request's head, and its body in any number of pieces
+def describe_failure(problem: Exception) -> str:
+    """Return why a connect failed, for clients: without the addresses that the error itself names."""
+    if isinstance(problem, UpstreamError):
+        return str(problem)
+    if isinstance(problem, ssl.SSLError):
+        return "TLS failed: " + (problem.reason or "protocol error").lower().replace("_", " ")
+    if isinstance(problem, (socket.gaierror, UnicodeError)):
+        return "its name cannot be resolved"
+    # If several addresses failed, only their texts have it.
+    number = re.search(r"\[Errno (\d+)\]", str(problem))
+    return os.strerror(int(number.group(1))) if number else "closed during the handshake"
+
+
+# A request's head, and its body in any number of pieces.
+Message = tuple[bytes | memoryview | mmap.mmap, ...]
 
 
 class Exchange(Protocol):
@@ -2208,9 +2316,11 @@ class Exchange(Protocol):
     `start` sends the request and reads the reply's `head`. `read` returns some bytes of the body, b"" at its whole end.
     `finish` gives everything back after that, `abort` closes the upstream connection at any time; both are harmless
     when repeated. `interrupt` makes the `start` or `read` that waits raise `error`. All raise UpstreamError.
+    `first_byte_s` is the longest time to the first event.
     """
 
     head: ResponseHead
+    first_byte_s: float
 
     async def start(self) -> None: ...
     async def read(self) -> bytes: ...
@@ -2227,11 +2337,11 @@ class UpstreamConnection:
         self.reader, self.transport = protocol.reader, protocol.transport
         self.loop = self.reader.loop
         self.deadline = Deadline(self.loop, self._expired)
-        self.idle = False
         self.request_count = 0
+        self.dead_after_s = 0.0  # see `watch_path`
+        self.expires_at = self.loop.time() + CONNECTION_AGE_S
         self.written_at = 0.0  # the current request's beginning, in loop time
-        self.before_reply = True  # no final head has come for it
-        self.first_byte_s = math.inf  # the time that its reply may take to begin
+        self.late = UpstreamTimeout("")  # the error when the deadline passes in an exchange
         self.reader.on_end = self._ended
 
     def is_quiet(self) -> bool:
@@ -2239,9 +2349,12 @@ class UpstreamConnection:
         return not (self.reader.ended or self.reader.data or self.transport.is_closing())
 
     def was_stale(self, error: UpstreamClosed) -> bool:
-        """Return whether it had ended in the pool, so that the request never arrived (RFC 9112, 9.3.1)."""
+        """Return whether it had probably ended before the request arrived (RFC 9112, 9.3.1)."""
+        # The kernel reports a dead path so, see `watch_path`: the request was not acknowledged.
+        dead = getattr(self.reader.lost, "errno", None) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
         # A reset long after the write is another thing: the request was being answered, and may be billed.
-        return error.before_reply and self.request_count > 1 and self.loop.time() - self.written_at < STALE_S
+        early = dead or self.loop.time() - self.written_at < STALE_S
+        return error.before_reply and self.request_count > 1 and early
 
     def close(self) -> None:
         """Close at once. TLS would wait for the peer's goodbye, and an upstream that generates would not notice."""
@@ -2250,24 +2363,24 @@ class UpstreamConnection:
         self.transport.abort()
 
     def _expired(self) -> None:
-        if self.idle:
+        if self not in self.pool.active:
             self.pool.drop(self)
-        elif self.before_reply:
-            error = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
-            self.reader.interrupt(error)
         else:
-            self.reader.interrupt(UpstreamTimeout("nothing came from the upstream in time"))
+            self.reader.interrupt(self.late)
 
     def _ended(self, error: BaseException | None) -> None:
-        if self.idle:  # in an exchange the next read reports it
+        if self not in self.pool.active:  # in an exchange the next read reports it
             self.pool.drop(self)
 
 
 class ConnectionPool:
-    """Keeps the idle connections of each origin. The last used goes out first, so that those too many grow old."""
+    """Keeps the idle connections of each origin. The last used goes out first, so that those too many grow old.
 
-    def __init__(self, batcher: WriteBatcher, dial: Dial = dial) -> None:
-        self.batcher, self.dial = batcher, dial
+    They need no bound: an origin never has more of them than it had requests at once.
+    """
+
+    def __init__(self, batcher: WriteBatcher) -> None:
+        self.batcher = batcher
         self.idle: dict[Origin, list[UpstreamConnection]] = {}
         self.active: set[UpstreamConnection] = set()
         self.closed = False
@@ -2285,7 +2398,6 @@ class ConnectionPool:
         idle = self.idle.get(origin, [])
         while idle:
             connection = idle.pop()
-            connection.idle = False
             if connection.is_quiet():
                 self.active.add(connection)
                 return connection
@@ -2296,12 +2408,12 @@ class ConnectionPool:
         """Return a new connection. Raises ConnectFailed, within `within_s` seconds."""
         try:
             async with asyncio.timeout(within_s):
-                protocol = await self.dial(origin)
+                protocol = await dial(origin)
         except TimeoutError:
-            raise ConnectFailed(f"no connection to {origin.authority} within {within_s:g} s") from None
+            raise ConnectFailed(f"no connection within {within_s:g} s") from None
         except (OSError, UnicodeError, UpstreamError) as problem:
-            reason = str(problem) or "closed during the handshake"  # asyncio's error for that has no text
-            raise ConnectFailed(f"no connection to {origin.authority}: {reason}") from problem
+            log.info("no connection to %s: %s", origin.authority, str(problem) or "closed during the handshake")
+            raise ConnectFailed(f"no connection: {describe_failure(problem)}") from problem
         connection = UpstreamConnection(origin, protocol, self)
         self.active.add(connection)
         return connection
@@ -2309,21 +2421,17 @@ class ConnectionPool:
     def give_back(self, connection: UpstreamConnection, reusable: bool) -> None:
         """Take a connection after its exchange; close it unless it can serve another."""
         self.active.discard(connection)
+        now = connection.loop.time()
+        good = reusable and not self.closed and connection.is_quiet() and now < connection.expires_at
         # What is left of a request in the transport's buffer would stand before the next request.
-        unsent = connection.transport.get_write_buffer_size()
-        if not reusable or self.closed or unsent or not connection.is_quiet():
+        if not good or connection.transport.get_write_buffer_size():
             connection.close()
             return
-        connection.idle = True
-        connection.deadline.set(connection.loop.time() + IDLE_UPSTREAM_S)
+        connection.deadline.set(min(now + IDLE_UPSTREAM_S, connection.expires_at))
         self.idle.setdefault(connection.origin, []).append(connection)
-        if self.idle_count > IDLE_UPSTREAM_COUNT:
-            oldest = [connections[0] for connections in self.idle.values() if connections]
-            self.drop(min(oldest, key=lambda connection: connection.deadline.at))
 
     def drop(self, connection: UpstreamConnection) -> None:
         """Close an idle connection that has expired or ended."""
-        connection.idle = False
         self.idle[connection.origin].remove(connection)
         connection.close()
 
@@ -2336,41 +2444,42 @@ class ConnectionPool:
         self.idle.clear()
 
 
+@dataclass(eq=False)
 class NetworkExchange:
     """An exchange on a connection of the pool. See `Exchange`.
 
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
-    when its exchange ends, as providers bill cancelled calls.
+    when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
+    had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
+    `pieces` of a large request are not written yet. `replied_early`: the reply began before they were. `interrupted` is
+    the error of an interruption while there was no connection.
     """
 
-    def __init__(
-        self,
-        pool: ConnectionPool,
-        origin: Origin,
-        message: Message,
-        timeouts: Timeouts,
-        on_sent: Callable[[float], None],
-        method: str = "POST",
-    ) -> None:
-        self.pool, self.origin, self.message = pool, origin, message
-        self.on_sent, self.method = on_sent, method
-        self.connect_s = timeouts.connect
-        self.idle_s, self.total_s = timeouts.idle or math.inf, timeouts.total or math.inf
-        self.first_byte_s = min(timeouts.first_byte or math.inf, self.total_s)
-        self.connection: UpstreamConnection | None = None
-        self.pieces: Iterator[memoryview] = iter(())  # of a large request, not written yet
-        self.all_sent = True
-        self.replied_early = False  # the reply began before the request had ended
-        self.interrupted: Exception | None = None  # an interruption that came while there was no connection
-        self.decoder: Decoder | None = None
-        self.head: ResponseHead
+    pool: ConnectionPool
+    origin: Origin
+    message: Message
+    timeouts: Timeouts
+    on_sent: Callable[[float], None]
+    method: str = "POST"
+    resend: bool = False
+    fresh: bool = False
+    head: ResponseHead = field(init=False)
+    first_byte_s: float = field(init=False)
+    connection: UpstreamConnection | None = None
+    decoder: Decoder | None = None
+    pieces: Iterator[memoryview] | None = None
+    replied_early: bool = False
+    interrupted: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.first_byte_s = min(self.timeouts.first_byte or math.inf, self.timeouts.total or math.inf)
 
     async def start(self) -> None:
-        """See `Exchange`. A pooled connection that had ended is replaced, and the request written again."""
-        connection = self.pool.take(self.origin)
+        """See `Exchange`."""
+        connection = None if self.fresh else self.pool.take(self.origin)
         while True:
             if connection is None:
-                connection = await self.pool.connect(self.origin, self.connect_s)
+                connection = await self.pool.connect(self.origin, self.timeouts.connect)
                 if self.interrupted is not None:
                     self.pool.give_back(connection, False)
                     raise self.interrupted
@@ -2379,27 +2488,27 @@ class NetworkExchange:
                 self.head = await read_reply_head(connection.reader)
                 break
             except UpstreamClosed as error:
-                # Upstreams close idle connections, and their FIN may cross our request. It was never read then: this is
-                # the only replay that section 10 does not decide. A new connection is never stale.
-                if not connection.was_stale(error):
+                # Upstreams close idle connections, and their FIN may cross our request: few read it then. This is the
+                # only replay that section 10 does not decide. A new connection is never stale.
+                if not (self.resend and connection.was_stale(error)):
                     raise
                 self.abort()
                 connection = None
         if self.head.status == 407:  # from a proxy, so the request has not reached its upstream
-            raise ConnectFailed(f"a proxy on the way to {self.origin.authority} wants another password")
+            raise ConnectFailed("the proxy wants another password")
         self.decoder = reply_body_decoder(self.head, self.method)
         self.message = ()  # a long answer does not keep the memory of its prompt
-        self.replied_early = not self.all_sent
-        connection.before_reply = False
+        self.replied_early = self.pieces is not None
+        connection.late = UpstreamTimeout("nothing came from the upstream in time")
         connection.deadline.at = math.inf
 
     async def read(self) -> bytes:
         """See `Exchange`."""
         connection, decoder, payload = self.connection, self.decoder, b""
         assert connection is not None and decoder is not None
+        idle_s, total_s = self.timeouts.idle or math.inf, self.timeouts.total or math.inf
         while not (payload or decoder.done):
-            now = connection.loop.time()
-            connection.deadline.set(min(now + self.idle_s, connection.written_at + self.total_s))
+            connection.deadline.set(min(connection.loop.time() + idle_s, connection.written_at + total_s))
             try:
                 data = await connection.reader.read_some()
                 payload = decoder.feed(data) if data else b""
@@ -2409,9 +2518,9 @@ class NetworkExchange:
                 raise BadReply(f"the upstream's reply is malformed: {problem}") from problem
             connection.deadline.at = math.inf  # until the next read it is the client that is slow
             if not data:
-                if not decoder.feed_eof():
+                if not decoder.until_end:
                     raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
-                break
+                decoder.done = True
         return payload
 
     def interrupt(self, error: Exception) -> None:
@@ -2426,7 +2535,8 @@ class NetworkExchange:
         decoder = self.decoder
         # After an early reply the upstream may take the rest of the body, a client's bytes, for the next request.
         whole = decoder is not None and decoder.done and not (decoder.surplus or self.replied_early)
-        self._give_back(whole and keeps_alive(self.head.index, self.head.http_minor))
+        # What answers 5xx may be a machine that the host's name leads to no longer.
+        self._give_back(whole and self.head.status < 500 and keeps_alive(self.head.index, self.head.http_minor))
 
     def abort(self) -> None:
         """See `Exchange`."""
@@ -2437,28 +2547,31 @@ class NetworkExchange:
         self.connection = connection
         now = connection.loop.time()
         connection.request_count += 1
-        connection.written_at, connection.before_reply, connection.first_byte_s = now, True, self.first_byte_s
-        if sum(map(len, self.message)) <= JOINED_BYTES:
+        connection.written_at = now
+        connection.late = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
+        small = sum(map(len, self.message)) <= SEND_BYTES
+        # An upstream that reads nothing while it works acknowledges a buffer's worth, which is no sign of a dead path.
+        dead_after_s = DEAD_PATH_S if small else self.first_byte_s
+        if dead_after_s != connection.dead_after_s:
+            connection.dead_after_s = dead_after_s
+            watch_path(connection.transport.get_extra_info("socket"), dead_after_s)
+        if small:
             self.pool.batcher.write(connection.transport, b"".join(self.message))
             connection.deadline.set(now + self.first_byte_s)
             self.on_sent(now)
         else:
-            self.pieces = (
-                memoryview(part)[at : at + SEND_BYTES]
-                for part in self.message
-                for at in range(0, len(part), SEND_BYTES)
-            )
-            self.all_sent = False
+            parts = [memoryview(part) for part in self.message]
+            self.pieces = (part[at : at + SEND_BYTES] for part in parts for at in range(0, len(part), SEND_BYTES))
             connection.protocol.on_writable = self._send_more
             self._send_more()
 
     def _send_more(self) -> None:
         """Write as much of a large request as the upstream takes. The time to answer begins anew with each piece."""
         connection = self.connection
-        if connection is None or self.all_sent:
+        if connection is None or self.pieces is None:
             return
         now = connection.loop.time()
-        if connection.before_reply:
+        if self.decoder is None:
             connection.deadline.set(now + self.first_byte_s)
         for piece in self.pieces:
             if connection.transport.is_closing():
@@ -2466,7 +2579,7 @@ class NetworkExchange:
             connection.transport.write(piece)
             if connection.protocol.full:
                 return
-        self.all_sent = True
+        self.pieces = None
         self.on_sent(now)
 
     def _give_back(self, reusable: bool) -> None:
@@ -2474,9 +2587,8 @@ class NetworkExchange:
         if connection is None:
             return
         connection.protocol.on_writable = None
-        self.pieces = iter(())
-        if not self.all_sent:
-            self.all_sent = True
+        if self.pieces is not None:
+            self.pieces = None
             self.on_sent(connection.loop.time())
         self.pool.give_back(connection, reusable)
 
@@ -2512,7 +2624,7 @@ _THINKING_BLOCKS = ("thinking", "redacted_thinking")  # the second is encrypted;
 
 
 def _only(*values: Any) -> Form:
-    """Return the form of a field that may hold only these values: defaults, or values that change nothing."""
+    """Return the form of a field that may hold only these values: they change nothing."""
     return (lambda value: value if value in values else None), _NO_EQUIVALENT
 
 
@@ -2520,12 +2632,6 @@ def _stop_sequences(value: Any) -> list[str] | None:
     """Return the stop sequences. The API refuses blank ones; without them the answer would not stop there."""
     stops = [value] if isinstance(value, str) else value
     return stops if isinstance(stops, list) and all(map(str.strip, stops)) else None
-
-
-def _tool_input(value: str) -> dict[str, Any] | None:
-    """Return the parsed arguments of a tool call. Some clients send an empty string for a tool without arguments."""
-    arguments = json.loads(value or "{}")
-    return arguments if isinstance(arguments, dict) else None
 
 
 def _url(*kinds: str) -> Form:
@@ -2550,14 +2656,10 @@ def _thinking_block(block: dict[str, Any]) -> dict[str, Any]:
     return {name: block[name] for name in names}
 
 
+_IMAGE = _url("image/jpeg", "image/png", "image/gif", "image/webp")
 _PARTS: dict[str, Form] = {
-    "text": _STRING,
-    "refusal": _STRING,
-    "image_url": {
-        "": ("url",),
-        "url": _url("image/jpeg", "image/png", "image/gif", "image/webp"),
-        "detail": _only("auto", "high"),
-    },
+    **dict.fromkeys(("text", "refusal"), _STRING),
+    "image_url": {"": ("url",), "url": _IMAGE, "detail": _only("auto", "high")},
     "file": {"": ("file_data",), "file_data": _url("application/pdf"), "filename": None},
 }
 
@@ -2577,7 +2679,8 @@ _CALL: Form = {
     "function": {
         "": ("name",),
         "name": _STRING,
-        "arguments": (_tool_input, "must be the text of a JSON object."),
+        # Some clients send an empty string for a tool without arguments.
+        "arguments": (lambda value: {**json.loads(value or "{}")}, "must be the text of a JSON object."),
         "parsed_arguments": None,  # added by `parse` and `stream` of the openai package, as is `parsed`
     },
     **dict.fromkeys(("type", "index", "extra_content")),  # `index` comes from streams, extra_content from Gemini
@@ -2728,7 +2831,8 @@ def _conversation(messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
             role, blocks = "user", [{"type": "tool_result", "tool_use_id": message["tool_call_id"], **result}]
         if role in ("system", "developer"):
             system += blocks
-        elif blocks and turns and turns[-1]["role"] == role:  # results of parallel calls must share one turn
+        elif blocks and turns and turns[-1]["role"] == role:
+            # The results of parallel calls must share one turn.
             turns[-1]["content"] += blocks
         elif blocks:
             turns.append({"role": role, "content": blocks})
@@ -2736,7 +2840,8 @@ def _conversation(messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
         raise Untranslatable("messages", "must hold a user message with content.")
     last = turns[-1]["content"][-1]
     if turns[-1]["role"] == "assistant" and last["type"] == "text":
-        last["text"] = last["text"].rstrip()  # the API refuses a beginning of its answer that ends in white space
+        # The API refuses a beginning of its answer that ends in white space.
+        last["text"] = last["text"].rstrip()
     return {"messages": turns, **_set(system=system)}
 
 
@@ -2751,7 +2856,8 @@ def _tools(asked: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]
         used = [block["name"] for turn in turns for block in turn["content"] if block["type"] == "tool_use"]
         given = [{"function": {"name": name}} for name in dict.fromkeys(used)]
         choice = {"type": "none" if used else "auto"}
-    elif asked.get("parallel_tool_calls") is False and choice["type"] != "none":  # refused beside "none"
+    elif asked.get("parallel_tool_calls") is False and choice["type"] != "none":
+        # Refused beside "none".
         choice["disable_parallel_tool_use"] = True
     tools = []
     for tool in given:
@@ -2759,8 +2865,8 @@ def _tools(asked: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]
         # The API demands the schema of an object with properties, also for functions without parameters.
         schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
         # `strict: false`, the default, is left out: older models refuse the field.
-        optional = _set(description=function.get("description"), strict=function.get("strict"))
-        optional.update(_set(cache_control=tool.get("cache_control")))
+        cache = tool.get("cache_control")
+        optional = _set(description=function.get("description"), strict=function.get("strict"), cache_control=cache)
         tools.append({"name": function["name"], "input_schema": schema, **optional})
     return _set(tools=tools, tool_choice=choice if choice != {"type": "auto"} else None)
 
@@ -2786,7 +2892,8 @@ def _reasoning(level: int, sent: dict[str, Any], mode: str) -> dict[str, Any]:
         first = [turn["content"][0]["type"] for turn in sent["messages"][-2:]]
         if first[-1] != "tool_result" or first[0] in _THINKING_BLOCKS:
             thinking = {"type": "enabled", "budget_tokens": budget}
-    if sent.get("tool_choice", {}).get("type") in ("any", "tool"):  # the API refuses thinking beside a forced tool
+    if sent.get("tool_choice", {}).get("type") in ("any", "tool"):
+        # The API refuses thinking beside a forced tool.
         thinking = {}
     return _set(thinking=thinking, output_config=output)
 
@@ -2812,12 +2919,15 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
     sent.update(_conversation(asked.get("messages", ())))
     sent.update(_tools(asked, sent["messages"]))
     if "reasoning_effort" in asked:
-        sent = {**_reasoning(asked["reasoning_effort"], sent, thinking), **sent}  # the client's own `thinking` counts
+        # The client's own `thinking` counts.
+        sent = {**_reasoning(asked["reasoning_effort"], sent, thinking), **sent}
     wanted = asked.get("response_format", {"type": "text"})
-    if wanted["type"] == "json_object":  # the API has no JSON mode without a schema
+    if wanted["type"] == "json_object":
+        # The API has no JSON mode without a schema.
         text = "Answer with one valid JSON object and nothing else: no other text and no code fence."
         sent["system"] = [*sent.get("system", ()), {"type": "text", "text": text}]
-    elif wanted["type"] == "json_schema":  # every schema is strict there, and has the only place for the description
+    elif wanted["type"] == "json_schema":
+        # There, every schema is strict, and has the only place for the description.
         form = wanted["json_schema"]
         schema = {**_set(description=form.get("description")), **form["schema"]}
         sent.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
@@ -2825,20 +2935,18 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
 
 
 def _tool_call(block: dict[str, Any], arguments: str) -> dict[str, Any]:
+    """Return OpenAI's tool call for a tool_use block."""
     return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
 
 
 def _ending(reply: dict[str, Any]) -> tuple[str, str | None]:
     """Return the finish_reason, and the model's explanation of a refusal."""
-    reasons = {
-        "max_tokens": "length",
-        "model_context_window_exceeded": "length",
-        "tool_use": "tool_calls",
-        "refusal": "content_filter",
-    }
+    reasons = {"tool_use": "tool_calls", "refusal": "content_filter", "max_tokens": "length"}
+    reasons["model_context_window_exceeded"] = "length"
     # All others mean "stop": end_turn, stop_sequence, and pause_turn of server tools.
-    reason = reasons.get(reply.get("stop_reason") or "", "stop")
-    return reason, (reply.get("stop_details") or {}).get("explanation") or None
+    return reasons.get(reply.get("stop_reason") or "", "stop"), (reply.get("stop_details") or {}).get(
+        "explanation"
+    ) or None
 
 
 def messages_usage(usage: dict[str, Any]) -> dict[str, Any]:
@@ -2847,9 +2955,9 @@ def messages_usage(usage: dict[str, Any]) -> dict[str, Any]:
     Anthropic's input_tokens exclude what the prompt cache read or wrote, OpenAI's prompt_tokens include it (Portkey
     PR 1754). The answer's tokens include thinking in both.
     """
-    written, read = usage.get("cache_creation_input_tokens") or 0, usage.get("cache_read_input_tokens") or 0
-    prompt = (usage.get("input_tokens") or 0) + written + read
-    answer = usage.get("output_tokens") or 0
+    names = ("cache_creation_input_tokens", "cache_read_input_tokens", "input_tokens", "output_tokens")
+    written, read, rest, answer = (usage.get(name) or 0 for name in names)
+    prompt = written + read + rest
     thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {
         "prompt_tokens": prompt,
@@ -2872,9 +2980,8 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
         text = "".join([block.get("text") or "" for block in blocks if block["type"] == "text"])
         signed = [block for block in blocks if block["type"] in _THINKING_BLOCKS]
         thinking = "".join([block.get("thinking") or "" for block in signed])
-        calls = [
-            _tool_call(block, compact_json(block["input"]).decode()) for block in blocks if block["type"] == "tool_use"
-        ]
+        used = [block for block in blocks if block["type"] == "tool_use"]
+        calls = [_tool_call(block, compact_json(block["input"]).decode()) for block in used]
         optional = _set(reasoning_content=thinking, tool_calls=calls, thinking_blocks=calls and signed)
         reason, refusal = _ending(reply)
         message = {"role": "assistant", "content": text or None, "refusal": refusal, **optional}
@@ -2890,11 +2997,39 @@ def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
         raise ValueError("the upstream's answer is not a message") from None
 
 
+# -- errors in the many shapes of vendors and gateways; section 10 uses these functions too
+
+
+def parse_reply(body: bytes) -> Any:
+    """Return the value of a JSON body, without secrets, as clients and the log get its words; None if it is no JSON."""
+    try:
+        return json.loads(redactor.scrub(body))
+    except (ValueError, RecursionError):
+        return None
+
+
+def error_words(error: dict[str, Any]) -> tuple[list[str], str]:
+    """Return the names of an error (code, type and the like), the most exact one first, and its message."""
+    names = [str(error[name]) for name in ("code", "type", "status", "reason") if error.get(name)]
+    texts = [str(error[name]) for name in ("message", "msg", "detail") if error.get(name)]
+    # OpenRouter: the provider's own error.
+    raw = first_object(error.get("metadata")).get("raw")
+    if isinstance(raw, str):
+        inner = find_error(parse_reply(raw.encode(errors="replace")))
+        texts[:1] = [": ".join([*texts[:1], error_words(inner)[1] if inner else raw])]
+    return names, texts[0][:4096] if texts else ""
+
+
+# The account is out of credit, or has reached a limit that its owner set.
+SPENT_WORDS = (
+    "(Your )?credit balance is too low|You have reached your specified .{0,40}limits"
+    "|(This|Your) organization has been disabled"
+)
 # OpenAI's type and code for an error `TYPE: MESSAGE`. Messages come first: an account out of credit is an
 # invalid_request_error there. A type that is missing here becomes the code.
 _MESSAGES_ERRORS: tuple[tuple[str, str, str | None], ...] = (
-    ("^billing_error:|credit balance is too low|spend_limit_reached", "insufficient_quota", "insufficient_quota"),
-    ("prompt is too long|exceed context limit", "invalid_request_error", "context_length_exceeded"),
+    (rf"^billing_error:|^\w*: ({SPENT_WORDS})|spend_limit_reached", "insufficient_quota", "insufficient_quota"),
+    (r"^\w*: (prompt is too long|input length and )", "invalid_request_error", "context_length_exceeded"),
     ("^invalid_request_error:", "invalid_request_error", None),
     ("^authentication_error:", "invalid_request_error", "invalid_api_key"),
     ("^not_found_error:", "invalid_request_error", "model_not_found"),
@@ -2902,16 +3037,10 @@ _MESSAGES_ERRORS: tuple[tuple[str, str, str | None], ...] = (
 )
 
 
-def _openai_error(value: Any, status: int) -> dict[str, Any]:
-    """Return OpenAI's error object for an error of any shape: gateways send a text, a flat object or a list."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    error = value.get("error", value) if isinstance(value, dict) else value
-    error = error if isinstance(error, dict) else {"message": error}
-    message = error.get("message") or error.get("detail")
-    if not isinstance(message, str):
-        message = f"The upstream answered with status {status}."
-    word = str(error.get("type") or error.get("code") or "")
+def _openai_error(error: dict[str, Any], status: int) -> dict[str, Any]:
+    """Return OpenAI's error object for an error that came with `status`."""
+    names, message = error_words(error)
+    word, message = names[0] if names else "", message or f"The upstream answered with status {status}."
     for pattern, kind, code in _MESSAGES_ERRORS:
         if re.search(pattern, f"{word}: {message}"):
             return error_object(message, kind, code)
@@ -2921,16 +3050,14 @@ def _openai_error(value: Any, status: int) -> dict[str, Any]:
 def error_from_messages(status: int, body: bytes) -> tuple[int, bytes]:
     """Return OpenAI's status and body for an error of the Messages API, whatever its body is.
 
-    An account out of credit is a 429 at OpenAI, and overload a 503; 529 is not a registered status.
+    An account out of credit is a 429 at OpenAI, and overload a 503, as 529 is not registered. A 404 without JSON is
+    no word of the API, but of a proxy whose backend is away.
     """
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        value = None
-    error = _openai_error(value, status)
+    value = parse_reply(body)
+    error = _openai_error(find_error(value) or first_object(value), status)
     if error["error"]["code"] == "insufficient_quota":
         status = 429
-    return 503 if status == 529 else status, compact_json(error)
+    return {529: 503, 404: 502 if value is None else 404}.get(status, status), compact_json(error)
 
 
 class MessageStream:
@@ -2951,6 +3078,7 @@ class MessageStream:
         self.ending: dict[str, Any] = {}
         self.role = {"role": "assistant"}  # empty once it was sent, in the first chunk
         self.done = self.failed = False
+        self.pings = 0
 
     def feed(self, event_type: bytes, data: bytes) -> bytes:
         """Return the chunks for one event, often none; an error event for one that cannot be read. Never raises.
@@ -2974,14 +3102,20 @@ class MessageStream:
     def _message_event(self, kind: str, event: dict[str, Any]) -> bytes:
         """Return the chunks for an event about the whole message, or for an error."""
         if kind == "error":
-            return self.fail(event)
+            return self.fail(find_error(event))
+        if kind == "ping":
+            # A comment keeps the connection alive while the model thinks. The first ping comes with every stream.
+            self.pings += 1
+            return b": ping\n\n" if self.pings > 1 else b""
         if kind == "message_start":
             message = event["message"]
             self.usage.update(_set(**(message.get("usage") or {})))
-            if not self.head:  # there is a second one if another model takes over; the answer keeps its id
+            # There is a second one if another model takes over; the answer keeps its id.
+            if not self.head:
                 fields = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
                 self.head = b"data: " + compact_json({**fields, "model": message["model"]})[:-1] + b',"choices":'
-        elif kind == "message_delta":  # some gateways send the cache's counts here (rust-genai PR 258)
+        elif kind == "message_delta":
+            # Some gateways send the cache's counts here (rust-genai PR 258).
             self.usage.update(_set(**(event.get("usage") or {})))
             self.ending.update(_set(**(event.get("delta") or {})))
         elif kind == "message_stop":
@@ -2998,7 +3132,8 @@ class MessageStream:
         index, piece = event["index"], event.get("content_block") or event.get("delta") or {}
         block_type, arguments = piece.get("type"), piece.get("partial_json")
         if kind == "content_block_start" and block_type == "tool_use":
-            number = len(self.calls)  # clients join a call's pieces by number; the upstream's index counts all blocks
+            # Clients join a call's pieces by this number; the upstream's index counts all blocks.
+            number = len(self.calls)
             self.calls[index] = number, piece.get("input") or {}
             # Signed thinking goes out with the call that it led to: a client keeps both or neither.
             # The openai package joins such lists by their `index`.
@@ -3038,12 +3173,14 @@ class MessageStream:
 # Anthropic's API with translations, and an echo without a network. A vendor that speaks OpenAI's API is a row in
 # PRESETS. Another kind of account is a class here, a line in CONTROLLERS and a file of tests.
 
-CHAT_PATH = "/chat/completions"  # without /v1, which belongs to the base URL of an account
+# Without /v1, which belongs to the base URL of an account.
+CHAT_PATH = "/chat/completions"
 HOLD_BYTES = 65536  # kept of a stream before its first real event, and read of an error
 EVENT_BYTES = 1_048_576  # a larger event of a stream is not parsed
-TOKENS_PER_PART = 1000  # estimate for an image, audio or file: the length of its data does not tell
-
-Body = bytes | mmap.mmap  # of a request; a large upload is mapped from a temporary file
+# The estimate for an image, audio or file: the length of its data does not tell.
+TOKENS_PER_PART = 1000
+# A large upload is mapped from a temporary file.
+Body = bytes | mmap.mmap
 
 
 def parse_object(body: Body) -> dict[str, Any]:
@@ -3128,6 +3265,9 @@ class ApiRequest:
     prompt_tokens: int = 0  # estimated
     max_tokens: int = 0  # limit of the answer, 0 without one
     need: int = 0  # tokens that it is expected to cost
+    add_usage: bool = False  # the account is asked for the usage of a stream, although the client did not ask
+    on_usage: Callable[[int], None] | None = None  # gets the tokens that the answer used: the client key has a limit
+    was_sent: bool = False  # at least one account got it
     wait_s: float = 0.0  # how long it may still wait in line
 
     def substitute(self, model: str) -> None:
@@ -3153,14 +3293,14 @@ def count_text(value: Any, depth: int = 0) -> int:
         return len(value)
     if isinstance(value, int):
         return 4
-    if isinstance(value, list) and depth <= 8:
+    if not isinstance(value, list | dict) or depth > 8:
+        return 0
+    if isinstance(value, list):
         return sum([count_text(item, depth + 1) for item in value])
-    if isinstance(value, dict) and depth <= 8:
-        # A message, a part of its content, or an item of the responses API.
-        if "text" in value or "content" in value or "role" in value:
-            return count_text(value.get("text") or value.get("content"), depth + 1)
-        return 4 * TOKENS_PER_PART
-    return 0
+    # A message, a part of its content, or an item of the responses API.
+    if "text" in value or "content" in value or "role" in value:
+        return count_text(value.get("text") or value.get("content"), depth + 1)
+    return 4 * TOKENS_PER_PART
 
 
 def estimate_prompt(data: dict[str, Any]) -> int:
@@ -3173,12 +3313,14 @@ def answer_limit(data: dict[str, Any]) -> int:
     limit, choices = data.get("max_completion_tokens") or data.get("max_tokens"), data.get("n") or 1
     if not isinstance(limit, int) or limit < 0 or not isinstance(choices, int):
         return 0
-    return limit * min(max(1, choices), 128)  # the API allows no more than 128 choices
+    # The API allows no more than 128 choices.
+    return limit * min(max(1, choices), 128)
 
 
 def made_id(beginning: bytes) -> str:
     """Return the id of the object that an answer describes: the first id in it, "" without one."""
-    match = re.search(rb'"id"\s*:\s*"([\w\-]{4,128})"', beginning)  # of bounded length, as it is remembered
+    # Of bounded length, as it is remembered.
+    match = re.search(rb'"id"\s*:\s*"([\w\-]{4,128})"', beginning)
     return match.group(1).decode() if match else ""
 
 
@@ -3186,16 +3328,21 @@ class Controller(Protocol):
     """An account, as the relay uses it.
 
     `chat_only`: it serves chat completions only. `cache_free`: tokens read from its prompt cache do not count against
-    its limit. `rate_codes`: see `AccountConfig`.
+    its limit. `reports_usage`: it takes stream_options.include_usage. `rate_codes`: see `AccountConfig`.
     """
 
     chat_only: bool
     cache_free: bool
+    reports_usage: bool
     rate_codes: tuple[str, ...]
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
-        """Return an exchange for `request`, not started; it calls `on_sent(now)` when it writes the request. Raise
-        Untranslatable if the account cannot express the request."""
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
+        """Return an exchange for `request`, not started; it calls `on_sent(now)` when it writes the request.
+
+        `fresh`: on a new connection. Raise Untranslatable if the account cannot express the request.
+        """
 
 
 class OpenAIController:
@@ -3206,20 +3353,24 @@ class OpenAIController:
     """
 
     chat_only = cache_free = False
+    reports_usage = True
     api_fields: tuple[tuple[str, str], ...] = ()  # header fields that every request of this API has
 
     def __init__(self, config: ControllerConfig) -> None:
         account = config.account
         self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
         self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
+        self.reports_usage = "stream_options" not in self.drop
         self.extra = dict(account.extra_body)
         self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
-        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")  # RFC 3986, 3.3; escapes stay as they are
+        # RFC 3986, 3.3; escapes stay as they are.
+        self.base = urllib.parse.quote(prefix, safe="/%:@!$&'()*+,;=~")
         self.paths = {CHAT_PATH: account.chat_path}
         key = account.api_key.reveal()
         fields = {
             "Host": self.origin.authority,
-            "Accept-Encoding": "identity",  # events, errors and answers to translate must be readable
+            # Events, errors and answers to translate must be readable.
+            "Accept-Encoding": "identity",
             account.auth_header: key and (account.auth_scheme + " " + key).lstrip(),
             "OpenAI-Organization": account.organization,
             "OpenAI-Project": account.project,
@@ -3237,16 +3388,16 @@ class OpenAIController:
             self.base = "http://" + self.origin.authority + self.base
             self.fixed += proxy_authorization(self.origin.proxy)
         # SDKs wait 600 s for a whole answer; the first byte of a stream does not wait for the last.
-        first_byte = config.timeouts.first_byte
-        self.timeouts = [
-            replace(config.timeouts, first_byte=default if first_byte is None else first_byte)
-            for default in (600.0, 120.0)
-        ]
+        by_default = [replace(config.timeouts, first_byte=seconds) for seconds in (600.0, 120.0)]
+        self.timeouts = by_default if config.timeouts.first_byte is None else [config.timeouts] * 2
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
         timeouts, message = self.timeouts[request.stream], self.message(request)
-        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method)
+        resend = not request.stateful
+        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method, resend, fresh)
 
     def message(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the head and the pieces of the body, as the account gets them. Raise Untranslatable."""
@@ -3265,10 +3416,19 @@ class OpenAIController:
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the pieces of the body, with the model and the parameters that this account wants."""
         names, model = request.data.keys(), self.model_map.get(request.model, request.model if request.asked else "")
-        extra = self.extra if request.path == CHAT_PATH else {}  # other calls have other parameters
-        if not names or not (extra or self.drop & names or self.rename.keys() & names):
-            return request.body_for(model)
+        # Other calls have other parameters.
+        extra = self.extra if names and request.path == CHAT_PATH else {}
+        options = request.data.get("stream_options")
+        adds_usage = request.add_usage and self.reports_usage and isinstance(options, dict | None)
+        if not (extra or self.drop & names or self.rename.keys() & names or (adds_usage and "stream_options" in names)):
+            pieces = request.body_for(model)
+            if adds_usage:
+                text = b"".join(pieces)
+                pieces = (text[: text.rindex(b"}")] + b',"stream_options":{"include_usage":true}}',)
+            return pieces
         edited = {name: value for name, value in request.data.items() if name not in self.drop}
+        if adds_usage:
+            edited["stream_options"] = {**(options or {}), "include_usage": True}
         # A renamed parameter replaces one that has the new name: clients send both max_tokens and
         # max_completion_tokens for servers that know only one.
         renamed = {new: edited.pop(old) for old, new in self.rename.items() if old in edited}
@@ -3276,9 +3436,8 @@ class OpenAIController:
 
 
 # Azure's classic API serves these below a deployment, all others beside it (openai-python, lib/azure.py).
-_AZURE_DEPLOYED = frozenset(
-    "/completions /chat/completions /embeddings /audio/transcriptions /audio/translations /audio/speech"
-    " /images/generations /images/edits".split()
+_AZURE_DEPLOYED = re.compile(
+    "/((chat/)?completions|embeddings|audio/(transcriptions|translations|speech)|images/(generations|edits))"
 )
 
 
@@ -3293,15 +3452,19 @@ class AzureController(OpenAIController):
         self.api_version, self.classic = config.account.api_version, not self.base.endswith("/openai/v1")
         if self.classic:
             self.api_version = self.api_version or AZURE_API_VERSION
-            self.base = self.base.removesuffix("/openai") + "/openai"  # the portal shows addresses with and without it
+            # The portal shows addresses with and without the suffix.
+            self.base = self.base.removesuffix("/openai") + "/openai"
+            # 2024-09-01-preview added stream_options (Azure: "API preview lifecycle").
+            self.reports_usage = self.reports_usage and self.api_version >= "2024-09-01"
 
     def target(self, path: str, query: str, model: str) -> str:
         """See `OpenAIController`."""
         # Clients made for Azure send a version of their own, which this resource may not have.
         parts = [part for part in query.split("&") if part and not part.startswith("api-version=")]
-        if self.classic and path in _AZURE_DEPLOYED:
+        if self.classic and _AZURE_DEPLOYED.fullmatch(path):
             deployment = self.model_map.get(model, model)
-            if not deployment.strip("."):  # ".." would lead to another path; slashes are escaped below
+            # ".." would lead to another path; slashes are escaped below.
+            if not deployment.strip("."):
                 raise Untranslatable("model", "is not the name of a deployment.")
             path = "/deployments/" + urllib.parse.quote(deployment, "") + path
         if self.api_version:
@@ -3310,18 +3473,16 @@ class AzureController(OpenAIController):
 
 
 def wants_usage(request: ApiRequest) -> bool:
-    """Return whether the client asked for the usage of a stream."""
+    """Return whether a stream must report its usage: the client asked for it, or a limit counts tokens."""
     options = request.data.get("stream_options")
-    return isinstance(options, dict) and options.get("include_usage") is True
+    return request.add_usage or (isinstance(options, dict) and options.get("include_usage") is True)
 
 
 async def read_all(exchange: Exchange, most: int) -> bytes:
     """Return the upstream's whole body, or more than `most` bytes of a larger one. Raise UpstreamError."""
-    body = b""
-    while len(body) <= most:
+    body = data = await exchange.read()
+    while data and len(body) <= most:
         data = await exchange.read()
-        if not data:
-            break
         body += data
     return body
 
@@ -3333,7 +3494,7 @@ class MessagesExchange:
     """
 
     def __init__(self, inner: Exchange, usage: bool) -> None:
-        self.inner, self.usage = inner, usage
+        self.inner, self.usage, self.first_byte_s = inner, usage, inner.first_byte_s
         self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: MessageStream | None = None
@@ -3352,18 +3513,19 @@ class MessagesExchange:
             status, self.ready = error_from_messages(status, body)
         elif compressed:
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
-        elif head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":  # some gateways never stream
+        elif head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
             self.stream, kind = MessageStream(int(time.time()), self.usage), b"text/event-stream; charset=utf-8"
         else:
-            body = await read_all(self.inner, 16_777_216)  # the longest answers have about 1 MB
+            # Some gateways never stream. The longest answers have about 1 MB.
+            body = await read_all(self.inner, 16_777_216)
             try:
                 self.ready = compact_json(from_message(json.loads(body), int(time.time())))
             except (ValueError, RecursionError) as problem:
                 raise BadReply(f"the upstream's answer cannot be translated: {problem}") from None
         replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
         index = {name: value for name, value in head.index.items() if name not in replaced}
-        index[b"content-type"] = kind
-        self.head = ResponseHead(status, 1, index, without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind)
+        lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
+        self.head = ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
 
     async def read(self) -> bytes:
         """See `Exchange`."""
@@ -3371,7 +3533,8 @@ class MessagesExchange:
             try:
                 data = await self.inner.read()
             except UpstreamError:
-                if not self.stream.done:  # an error after the last event does no harm
+                # An error after the last event does no harm.
+                if not self.stream.done:
                     raise
                 data = b""
             self._translate(self.stream, data)
@@ -3384,7 +3547,8 @@ class MessagesExchange:
         """Translate the next bytes into `ready`; b"" is the end. Raise UpstreamClosed if the last event is missing."""
         ended = not data
         if ended and b"message_stop" in self.splitter.pending:
-            data = b"\n\n"  # some servers close after the last event without its blank line
+            # Some servers close after the last event without its blank line.
+            data = b"\n\n"
         self.ready = b"".join([stream.feed(*event_fields(event)) for event in self.splitter.feed(data)])
         if len(self.splitter.pending) > EVENT_BYTES:
             self.splitter.pending = b""
@@ -3407,14 +3571,15 @@ class AnthropicController(OpenAIController):
     def __init__(self, config: ControllerConfig) -> None:
         super().__init__(config)
         self.max_tokens, self.thinking = config.account.max_tokens, config.account.thinking
-        self.paths["/models"] = "/models?limit=1000"  # the default is 20
+        # The default is 20.
+        self.paths["/models"] = "/models?limit=1000"
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
-        exchange = super().exchange(request, connections, on_sent)
-        if request.path == CHAT_PATH:
-            exchange = MessagesExchange(exchange, wants_usage(request))
-        return exchange
+        exchange = super().exchange(request, connections, on_sent, fresh)
+        return MessagesExchange(exchange, wants_usage(request)) if request.path == CHAT_PATH else exchange
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """See `OpenAIController`. The fields of extra_body replace translated ones: they may be newer."""
@@ -3431,7 +3596,8 @@ def echo_pieces(request: ApiRequest) -> Iterator[bytes]:
     content = said[-1].get("content") or ""
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    content = str(content)  # content of any other type is echoed, not refused
+    # Content of any other type is echoed, not refused.
+    content = str(content)
     words = re.findall(r"\S*\s*", content)[:-1]
     prompt = max(1, request.prompt_tokens)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
@@ -3456,7 +3622,7 @@ class EchoExchange:
     """An exchange that makes its reply up. See `Exchange`."""
 
     def __init__(self, request: ApiRequest, account: AccountConfig, on_sent: Callable[[float], None]) -> None:
-        self.pieces, self.on_sent = echo_pieces(request), on_sent
+        self.pieces, self.on_sent, self.first_byte_s = echo_pieces(request), on_sent, math.inf
         self.first_delay_s, self.delay_s = account.first_delay, account.delay if request.stream else 0.0
         self.wait_s = 0.0  # before the next piece; none before the first
         kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
@@ -3482,20 +3648,22 @@ class EchoExchange:
 class EchoController:
     """An account without a network that answers with the last user message: for --demo and for tests of clients."""
 
-    chat_only, cache_free = True, False
+    chat_only = reports_usage = True
+    cache_free = False
     rate_codes: tuple[str, ...] = ()
 
     def __init__(self, config: ControllerConfig) -> None:
         self.account = config.account
 
-    def exchange(self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None]) -> Exchange:
+    def exchange(
+        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
+    ) -> Exchange:
         """See `Controller`."""
         return EchoExchange(request, self.account, on_sent)
 
 
 CONTROLLERS: dict[str, Callable[[ControllerConfig], Controller]] = {
     **dict.fromkeys(PRESETS, OpenAIController),
-    "openai": OpenAIController,
     "azure": AzureController,
     "anthropic": AnthropicController,
     "echo": EchoController,
@@ -3503,11 +3671,10 @@ CONTROLLERS: dict[str, Callable[[ControllerConfig], Controller]] = {
 
 
 # ==== 10. Outcomes ====
-# The results of attempts. Pure functions answer three questions: What does a reply, a broken connection or an error
-# event mean (`judge_*`)? May the next controller get the request (`may_retry`)? What does a reply report about the
-# quota (`read_allowances`, `used_tokens`)? Vendors agree on statuses and on little else: an error body may be an
-# object, a list, a string, HTML or empty, and an exhausted balance and a rate limit share status 429. So bodies are
-# read tolerantly, and where they make no sense the status alone decides.
+# Pure functions that tell what a reply, a broken connection or an error event means (`judge_*`), whether the next
+# controller may get the request (`may_retry`), and what a reply reports about the quota. Vendors agree on statuses and
+# on little else: an exhausted balance and a rate limit share status 429, and the body of an error may be an object, a
+# list, a text, HTML or empty. Bodies are read tolerantly; where they make no sense, the status alone decides.
 
 
 class Outcome(enum.Enum):
@@ -3526,22 +3693,43 @@ class Outcome(enum.Enum):
     CONNECT = "connect"  # nothing was sent
     SILENT = "silent"  # no byte within first_byte: the upstream may be generating
     CUT = "cut"
-    UNFIT = "unfit"  # the controller's API cannot express the request: nothing was sent
+    UNFIT = "unfit"  # the account has no API for the request: nothing ran
     GONE = "gone"  # the client left
     LOST = "lost"  # in a hedge, another controller answered first
 
 
 # Facts about an account: an early retry cannot succeed. The official SDKs obey x-should-retry.
 LASTING = frozenset(map(Outcome, "large quota auth forbidden barred missing".split()))
-# When every controller failed, the client gets the error whose outcome stands last here.
-USEFULNESS = tuple(map(Outcome, "barred forbidden auth missing fault quota rate large client".split()))
-# The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's, Arrearage DashScope's.
+# The request certainly did not run, so even a stateful one may be sent elsewhere.
+NOT_RUN = frozenset(map(Outcome, "unfit connect auth rate quota large missing".split()))
+
+# The account is out of credit: waiting does not help, another account may. 1113 is Zhipu's code, 30001 SiliconFlow's,
+# Arrearage DashScope's, AccountOverdueError Volcengine's, budget_exceeded LiteLLM's, NOT_ENOUGH_BALANCE Novita's.
 CREDIT_CODES = (
     "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
     " organization_usage_limit_exceeded exceeded_current_quota_error billing_error billing_hard_limit_reached"
-    " billing_not_active 1113 Arrearage"
+    " billing_not_active 1113 30001 Arrearage AccountOverdueError budget_exceeded insufficient_user_quota"
+    " pre_consume_token_quota_failed insufficient_balance INSUFFICIENT_BALANCE NOT_ENOUGH_BALANCE"
 ).split()
-MISSING_CODES = "model_not_found DeploymentNotFound not_found_error".split()
+# Anthropic, OpenRouter, OpenCode; SiliconFlow, fal; xAI, Google, Fireworks.
+CREDIT_WORDS = (
+    f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insufficient"
+    "|User is locked. Reason: |(Your (team|project)|Account) .*(monthly spending (cap|limit)|credits))"
+)
+# 1211 is Zhipu's, 5007 Cloudflare's, 20012 SiliconFlow's.
+MISSING_CODES = (
+    "model_not_found DeploymentNotFound not_found_error model_decommissioned model_not_supported model_not_available"
+    " model_terms_required invalid_model unknown_model INVALID_MODEL_ID 1211 5007 20012"
+).split()
+# DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare.
+MISSING_WORDS = (
+    r"(?i)^(model (does )?not (exist|found)|invalid model( name| id)?( passed| ['\"]|[.:]|$)"
+    r"|(invalid params, )?unknown model(:| ['\"])|\S+ is not a valid model id"
+    r"|the (requested )?model \S+ (does not exist|was not found|has been (decommission|deprecat|retir)ed|is no longer)"
+    r"|the \S+ model is not supported|the provided model identifier is invalid|unable to access (\S+ )?model"
+    r"|(aierror: )?no such model)"
+)
+AUTH_WORDS = "^(API [Kk]ey (not valid|expired|not found)|User location is not supported|Incorrect API key provided)"
 
 
 class Rule(NamedTuple):
@@ -3549,46 +3737,57 @@ class Rule(NamedTuple):
 
     outcome: Outcome
     statuses: Collection[int]
-    codes: Collection[str] = ()
+    codes: Sequence[str] = ()
     words: str = ""
 
 
 # The first rule that matches decides. A message may quote the request, so the words of a 400 must begin the message.
 RULES = (
     Rule(Outcome.QUOTA, (402,)),
-    Rule(Outcome.QUOTA, (400, 429), CREDIT_CODES),  # 400: DashScope, and OpenAI's images
-    # Google, Fireworks and xAI: their codes do not name the cause.
-    Rule(Outcome.QUOTA, (403, 412, 429), (), "monthly spending (cap|limit)|have any credits or licenses"),
-    Rule(Outcome.RATE, (429, 498)),  # 498: Groq's flex tier has no capacity left
-    Rule(Outcome.RATE, (413,), ("rate_limit_exceeded",)),  # Groq: more tokens than a minute's limit
-    Rule(Outcome.AUTH, (401,)),
+    Rule(Outcome.QUOTA, (400, 401, 403, 412, 429), CREDIT_CODES, CREDIT_WORDS),
+    # 498: Groq's flex tier has no capacity left. 413: it counts more tokens than a minute's limit.
+    Rule(Outcome.RATE, (429, 498)),
+    Rule(Outcome.RATE, (413,), ("rate_limit_exceeded",)),
     # Groq's code; Google's and xAI's words.
-    Rule(Outcome.AUTH, (400,), ("organization_restricted",), "^(API key (not valid|expired)|API Key not found)"),
-    Rule(Outcome.AUTH, (400,), (), "^(User location is not supported|Incorrect API key provided)"),
+    Rule(Outcome.AUTH, (400,), ("organization_restricted",), AUTH_WORDS),
+    Rule(Outcome.AUTH, (401,)),
     # No account would take this prompt: it is flagged (OpenRouter, xAI) or too long (Together).
     Rule(Outcome.CLIENT, (403,), (), "input was flagged|requires moderation|violates usage guidelines|context length"),
-    # A project may lack one model, a key all of them: only the words differ.
-    Rule(Outcome.MISSING, (403, 404), MISSING_CODES, "model"),
+    Rule(Outcome.MISSING, (400, 403, 404), MISSING_CODES, MISSING_WORDS),
+    # A project may lack one model, a key all of them: only the words differ. OpenRouter and NVIDIA name no model.
+    Rule(Outcome.MISSING, (403, 404), (), "model|[Nn]o endpoints|^Function '"),
     Rule(Outcome.FORBIDDEN, (403,)),
     # A timeout, a conflict inside the provider, a failed dependency: the same request may succeed elsewhere.
     Rule(Outcome.FAULT, (408, 409, 424)),
     Rule(Outcome.CLIENT, range(400, 500)),
     Rule(Outcome.FAULT, range(1000)),
 )
-# The prompt is longer than the model can take. Codes of OpenAI and llama.cpp; words of nearly all vendors, then of xAI,
-# Google, Moonshot, DashScope, Bedrock and Zhipu.
-TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
+# The prompt is longer than the model can take: codes of OpenAI, llama.cpp, Copilot, GitHub and Zhipu.
+TOO_LONG_CODES = (
+    "context_length_exceeded exceed_context_size_error model_max_prompt_tokens_exceeded tokens_limit_reached 1261"
+).split()
+# First the words of most vendors, with an amount or a comparison, as other errors also speak of contexts; then those of
+# Anthropic, Bedrock, Cohere, TGI, Google, xAI, Moonshot, DashScope, Zhipu, SGLang, Groq and GitHub. Cohere's "too many
+# tokens: max tokens must be less than" is not among them: it is about the answer.
 TOO_LONG_WORDS = re.compile(
-    "context length|maximum prompt length|maximum number of tokens allowed|model token limit|Range of input length"
-    "|too long for requested model|Prompt exceeds max length"
+    r"context (length|window|size|limit)( is| of)?( only)?:? ?\(?\d|\d maximum context length|context window exceeds"
+    r"|(exceed(s|ed)?|(longer|greater|less) than) (\S+ ){0,3}context (length|window|size)"
+    r"|prompt (is |tokens )?too long|too long for requested model|size limit exceeded by|max_new_tokens. must be"
+    r"|inputs. must have less|token count .{0,40}exceeds the (limit|max)|maximum (prompt|model) length (is|of) \d"
+    r"|model token limit|Range of input length should|Prompt exceeds max length|maximum allowed input length"
+    r"|reduce the length of the (input )?messages|^Request body too large for \S+ model",
+    re.IGNORECASE,
 )
-# An error inside a 200 is judged like a reply with this status, by its code or type (of OpenAI and Anthropic).
+# What a message quotes may be the client's text. An apostrophe inside a word begins no quotation.
+_QUOTED = re.compile(r"(?<!\w)(['\"]).*\1(?!\w)", re.DOTALL)
+# An error in a 200 is judged like a reply with this status, by its code or type (of OpenAI and Anthropic).
 ERROR_STATUSES = {
     **dict.fromkeys((*CREDIT_CODES, "rate_limit_error", "rate_limit_exceeded"), 429),
     **dict.fromkeys(MISSING_CODES, 404),
-    **dict.fromkeys(("invalid_request_error", "content_filter", "content_policy_violation"), 400),
+    **dict.fromkeys(("invalid_request_error", "invalid_prompt", "content_filter", "content_policy_violation"), 400),
+    **dict.fromkeys(TOO_LONG_CODES, 400),
+    **dict.fromkeys(("authentication_error", "invalid_api_key"), 401),
     "overloaded_error": 529,
-    "authentication_error": 401,
     "permission_error": 403,
 }
 
@@ -3597,21 +3796,21 @@ ERROR_STATUSES = {
 class Verdict:
     """The result of an attempt, from which its controller learns.
 
-    `status`: 0 without a reply. `after_s`: the time to wait that an error named. `by_tokens`: whether a 429 is about
-    tokens; `requested`: how many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for
-    limit gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take. `reset_s`: the time after
-    which a limit is certainly open again.
+    `status`: 0 without a reply. `after_s`: the time to wait that an error named. `reset_s`: where a 429 named none, the
+    time until the limit that is used up is full again. `by_tokens`: whether a 429 is about tokens; `requested`: how
+    many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for limit
+    gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
     """
 
     outcome: Outcome
     status: int = 0
     message: str = ""
     after_s: float | None = None
+    reset_s: float | None = None
     by_tokens: bool = False
     bucket: str = ""
     requested: int = 0
     too_long: bool = False
-    reset_s: float | None = None
 
 
 OK = Verdict(Outcome.OK, 200)
@@ -3619,78 +3818,89 @@ OK = Verdict(Outcome.OK, 200)
 # -- times
 
 # Go's durations, as OpenAI writes them (17ms, 7.66s, 6m0s), prose ("45 seconds"), or plain seconds, as in Azure's
-# fields and Retry-After.
+# fields and Retry-After. "ms" stands before "m": the first alternative that fits counts.
 _NUMBER = r"\d{1,12}(?:\.\d{1,9})?"
-# `m` only where no `s` follows: else "1ms" could be read in two ways, and a long value in exponentially many.
-_UNIT = "[mnuµ]?s|m(?!s)|h"
-_DURATION = rf"(?:{_NUMBER}\s?(?:{_UNIT})[a-z]*\s?)+|{_NUMBER}"
-_DURATION_PART = re.compile(rf"({_NUMBER})\s?({_UNIT}|)[a-z]*", re.ASCII | re.IGNORECASE)
-_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "": 1.0}
+_PART = re.compile(rf"({_NUMBER})\s?([mnuµ]?s|m|h)[a-z]*\s?", re.ASCII | re.IGNORECASE)
+_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 # OpenAI: "try again in 1m2s"; Azure: "retry after 45 seconds"; Google: in the details of the error.
-_HINT = re.compile(rf'(?:try again in|retry after|retry in|"retryDelay":)\s*"?({_DURATION})', re.ASCII | re.IGNORECASE)
+_HINT = re.compile(
+    rf'(?:try again in|retry after|retry in|"retryDelay":)\s*"?({_NUMBER}\s?[a-zµ]*(?:{_NUMBER}[a-zµ]+)*)',
+    re.ASCII | re.IGNORECASE,
+)
+# No limit counts more than a month. A time that is further away is a mistake.
+RESET_MAX_S = 32 * 86_400.0
 
 
 def parse_duration(text: str) -> float | None:
     """Return the seconds of a duration (`17ms`, `6m0s`, `45 seconds`) or of a plain number; None for anything else."""
-    if not re.fullmatch(_DURATION, text, re.ASCII | re.IGNORECASE):
+    if re.fullmatch(_NUMBER, text, re.ASCII):
+        return min(float(text), 1e9)
+    parts = _PART.findall(text)
+    if not parts or _PART.sub("", text):
         return None
-    parts = _DURATION_PART.findall(text)
     return min(sum(float(number) * _UNITS_S[unit.lower()] for number, unit in parts), 1e9)
 
 
-def seconds_until(date: str, wall_s: float) -> float | None:
-    """Return the seconds until an HTTP date or an RFC 3339 time; None for anything else. `wall_s`: Unix time."""
+def parse_date(text: str) -> float | None:
+    """Return the Unix time of an HTTP date or an RFC 3339 time; None for anything else."""
     try:
-        is_rfc3339 = date[:4].isdigit()
-        then = dt.datetime.fromisoformat(date) if is_rfc3339 else email.utils.parsedate_to_datetime(date)
-        return max(0.0, (then if then.tzinfo else then.replace(tzinfo=dt.UTC)).timestamp() - wall_s)
+        parse = dt.datetime.fromisoformat if text[:4].isdigit() else email.utils.parsedate_to_datetime
+        then = parse(text)
+        return (then if then.tzinfo else then.replace(tzinfo=dt.UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
 
 
-def retry_after(index: Index, body: bytes, wall_s: float) -> float | None:
-    """Return how many seconds an error asks to wait: by its fields (RFC 9110, 10.2.3), else by its text.
+def seconds_until(name: bytes, index: Index, wall_s: float) -> float | None:
+    """Return the seconds until the time in a field: a duration, Unix time in seconds or milliseconds, or a date.
+
+    Return None for anything else. A date is compared with the reply's own Date, as clocks differ; `wall_s`, our Unix
+    time, counts where it has none. Of a field that is given twice, the longest time counts.
+    """
+    longest = None
+    # Repeated fields were joined with commas. A date has a comma of its own, before the day.
+    for text in re.split(r",(?!\s*\d\d?[ -][A-Za-z])\s*", index.get(name, b"").decode("latin-1")):
+        is_unix_time = len(text) in (10, 13) and text.isdecimal()
+        seconds = None if is_unix_time else parse_duration(text)
+        then = int(text.ljust(13, "0")) / 1e3 if is_unix_time else parse_date(text) if seconds is None else None
+        if then is not None:
+            date_s = parse_date(index.get(b"date", b"").decode("latin-1"))
+            seconds = then - (wall_s if date_s is None else date_s)
+        if seconds is not None and abs(seconds) <= RESET_MAX_S:
+            longest = max(seconds, longest or 0.0)
+    return longest
+
+
+def read_waits(verdict: Verdict, index: Index, body: bytes, wall_s: float) -> None:
+    """Set the time to wait: by an error's fields (RFC 9110, 10.2.3), else by its text, else by the end of a window.
 
     The milliseconds of Azure and OpenAI come first: Retry-After rounds 20 ms up to a second, or down to zero.
-    `x-ratelimit-reset-*` does not count: it is the time until the bucket is full, and no request needs a full bucket.
+    X-RateLimit-Reset (OpenRouter) is the end of a fixed window. A bucket that refills has room long before it is full,
+    so `reset_s` is only the latest time to ask again.
     """
-    exact_ms = parse_duration(index.get(b"retry-after-ms", b"").decode("latin-1"))
-    if exact_ms is not None:
-        return exact_ms / 1e3
-    value = index.get(b"retry-after", b"").decode("latin-1")
-    seconds = parse_duration(value)
-    if seconds is None:
-        seconds = seconds_until(value, wall_s)
+    exact_ms = seconds_until(b"retry-after-ms", index, wall_s)
+    verdict.after_s = seconds_until(b"retry-after", index, wall_s) if exact_ms is None else exact_ms / 1e3
     hint = _HINT.search(body[:4096].decode("utf-8", "replace"))
-    return parse_duration(hint.group(1)) if seconds is None and hint else seconds
+    if verdict.after_s is None and hint:
+        verdict.after_s = parse_duration(hint.group(1))
+    if verdict.after_s is None and verdict.outcome is Outcome.RATE:
+        for names in (*WINDOW_NAMES, *REQUEST_NAMES, *TOKEN_NAMES):
+            reset_s = seconds_until(names[2], index, wall_s) if index.get(names[1], b"0") == b"0" else None
+            if reset_s and names in WINDOW_NAMES:
+                verdict.after_s = reset_s
+            elif reset_s:
+                verdict.reset_s = min(reset_s, verdict.reset_s or reset_s)
 
 
-def error_words(body: bytes) -> tuple[str, str]:
-    """Return code (or type) and message of an error body, in any shape that providers send; "" for what is missing."""
-    try:
-        # Clients and the log get these words.
-        parsed = json.loads(redactor.scrub(body[:HOLD_BYTES]))
-    except (ValueError, RecursionError):
-        return "", ""
-    if isinstance(parsed, list) and parsed:
-        parsed = parsed[0]
-    if not isinstance(parsed, dict):
-        return "", ""
-    error = parsed.get("error") or parsed
-    if not isinstance(error, dict):
-        return "", str(error)
-    code, kind = str(error.get("code") or ""), str(error.get("type") or "")
-    # Some vendors put the status into `code`. A type about credit says more than a general code.
-    takes_kind = not code or kind in CREDIT_CODES or (code.isdigit() and code not in CREDIT_CODES)
-    return kind if takes_kind else code, str(error.get("message") or error.get("detail") or "")
+# -- errors
 
 
-def read_rate_message(verdict: Verdict, code: str) -> None:
+def read_rate_message(verdict: Verdict, names: list[str]) -> None:
     """Read OpenAI's text: "... (for limit gpt-4.1) ... on tokens per min (TPM): Limit 10000, Requested 12000".
 
     The outcome becomes LARGE where the request exceeds the whole limit: it would be refused however long it waits.
     """
-    verdict.by_tokens = code == "tokens" or re.search(r"tokens per|\(TPM\)", verdict.message) is not None
+    verdict.by_tokens = "tokens" in names or re.search(r"tokens per|\(TPM\)", verdict.message) is not None
     name = re.search(r"\(for limit ([^)\s]{1,128})\)", verdict.message)
     verdict.bucket = name.group(1) if name else ""
     amounts = re.search(r"Limit:? ([\d,]{1,15}).{0,60}?Requested:? ([\d,]{1,15})", verdict.message)
@@ -3701,19 +3911,28 @@ def read_rate_message(verdict: Verdict, code: str) -> None:
 
 
 def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[str], wall_s: float) -> Verdict:
-    """Return the verdict on an error reply to a request for a model."""
-    code, message = error_words(body)
+    """Return the verdict on an error reply to a request for a model. For a 200, the error's words give the status."""
+    value = parse_reply(body)
+    error = find_error(value) or first_object(value)
+    names, message = error_words(error)
+    if status < 300:
+        numbers = [int(name) for name in names if re.fullmatch(r"[45]\d\d", name, re.ASCII)]
+        status = [*numbers, *(ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES), 502][0]
     for outcome, statuses, codes, words in RULES:
-        has_code = code in codes and not (outcome is Outcome.QUOTA and code in rate_codes)
-        has_words = words and re.search(words, message)
-        if status in statuses and (has_code or has_words or not (codes or words)):
+        has_code = any(name in codes and not (outcome is Outcome.QUOTA and name in rate_codes) for name in names)
+        if status in statuses and (has_code or (words and re.search(words, message)) or not (codes or words)):
             break
     verdict = Verdict(outcome, status, message)
-    verdict.too_long = code in TOO_LONG_CODES or TOO_LONG_WORDS.search(message) is not None
-    if outcome in (Outcome.RATE, Outcome.FAULT):
-        verdict.after_s = retry_after(index, body, wall_s)
+    if outcome is Outcome.CLIENT:
+        is_code = any(name in TOO_LONG_CODES for name in names)
+        verdict.too_long = is_code or TOO_LONG_WORDS.search(_QUOTED.sub("", message)) is not None
+    elif outcome in (Outcome.RATE, Outcome.FAULT):
+        # OpenRouter repeats its header fields in the body: there they also reach the client of a stream.
+        headers = first_object(first_object(error.get("metadata")).get("headers"))
+        fields = {name.lower().encode(): str(value).encode() for name, value in headers.items()}
+        read_waits(verdict, {**fields, **index}, body, wall_s)
     if outcome is Outcome.RATE:
-        read_rate_message(verdict, code)
+        read_rate_message(verdict, names)
     return verdict
 
 
@@ -3724,17 +3943,50 @@ def judge_reply(
     if status < 300:
         return OK
     verdict = judge_error(status, index, body, rate_codes, wall_s)
-    if request.stateful and status in (404, 409):
-        # About an object of the account, not about the account.
-        verdict.outcome = Outcome.CLIENT
-    elif not request.inference:
+    if not request.inference:
         # The request named no model, so a 403 or 404 says nothing about models. A key may have few rights; OpenAI
         # answers 401 where one is missing: "You have insufficient permissions ... Missing scopes: api.files.read."
         if status == 403 or (status == 401 and "issing scope" in verdict.message):
             verdict.outcome = Outcome.BARRED
-        elif status == 404:
+        elif status == 404 or (status == 409 and request.stateful):
             verdict.outcome = Outcome.CLIENT
+    elif status == 404 and body.lstrip()[:1] not in (b"{", b"["):
+        # An API would answer in JSON: this is a proxy whose backend is away, or a server that lacks a rarer path.
+        is_common = request.path.endswith(("/completions", "/embeddings"))
+        verdict.outcome = Outcome.FAULT if is_common else Outcome.UNFIT
+    elif request.stateful and status in (404, 409) and not (request.model and verdict.outcome is Outcome.MISSING):
+        # About an object of the account, not about the account.
+        verdict.outcome = Outcome.CLIENT
     return verdict
+
+
+# Inside a JSON string quotes are escaped, so neither pattern can match there.
+_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+_ERROR = re.compile(rb'"(?:error|success)"(?!\s*:\s*(?:null|true))')
+
+
+def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
+    """Return the verdict on `body`, a whole answer with status 200: some upstreams send errors with that status.
+
+    A chat must have choices; any other answer may be anything but an error object. Only a suspicious body is parsed,
+    as parsing every answer would double the cost of a request.
+    """
+    text, is_chat = body.strip(), request.path in (CHAT_PATH, "/completions")
+    is_object = text[:1] == b"{" and text[-1:] == b"}"
+    if not request.inference or not (is_chat or is_object):
+        return OK
+    has_error = (b'"error"' in text or b'"success"' in text) and _ERROR.search(text)
+    if not has_error and (not is_chat or (is_object and _CHOICES.search(text))):
+        return OK
+    value = parse_reply(text)
+    answer = first_object(value)
+    # A stored response that failed is an object of the account: the client may read it again.
+    if find_error(value) and not (request.stateful and answer.get("object") == "response"):
+        return judge_error(200, {}, text, rate_codes, time.time())
+    if not is_chat or first_object(answer.get("choices")):
+        return OK
+    problem = "is empty" if not text else "has no choices" if answer else "is no JSON object"
+    return Verdict(Outcome.FAULT, 502, f"the upstream's answer {problem}")
 
 
 def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
@@ -3742,12 +3994,7 @@ def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
 
     The status of the real reply is 200, so without this an account that refuses all streams would look healthy.
     """
-    # Some gateways (OpenRouter) put the status into a nested `code`; else the code names the error, then the types.
-    data = event_fields(event)[1]
-    code = re.search(rb'"code":\s*"?([45]\d\d)\b', event)
-    names = [error_words(data)[0], *re.findall(r'"type":\s*"(\w{1,64})"', event.decode("latin-1"))]
-    statuses = [ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES]
-    return judge_error(int(code.group(1)) if code else [*statuses, 502][0], {}, data, rate_codes, 0.0)
+    return judge_error(200, {}, event_fields(event)[1], rate_codes, time.time())
 
 
 def judge_late_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
@@ -3777,15 +4024,15 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
     if outcome in (Outcome.OK, Outcome.CLIENT, Outcome.GONE):
         return False
     if request.stateful:
-        refused = outcome in (Outcome.UNFIT, Outcome.CONNECT, Outcome.AUTH, Outcome.RATE, Outcome.QUOTA, Outcome.LARGE)
-        return refused or verdict.status in (401, 503)
+        return outcome in NOT_RUN or verdict.status in (401, 503)
     # A stream's first byte comes soon, so silence is a hang; before a whole answer, it may be work.
     return request.stream or outcome is not Outcome.SILENT
 
 
 def usefulness(verdict: Verdict) -> int:
     """Return how useful an error is to the client, more for a higher number: a 429 is more useful than a 401."""
-    return USEFULNESS.index(verdict.outcome) if verdict.outcome in USEFULNESS else -1
+    order = "barred forbidden auth missing fault quota rate large client".split()
+    return order.index(verdict.outcome.value) if verdict.outcome.value in order else -1
 
 
 # -- reports of quota and usage
@@ -3799,17 +4046,17 @@ class Allowance(NamedTuple):
     reset_s: float | None = None
 
 
-# OpenAI's names, which most vendors share; Anthropic's; Cerebras'; Mistral's. A reply's first known set counts.
-REQUEST_NAMES, TOKEN_NAMES = (
+# OpenAI's names, which most vendors share; Anthropic's; Cerebras'; Mistral's. A reply's first known set counts. Then
+# OpenRouter's names and those of the IETF's draft (ratelimit-headers), which do not say what they count.
+REQUEST_NAMES, TOKEN_NAMES, WINDOW_NAMES = (
     [tuple(name.replace("*", what).encode() for what in ("limit", "remaining", "reset")) for name in names.split()]
     for names in (
         "x-ratelimit-*-requests anthropic-ratelimit-requests-* x-ratelimit-*-requests-day x-ratelimit-*-req-minute",
         "x-ratelimit-*-tokens anthropic-ratelimit-tokens-* x-ratelimit-*-tokens-minute",
+        "x-ratelimit-* ratelimit-*",
     )
 )
 REMAINING_NAMES = frozenset(names[1] for names in REQUEST_NAMES + TOKEN_NAMES)
-# No limit counts more than a month; a larger number is Unix time.
-RESET_MAX_S = 32 * 86_400.0
 
 
 def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance | None, Allowance | None]:
@@ -3819,33 +4066,31 @@ def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance
     allowances: list[Allowance | None] = []
     for known_names in (REQUEST_NAMES, TOKEN_NAMES):
         names = next((names for names in known_names if names[1] in index), known_names[0])
-        limit, remaining, reset = (index.get(name, b"") for name in names)
+        limit, remaining = (index.get(name, b"") for name in names[:2])
         # Azure sends -1 and 0 where it has no limit. Fifteen digits are exact in a float.
         if all(value.isdigit() and len(value) < 16 for value in (limit, remaining)) and int(limit):
-            text = reset.decode("latin-1")
-            reset_s = seconds_until(text, clock()) if text[10:11] == "T" else parse_duration(text)
-            reset_s = None if (reset_s or 0) > RESET_MAX_S else reset_s
+            reset_s = seconds_until(names[2], index, clock())
             allowances.append(Allowance(int(limit), min(int(remaining), int(limit)), reset_s))
         else:
             allowances.append(None)
     return allowances[0], allowances[1]
 
 
-_COUNT = re.compile(rb'"(total|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_COUNT = re.compile(rb'"(total|prompt|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
 
 
-def used_tokens(tail: bytes, cache_free: bool = False) -> tuple[int, int]:
-    """Return all tokens and the answer's tokens, by the last `usage` in `tail`, the end of an answer; 0, 0 without one.
+def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
+    """Return all tokens and the answer's tokens, by the last `usage` in an answer or in its end; 0, 0 without one.
 
     It searches, as the end of an answer is not JSON, and a whole answer may have megabytes. `cache_free`: tokens from
     the prompt cache do not count.
     """
-    at = tail.rfind(b'"usage"')
-    counts: dict[bytes, int] = {}
-    for name, number in _COUNT.findall(tail, at) if at >= 0 else ():
-        counts.setdefault(name, int(number))
+    start = max((usage.end() for usage in _USAGE.finditer(body)), default=len(body))
+    # Reversed, so that the first of equal names counts: later ones are details. No usage has more than 2,048 bytes.
+    counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + 2048))}
     answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
-    total = counts.get(b"total", 0) or counts.get(b"input", 0) + answer
+    total = counts.get(b"total", 0) or counts.get(b"prompt", 0) + counts.get(b"input", 0) + answer
     return total - (counts.get(b"cached", 0) if cache_free else 0), answer
 
 
@@ -4222,7 +4467,7 @@ class Ledger:
         A 429 about tokens leaves smaller requests alone. `under_way`: the request was sent before the last 429, so a
         whole burst that is refused doubles the backoff once.
         """
-        least, gate, until = need if verdict.by_tokens else 0.0, self.gate, 0.0
+        least, gate, until = need if verdict.by_tokens else 0.0, self.gate, now
         if verdict.after_s is not None:
             # "Now" (0, or a date in the past) may be a rounded time, but not again and again.
             if not (under_way and self.closed_for):
@@ -4322,6 +4567,10 @@ class Candidate:
     def well_at(self, now: float) -> float:
         """Return when the controller works again and has the model, as far as is known: 0 for now."""
         return max(self.upstream.gate.opens_at(now), self.gate.opens_at(now))
+
+    def is_out(self, now: float) -> bool:
+        """Return whether its health or a lack of credit keeps requests away, and not only a limit."""
+        return bool(self.well_at(now) or self.upstream.quota.gate.opens_at(now))
 
     def opens_at(self, need: float, now: float) -> float:
         """Return when a request may go here, as far as is known: 0 for now."""
@@ -4688,12 +4937,16 @@ class UpstreamPool:
 
     # -- choosing
 
-    def candidates(self, model: str) -> list[Candidate]:
-        """Return the candidates for `model`, "" for any model. Raise ProxyError (404) when there are none."""
+    def candidates(self, model: str, asked: str = "") -> list[Candidate]:
+        """Return the candidates for `model`, "" for any model. Raise ProxyError (404) when there are none.
+
+        The error names `asked`, if the client asked for the model by another name.
+        """
         serving = self._serving(model)
         if not serving:
             names = ", ".join(sorted({name for upstream in self.upstreams for name in upstream.config.models}))[:1000]
-            name = model if len(model) <= 64 else model[:63] + "…"
+            name = asked or model
+            name = name if len(name) <= 64 else name[:63] + "…"
             message = f"The model {name!r} is served by no controller here. Served: {names}."
             raise ProxyError(404, message, "model_not_found", param="model")
         return serving
@@ -4703,12 +4956,12 @@ class UpstreamPool:
 
         def find(name: str) -> list[Candidate]:
             able = [upstream for upstream in self.upstreams if not name or upstream.serves(name)]
-            named = [upstream for upstream in able if upstream.names(name)]
-            # An unknown list may have the model, unless the configuration names a controller for it.
-            unknown = () if named else (name,)
-            sure = [item for item in able if item in named or name in (unknown if item.listed is None else item.listed)]
+            sure = [item for item in able if item.names(name) or name in (item.listed or ())]
+            if not any(upstream.names(name) for upstream in sure):
+                # A list that is not known yet may have the model, and no controller is meant for it.
+                sure += [upstream for upstream in able if sure and upstream.listed is None]
             # Lists leave out previews and tuned models.
-            return [upstream.candidate(name) for upstream in (sure if name and sure else able)]
+            return [upstream.candidate(name) for upstream in able if not (name and sure) or upstream in sure]
 
         # Clients choose the names: long ones must not fill the memory.
         return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
@@ -4720,7 +4973,7 @@ class UpstreamPool:
 
     def candidates_for(self, request: ApiRequest, model: str) -> list[Candidate]:
         """Return the candidates that serve `model` and can take the request. Raise ProxyError (404)."""
-        candidates = self.candidates(model)
+        candidates = self.candidates(model, request.asked)
         if request.path == CHAT_PATH:
             return candidates
         if request.pinned:  # the object is there, whatever the lists say of its model
@@ -4784,7 +5037,7 @@ class UpstreamPool:
         its time is waited for, if there is time.
         """
         now = self.timers.time()
-        if not all(item.well_at(now) or item.upstream.quota.gate.opens_at(now) for item in candidates):
+        if not all(item.is_out(now) for item in candidates):
             return None
         left = [item for item in candidates if item.upstream not in tried and not item.room_at(request.need, now)]
         if not left or any(item.upstream.is_busy(now) and item.well_at(now) <= now + request.wait_s for item in left):
@@ -5073,11 +5326,21 @@ def describe_pool(pool: UpstreamPool, now: float) -> dict[str, Any]:
 
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head is sent, and can be replayed
 HOLD_S = 15.0  # the longest time for which the beginning of a stream is held back
-TAIL_BYTES = 4096  # the end of an answer that is kept: usage and late errors stand there
 OBJECTS_KNOWN = 10_000  # ids of objects whose controller is remembered; the oldest are forgotten
-ONE_LINE = bytes.maketrans(b"\r\n", b"  ")  # JSON text on several lines becomes one line
 JSON_TYPE = b"Content-Type: application/json\r\n"
 ABANDONED = Verdict(Outcome.GONE)  # the verdict of an attempt until another is known: its client left
+RATE_LIMITED = Verdict(Outcome.RATE, 429)
+# Streams that have a certain end, and whether it is that of the Responses API. Without it they were cut.
+ENDED_STREAMS = {CHAT_PATH: False, "/completions": False, "/responses": True}
+# What an operator should look at when an account refuses this server itself. Clients can do nothing about it.
+ACCOUNT_REFUSALS = {
+    Outcome.AUTH: "check its api_key",
+    Outcome.FORBIDDEN: "check the rights of its key, its organisation and its region",
+    Outcome.BARRED: "its key may not use such objects",
+    Outcome.QUOTA: "its credit or its spending limit is used up",
+}
+# The text in an answer or in its events: four characters count as a token where no usage is reported.
+_TEXT = re.compile(rb'"(?:content|reasoning_content|text|delta|arguments)"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(slots=True, repr=False)
@@ -5112,7 +5375,8 @@ class Attempt:
     """One request to one controller and what is known of the reply.
 
     `head` is None while there was no reply. `held` is what was read of the body, and all of it when `whole`. `at` is
-    the time at which the attempt was decided. `tokens_known`: the reply said how many tokens are left.
+    the time at which the attempt was decided. `readable`: the body is not compressed. `tokens_known`: the reply said
+    how many tokens are left. `adds_usage`: this server asked for the usage of the stream, and the client did not.
     """
 
     lease: Lease
@@ -5124,7 +5388,9 @@ class Attempt:
     at: float = 0.0
     whole: bool = False
     stream: bool = False
+    readable: bool = True
     tokens_known: bool = False
+    adds_usage: bool = False
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -5133,8 +5399,9 @@ class Trip:
 
     `tried` are the controllers asked in this round, without those that were only full. A wait in line begins a new
     round. `refusals` are the attempts that brought a reply. `failure` is the last error of an attempt without a reply,
-    `full` the last refusal by the line, `unfit` the error when no API can express the request. `has_fallbacks`: other
-    models may answer instead; `models` are those left. `hedge` is the second attempt beside a silent one and its task.
+    `full` the last refusal by the line; it is `merely_full` if a limit is the reason, and not health. `unfit` is the
+    error when no API can express the request. `has_fallbacks`: other models may answer instead; `models` are those
+    left. `hedge` is the second attempt beside a silent one and its task.
     """
 
     request: ApiRequest
@@ -5145,6 +5412,7 @@ class Trip:
     verdict: Verdict = ABANDONED  # of the last attempt
     failure: UpstreamError | None = None
     full: NoRoom | None = None
+    merely_full: bool = False
     unfit: ProxyError | None = None
     has_fallbacks: bool = False
     models: Iterator[str] | None = None
@@ -5180,9 +5448,9 @@ class Trip:
         if verdict.outcome is not Outcome.RATE:
             self.tried.add(controller)
         if verdict.outcome is Outcome.LARGE:  # only accounts that are known to take as many tokens are left
-            self.keep([one for one in self.candidates if one.ledger.largest() >= verdict.requested])
+            self.keep([item for item in self.candidates if item.ledger.largest() >= verdict.requested])
         elif verdict.outcome is Outcome.UNFIT:  # to wait for it would be no use either
-            self.keep([one for one in self.candidates if one.upstream is not controller])
+            self.keep([item for item in self.candidates if item.upstream is not controller])
 
     def keep(self, candidates: list[Candidate]) -> None:
         """Go on with these candidates only."""
@@ -5209,9 +5477,24 @@ def routing_headers(record: AccessRecord) -> bytes:
     return lines
 
 
-def is_compressed(head: ResponseHead) -> bool:
-    """Return whether a reply's body is compressed. The request asked for plain bytes."""
-    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
+def counts_tokens(lease: Lease, request: ApiRequest) -> bool:
+    """Return whether a configured limit counts the tokens of a request."""
+    return request.on_usage is not None or any(minute.by_tokens for minute in lease.ledger.minutes)
+
+
+def plain_text(body: bytes) -> str:
+    """Return the beginning of an error page's text, without markup."""
+    text = body[:HOLD_BYTES].decode("utf-8", "replace")
+    return " ".join(re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", text).split())[:300]
+
+
+def is_error_object(body: bytes) -> bool:
+    """Return whether a body is an error as OpenAI's API sends it, which all SDKs can read."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(parsed, dict) and isinstance(parsed.get("error"), dict)
 
 
 class Relay:
@@ -5219,6 +5502,8 @@ class Relay:
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
+        self.stopping = False  # the server cuts what is left
+        self.shows_account = True  # the client may see what an account said of itself
         # Object id -> name of the controller that made it. An id says nothing about its account.
         self.makers: dict[str, str] = {}
 
@@ -5310,7 +5595,10 @@ class Relay:
                 try:
                     lease = await self.pool.lease(request, trip.candidates, trip.tried) if trip.candidates else None
                 except NoRoom as full:
-                    trip.full = full
+                    # What was said of the model asked for counts, and not what was said of a fallback.
+                    if trip.models is None or not (trip.refusals or trip.failure):
+                        now, trip.full = self.loop.time(), full
+                        trip.merely_full = not all(candidate.is_out(now) for candidate in trip.candidates)
                 finally:
                     trip.record.waited_s += wait_s - request.wait_s
                 if lease is None:
@@ -5339,9 +5627,8 @@ class Relay:
             trip.unfit, attempt.verdict = error, Verdict(Outcome.UNFIT)
         except UpstreamError as error:
             trip.failure, attempt.verdict, attempt.head = error, judge_failure(error), None
-        except (
-            BaseException
-        ):  # the client left, another controller answered first, or there is a mistake in this program
+        except BaseException:
+            # The client left, another controller answered first, or there is a mistake in this program.
             self._settle(attempt, trip)
             raise
         finally:
@@ -5353,19 +5640,27 @@ class Relay:
     async def _exchange(self, attempt: Attempt, trip: Trip) -> None:
         """Send the request, and read as much of the reply as decides. Raise UpstreamError, Untranslatable, Hedged."""
         request, lease, others = trip.request, attempt.lease, trip.has_others()
-        exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent)
+        # The usage of a stream comes on demand only. Where a limit counts it, this server asks in the client's place.
+        asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
+        request.add_usage = False  # the last account may have been asked for it
+        attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
+        request.add_usage = attempt.adds_usage
+        exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
         if others:
             lease.stuck = functools.partial(self._hedge, trip, attempt)
         await exchange.start()
         attempt.head, attempt.at = exchange.head, self.loop.time()
+        # Some proxies compress although only identity was asked for.
+        coding = exchange.head.index.get(b"content-encoding", b"identity").strip().lower()
+        attempt.readable = coding in (b"identity", b"")
         requests, tokens = read_allowances(exchange.head.index, time.time)
         if requests is not None or tokens is not None:
             lease.learn(requests, tokens, attempt.at)
             attempt.tokens_known = tokens is not None
         kind = exchange.head.index.get(b"content-type", b"").lower()
         # Some servers name no type, or text/plain, for a stream. Collected as a whole it would arrive late.
-        untyped = request.stream and request.path == CHAT_PATH and b"json" not in kind
+        untyped = request.stream and request.path == CHAT_PATH and not (b"json" in kind or b"html" in kind)
         attempt.stream = exchange.head.status < 300 and (untyped or kind.startswith(b"text/event-stream"))
         if attempt.stream:
             attempt.verdict = await self._hold(attempt, exchange, request, others)
@@ -5379,7 +5674,13 @@ class Relay:
                 held += piece
                 attempt.whole = not piece
             attempt.held = bytes(held)
-            attempt.verdict = self._judge_whole(attempt, exchange, request, others)
+            attempt.verdict = self._judge_whole(attempt, exchange, request)
+            is_refused = attempt.verdict.outcome is Outcome.CLIENT and "stream_options" in attempt.verdict.message
+            if attempt.adds_usage and is_refused:
+                # The parameter is this server's, not the client's. The account does not get it any more.
+                lease.upstream.controller.reports_usage = attempt.whole = False
+                await self._exchange(attempt, trip)
+                return
         if attempt.verdict is not OK:
             self.pool.answered(lease, False, self.loop.time())
 
@@ -5387,26 +5688,29 @@ class Relay:
         """Read a stream up to its first real event, if there is another controller to ask; return the verdict.
 
         Upstreams that are about to fail often say 200 first: Azure sends a chunk with empty choices, OpenRouter and
-        DeepSeek send comments while the request waits, the Responses API three events before the first word.
+        DeepSeek send comments while the request waits, the Responses API three events before the first word. Raise
+        UpstreamTimeout when signs of life are all that comes within `first_byte`.
         """
-        assert attempt.head is not None
-        readable = not is_compressed(attempt.head)
-        others, stateful = others and readable, request.stateful and readable
-        splitter = EventSplitter()
+        others, stateful = others and attempt.readable, request.stateful and attempt.readable
+        splitter, begun = EventSplitter(), False
         try:
-            async with asyncio.timeout(None) as held:
+            async with asyncio.timeout_at(attempt.at + exchange.first_byte_s) as held:
                 while True:
                     piece = await exchange.read()
+                    attempt.lease.heard(self.loop.time())
                     attempt.held = attempt.held + piece if attempt.held else piece
                     for event in splitter.feed(piece or b"\n\n") if others else ():
                         kind = judge_event(event)
-                        if kind is not EventKind.PREFACE:
+                        if kind in (EventKind.REAL, EventKind.ERROR):
                             return OK if kind is EventKind.REAL else self._refused_in_200(attempt, event)
+                        if kind is EventKind.PREFACE and not begun:
+                            begun = True
+                            held.reschedule(self.loop.time() + HOLD_S)
                     if not piece:
                         attempt.whole = True
                         if attempt.held.lstrip()[:1] == b"{":  # no stream, whatever its type says
                             attempt.stream = False
-                            return self._judge_whole(attempt, exchange, request, others)
+                            return self._judge_whole(attempt, exchange, request)
                         if others or not attempt.held:
                             raise UpstreamClosed("the upstream ended its stream before the first event")
                         return OK
@@ -5414,42 +5718,34 @@ class Relay:
                     decided = not others and (not stateful or made_id(attempt.held) or _EVENT_END.search(attempt.held))
                     if decided or len(attempt.held) > HOLD_BYTES:
                         return OK
-                    if held.when() is None:  # the time before the first byte has its own limit
-                        held.reschedule(self.loop.time() + HOLD_S)
         except TimeoutError:
-            return OK
+            if begun or not others:
+                return OK
+            message = f"no event within {exchange.first_byte_s:g} s, only signs of life"
+            raise UpstreamTimeout(message, before_reply=True) from None
         finally:
             attempt.at = self.loop.time()
 
-    def _judge_whole(self, attempt: Attempt, exchange: Exchange, request: ApiRequest, others: bool) -> Verdict:
-        """Return the verdict of a reply that is no stream. Raise UpstreamClosed for an empty answer."""
+    def _judge_whole(self, attempt: Attempt, exchange: Exchange, request: ApiRequest) -> Verdict:
+        """Return the verdict on a reply that is no stream."""
         head, rate_codes = exchange.head, attempt.lease.upstream.controller.rate_codes
-        text = attempt.held.lstrip()  # DeepSeek sends blank lines while a request waits
-        event = b""
         if head.status < 300:
-            if others and attempt.whole and not text and request.path == CHAT_PATH:
-                raise UpstreamClosed("the upstream's answer is empty")
-            # An error in a 200 has the word as its first key. To parse every answer would double the cost of a request.
-            if text.find(b'"error"', 0, 24) >= 0:
-                event = b"data: " + attempt.held.translate(ONE_LINE)
-            if not event or judge_event(event) is not EventKind.ERROR:
-                return OK
+            is_known = attempt.whole and attempt.readable
+            verdict = judge_answer(attempt.held, request, rate_codes) if is_known else OK
+            if verdict is not OK:
+                exchange.finish()
+                attempt.head = ResponseHead(verdict.status, 1, head.index, JSON_TYPE)
+            return verdict
         if attempt.whole:
             exchange.finish()
-        if head.status < 300:
-            return self._refused_in_200(attempt, event)
-        if attempt.held and is_compressed(head):
-            message = f"The upstream sent a compressed error of status {head.status}, which this server does not read."
-            attempt.held = compact_json(error_object(message, "server_error", "upstream_bad_reply"))
-            lines = without(head.lines, (b"content-encoding", b"content-type")) + JSON_TYPE
-            attempt.head = ResponseHead(head.status, head.http_minor, head.index, lines)
+        attempt.held = attempt.held if attempt.readable else b""
         return judge_reply(head.status, head.index, attempt.held, request, rate_codes, time.time())
 
     def _refused_in_200(self, attempt: Attempt, event: bytes) -> Verdict:
-        """Return the verdict of an error that came with status 200; the attempt gets the status that fits it."""
+        """Return the verdict of an error event in an answer's place; the attempt gets the status that fits it."""
         assert attempt.head is not None
         verdict = judge_error_event(event, attempt.lease.upstream.controller.rate_codes)
-        attempt.held = event_fields(event)[1] if attempt.stream else attempt.held
+        attempt.held = event_fields(event)[1]
         attempt.head = ResponseHead(verdict.status, 1, attempt.head.index, JSON_TYPE)
         return verdict
 
@@ -5457,14 +5753,16 @@ class Relay:
         """End an attempt: the pool learns its verdict, and the access record gets it as `word` or by its outcome."""
         verdict, lease = attempt.verdict, attempt.lease
         ended_at = attempt.at if verdict is OK else self.loop.time()
-        trip.record.outcomes.append((lease.upstream.name, word or verdict.outcome.value, ended_at - lease.since))
+        word = word or ("stopped" if self.stopping and verdict is ABANDONED else verdict.outcome.value)
+        trip.record.outcomes.append((lease.upstream.name, word, ended_at - lease.since))
+        trip.request.was_sent |= lease.sent_at > 0
         self.pool.settle(lease, verdict)
 
     # -- hedges
 
     def _hedge(self, trip: Trip, silent: Attempt) -> bool:
         """Ask a second controller that has room now; return whether there is one. The first real answer wins."""
-        if trip.hedge is not None or any(not may_retry(one.verdict, trip.request) for one in trip.refusals):
+        if trip.hedge is not None or any(not may_retry(refusal.verdict, trip.request) for refusal in trip.refusals):
             return False
         self._drop_removed(trip)
         lease = self.pool.lease_at_once(trip.request, trip.candidates, trip.tried | {silent.lease.upstream})
@@ -5533,50 +5831,69 @@ class Relay:
     async def _rest(self, attempt: Attempt, exchange: Exchange, trip: Trip) -> AsyncGenerator[bytes, None]:
         """Yield what was held, then the rest of an answer as it comes. Settle the attempt at the end, or when closed.
 
-        Raise AnswerCut when the upstream breaks off.
+        Raise AnswerCut when the upstream breaks off, when its stream ends without its end, or when this server stops.
         """
-        request, stream, word = trip.request, attempt.stream, ""
-        tail = last = attempt.held
-        attempt.verdict, attempt.held = ABANDONED, b""
-        counts = "stream_options" in request.data or request.path == "/responses"
+        request, stream, word, text = trip.request, attempt.stream, "", 0
+        readable = stream and attempt.readable
+        end, counts_text = StreamEnd(ENDED_STREAMS.get(request.path, False)), counts_tokens(attempt.lease, request)
+        splitter = EventSplitter() if attempt.adds_usage and readable else None
+        data, attempt.verdict, attempt.held = attempt.held, ABANDONED, b""
         request.body, request.data = b"", {}  # not needed any more; a prompt may have megabytes
         try:
-            yield redactor.scrub(last) if stream and b'"error"' in last else last
-            while not attempt.whole:
-                data = await exchange.read()
-                if not data:
-                    break
-                last, tail = data, (tail + data)[-TAIL_BYTES:]
+            while True:
+                end.feed(data)
+                text += sum(map(len, _TEXT.findall(data))) if counts_text else 0
+                if splitter is not None:
+                    events = [event for event in splitter.feed(data) if not is_usage_event(event)]
+                    data = b"".join(events) + (splitter.pending if attempt.whole else b"")
                 yield redactor.scrub(data) if stream and data.find(b'"error"') >= 0 else data
-            exchange.finish()
-            attempt.verdict = OK
-            if counts:
-                self._take_usage(attempt, request, tail)
+                if attempt.whole:
+                    break
+                data = await exchange.read()
+                attempt.whole = not data
             # Some upstreams tell of a failure with status 200 and in their last event only (vLLM, OpenRouter).
-            late = (
-                [event for event in _EVENT_END.split(tail) if judge_event(event) is EventKind.ERROR] if stream else []
-            )
+            tells = readable and (b"error" in end.tail or b"failed" in end.tail)
+            events = _EVENT_END.split(end.tail) if tells else []
+            late = [event for event in events if judge_event(event) is EventKind.ERROR]
             if late:
-                word = "error"
-                attempt.verdict = judge_late_event(late[0], attempt.lease.upstream.controller.rate_codes)
-        except UpstreamError as error:
-            attempt.verdict, word = Verdict(Outcome.CUT, 0, str(error)), "cut"
-            log.warning("%s: answer of account %s cut: %s", request.request_id, attempt.lease.upstream.name, error)
-            event = error_event(f"The upstream's answer was cut: {error}.", error.code)
+                word, attempt.verdict = "error", judge_late_event(late[0], attempt.lease.upstream.controller.rate_codes)
+            elif readable and request.path in ENDED_STREAMS and not end.is_whole():
+                raise UpstreamClosed("the upstream ended its stream before the last event")
+            else:
+                attempt.verdict = OK
+            exchange.finish()
+        except (UpstreamError, asyncio.CancelledError) as error:
+            if isinstance(error, UpstreamError):
+                attempt.verdict, word = Verdict(Outcome.CUT, 0, str(error)), "cut"
+                log.warning("%s: answer of account %s cut: %s", request.request_id, attempt.lease.upstream.name, error)
+                event = error_event(f"The upstream's answer was cut: {error}.", error.code)
+            elif self.stopping:
+                event = error_event("This server is shutting down.", "server_shutdown")
+            else:
+                raise
             # go-openai adds what stands before an error to its line, and then cannot parse it.
-            begun = last and not last.endswith((b"\n\n", b"\r\r", b"\n\r\n"))
-            readable = stream and attempt.head is not None and not is_compressed(attempt.head)
+            begun = not end.tail.endswith((b"\n\n", b"\r\r", b"\n\r\n"))
             raise AnswerCut((b"\n\n" if begun else b"") + event if readable else b"") from error
         finally:
             exchange.abort()
+            self._take_usage(attempt, request, end.tail, text)
             self._settle(attempt, trip, word)
 
-    def _take_usage(self, attempt: Attempt, request: ApiRequest, tail: bytes) -> None:
-        """Count what an answer cost, where a limit counts tokens and the reply did not say what is left."""
+    def _take_usage(self, attempt: Attempt, request: ApiRequest, body: bytes, text: int | None = None) -> None:
+        """Count what an answer cost, where a limit counts tokens.
+
+        `body` is the answer or its end. Without usage in it, four characters of `text` count as a token.
+        """
         lease = attempt.lease
-        if lease.ledger.limited:
-            total, answer = used_tokens(tail[-TAIL_BYTES:], lease.upstream.controller.cache_free)
-            self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
+        if request.on_usage is None and not lease.ledger.limited:
+            return
+        total, answer = used_tokens(body, lease.upstream.controller.cache_free)
+        if not total:
+            text = sum(map(len, _TEXT.findall(body))) if text is None else text
+            total = request.prompt_tokens + text // 4
+        self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
+        if request.on_usage is not None:
+            request.on_usage(total)
 
     def _lines(self, attempt: Attempt, trip: Trip, retry: bytes = b"") -> bytes:
         """Return the header lines of an upstream's answer: those that may pass, then those of this server."""
@@ -5598,9 +5915,11 @@ class Relay:
         record, request = trip.record, trip.request
         # What was said of the model asked for counts more than what a fallback said; the last of equals is the truest.
         asked = trip.refusals[0].model if trip.refusals else ""
-        best = max(trip.refusals[::-1], key=lambda one: (one.model == asked, usefulness(one.verdict)), default=None)
+        best = max(trip.refusals[::-1], key=lambda item: (item.model == asked, usefulness(item.verdict)), default=None)
         limited = best is not None and best.verdict.outcome is Outcome.RATE
-        if trip.full is None and limited and request.model == asked:
+        if trip.merely_full and best is not None and usefulness(best.verdict) < usefulness(RATE_LIMITED):
+            best = None  # an account is merely full, so the troubles of others do not matter to the client
+        elif trip.full is None and limited and request.model == asked:
             # That 429 was waited out. What came then is the answer: the last refusal, or an error without a reply.
             best = trip.refusals[-1] if trip.verdict is trip.refusals[-1].verdict else None
         outcome = Outcome.RATE if best is None else best.verdict.outcome
@@ -5616,25 +5935,37 @@ class Relay:
         if best is not None:
             return self._show(best, trip, retry)
         if trip.full is not None:
-            message = f"Rate limit reached on every controller that serves {request.model[:64]}: {trip.full.why}."
+            model = (request.asked or request.model)[:64]
+            message = f"Rate limit reached on every controller that serves {model}: {trip.full.why}."
             raise ProxyError(429, message, "rate_limit_exceeded", headers=retry)
         raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
     def _show(self, attempt: Attempt, trip: Trip, retry: bytes) -> Answer:
         """Return an upstream's refusal as the answer, without secrets that it may repeat. Raise ProxyError."""
         assert attempt.head is not None
-        status = attempt.head.status
+        status, outcome = attempt.head.status, attempt.verdict.outcome
         trip.name(attempt)
+        name = trip.record.controller
         trip.record.first_at = self.loop.time()
         if 300 <= status < 400:  # a client that follows its Location would send a key there
-            raise ProxyError(502, "The upstream redirects; correct its base_url.", "upstream_redirects")
-        body = redactor.scrub(attempt.held)
-        if (
-            attempt.verdict.outcome is Outcome.AUTH and status == 401
-        ):  # the upstream's text shows parts of this server's key, and blames the client's
-            message = f"The upstream refused this server's key for the controller {trip.record.controller!r}."
-            body = compact_json(error_object(message, "invalid_request_error", "invalid_api_key"))
-        return Answer(status, self._lines(attempt, trip, retry), body, len(body))
+            raise ProxyError(502, f"The upstream of {name!r} redirects; correct its base_url.", "upstream_redirects")
+        if outcome in ACCOUNT_REFUSALS and not self.shows_account:
+            message = f"The account of controller {name!r} refused this server: {ACCOUNT_REFUSALS[outcome]}."
+            raise ProxyError(502, message, "upstream_account_refused", headers=retry)
+        body, lines = redactor.scrub(attempt.held), self._lines(attempt, trip, retry)
+        if (outcome is Outcome.AUTH and status == 401) or not is_error_object(body):
+            message, code = redactor.clean(attempt.verdict.message), None
+            if outcome is Outcome.AUTH:
+                # The upstream's text shows parts of this server's key, and blames the client.
+                message, code = (
+                    f"The upstream refused this server's key for the controller {name!r}.",
+                    "invalid_api_key",
+                )
+            message = message or plain_text(body) or f"The upstream sent status {status} without a reason."
+            kind = "invalid_request_error" if status < 500 else "server_error"
+            body = compact_json(error_object(message, kind, code))
+            lines = without(lines, (b"content-encoding", b"content-type")) + JSON_TYPE
+        return Answer(status, lines, body, len(body))
 
 
 # ==== 14. Server ====
@@ -5652,11 +5983,14 @@ SPOOL_BYTES = 1_048_576  # a larger upload waits in a temporary file
 BACKLOG = 4096  # connections that the kernel completes before they are accepted
 LINGER_S, LINGER_BYTES = 2.0, 1_048_576  # how long, and how much, a client may send after this side is closed
 FLUSH_FIRST_S, FLUSH_MAX_S = 0.01, 1.0  # between two looks at whether a closing connection has sent all
-MODELS_TTL_S = 300.0  # how long a controller's model list is cached
-MODELS_TIMEOUT_S = 10.0  # for asking a controller for its list, and between two tries
+MODELS_EVERY_S = 600.0  # between two questions to a controller for its list of models
+MODELS_TIMEOUT_S = 10.0  # for an answer, and before a question is repeated at first
+MODELS_WAIT_S = 2.0  # how long a client waits for the first lists after the start
 LIST_BYTES = 8_388_608  # one controller's model list
 ANSWER_EARLY_S = 2.0  # answer this long before the client's own read timeout
 SKIP_BYTES, SKIP_S = 65536, 1.0  # a body of a refused request is read to its end if it is this small and fast
+IDLE_GRACE_S = 1.0  # at a stop, for a request that crosses the end of its idle connection
+LAST_BYTES_S = 1.0  # at a stop, for an error event to reach its client
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
 
 DATE = b"Date: %b\r\n"  # RFC 9110, 6.6.1
@@ -5751,8 +6085,8 @@ def find_route(method: str, target: str, endpoints: tuple[str, ...]) -> tuple[st
 class Call:
     """One request as the handlers get it.
 
-    `key` is the client's key, and `origin` the web page that may read the answer. `charge` is what the limits of the
-    client key count for this request, until its answer has ended.
+    `key` is the client's key, and `origin` the web page that may read the answer. `charge` is what the limit of the
+    client key counts for this request. `request` is what the controllers get.
     """
 
     head: RequestHead
@@ -5764,6 +6098,7 @@ class Call:
     key: ClientKey | None = None
     body: bytes | mmap.mmap = b""
     charge: ClientCharge | None = None
+    request: ApiRequest | None = None
 
 
 def longest_wait(index: Index, most_s: float) -> float:
@@ -5801,9 +6136,7 @@ def read_input(request: ApiRequest, model: str) -> None:
     request.stream = data.get("stream") is True
     # Responses are stored by default (API reference, `store`): to send one twice may make two.
     request.stateful = request.path == "/responses" and data.get("store") is not False
-    request.prompt_tokens = (
-        count_text([data.get(name) for name in ("prompt", "input", "instructions", "messages")]) // 4
-    )
+    request.prompt_tokens = estimate_prompt(data)
     request.max_tokens = 1  # the answer is small, or is not counted in tokens
     if request.path in ("/completions", "/responses"):
         limit = data.get("max_output_tokens")
@@ -5983,30 +6316,32 @@ class ClientConnection:
     async def _serve_one(self) -> bool:
         """Read and answer one request; return whether another may follow."""
         self.phase, self.head_sent, self.http_minor = Phase.IDLE, False, 1
-        call, error = None, None
+        error: ProxyError | None = None
         try:
             head = await self._read_head()
-            if head is None:
-                return False
-            call = self._begin(head)
-            await self._read_call(call)
         except EOFError:  # the deadline's, while the client still reads its last answer
             return False
         except ProxyError as problem:
-            error = problem
-            self.keep = self.keep and not self.unread
-        if call is None:
-            call, self.unread, self.keep = self._begin(RequestHead("-", "-", 1, {}, b"")), True, False
-        self.deadline.set(math.inf)
-        self.phase = Phase.ANSWER
+            head, error, self.unread = RequestHead("-", "-", 1, {}, b""), problem, True
+        if head is None:
+            return False
+        call = self._begin(head)
         try:
+            try:
+                if error is None:
+                    await self._read_call(call)
+            except ProxyError as problem:
+                error = problem
+            self.keep = self.keep and not self.unread
+            self.deadline.set(math.inf)
+            self.phase = Phase.ANSWER
             await self._send(await self._answer(call, error), call)
         except (asyncio.CancelledError, ConnectionError, TimeoutError, ClientGone):
             call.record.status = call.record.status or 499  # nginx's status for a client that left
             raise
         finally:
             if call.charge is not None:
-                call.charge.leave(bool(call.record.outcomes), self.loop.time())
+                call.charge.leave(call.request is not None and call.request.was_sent, self.loop.time())
             self.server.access.add(call.record)
             self._release()
         if self.protocol.full:  # a client that never reads must not pile up answers
@@ -6062,7 +6397,7 @@ class ClientConnection:
         kind = index.get(b"content-type", b"")
         form = not is_json(kind) and b"multipart/" in kind.lower()
         decoder = request_body_decoder(head, limits.upload_bytes if form else limits.body_bytes)
-        if (b"connection" in index or not head.http_minor) and not head.keeps_alive:
+        if not keeps_alive(index, head.http_minor):
             self.keep = False
         if decoder is None:
             self.unread = False
@@ -6170,8 +6505,11 @@ class ClientConnection:
             return await handler(call)
         except (ProxyError, UpstreamError) as problem:
             return error_answer(problem, call.record)
-        except ClientGone:
-            raise
+        except asyncio.CancelledError:
+            if self.gone or not self.server.relay.stopping:
+                raise
+            error = ProxyError(503, "This server is shutting down; try again.", "server_shutdown")
+            return error_answer(error, call.record)
         except Exception:  # a mistake in this program costs one request; the log has the traceback
             log.exception("%s: internal error", call.record.request_id)
             self.keep = False
@@ -6184,6 +6522,7 @@ class ClientConnection:
         chunked = rest is not None and answer.length is None and self.http_minor > 0
         # A 204 has no length (RFC 9110, 8.6), a 304's is another answer's, and to HEAD the body's length is unknown.
         bodiless = answer.status in (204, 304) or (head_only and not answer.held)
+        self.keep = self.keep and not self.server.draining
         if chunked:
             framing = b"Transfer-Encoding: chunked\r\n"
         elif answer.length is not None:
@@ -6203,6 +6542,8 @@ class ClientConnection:
             if self.protocol.full:
                 await self._drain()
             async for data in rest:
+                if not data:  # an empty chunk would end the body
+                    continue
                 record.bytes += len(data)
                 self.batcher.write(self.transport, chunk(data) if chunked else data)
                 if self.protocol.full:
@@ -6278,19 +6619,62 @@ def ignore_write(now: float) -> None:
 class ModelLists:
     """The models that the controllers serve: those of the configuration, and the lists of open-ended controllers.
 
-    Each list is asked for at most every few minutes. While a controller fails, its last known list counts.
+    Where they help to choose among several controllers, the lists are asked for in the background, never in a client's
+    way; else at the first question for them. While a controller fails, its last list counts.
     """
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
-        self.cache: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # controller: valid until, its models
+        self.known: dict[str, list[dict[str, Any]]] = {}  # by controller
+        self.tasks: dict[str, asyncio.Task[None]] = {}  # the last question to each controller
+        self.timers: dict[str, asyncio.TimerHandle] = {}  # of the next
+
+    def follow(self) -> None:
+        """Ask the controllers of the current configuration, now and from time to time."""
+        self.close()
+        if len(self.pool.upstreams) > 1:
+            self._ask_all()
+
+    def close(self) -> None:
+        """Ask no more."""
+        for timer in self.timers.values():
+            timer.cancel()
+        for task in self.tasks.values():
+            task.cancel()
+        self.timers, self.tasks = {}, {}
+
+    def _ask_all(self) -> None:
+        """Ask each controller that has not been asked yet."""
+        for upstream in self.pool.upstreams:
+            if is_open_ended(upstream.config) and upstream.name not in self.tasks:
+                self._ask_again(upstream, 0.0)
+
+    def _ask_again(self, upstream: Upstream, failed_s: float) -> None:
+        self.tasks[upstream.name] = self.loop.create_task(self._ask(upstream, failed_s))
+
+    async def _ask(self, upstream: Upstream, failed_s: float) -> None:
+        """Ask one controller, and set the time of the next question. `failed_s`: the last backoff."""
+        name, again_s = upstream.name, MODELS_EVERY_S
+        try:
+            async with asyncio.timeout(MODELS_TIMEOUT_S):
+                self.known[name] = await self._fetch(upstream)
+            self.pool.learn_models(upstream, [model["id"] for model in self.known[name]])
+        except (UpstreamError, TimeoutError, Untranslatable) as error:
+            again_s = next_backoff(failed_s, (MODELS_TIMEOUT_S, MODELS_EVERY_S))
+            if not failed_s:
+                log.warning("account %s: its models cannot be listed: %s", name, str(error) or "no answer in time")
+        failed_s = again_s if again_s < MODELS_EVERY_S else 0.0
+        self.timers[name] = self.loop.call_later(again_s, self._ask_again, upstream, failed_s)
 
     async def all(self) -> list[dict[str, Any]]:
         """Return all models and aliases by name. A controller that fails only shortens the list."""
+        self._ask_all()
+        first = [task for name, task in self.tasks.items() if name not in self.known and not task.done()]
+        if first:  # this server has just been started
+            await asyncio.wait(first, timeout=MODELS_WAIT_S)
         models = {name: model_object(name) for name in self.pool.configured_models()}
-        asked = [upstream for upstream in self.pool.upstreams if is_open_ended(upstream.config)]
-        for upstream, listed in zip(asked, await asyncio.gather(*map(self._of, asked)), strict=True):
-            for model in listed:
+        for upstream in self.pool.upstreams:
+            for model in self.known.get(upstream.name, ()):
                 if upstream.serves(model["id"]):
                     models.setdefault(model["id"], model)
         for alias, name in self.pool.aliases.items():
@@ -6298,31 +6682,15 @@ class ModelLists:
                 models[alias] = {**model_object(alias), "root": name}  # as vLLM does
         return [models[name] for name in sorted(models)]
 
-    async def _of(self, upstream: Upstream) -> list[dict[str, Any]]:
-        """Return a controller's models, from the cache or by asking it."""
-        valid_until, models = self.cache.get(upstream.name, (0.0, []))
-        if self.loop.time() < valid_until:
-            return models
-        again_s = MODELS_TTL_S
-        try:
-            async with asyncio.timeout(MODELS_TIMEOUT_S):
-                models = await self._fetch(upstream)
-        except (UpstreamError, TimeoutError, Untranslatable) as error:
-            log.warning("account %s: its models cannot be listed: %s", upstream.name, str(error) or "no answer in time")
-            again_s = MODELS_TIMEOUT_S
-        self.cache[upstream.name] = (self.loop.time() + again_s, models)
-        return models
-
     async def _fetch(self, upstream: Upstream) -> list[dict[str, Any]]:
         """Return a controller's own list of models. Raise UpstreamError, Untranslatable."""
         request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
-        exchange = upstream.controller.exchange(request, self.connections, ignore_write)
+        exchange = upstream.controller.exchange(request, self.connections, ignore_write, True)
         try:
             await exchange.start()
             body = await read_all(exchange, LIST_BYTES)
-            exchange.finish()
         finally:
-            exchange.abort()
+            exchange.abort()  # a connection that is kept for requests has served a request
         try:
             if exchange.head.status == 200:
                 listed = [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
@@ -6385,9 +6753,9 @@ class Server:
     by name. Tests pass another `dial`.
     """
 
-    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop, dial: Dial = dial) -> None:
+    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
         self.loop, self.batcher, self.config = loop, WriteBatcher(loop), config
-        self.links = ConnectionPool(self.batcher, dial)
+        self.links = ConnectionPool(self.batcher)
         self.connections: set[ClientConnection] = set()
         self.per_peer: Counter[str] = Counter()
         self.held_bytes = 0  # of request bodies under way
@@ -6422,7 +6790,9 @@ class Server:
         # could spend the keys of a server on loopback. No page has a client key.
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
-        self.models.cache.clear()
+        self.relay.shows_account = len(config.controllers) == 1 and not config.client_keys
+        if self.listener is not None:
+            self.models.follow()
 
     def next_id(self) -> str:
         """Return a request id that no other request has."""
@@ -6435,6 +6805,9 @@ class Server:
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
+        for listener in self.listener.sockets:  # connections inherit it
+            watch_path(listener, self.config.limits.write_timeout)
+        self.models.follow()
         return [listener.getsockname()[:2] for listener in self.listener.sockets]
 
     def _protocol(self) -> TimedProtocol:
@@ -6466,22 +6839,38 @@ class Server:
             self.connections.discard(client)
             self.per_peer -= Counter((client.peer,))
 
-    async def stop(self) -> None:
-        """Drain: /status says so for drain_delay, the listener closes, answers may finish within drain_timeout."""
+    async def drain(self) -> None:
+        """Let what is under way finish: /status says so for drain_delay, the listener closes, answers may still end.
+
+        Answers say from the beginning on that their connection closes. An idle one is closed after a grace, as its
+        client may have sent a request that is on its way.
+        """
         self.draining = True
-        if self.config.drain_delay:  # load balancers ask /status; until they know, new requests still come
-            await asyncio.sleep(self.config.drain_delay)
+        await asyncio.sleep(self.config.drain_delay)  # load balancers ask /status; until they know, new requests come
         self.stopping = True
         if self.listener is not None:
             self.listener.close()
+        tasks = [connection.task for connection in self.connections]
+        if tasks and self.config.drain_delay < IDLE_GRACE_S:
+            await asyncio.wait(tasks, timeout=IDLE_GRACE_S)
         for connection in list(self.connections):
             connection.retire()
-        tasks = [connection.task for connection in self.connections]
         if tasks:
             await asyncio.wait(tasks, timeout=self.config.drain_timeout)
+
+    async def close(self) -> None:
+        """Cut what is left, and close everything. Streams end with an error event."""
+        self.draining = self.stopping = self.relay.stopping = True
+        if self.listener is not None:
+            self.listener.close()
+        # The second time for clients that do not take their last bytes.
+        for _ in range(2):
+            tasks = [connection.task for connection in self.connections]
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            if tasks:
+                await asyncio.wait(tasks, timeout=LAST_BYTES_S)
+        self.models.close()
         self.pool.close()
         self.links.close()
         self.access.flush()
@@ -6640,11 +7029,14 @@ class Server:
             if quota is not None:
                 self.pool.estimate(request)
                 try:
-                    call.charge = quota.enter(request.need, self.loop.time())
+                    charge = call.charge = quota.enter(request.need, self.loop.time())
                 except NoRoom as full:
                     message = f"The client key {request.key!r} {full.why} on this gateway."
                     fields = retry_fields(full.after_s)
                     raise ProxyError(429, message, "rate_limit_exceeded", headers=fields) from None
+                call.request = request
+                if quota.limits.tpm:
+                    request.on_usage = lambda total: charge.used(total, self.loop.time())
         return await self.relay.run(request, call.record)
 
     async def _list_models(self, call: Call) -> Answer:
@@ -6760,17 +7152,19 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS))
     server = Server(config, loop)
     stop = asyncio.Event()
+    drain: list[asyncio.Task[None]] = []
 
     def on_stop() -> None:
-        if stop.is_set():
+        if drain:
             log.warning("second signal: closing now")
-            leave(1)
+            drain[0].cancel()
         stop.set()
 
-    # Before the listener: a supervisor may signal as soon as it can connect.
+    # Before the listener: a supervisor may signal as soon as it can connect. What came earlier is handled now.
     loop.add_signal_handler(signal.SIGINT, on_stop)
     loop.add_signal_handler(signal.SIGTERM, on_stop)
     loop.add_signal_handler(signal.SIGHUP, reload_config, server, load)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     raise_open_files()
     try:
         addresses = await server.start()
@@ -6786,9 +7180,11 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     await stop.wait()
     open_count, wait_s = len(server.connections), server.config.drain_delay + server.config.drain_timeout
     log.info("stopping: %d connections open; waiting up to %g s, a second signal ends it now", open_count, wait_s)
-    await server.stop()
+    drain.append(loop.create_task(server.drain()))
+    await asyncio.wait(drain)
+    await server.close()
     log.info("stopped")
-    leave(0)
+    leave(1 if drain[0].cancelled() else 0)
 
 
 def tell(text: str, status: int = 0) -> int:

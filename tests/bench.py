@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measure what a request, a stream and an event cost, beside other gateways: python3 tests/bench.py
 
-Upstream, gateways and load run in processes of their own on loopback. The cost of a gateway is the CPU time that Linux
-counts for it and its children. Beside this server there are a relay of asyncio streams without any feature, nginx if it
-is installed, and on request LiteLLM and Portkey's gateway. All answer the same load in turn, in rounds of alternating
-order. A figure is the median of the rounds; the ratio to nginx is taken within each round.
+Upstream, gateways and load are processes on loopback. A gateway costs the CPU time that Linux counts for it and its
+children. All gateways answer the same load in turn, in rounds of alternating order: this server, a relay of asyncio
+streams without any feature, nginx if it is installed, and on request LiteLLM and Portkey's gateway. A figure is the
+median of the rounds; the ratio to nginx is taken within each round.
 """
 
 import argparse
@@ -83,10 +83,9 @@ WHOLE = (
 )
 SDK_LINES = [
     *("Accept: application/json", "User-Agent: OpenAI/Python 3.57.0", "X-Stainless-Lang: python", "X-Stainless-OS: Linux"),
-    *("X-Stainless-Package-Version: 3.57.0", "X-Stainless-Arch: x64", "X-Stainless-Runtime: CPython"),
+    *("X-Stainless-Package-Version: 3.57.0", "X-Stainless-Arch: x64", "X-Stainless-Runtime: CPython", "Connection: keep-alive"),
     *("X-Stainless-Runtime-Version: 3.12.1", "X-Stainless-Async: false", "x-stainless-retry-count: 0"),
     *("x-stainless-read-timeout: 600", "Authorization: Bearer sk-bench", "Accept-Encoding: gzip, deflate"),
-    "Connection: keep-alive",
 ]
 OPENAI_HEAD = "\r\n".join([
     *("HTTP/1.1 200 OK", "Date: Fri, 27 Nov 2026 08:15:%02d GMT", "Content-Type: application/json", "Content-Length: %d"),
@@ -187,15 +186,12 @@ class Load:
             requests.append(f"{head}Content-Length: {len(body)}\n\n".replace("\n", "\r\n").encode() + body.encode())
         self.requests = itertools.cycle(requests)
         self.times: list[float] = []
-        self.gaps: list[float] = []
         self.errors: Counter[str] = Counter()
 
     async def run(self) -> dict[str, Any]:
-        """Run all clients; return how many answers were good, the errors, and times in milliseconds."""
-        await asyncio.gather(*(self.client(number) for number in range(self.clients)))
-        p50, gaps = statistics.median(self.times or [0.0]), sorted(self.gaps) or [0.0]
-        p99 = gaps[len(gaps) * 99 // 100]
-        return {"done": len(self.times), "errors": self.errors, "p50_ms": 1e3 * p50, "p99_ms": 1e3 * p99}
+        """Run all clients; return how many answers were good, the errors, and the median time."""
+        await asyncio.gather(*map(self.client, range(self.clients)))
+        return {"done": len(self.times), "errors": self.errors, "p50_ms": 1e3 * statistics.median(self.times or [0.0])}
 
     async def client(self, number: int) -> None:
         """Send at least one request, and more until the time is over."""
@@ -217,24 +213,19 @@ class Load:
         since = time.monotonic()
         writer.write(next(self.requests))
         head = await reader.readuntil(b"\r\n\r\n")
-        length = content_length(head)
-        body = await (self.chunks(reader) if length is None else reader.readexactly(length))
+        body, length = b"", content_length(head)
+        if length is not None:
+            body = await reader.readexactly(length)
+        while length is None and (size := int(await reader.readuntil(b"\r\n"), 16)):
+            body += (await reader.readexactly(size + 2))[:-2]
+        if length is None:
+            await reader.readuntil(b"\r\n")
         if not head.startswith(b"HTTP/1.1 200"):
             self.errors[head[9:12].decode("latin-1")] += 1
         elif self.gap_ms is not None and (b"[DONE]" not in body or body.count(b"data: ") <= EVENTS):
             self.errors["events missing"] += 1
         else:
             self.times.append(time.monotonic() - since)
-
-    async def chunks(self, reader: asyncio.StreamReader) -> bytes:
-        """Read a chunked body; note the time between its chunks, which are events where these are paced."""
-        pieces, times = [], []
-        while size := int(await reader.readuntil(b"\r\n"), 16):
-            pieces.append((await reader.readexactly(size + 2))[:-2])
-            times.append(time.monotonic())
-        await reader.readuntil(b"\r\n")
-        self.gaps += [after - before for before, after in itertools.pairwise(times)]
-        return b"".join(pieces)
 
 
 # ---- processes and gateways
@@ -249,13 +240,11 @@ class Processes:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler)
 
-    def start(self, command: list[str], env: Mapping[str, str] | None = None, out: int | None = None) -> subprocess.Popen[bytes]:
+    def start(self, command: list[str], env: Mapping[str, str] = {}, out: int | None = None) -> subprocess.Popen[bytes]:
         """Start a command in a process group of its own, so that it can be stopped with all its children."""
-        own = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONDONTWRITEBYTECODE": ""}
-        environment = {**os.environ, **own, **(env or {})}
-        process = subprocess.Popen(
-            command, env=environment, process_group=0, stdin=subprocess.DEVNULL, stdout=out or self.log, stderr=self.log
-        )
+        env = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONDONTWRITEBYTECODE": "", **env}
+        null, log = subprocess.DEVNULL, self.log
+        process = subprocess.Popen(command, env=env, process_group=0, stdin=null, stdout=out or log, stderr=log)
         self.running.append(process)
         return process
 
@@ -324,11 +313,9 @@ def nginx(url: str, folder: Path) -> Gateway:
     (folder / "nginx.conf").write_text(f"""
 worker_processes 1; worker_rlimit_nofile 8192; daemon off; pid {folder}/pid; error_log {folder}/log;
 events {{ worker_connections 8192; }}
-http {{
-    access_log off; {paths} client_body_buffer_size 1m; {endless}
+http {{ access_log off; {paths} client_body_buffer_size 1m; {endless}
     upstream up {{ server {address}; keepalive 1024; {endless} }}
-    server {{ listen 127.0.0.1:{port} backlog=2048; location / {{ {proxy} }} }}
-}}
+    server {{ listen 127.0.0.1:{port} backlog=2048; location / {{ {proxy} }} }} }}
 """)
     return Gateway(NGINX, port, ["nginx", "-c", f"{folder}/nginx.conf"])
 
@@ -438,53 +425,48 @@ class Bench:
         case, port = CASES[name], free_port()
         self.open(Gateway("upstream", port, [sys.executable, __file__, "upstream", str(port), "tls" * case.tls]))
         gateways = self.gateways(f"http{'s' * case.tls}://127.0.0.1:{port}", 10 if case.sdk else 2)
-        pids = {one.name: self.open(one) for one in gateways}
-        kb = {one.name: middle([self.warm(case, one, pids[one.name])]) for one in gateways}
+        pids = {gateway.name: self.open(gateway) for gateway in gateways}
+        kb = {gateway.name: middle([self.warm(case, gateway, pids[gateway.name])]) for gateway in gateways}
         rounds = []
         for number in range(self.args.rounds):
             order = gateways[::-1] if number % 2 else gateways
-            rounds.append({one.name: self.measure(case, one, pids[one.name]) for one in order})
+            rounds.append({gateway.name: self.measure(case, gateway, pids[gateway.name]) for gateway in order})
 
         def cells(key: str) -> dict[str, str]:
-            return {one: middle(results[one][key] for results in rounds) for one in pids}
+            return {gateway: middle(results[gateway][key] for results in rounds) for gateway in pids}
 
-        def ratio(one: str, base: str) -> str:
-            return middle(results[one]["cost"] / results[base]["cost"] for results in rounds if base in results)
+        def ratio(gateway: str, base: str) -> str:
+            return middle(results[gateway]["cost"] / results[base]["cost"] for results in rounds if base in results)
 
         costs = cells("cost")
-        for one in costs:
-            errors = sum((Counter(results[one]["errors"]) for results in rounds), Counter[str]())
-            costs[one] += f" ({ratio(one, NGINX)})" if NGINX in pids else ""
-            costs[one] += f" {errors.total()} ERRORS: {', '.join(errors)}" if errors else ""
+        for gateway in costs:
+            errors = sum((Counter(results[gateway]["errors"]) for results in rounds), Counter[str]())
+            costs[gateway] += f" ({ratio(gateway, NGINX)})" if NGINX in pids else ""
+            costs[gateway] += f" {errors.total()} ERRORS: {', '.join(errors)}" if errors else ""
         self.row(name, "CPU us / " + case.unit, costs, ratio(THIS, RAW))
         if case.clients == 1:
             self.row(name, "p50 ms", cells("p50_ms"))
         if case.gap_ms:
-            self.row(name, f"p99 of {case.gap_ms} ms gaps", cells("p99_ms"))
             self.row(name, "kB / open stream", kb)
-
-    def idle(self, gateway: Gateway, case: str) -> float:
-        """Start and stop a gateway; return the milliseconds until it listened, or the MB that it has without load."""
-        since = time.monotonic()
-        pid = self.open(gateway)
-        result = 1e3 * (time.monotonic() - since)
-        if case == "memory":
-            time.sleep(1)
-            result = rss_kb(pid) / 1000
-        self.processes.stop()
-        return result
 
     def run_idle(self, name: str) -> None:
         """Start and stop each gateway in turn; LiteLLM and Portkey's, which take many seconds, only once."""
         url, what = "http://127.0.0.1:9", "MB idle" if name == "memory" else "ms until it listens"
         results: dict[str, list[float]] = {}
-        self.idle(self.gateways(url)[0], name)  # writes the bytecode
+        self.open(self.gateways(url)[0])  # writes the bytecode
+        self.processes.stop()
         for number in range(1 if name == "memory" else STARTS):
             script = this_server("file", url, self.folder, [self.args.python, str(ROOT / "chatgpt_apiserver.py")])
-            for one in [script, *self.gateways(url)]:
-                if number == 0 or one.name not in SHARE:
-                    results.setdefault(one.name, []).append(self.idle(one, name))
-        cells = {one: middle(values) for one, values in results.items()}
+            for gateway in [script, *self.gateways(url)]:
+                if number and gateway.name in SHARE:
+                    continue
+                since = time.monotonic()
+                pid = self.open(gateway)
+                took_s = time.monotonic() - since
+                time.sleep(name == "memory")
+                results.setdefault(gateway.name, []).append(rss_kb(pid) / 1000 if name == "memory" else 1e3 * took_s)
+                self.processes.stop()
+        cells = {gateway: middle(values) for gateway, values in results.items()}
         self.row(name, what + ", -m", cells)
         self.row(name, what + ", file", {THIS: cells["file"]})
 
@@ -519,9 +501,8 @@ def main() -> None:
     elif role == ["load"]:
         print(json.dumps(asyncio.run(Load(*json.loads(rest[0])).run())))
     else:
-        args = options()
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(args, Path(folder))
+            bench = Bench(options(), Path(folder))
             try:
                 bench.run()
             finally:

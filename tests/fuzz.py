@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """A seeded mutator over the wire corpus: python3 tests/fuzz.py [--seconds S] [--seed N] [--target NAME] [--case N]
 
-Whatever the input, the outcome is a value or the documented error, soon, and the same wherever the input is cut.
-Every case follows from its target, the seed and its number. A failing input is printed as a repr, with the command that
-makes it again.
+Whatever the input, the outcome is a value or the documented error, soon, and the same wherever the input is cut. Every
+case follows from its target, the seed and its number; what fails is printed with the command that makes it again.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,8 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import chatgpt_apiserver as app
+from tests import wirefeed as wire
 from tests.support import Message, Peer, Running, Upstream, controller, reply, request, sse_reply
-from tests.wirefeed import (
-    FOLLOW,
-    Stage,
-    corpus,
-    cut,
-    cut_at,
-    each_request,
-    message,
-    pooled,
-    read_answers,
-    read_reply,
-    split_answers,
-    talk,
-)
 
 HANG_S = 5.0  # real time one case may take
 SMALL, TINY = 3000, 500  # inputs below the first are worth mutating, below the second worth cutting at every byte
@@ -84,29 +70,18 @@ class Broken(Exception):
     """A property does not hold, or a case took too long."""
 
 
-def mutate(data: bytes, chooser: random.Random, others: list[bytes] | tuple[bytes, ...]) -> bytes:
+def mutate(data: bytes, chooser: random.Random, others: Sequence[bytes]) -> bytes:
     """Change `data` in a few places."""
     for _ in range(chooser.choice((1, 1, 1, 2, 2, 3, 5, 8))):
         start = chooser.randrange(len(data) + 1)
         end = min(len(data), start + chooser.choice((0, 0, 1, 1, 2, 4, 16, 64)))
-        kind = chooser.randrange(9)
-        if kind == 0:
-            middle = b""
-        elif kind == 1:
-            middle = data[start:end] * 2
-        elif kind == 2:
-            middle = bytes([chooser.randrange(256)])
-        elif kind == 3:
-            middle = data[start:end].swapcase()
-        elif kind == 4:
-            other = chooser.choice(others)
-            at = chooser.randrange(len(other) + 1)
-            middle = other[at : at + chooser.choice((1, 8, 40, 400))]
-        elif kind == 5:
-            middle = chooser.choice(data.splitlines(keepends=True) or [b""])
-            start = end = data.find(middle)
-        else:
-            middle = chooser.choice(PIECES)
+        other, line = chooser.choice(others), chooser.choice(data.splitlines(keepends=True) or [b""])
+        at = chooser.randrange(len(other) + 1)
+        taken = other[at : at + chooser.choice((1, 8, 40, 400))]
+        changed = [b"", data[start:end] * 2, bytes([chooser.randrange(256)]), data[start:end].swapcase(), taken, line]
+        middle = chooser.choice([*changed, *chooser.choices(PIECES, k=3)])
+        if middle is line:
+            start = end = data.find(line)
         data = data[:start] + middle + data[end:]
     return data[: 2 * SMALL]
 
@@ -114,10 +89,10 @@ def mutate(data: bytes, chooser: random.Random, others: list[bytes] | tuple[byte
 def cuts(data: bytes, chooser: random.Random) -> Iterator[list[bytes]]:
     """Yield `data` cut in some ways."""
     if len(data) < TINY:
-        yield cut(data, "byte")
-    yield cut(data, "line")
+        yield wire.cut(data, "byte")
+    yield wire.cut(data, "line")
     for _ in range(2):
-        yield cut_at(data, [chooser.randrange(len(data) + 1) for _ in range(chooser.randint(1, 5))])
+        yield wire.cut_at(data, [chooser.randrange(len(data) + 1) for _ in range(chooser.randint(1, 5))])
 
 
 def compare(whole: Any, pieces: list[bytes], result: Any) -> None:
@@ -129,7 +104,7 @@ def compare(whole: Any, pieces: list[bytes], result: Any) -> None:
 class Target:
     """One thing to fuzz: `make` returns an input, `check` raises if it is not handled as it should be."""
 
-    seeds: list[bytes]
+    seeds: Sequence[bytes]
 
     def make(self, chooser: random.Random) -> Any:
         """Return an input."""
@@ -148,21 +123,20 @@ class Target:
         """Release resources."""
 
 
-def small(*folders: str) -> list[bytes]:
+def small(*folders: str) -> tuple[bytes, ...]:
     """Return the short messages of the corpus."""
-    return [data for folder in folders for data in map(message, corpus(folder)) if len(data) < SMALL]
+    return tuple(data for folder in folders for data in map(wire.message, wire.corpus(folder)) if len(data) < SMALL)
 
 
 class Requests(Target):
     """The pure request parser and the decoders of request bodies."""
 
-    def __init__(self) -> None:
-        self.seeds = [data + FOLLOW for data in small("valid", "invalid")]
+    seeds = tuple(data + wire.FOLLOW for data in small("valid", "invalid"))
 
     def judge(self, pieces: Iterable[bytes]) -> tuple[list[Any], int]:
         requests: list[Any] = []
         try:
-            requests += each_request(pieces, LIMIT)
+            requests += wire.each_request(pieces, LIMIT)
         except app.BadMessage as error:
             return requests, error.status
         except (OverflowError, ValueError) as error:
@@ -173,12 +147,11 @@ class Requests(Target):
 class Replies(Target):
     """The pure reply parser and the decoders of reply bodies."""
 
-    def __init__(self) -> None:
-        self.seeds = small("replies/valid", "replies/invalid", "replies/cut")
+    seeds = small("replies/valid", "replies/invalid", "replies/cut")
 
     def judge(self, pieces: Iterable[bytes]) -> Any:
         try:
-            return read_reply(pieces)[:2]
+            return wire.read_reply(pieces)[:2]
         except app.UpstreamError as error:
             return type(error).__name__
         except ValueError:
@@ -187,13 +160,12 @@ class Replies(Target):
 
 def reference_chunked(data: bytes) -> tuple[bytes, bytes] | None:
     """Decode a whole chunked body slowly by the letter of RFC 9112, 7.1: return body and rest, or None."""
-    digits, body = b"0123456789abcdefABCDEF", b""
+    body, digits = b"", b"0123456789abcdefABCDEF"
+    text, token = rb"[\t\x20-\x7e\x80-\xff]*", rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
     while True:
         line, crlf, data = data.partition(b"\r\n")
         number = line[: len(line) - len(line.lstrip(digits))]
-        extension = line[len(number) :].lstrip(b" \t")
-        fits = not line[len(number) :] or extension.startswith(b";")
-        if not crlf or not number or not fits or any((byte < 32 and byte != 9) or byte == 127 for byte in line):
+        if not crlf or not number or not re.fullmatch(rb"([ \t]*;" + text + rb")?", line[len(number) :]):
             return None
         size = int(number, 16)
         if not size:
@@ -203,9 +175,7 @@ def reference_chunked(data: bytes) -> tuple[bytes, bytes] | None:
         body, data = body + data[:size], data[size + 2 :]
     while not data.startswith(b"\r\n"):
         line, crlf, data = data.partition(b"\r\n")
-        name, colon, value = line.partition(b":")
-        token = name and all(33 <= byte < 127 and byte not in b'"(),/:;<=>?@[\\]{}' for byte in name)
-        if not crlf or not colon or not token or any((byte < 32 and byte != 9) or byte == 127 for byte in value):
+        if not crlf or not re.fullmatch(token + b":" + text, line):
             return None
     return body, data[2:]
 
@@ -213,8 +183,7 @@ def reference_chunked(data: bytes) -> tuple[bytes, bytes] | None:
 class Chunked(Target):
     """The chunked decoder, also against a slow one that shares nothing with it."""
 
-    def __init__(self) -> None:
-        self.seeds = list(BODIES)
+    seeds = BODIES
 
     def judge(self, pieces: Iterable[bytes]) -> tuple[Any, ...]:
         decoder, body, rest = app.ChunkedDecoder(LIMIT), b"", b""
@@ -244,8 +213,7 @@ class Chunked(Target):
 class Forms(Target):
     """The form parser: Python's reader of e-mail must find the same parts in an accepted form."""
 
-    def __init__(self) -> None:
-        self.seeds = list(FORMS)
+    seeds = FORMS
 
     def check(self, value: Any, chooser: random.Random) -> None:
         try:
@@ -262,8 +230,7 @@ class Forms(Target):
 class Events(Target):
     """The event splitter, and the kind of an event."""
 
-    def __init__(self) -> None:
-        self.seeds = list(CHATS)
+    seeds = CHATS
 
     def judge(self, pieces: Iterable[bytes]) -> tuple[list[bytes], bytes]:
         splitter, events = app.EventSplitter(), []
@@ -283,12 +250,12 @@ class Events(Target):
 
 KEY = "sk-fuzz-secret-0123456789"
 CONFIG: dict[str, Any] = {
-    "port": "8080",
-    "pool": {"type": "balanced", "max_wait": 30, "max_queue": 1000, "rescue_after": "auto"},
+    "port": "8080", "endpoints": ["inference"], "cors": {"allow_origins": ["https://app.example"]}, "allowed_hosts": ["api.example"],
+    "pool": {"type": "balanced", "max_wait": 30, "max_queue": 1000, "rescue_after": "auto"}, "log": {"format": "text", "level": "info"},
     "controllers": [
         {
-            "type": "openai", "name": "team-a", "weight": 5, "models": ["gpt-4.1*"], "model_map": {"fast": "gpt-4.1-mini"},
-            "limits": {"rpm": 500, "tpm": 200000, "concurrency": 64, "burst_s": 60}, "quota_group": "org-1",
+            "type": "openai", "name": "team-a", "weight": 5, "models": ["gpt-4.1*"], "model_map": {"fast": "gpt-4.1-mini"}, "quota_group": "org-1",
+            "limits": {"rpm": 500, "tpm": 200000, "concurrency": 64, "burst_s": 60},
             "timeouts": {"connect": 10, "first_byte": 120, "idle": 300, "total": 0},
             "config": {
                 "api_key": "$FUZZ_KEY", "base_url": "https://api.openai.com/v1", "organization": "org", "project": "p",
@@ -298,12 +265,8 @@ CONFIG: dict[str, Any] = {
         {"type": "echo", "name": "e", "models": ["echo"], "config": {"delay": 0.03}},
     ],
     "client_keys": [{"name": "alice", "key": "alice-key-1234567", "models": ["*"], "limits": {"rpm": 60}}],
-    "endpoints": ["inference"],
-    "cors": {"allow_origins": ["https://app.example"]},
-    "allowed_hosts": ["api.example"],
     "limits": {"body_bytes": 33554432, "header_bytes": 65536, "connections": 10000, "header_timeout": 20},
-    "log": {"format": "text", "level": "info"},
-}
+}  # fmt: skip
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 0.5, 1e308, -0.0, math.inf, -math.inf, math.nan, 10**30, -(10**400), "", "0", "-1", "auto", "nan", "1e999",
     " ", "\x00", "a\r\nX: 1", "\ud800", "\u2028", "é", "x" * 5000, "$", "$FUZZ_KEY", "${FUZZ_KEY}", "$NOT_SET", "${", "file:", "file:\x00",
@@ -360,8 +323,8 @@ class Live(Target):
     """A server on a real socket: whole and cut, the same requests are answered and the same are refused."""
 
     def __init__(self) -> None:
-        self.seeds = [data + FOLLOW for data in small("valid", "invalid")]
-        self.stage = Stage()
+        self.seeds = Requests.seeds
+        self.stage = wire.Stage()
         self.stage.__enter__()
 
     def close(self) -> None:
@@ -371,7 +334,7 @@ class Live(Target):
         """Return the requests that were answered, and "refused" if the last one was."""
         received, lines = self.stage.ask(list(pieces), leave=True)
         asked = [line.split()[2:5] for line in lines.splitlines()]
-        answers = read_answers(received, [method for method, _, _ in asked])
+        answers = wire.read_answers(received, [method for method, _, _ in asked])
         refused = bool(answers) and answers[-1][0] >= 400 and "request_id" not in answers[-1][1] and asked[-1][0] == "-"
         return [" ".join(words) for words in asked[: len(asked) - refused]] + ["refused"] * refused
 
@@ -396,7 +359,7 @@ PRIVATE = {
     *("cookie", "te", "upgrade", "proxy-authorization", "x-forwarded-for", "forwarded", "expect", "transfer-encoding"),
     *("openai-organization", "api-key", "trailer", "keep-alive", "proxy-connection"),
 }
-OK = reply(200, b'{"id":"own"}')
+OK = reply(200, b'{"id":"own","choices":[{}]}')
 
 
 def good_chat(stream: bool) -> bytes:
@@ -428,11 +391,11 @@ class Behind(Target):
             async with upstream:
                 account = controller("a", upstream.url, timeouts={"first_byte": 2, "idle": 2})
                 async with Running(account, pool={"max_wait": 0.05}, allowed_hosts=["*"]) as server:
-                    answers = [await talk(server.port, [raw], leave) for raw in requests]
+                    answers = [await wire.talk(server.port, [raw], leave) for raw in requests]
                     while server.server.connections:
                         await asyncio.sleep(0)
-                    if pooled(server)[1]:
-                        raise Broken(f"{pooled(server)}")
+                    if wire.pooled(server)[1]:
+                        raise Broken(f"{wire.pooled(server)}")
                     return answers
 
         upstream = Upstream(script)
@@ -452,11 +415,11 @@ class Forwarding(Behind):
         if chooser.random() < 0.3:
             framing = b"Transfer-Encoding: chunked\r\n\r\n" + app.chunk(body) + b"0\r\nX-T: 1\r\n\r\n"
         query = chooser.choice((b"", b"", b"?a=b", b"?a=%0d%0aX:%201", b"?a=\"<>", b"?\\"))
-        return b"POST /v1/chat/completions%b HTTP/1.1\r\nHost: localhost\r\n" % query + head + framing + FOLLOW
+        return b"POST /v1/chat/completions%b HTTP/1.1\r\nHost: localhost\r\n" % query + head + framing + wire.FOLLOW
 
     def check(self, value: Any, chooser: random.Random) -> None:
         (received,), seen = self.talk([value], [OK], leave=True)
-        answers, rest = split_answers(received)
+        answers, rest = wire.split_answers(received)
         if rest or len(seen) != sum(status == 200 for status, _, _ in answers):
             raise Broken(f"{len(seen)} requests went upstream for {answers!r}, then {rest!r}")
         for sent in seen:
@@ -473,17 +436,16 @@ class Upstreams(Behind):
 
     def __init__(self) -> None:
         super().__init__()
-        streams = [sse_reply(chat[:40], chat[40:]) for chat in CHATS]
-        self.seeds = small("replies/valid", "replies/invalid", "replies/cut") + 20 * streams
+        self.seeds = Replies.seeds + 20 * tuple(sse_reply(chat[:40], chat[40:]) for chat in CHATS)
 
     def check(self, value: Any, chooser: random.Random) -> None:
         requests = [good_chat(chooser.random() < 0.5), good_chat(False)]
         (received, following), _ = self.talk(requests, [value, OK], leave=False)
-        answers, rest = split_answers(received)
+        answers, rest = wire.split_answers(received)
         if len(answers) != 1 and not (rest.startswith(b"HTTP/1.1 2") and not answers):
             raise Broken(f"not one answer: {received!r}")
-        status, _, body = read_answers(following)[0]
-        if (status == 200 and body != b'{"id":"own"}') or (status != 200 and "error" not in json.loads(body)):
+        status, _, body = wire.read_answers(following)[0]
+        if (status == 200 and body != OK.partition(b"\r\n\r\n")[2]) or (status != 200 and "error" not in json.loads(body)):
             raise Broken(f"the next client got {following!r}")
 
 
@@ -493,25 +455,6 @@ TARGETS: dict[str, Callable[[], Target]] = {
 }
 
 
-@contextlib.contextmanager
-def alarm() -> Iterator[None]:
-    """Make a case that hangs fail, where the system can."""
-
-    def ring(*_: object) -> None:
-        raise Broken(f"more than {HANG_S:g} s")
-
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, HANG_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def chooser_of(name: str, seed: int, number: int) -> random.Random:
     """Return the source of all choices of one case."""
     return random.Random(f"{name}:{seed}:{number}")
@@ -519,14 +462,21 @@ def chooser_of(name: str, seed: int, number: int) -> random.Random:
 
 def run(name: str, seed: int, cases: Iterable[int], until: float = math.inf) -> Iterator[str]:
     """Run cases of a target until a time; yield a report for each that fails."""
+
+    def ring(*_: object) -> None:
+        raise Broken(f"more than {HANG_S:g} s")
+
+    signal.signal(signal.SIGALRM, ring)
     with contextlib.closing(TARGETS[name]()) as target:
         for number in cases:
             chooser = chooser_of(name, seed, number)
             value = target.make(chooser)
             try:
-                with alarm():
-                    target.check(value, chooser)
+                signal.setitimer(signal.ITIMER_REAL, HANG_S)
+                target.check(value, chooser)
+                signal.setitimer(signal.ITIMER_REAL, 0)
             except Exception:
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 replay = f"python3 tests/fuzz.py --target {name} --seed {seed} --case {number}"
                 yield f"{name}\n{traceback.format_exc()}\n{value!r}\nreplay: {replay}\n"
             if time.monotonic() > until:

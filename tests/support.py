@@ -118,6 +118,9 @@ def event(text: str) -> bytes:
     return b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % text.encode()
 
 
+DONE = b"data: [DONE]\n\n"
+
+
 def sse_reply(*events: bytes) -> bytes:
     """Return a whole stream, each event in a chunk of its own."""
     return SSE_HEAD + b"".join(map(app.chunk, events)) + b"0\r\n\r\n"
@@ -187,6 +190,7 @@ class Upstream:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # an aborted transport closes its socket in the next turn
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -243,7 +247,9 @@ def controller(name: str, url: str, **more: Any) -> dict[str, Any]:
 
 
 class Running:
-    """The server under test on a free port."""
+    """The server under test on a free port. It asks its upstreams for their models only where `lists_models` is true."""
+
+    lists_models = False
 
     def __init__(self, *controllers: dict[str, Any], **more: Any) -> None:
         data = {"port": 0, "controllers": list(controllers) or app.demo_controllers(), **more}
@@ -254,11 +260,13 @@ class Running:
         self.lines: list[str] = []
         self.server.access.write = self.lines.append
         app.redactor.watch(app.secrets_of(self.config))
+        if not self.lists_models:
+            self.server.models.follow = self.server.models.close  # type: ignore[method-assign]
         self.port = (await self.server.start())[0][1]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.server.stop()
+        await self.server.close()
 
     async def open(self) -> "Client":
         """Open a raw connection to the server."""
@@ -271,7 +279,9 @@ class Running:
             await client.post(model, *headers, **more)
             return await client.read()
 
-    async def ask(self, method: str, target: str, data: Any = b"", *lines: str, kind: str = "application/json") -> Message:
+    async def ask(
+        self, method: str, target: str, data: Any = b"", *lines: str, kind: str = "application/json"
+    ) -> Message:
         """Send any request on a connection of its own; `data` is sent as JSON unless it is bytes."""
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
         client = await self.open()
@@ -291,6 +301,12 @@ class Running:
         """Return the access lines written so far, each of them with its line end."""
         self.server.access.flush()
         return "".join(self.lines).splitlines(keepends=True)
+
+
+class Listing(Running):
+    """A server that asks its upstreams for their models."""
+
+    lists_models = True
 
 
 class Client(End):

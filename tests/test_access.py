@@ -9,30 +9,11 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    ANSWER,
-    MESSAGES,
-    Message,
-    Peer,
-    Running,
-    Upstream,
-    answers,
-    controller,
-    error_reply,
-    json_reply,
-    request,
-)
+from .support import ANSWER, MESSAGES, Message, Peer, Running, Upstream, answers, controller, error_reply, json_reply, pause, request, until
 
 KEY, OTHER_KEY = "alice-key-123456", "bobs-key-1234567"
 HASH = "sha256:" + hashlib.sha256(KEY.encode()).hexdigest()
 OK = json_reply(200, ANSWER)
-
-
-async def pause(seconds: float) -> None:
-    """Let time pass on the loop's virtual clock."""
-    over = asyncio.get_running_loop().create_future()
-    asyncio.get_running_loop().call_later(seconds, over.set_result, None)
-    await over
 
 
 @pytest.mark.parametrize("stored", [KEY, HASH, "$ALICE"])
@@ -54,20 +35,20 @@ async def test_a_client_key(stored: str) -> None:
             assert (await server.post("echo", *lines)).status == 401, lines
 
 
-async def test_the_status_is_open_and_its_details_are_not() -> None:
-    """With client keys /status is open, and verbose=1 needs a key."""
-    async with Running(client_keys=[{"key": KEY}]) as server:
-        client = await server.open()
+async def test_what_needs_a_key() -> None:
+    """With client keys /status is open; its details and the API need a key, and a key with models lists no files."""
+    message = "Your key may not use calls that name no model; it may use: gpt-*."
+    async with Running(client_keys=[{"key": KEY, "models": ["gpt-*"]}], endpoints=["objects"]) as server:
         for target, line, status in (
             ("/status", "X: 1", 200),
             ("/status?verbose=1", "X: 1", 401),
             ("/status?a=b&verbose=1", "api-key: x", 401),
             ("/status?verbose=1", "api-key: " + KEY, 200),
             ("/v1/models", "X: 1", 401),
+            ("/v1/files", "api-key: " + KEY, 403),
         ):
-            await client.send(request(b"", line, target=target, method="GET"))
-            assert (await client.read()).status == status, target
-        client.close()
+            answer = await server.ask("GET", target, b"", line)
+            assert answer.status == status and (status != 403 or answer.json()["error"]["message"] == message), target
 
 
 async def test_the_models_of_a_key() -> None:
@@ -79,32 +60,20 @@ async def test_the_models_of_a_key() -> None:
             assert answer.status == status, model
         assert answer.json()["error"]["code"] == "model_not_allowed"
         assert (await server.post("gpt-4", "api-key: " + OTHER_KEY)).status == 200
-        client = await server.open()
         for twice in (b'"model":"echo","model":"o3"', b'"model":"echo","Model":"o3"', b'"model":"o3","\\u006dodel":"echo"', b'"MODEL":"o3","model":"echo"'):
             upstream.seen.clear()
-            await client.send(request(b'{%b,"messages":[{"role":"user","content":"x"}]}' % twice, "api-key: " + KEY))
-            assert (await client.read()).status in (200, 400, 403), twice
+            body = b'{%b,"messages":[{"role":"user","content":"x"}]}' % twice
+            assert (await server.ask("POST", "/v1/chat/completions", body, "api-key: " + KEY)).status in (200, 400, 403), twice
             assert all("o3" not in message.body.decode() for message in upstream.seen), twice
-        client.close()
-
-
-async def test_a_key_with_models_may_not_list_files() -> None:
-    """Calls about objects name no model, so such a key may not make them; the error says so."""
-    async with Running(client_keys=[{"key": KEY, "models": ["gpt-*"]}], endpoints=["objects"]) as server:
-        client = await server.open()
-        await client.send(request(b"", "api-key: " + KEY, target="/v1/files", method="GET"))
-        answer = await client.read()
-        assert answer.status == 403
-        assert answer.json()["error"]["message"] == "Your key may not use calls that name no model; it may use: gpt-*."
-        client.close()
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("limits", [{"rpm": 3}, {"tpm": 600}, {"rpm": 6, "burst_s": 30}])
 async def test_rate_limits_of_a_key(limits: dict[str, float]) -> None:
-    """One request too many gets 429 with the exact time after which the next one is accepted."""
+    """One request too many gets 429 with the exact time after which the next one is accepted. Usage is what counts."""
     keys = [{"key": KEY, "limits": limits}, {"key": OTHER_KEY, "limits": limits}]
-    async with Upstream(answers(OK)) as upstream, Running(controller("a", upstream.url), client_keys=keys) as server:
+    used = json_reply(200, {**ANSWER, "usage": {"total_tokens": 200}})
+    async with Upstream(answers(used)) as upstream, Running(controller("a", upstream.url), client_keys=keys) as server:
 
         async def ask(key: str = KEY) -> Message:
             return await server.post("m", "api-key: " + key, max_tokens=199)
@@ -142,15 +111,13 @@ async def test_the_concurrency_of_a_key() -> None:
             clients = [await server.open() for _ in range(2)]
             for client in clients:
                 await client.post("m", "api-key: " + KEY)
-            while len(upstream.seen) < 2:
-                await asyncio.sleep(0)
+            await until(lambda: len(upstream.seen) == 2)
             answer = await server.post("m", "api-key: " + KEY)
             assert (answer.status, answer.headers["retry-after"]) == (429, "1")
             if leaves:
                 for client in clients:
                     client.reset()
-                while upstream.open_connections:
-                    await asyncio.sleep(0)
+                await until(lambda: not upstream.open_connections)
             have_left.set()
         answering.set()
         assert [(await client.read()).status for client in clients] == [200, 200]
@@ -162,25 +129,20 @@ async def test_the_concurrency_of_a_key() -> None:
 # ---- doors
 
 
-@pytest.mark.parametrize(
-    ("framing", "status"),
-    [
-        ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
-        ("Content-Length: 1, 2", 400),
-        ("Content-Length: 99999999999", 413),
-        ("Transfer-Encoding: gzip, chunked", 501),
-        ("Expect: magic\r\nContent-Length: 5", 417),
-        ("Host: localhost", 400),
-        ("Bad Field: 1", 400),
-        ("Content-Length: 0", 403),
-    ],
-)
-async def test_framing_is_judged_before_the_doors(framing: str, status: int) -> None:
+@pytest.mark.parametrize("line", ["Host: evil.example", "Host: localhost\r\nOrigin: https://evil.example", "Host: localhost\r\nOrigin: null"])
+async def test_framing_is_judged_before_the_doors(line: str) -> None:
     """A message that breaks HTTP is refused as such, before its Host and Origin are judged."""
     async with Running() as server:
-        for line in ("Host: evil.example", "Host: localhost\r\nOrigin: https://evil.example", "Host: localhost\r\nOrigin: null"):
+        for framing, status in (
+            ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
+            ("Content-Length: 99999999999", 413),
+            ("Transfer-Encoding: gzip, chunked", 501),
+            ("Expect: magic\r\nContent-Length: 5", 417),
+            ("Host: localhost", 400),
+            ("Content-Length: 0", 403),
+        ):
             client = await server.open()
-            await client.send((f"POST /v1/chat/completions HTTP/1.1\r\n{line}\r\n{framing}\r\n\r\n").encode())
+            await client.send(f"POST /v1/chat/completions HTTP/1.1\r\n{line}\r\n{framing}\r\n\r\n".encode())
             assert (await client.read()).status == status
             client.close()
 
@@ -217,9 +179,9 @@ async def test_what_is_not_forwarded() -> None:
         async with Running(controller("a", upstream.url), client_keys=[{"key": KEY}]) as server:
             answer = await server.post("m", *stopped, "X-Kept: 1")
             assert answer.status == 200
-            names = {"host", "accept-encoding", "authorization", "content-type", "content-length", "x-kept"}
-            assert set(upstream.seen[0].headers) == names
-            assert upstream.seen[0].headers["authorization"] == "Bearer sk-secret-a-key" and upstream.seen[0].headers["accept-encoding"] == "identity"
+            sent = upstream.seen[0].headers
+            assert set(sent) == {"host", "accept-encoding", "authorization", "content-type", "content-length", "x-kept"}
+            assert (sent["authorization"], sent["accept-encoding"]) == ("Bearer sk-secret-a-key", "identity")
             ours = {"x-apiserver-controller", "x-apiserver-attempts", "x-apiserver-wait-ms", "x-apiserver-request-id", "x-request-id"}
             assert set(answer.headers) == {"content-type", "content-length", "x-kept"} | ours
 
@@ -244,22 +206,20 @@ async def test_replies_without_a_body(status: int) -> None:
 # ---- pipelining, Expect, early ends
 
 
-@pytest.mark.parametrize("first", ["good", "refused", "HEAD"])
-async def test_a_pipelined_body_is_never_a_request(first: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "target", "status"), [("POST", "/v1/chat/completions", 400), ("POST", "/v1/nothing", 404), ("HEAD", "/v1/models", 200)]
+)
+@pytest.mark.parametrize("lines", [[], ["Expect: 100-continue"]])
+async def test_a_pipelined_body_is_never_a_request(method: str, target: str, status: int, lines: list[str]) -> None:
     """However a request is answered, the bytes of its body are never read as the next request."""
     inner = request(b"", target="/v1/smuggled", method="GET")
-    head = {"good": ("POST", "/v1/chat/completions"), "refused": ("POST", "/v1/nothing"), "HEAD": ("HEAD", "/v1/models")}[first]
     async with Running() as server:
-        for lines in ([], ["Expect: 100-continue"]):
-            client = await server.open()
-            raw = request(inner, *lines, method=head[0], target=head[1])
-            await client.send(raw + request(b"", target="/status", method="GET"))
-            answer = await client.read(head_only=first == "HEAD")
-            assert answer.status == {"good": 400, "refused": 404, "HEAD": 200}[first]
-            assert (await client.read()).json() == {"status": "ok"}
-            client.close()
-        server.server.access.flush()
-        assert "smuggled" not in "".join(server.lines)
+        client = await server.open()
+        await client.send(request(inner, *lines, method=method, target=target) + request(b"", target="/status", method="GET"))
+        assert (await client.read(head_only=method == "HEAD")).status == status
+        assert (await client.read()).json() == {"status": "ok"}
+        client.close()
+        assert "smuggled" not in "".join(server.access_lines())
 
 
 # ---- nothing is injected
@@ -279,34 +239,25 @@ PLACES = {  # in a controller's configuration
 }
 
 
-def with_nasty(place: str, text: str, url: str) -> dict[str, Any]:
-    """Return a configuration with `text` at one place."""
-    made = PLACES[place](text)
-    account = {"api_key": "sk-1", "base_url": url, **made.pop("config", {})}
-    if place == "base_url":
-        account["base_url"] = url + "/" + text
-    elif place == "proxy":
-        account["proxy"] = url.replace("//", f"//u:{text}@").removesuffix("/v1")
-    key = {"name": text if place == "key name" else "k", "key": KEY}
-    return {"port": 0, "controllers": [{"type": "openai", "config": account, **made}], "client_keys": [key]}
-
-
 @pytest.mark.parametrize("text", NASTY)
 @pytest.mark.parametrize("place", PLACES)
 async def test_nothing_is_injected_by_the_configuration(place: str, text: str) -> None:
     """A value is refused at the start in one line, or it stays one value: no head and no log gets a line more."""
     async with Upstream(answers(OK)) as upstream:
-        running = Running()
+        made = {"base_url": {"config": {"base_url": f"{upstream.url}/{text}"}}, "key name": {}}.get(place) or PLACES[place](text)
+        account = {"api_key": "sk-1", "base_url": upstream.url, **made.pop("config", {})}
+        if place == "proxy":
+            account["proxy"] = upstream.url.replace("//", f"//u:{text}@").removesuffix("/v1")
+        keys = [{"name": text if place == "key name" else "k", "key": KEY}]
         try:
-            running.config = app.parse_config(with_nasty(place, text, upstream.url), "test", {})
+            running = Running({"type": "openai", "config": account, **made}, client_keys=keys)
         except app.ConfigError as refused:
             assert "\n" not in str(refused) and "\r" not in str(refused)
             return
         assert text.isprintable()
         async with running as server:
             answer = await server.post("m", "api-key: " + KEY)
-            server.server.access.flush()
-    assert answer.status == 200 and len(upstream.seen) == 1 and len("".join(server.lines).splitlines()) == 1
+            assert answer.status == 200 and len(upstream.seen) == 1 and len(server.access_lines()) == 1
     for message in (answer, upstream.seen[0]):
         assert "x-injected" not in message.headers and json.loads(message.body)
         assert all(app.parse_line(f"{name}: {value}".encode(), is_reply=True) for name, value in message.fields)
@@ -328,8 +279,7 @@ async def test_nothing_is_injected_by_a_request(text: str) -> None:
         for message in upstream.seen:
             app.parse_request_head(message.start.encode() + b"\r\nHost: h\r\n\r\n")
             assert "x-injected" not in message.headers
-        server.server.access.flush()
-        assert all(line.count("\n") == 1 and line.isascii() for line in "".join(server.lines).splitlines(keepends=True))
+        assert all(line.count("\n") == 1 and line.isascii() for line in server.access_lines())
 
 
 async def test_a_reload_with_another_host() -> None:
@@ -340,7 +290,7 @@ async def test_a_reload_with_another_host() -> None:
             other = {"127.0.0.1": "0.0.0.0", "0.0.0.0": "127.0.0.1"}[host]
             server.server.reconfigure(app.parse_config({**data, "host": other, "pool": {"type": "random"}}, "test", {}))
             client = await server.open()
-            await client.send(request(b"", target="/status", method="GET").replace(b"Host: localhost", b"Host: some.example"))
+            await client.send(b"GET /status HTTP/1.1\r\nHost: some.example\r\n\r\n")
             assert (await client.read()).status == status
             client.close()
             assert server.server.config.host == host and server.server.config.pool.type == "random"

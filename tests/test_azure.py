@@ -61,13 +61,6 @@ async def test_each_deployment_has_its_ledger() -> None:
             assert (requests["limit"], requests["per_s"], tokens["limit"]) == (120, 2, 20_000) and requests["left"] < 119
 
 
-async def test_unknown_limits_close_nothing() -> None:
-    """Limits of -1 and 0, which Azure sends where it does not know, are no limits."""
-    async with Upstream(answers(json_reply(200, ANSWER, *rate_fields((0, -1, 0), (-1, -1, -1))))) as one:
-        async with Running(azure("a", one)) as server:
-            assert [(await server.post()).status for _ in range(3)] == [200] * 3
-
-
 async def test_azures_errors() -> None:
     """A missing deployment, a 429 and the gateway's 401 move the request on; a filtered prompt is the client's answer."""
     missing = error_reply(404, "DeploymentNotFound", "The API deployment does not exist.")

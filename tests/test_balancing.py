@@ -175,7 +175,7 @@ def test_serves() -> None:
         ("quick", "a a a"),  # in the model_map of a
         ("gpt", "ac ac c"),  # nothing names it, so an unknown list may have it
         ("both", "b bc bc"),  # named by b, listed by c
-        ("preview", "ac a ac"),  # in no list: then what lists no preview may have it
+        ("preview", "ac ac ac"),  # in no list, as lists leave out previews
         ("", "abc abc abc"),
     ],
 )

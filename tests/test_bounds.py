@@ -78,7 +78,7 @@ async def end_of_all(server: Running, most_s: float) -> float:
 )
 async def test_a_reader_that_stops_in_a_whole_answer(size: int, more: bytes, limits: Any, least_s: float) -> None:
     """A client that does not read its answer is dropped after write_timeout; its controller is free long before."""
-    async with Upstream(answers(json_reply(200, {"pad": "x" * size}))) as one:
+    async with Upstream(answers(json_reply(200, {**ANSWER, "pad": "x" * size}))) as one:
         async with Running(controller("a", one.url), limits=limits) as server:
             client = await open_stalled(server)
             await client.post("m", *([more.decode()] if b":" in more else []))
@@ -116,13 +116,13 @@ async def test_a_reader_that_stops_in_a_stream_is_dropped() -> None:
 @pytest.mark.parametrize(("after_s", "stop"), [(5, False), (1, True), (5, True)])
 async def test_a_slow_reader_gets_the_end_of_its_answer(after_s: int, stop: bool) -> None:
     """A connection that is about to close, by the idle timeout, at a stop or by both, first sends what is left."""
-    answer = json_reply(200, {"pad": "x" * 40_000})
+    answer = json_reply(200, {**ANSWER, "pad": "x" * 40_000})
     async with Upstream(answers(answer)) as one:
         async with Running(controller("a", one.url), limits={"write_timeout": 30, "idle_timeout": 2}) as server:
             client = await open_stalled(server)
             await client.post("m")
             await pause(after_s)
-            stopping = asyncio.ensure_future(server.server.stop()) if stop else None
+            stopping = asyncio.ensure_future(server.server.drain()) if stop else None
             await pause(1)
             client.writer.transport.resume_reading()  # type: ignore[attr-defined]
             assert (await client.read()).body == answer.partition(b"\r\n\r\n")[2]
@@ -136,7 +136,7 @@ async def test_a_slow_reader_gets_the_end_of_its_answer(after_s: int, stop: bool
 @pytest.mark.parametrize("stream", [False, True])
 async def test_pipelining_without_reading_is_bounded(stream: bool) -> None:
     """A client that sends request after request and never reads is answered no further, and dropped."""
-    reply = sse_reply(event("x" * 30_000)) if stream else json_reply(200, {"pad": "x" * 30_000})
+    reply = sse_reply(event("x" * 30_000)) if stream else json_reply(200, {**ANSWER, "pad": "x" * 30_000})
     async with Upstream(answers(reply)) as one, Running(controller("a", one.url), limits=STALLED) as server:
         client = await open_stalled(server)
         for _ in range(200):
@@ -233,7 +233,7 @@ async def test_the_depth_of_json(body: str, opening: str, closing: str) -> None:
     """A body that is nested too deep for the decoder gets 400, wherever it is deep; a less deep one passes."""
     target = "/v1/embeddings" if "input" in body else "/v1/chat/completions"
     keys = [{**KEYS[0], "models": ["*"]}]
-    async with Upstream(answers(json_reply(200, {"choices": []}))) as one:
+    async with Upstream(answers(json_reply(200, ANSWER))) as one:
         async with Running(controller("a", one.url, model_map={"m": "n"}), client_keys=keys) as server:
             for count, status in ((20, 200), (100_000, 400)):
                 data = (body % (opening * count + "1" + closing * count)).encode()
@@ -282,7 +282,7 @@ async def test_all_bodies_together() -> None:
 
     async def script(peer: Peer, _: Message) -> None:
         await until(lambda: len(one.seen) == 2)
-        await peer.send(json_reply(200, {}))
+        await peer.send(json_reply(200, ANSWER))
 
     async with Upstream(script) as one, Running(controller("a", one.url), limits={"bodies_bytes": 1_000_000}) as server:
         clients = [await server.open() for _ in range(4)]

@@ -197,6 +197,42 @@ def test_edited_parameters(account: dict[str, Any], body: dict[str, Any], sent: 
     assert json.loads(body_for(json.dumps(body).encode(), account, model_map={"fast": "slow"}, path=path)) == sent
 
 
+ASKED = b'"stream_options":{"include_usage":true}'
+
+
+@pytest.mark.parametrize(
+    ("account", "body", "sent"),
+    [
+        ({}, b' {"model": "m", "s":"}"}\n', b' {"model": "m", "s":"}",%b}' % ASKED),
+        ({}, b'{"model":"fast"}', b'{"model":"slow",%b}' % ASKED),
+        ({"drop_params": ["user"]}, b'{"a":1,"user":"u"}', b'{"a":1,%b}' % ASKED),
+        ({}, b'{"stream_options":null}', b"{%b}" % ASKED),
+        ({}, b'{"stream_options":{"x":1,"include_usage":false}}', b'{"stream_options":{"x":1,"include_usage":true}}'),
+        ({}, b'{"stream_options":"x"}', b'{"stream_options":"x"}'),
+        ({"drop_params": ["stream_options"]}, b'{"a": 1}', b'{"a": 1}'),
+        ({"base_url": AZURE, "api_version": "2024-08-01-preview"}, b'{"a": 1}', b'{"a": 1}'),
+        ({"base_url": AZURE}, b'{"a": 1}', b'{"a": 1,%b}' % ASKED),
+    ],
+)
+def test_asking_for_usage(account: dict[str, Any], body: bytes, sent: bytes) -> None:
+    """Where a limit counts tokens, a stream is asked for its usage, unless the account refuses that; other bytes stay."""
+    kind = "azure" if "base_url" in account else "openai"
+    made, data = controller(account, type=kind, model_map={"fast": "slow"}), json.loads(body)
+    asked = request(data, body=body, model=data.get("model", "m"), stream=True, add_usage=True)
+    assert split(made, asked)[1] == sent and made.reports_usage == (data == {"stream_options": "x"} or sent != body)
+
+
+async def test_an_account_that_refuses_to_report_usage() -> None:
+    """The client never sees that refusal: the request is sent without the parameter, now and from then on."""
+    detail = {"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_options"], "msg": "Extra inputs"}]}
+    good = support.sse_reply(support.event("hi"), b"data: [DONE]\n\n")
+    async with Upstream(answers(json_reply(422, detail), good, good)) as one:
+        async with Running(support.controller("a", one.url, limits={"tpm": 100_000})) as server:
+            for _ in range(2):
+                assert b"hi" in (await server.post(stream=True)).body
+        assert ["stream_options" in seen.json() for seen in one.seen] == [True, False, False]
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_another_model_in_a_form(mapped: bool) -> None:
     """The model of a fallback, or the name it is mapped to, replaces the model in a form, in memory or in a mapped file."""

@@ -2,26 +2,15 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    ANSWER,
-    SSE_HEAD,
-    Message,
-    Peer,
-    Running,
-    Upstream,
-    answers,
-    controller,
-    error_reply,
-    json_reply,
-    request,
-    sse_reply,
-)
+from .support import ANSWER, SSE_HEAD, Listing, Message, Peer, Running, Script, Upstream, answers, controller, error_reply, json_reply, request, sse_reply
 from .wirefeed import turns
 
 LISTED = {"object": "list", "data": []}
@@ -31,6 +20,16 @@ FORM = (
     b'--xx\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\nContent-Type: audio/mpeg\r\n\r\n\x00\xff\r\n'
     b'--xx\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--xx--\r\n'
 )
+
+
+@asynccontextmanager
+async def serving(*replies: bytes | Script, **more: Any) -> AsyncIterator[tuple[Any, ...]]:
+    """Run a server with the controllers a, b ..., which answer with these replies; yield it and their upstreams."""
+    async with AsyncExitStack() as stack:
+        scripts = [answers(reply) if isinstance(reply, bytes) else reply for reply in replies]
+        ups = [await stack.enter_async_context(Upstream(script)) for script in scripts]
+        controllers = [controller(name, up.url) for name, up in zip("ab", ups, strict=False)]
+        yield await stack.enter_async_context(Running(*controllers, **more)), *ups
 
 
 async def names(server: Running, method: str, path: str, data: Any = b"", count: int = 3) -> list[str]:
@@ -50,10 +49,7 @@ async def names(server: Running, method: str, path: str, data: Any = b"", count:
         ("/v1/completions", {"model": "c", "prompt": "x", "max_tokens": 5}),
         ("/v1/moderations", {"input": "x"}),
         ("/v1/images/generations", {"prompt": "a cat"}),
-        (
-            "/v1/responses",
-            {"model": "r", "input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]},
-        ),
+        ("/v1/responses", {"model": "r", "input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]}),
         ("/v1/audio/speech", {"model": "t", "input": "x", "voice": "v"}),
         ("/v1/responses/input_tokens", {"model": "r", "input": "x"}),
         ("/v1/responses/compact", {"input": [{"type": "message", "role": "user", "content": "x"}]}),
@@ -61,95 +57,77 @@ async def names(server: Running, method: str, path: str, data: Any = b"", count:
 )
 async def test_inference_goes_through_the_scheduler(path: str, data: dict[str, Any]) -> None:
     """A failing controller is passed over, the body goes as it came, and the answer tells the way."""
-    async with Upstream(answers(error_reply(429))) as bad, Upstream(answers(json_reply(200, LISTED))) as good:
-        async with Running(controller("a", bad.url), controller("b", good.url)) as server:
-            answer = await server.ask("POST", path, data)
-            assert (answer.status, answer.json()) == (200, LISTED)
-            assert answer.headers["x-apiserver-controller"] == "b" and answer.headers["x-apiserver-attempts"] == "2"
-            assert good.seen[0].start == f"POST /v1{path.removeprefix('/v1')} HTTP/1.1"
-            assert good.seen[0].body == bad.seen[0].body == json.dumps(data).encode()
+    async with serving(error_reply(429), json_reply(200, ANSWER)) as (server, bad, good):
+        answer = await server.ask("POST", path, data)
+        assert (answer.status, answer.json()) == (200, ANSWER)
+        assert answer.headers["x-apiserver-controller"] == "b" and answer.headers["x-apiserver-attempts"] == "2"
+        assert good.seen[0].start == f"POST /v1{path.removeprefix('/v1')} HTTP/1.1"
+        assert good.seen[0].body == bad.seen[0].body == json.dumps(data).encode()
 
 
-@pytest.mark.parametrize("data", [{"input": "x"}, {"model": "", "input": "x"}, {"model": 3}, []])
-async def test_a_missing_model_is_a_400(data: Any) -> None:
+async def test_a_missing_model_is_a_400() -> None:
     """Without a model nothing is sent upstream."""
-    async with Upstream(answers(json_reply(200, LISTED))) as one, Running(controller("a", one.url)) as server:
-        assert (await server.ask("POST", "/v1/embeddings", data)).status == 400 and not one.seen
+    async with serving(json_reply(200, LISTED)) as (server, up):
+        for data in ({"input": "x"}, {"model": "", "input": "x"}, {"model": 3}, []):
+            assert (await server.ask("POST", "/v1/embeddings", data)).status == 400 and not up.seen
 
 
 async def test_a_form_goes_by_its_model_field() -> None:
     """The model is found in the form and mapped in place, and every other byte stays; without one the form gets 400."""
     path = "/v1/audio/transcriptions"
-    async with Upstream(answers(json_reply(200, {"text": "hi"}))) as one:
-        mapped = controller("b", one.url, models=["whisper"], model_map={"whisper": "whisper-1"})
-        async with Running(controller("a", one.url, models=["other"]), mapped) as server:
+    async with Upstream(answers(json_reply(200, {"text": "hi"}))) as up:
+        mapped = controller("b", up.url, models=["whisper"], model_map={"whisper": "whisper-1"})
+        async with Running(controller("a", up.url, models=["other"]), mapped) as server:
             answer = await server.ask("POST", path, FORM, kind=FORM_KIND)
             assert answer.json() == {"text": "hi"} and answer.headers["x-apiserver-controller"] == "b"
-            assert one.seen[0].body == FORM.replace(b"\r\nwhisper\r\n", b"\r\nwhisper-1\r\n")
-            assert one.seen[0].headers["content-type"] == FORM_KIND
+            assert up.seen[0].body == FORM.replace(b"\r\nwhisper\r\n", b"\r\nwhisper-1\r\n")
+            assert up.seen[0].headers["content-type"] == FORM_KIND
             without_model = FORM.replace(b'name="model"', b'name="prompt"')
             assert (await server.ask("POST", path, without_model, kind=FORM_KIND)).status == 400
             assert (await server.ask("POST", path, FORM)).status == 400
-
-
-@pytest.mark.parametrize("whole", [True, False])
-async def test_an_edit_of_pictures_may_come_as_json(whole: bool) -> None:
-    """Pictures named by URL or file id need no form (API reference, images/edits), however the body arrives."""
-    data = {"model": "draw", "images": [{"image_url": "https://x.example/a.png"}], "prompt": "a hat"}
-    async with Upstream(answers(json_reply(200, {"data": []}))) as one:
-        mapped = controller("b", one.url, models=["draw"], model_map={"draw": "gpt-image-1.5"})
-        async with Running(controller("a", one.url, models=["other"]), mapped) as server:
-            client = await server.open()
+            # Pictures named by URL or file id need no form (API reference, images/edits), however the body arrives.
+            data = {"model": "whisper", "images": [{"image_url": "https://x.example/a.png"}], "prompt": "a hat"}
             raw = request(json.dumps(data).encode(), "Content-Type: application/json", target="/v1/images/edits")
-            await client.send(raw if whole else raw[:-5])
-            if not whole:
-                await turns(3)
-                await client.send(raw[-5:])
-            assert (await client.read()).json() == {"data": []}
-            assert one.seen[0].json() == dict(data, model="gpt-image-1.5")
-            client.close()
-
-
-async def test_binary_answers_come_back_as_they_are() -> None:
-    """Speech is bytes, not JSON."""
-    sound = bytes(range(256)) * 9
-    raw = b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\nContent-Length: %d\r\n\r\n%b" % (len(sound), sound)
-    async with Upstream(answers(raw)) as one, Running(controller("a", one.url)) as server:
-        answer = await server.ask("POST", "/v1/audio/speech", {"model": "tts", "input": "x", "voice": "v"})
-        assert answer.body == sound and answer.headers["content-type"] == "audio/mpeg"
+            for pieces in ([raw], [raw[:-5], raw[-5:]]):
+                client = await server.open()
+                for piece in pieces:
+                    await client.send(piece)
+                    await turns(3)
+                assert (await client.read()).status == 200 and up.seen[-1].json() == dict(data, model="whisper-1")
+                client.close()
 
 
 @pytest.mark.parametrize("ends", [True, False])
 async def test_speech_is_heard_while_it_is_made(ends: bool) -> None:
     """Its first bytes leave at once, as players begin with them; one that breaks off ends without its last chunk."""
-    gate = asyncio.Event()
+    gate, sound = asyncio.Event(), bytes(range(256))
 
     async def script(peer: Peer, _: Message) -> None:
         await peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\nTransfer-Encoding: chunked\r\n\r\n")
-        await peer.chunk(b"hello")
+        await peer.chunk(sound)
         await gate.wait()
         await peer.send(b"5\r\nworld\r\n0\r\n\r\n" if ends else b"5\r\nwor")
         peer.close()
 
-    async with Upstream(script) as one, Running(controller("a", one.url), controller("b", one.url)) as server:
+    async with serving(script, script) as (server, up, _):
         client = await server.open()
         await client.send(request(json.dumps({"model": "tts", "input": "x"}).encode(), target="/v1/audio/speech"))
         assert (await client.read(head_only=True)).headers["content-type"] == "audio/mpeg"
-        assert await client.reader.readexactly(10) == b"5\r\nhello\r\n"
+        assert await client.reader.readexactly(263) == app.chunk(sound)
         gate.set()
         if ends:
             assert await client.reader.readexactly(15) == b"5\r\nworld\r\n0\r\n\r\n"
         else:
-            assert not (await client.closed()).endswith(b"0\r\n\r\n") and len(one.seen) == 1
+            assert not (await client.closed()).endswith(b"0\r\n\r\n") and len(up.seen) == 1
         client.close()
 
 
 async def test_controllers_that_only_chat_are_passed_over() -> None:
     """An echo controller has no embeddings; where no controller has, the answer says so."""
     data = {"model": "e", "input": "x"}
-    async with Upstream(answers(json_reply(200, LISTED))) as one:
+    async with Upstream(answers(json_reply(200, LISTED))) as up:
         echo = {"type": "echo", "name": "e"}
-        async with Running(echo, controller("a", one.url)) as server:
+        async with Running(echo, controller("a", up.url)) as server:
             assert await names(server, "POST", "/v1/embeddings", data, 2) == ["a", "a"]
         async with Running(echo) as server:
             assert (await server.ask("POST", "/v1/embeddings", data)).status == 404
@@ -180,25 +158,22 @@ CREATED = (
 )
 
 
+COMPLETED = b'event: response.completed\ndata: {"type":"response.completed","response":{"id":"r"}}\n\n'
+
+
 async def test_a_responses_stream_commits_on_its_first_real_event() -> None:
     """Its created, queued and in_progress events are held while another controller could answer; an error moves on."""
     preface = CREATED
     for kind in (b"queued", b"in_progress"):
         preface += b'event: response.%b\ndata: {"type":"response.%b"}\n\n' % (kind, kind)
     error = b'event: error\ndata: {"type":"error","code":"server_error","message":"x","param":null}\n\n'
-    failed = (
-        b'event: response.failed\ndata: {"type":"response.failed","response":{"error":{"code":"server_error"}}}\n\n'
-    )
+    failed = b'event: response.failed\ndata: {"type":"response.failed","response":{"error":{"code":"server_error"}}}\n\n'
     delta = b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"x"}\n\n'
+    data = {"model": "r", "input": "x", "stream": True, "store": False}
     for end in (error, failed):
-        async with (
-            Upstream(answers(sse_reply(preface, end))) as bad,
-            Upstream(answers(sse_reply(CREATED, delta))) as good,
-        ):
-            async with Running(controller("a", bad.url), controller("b", good.url)) as server:
-                data = {"model": "r", "input": "x", "stream": True, "store": False}
-                answer = await server.ask("POST", "/v1/responses", data)
-                assert answer.body == CREATED + delta and answer.headers["x-apiserver-attempts"] == "2"
+        async with serving(sse_reply(preface, end), sse_reply(CREATED, delta, COMPLETED)) as (server, *_):
+            answer = await server.ask("POST", "/v1/responses", data)
+            assert answer.body == CREATED + delta + COMPLETED and answer.headers["x-apiserver-attempts"] == "2"
 
 
 @pytest.mark.parametrize("cut", [None, 8, 60, 78, 200])
@@ -214,18 +189,17 @@ async def test_a_follow_up_goes_where_the_response_was_made(cut: int | None) -> 
         await peer.send(SSE_HEAD)
         await peer.chunk(created[:cut])
         await turns()
-        await peer.send(app.chunk(created[cut:]) if created[cut:] else b"", b"0\r\n\r\n")
+        await peer.send(app.chunk(created[cut:] + COMPLETED), b"0\r\n\r\n")
 
-    async with Upstream(script) as one, Upstream(script) as two:
-        async with Running(controller("a", one.url), controller("b", two.url), endpoints=["*"]) as server:
-            data = {"model": "r", "input": "x", "stream": cut is not None}
-            for number, name in ((12345, "a"), (12346, "b")):
-                answer = await server.ask("POST", "/v1/responses", data)
-                assert answer.headers["x-apiserver-controller"] == name and b"resp_%d" % number in answer.body
-            for number, name in ((12346, "b"), (12345, "a"), (12346, "b")):
-                follow_up = {**data, "previous_response_id": f"resp_{number}"}
-                assert await names(server, "POST", "/v1/responses", follow_up) == [name] * 3
-                assert await names(server, "GET", f"/v1/responses/resp_{number}") == [name] * 3
+    async with serving(script, script, endpoints=["*"]) as (server, *_):
+        data = {"model": "r", "input": "x", "stream": cut is not None}
+        for number, name in ((12345, "a"), (12346, "b")):
+            answer = await server.ask("POST", "/v1/responses", data)
+            assert answer.headers["x-apiserver-controller"] == name and b"resp_%d" % number in answer.body
+        for number, name in ((12346, "b"), (12345, "a"), (12346, "b")):
+            follow_up = {**data, "previous_response_id": f"resp_{number}"}
+            assert await names(server, "POST", "/v1/responses", follow_up) == [name] * 3
+            assert await names(server, "GET", f"/v1/responses/resp_{number}") == [name] * 3
 
 
 async def test_the_number_of_remembered_responses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,11 +210,10 @@ async def test_the_number_of_remembered_responses_is_bounded(monkeypatch: pytest
     async def script(peer: Peer, message: Message) -> None:
         await peer.send(json_reply(200, {"id": f"resp_{next(made)}"} if message.start.startswith("POST") else {}))
 
-    async with Upstream(script) as one:
-        async with Running(controller("a", one.url), controller("b", one.url), endpoints=["*"]) as server:
-            assert await names(server, "POST", "/v1/responses", {"model": "r", "input": "x"}, 4) == ["a", "a", "b", "b"]
-            owners = [(await names(server, "GET", f"/v1/responses/resp_{number}", b"", 1))[0] for number in (1, 3)]
-            assert owners == ["a", "b"]
+    async with serving(script, script, endpoints=["*"]) as (server, *_):
+        assert await names(server, "POST", "/v1/responses", {"model": "r", "input": "x"}, 4) == ["a", "a", "b", "b"]
+        owners = [(await names(server, "GET", f"/v1/responses/resp_{number}", b"", 1))[0] for number in (1, 3)]
+        assert owners == ["a", "b"]
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -259,7 +232,7 @@ async def test_the_cost_of_a_response_is_counted(streams: bool) -> None:
             await turns()
         await peer.send(b"0\r\n\r\n")
 
-    async with Upstream(script) as one, Running(controller("a", one.url, limits={"tpm": 100_000})) as server:
+    async with Upstream(script) as up, Running(controller("a", up.url, limits={"tpm": 100_000})) as server:
         await server.ask("POST", "/v1/responses", {"model": "r", "input": "x", "stream": streams})
         assert (await server.status())["controllers"][0]["ledger"]["r"]["tpm"]["taken"] == 5000
 
@@ -273,30 +246,24 @@ async def test_the_cost_of_a_response_is_counted(streams: bool) -> None:
         ("/v1/vector_stores", {"tools": [{"type": "file_search", "vector_store_ids": ["made_0", "made_1"]}]}),
     ],
 )
-@pytest.mark.parametrize("target", ["/v1/responses", "/v1/responses/input_tokens"])
-async def test_a_response_goes_to_the_account_of_the_objects_it_names(
-    target: str, path: str, data: dict[str, Any]
-) -> None:
+async def test_a_response_goes_to_the_account_of_the_objects_it_names(path: str, data: dict[str, Any]) -> None:
     """A conversation, a file or a vector store of one account exists in no other."""
-    async with Upstream(answers(json_reply(200, {"id": "made_1"}))) as one:
-        async with Running(controller("a", one.url), controller("b", one.url), endpoints=["*"]) as server:
+    made = json_reply(200, {"id": "made_1"})
+    for target in ("/v1/responses", "/v1/responses/input_tokens"):
+        async with serving(made, made, endpoints=["*"]) as (server, *_):
             assert await names(server, "POST", path, {}, 1) == ["a"]
             assert await names(server, "POST", target, {"model": "r", "input": "x", **data}, 4) == ["a"] * 4
 
 
 async def test_a_response_may_leave_its_model_to_a_stored_prompt() -> None:
     """The Responses API's model is optional, but not null; refusals without a model count for the account."""
-    stored = {"prompt": {"id": "pmpt_1"}}
-    async with Upstream(answers(json_reply(200, {"id": "resp_1", "object": "response"}))) as good:
-        async with Running(controller("a", good.url)) as server:
-            assert (await server.ask("POST", "/v1/responses", stored)).status == 200
-            assert (await server.ask("POST", "/v1/responses", {"model": None, "input": "x"})).status == 400
-        async with Upstream(answers(error_reply(403))) as bad:
-            async with Running(controller("a", bad.url), controller("b", good.url), pool=PRIORITY) as server:
-                statuses = {
-                    (await server.ask("POST", "/v1/responses", {**stored, "store": False})).status for _ in range(5)
-                }
-                assert statuses == {200} and len(bad.seen) == 3
+    stored, made = {"prompt": {"id": "pmpt_1"}}, json_reply(200, {"id": "resp_1", "object": "response"})
+    async with serving(made) as (server, _):
+        assert (await server.ask("POST", "/v1/responses", stored)).status == 200
+        assert (await server.ask("POST", "/v1/responses", {"model": None, "input": "x"})).status == 400
+    async with serving(error_reply(403), made, pool=PRIORITY) as (server, bad, _):
+        replies = [await server.ask("POST", "/v1/responses", {**stored, "store": False}) for _ in range(5)]
+        assert {answer.status for answer in replies} == {200} and len(bad.seen) == 3
 
 
 # -- paths
@@ -304,57 +271,40 @@ async def test_a_response_may_leave_its_model_to_a_stored_prompt() -> None:
 
 async def test_endpoints_decide_what_may_be_reached() -> None:
     """By default inference only; "*" opens every path under /v1, with method, query and empty bodies as they are."""
-    async with Upstream(answers(json_reply(200, LISTED))) as one:
-        async with Running(controller("a", one.url)) as server:
-            assert (await server.ask("GET", "/v1/files")).status == 404
-            assert (await server.ask("GET", "/v1/anything")).status == 404
-            assert (await server.ask("DELETE", "/v1/embeddings")).status == 405
-        async with Running(controller("a", one.url), endpoints=["objects"]) as server:
-            assert (await server.ask("POST", "/v1/embeddings", {"model": "e", "input": "x"})).status == 404
-            assert (await server.ask("GET", "/v1/files")).status == 200
-            assert (await server.ask("GET", "/v1/anything")).status == 404
-        assert len(one.seen) == 1
-        async with Running(controller("a", one.url), endpoints=["*"]) as server:
-            assert (await server.ask("PATCH", "/v1/any/thing?a=b", b"raw", kind="text/plain")).json() == LISTED
-            assert one.seen[-1].start == "PATCH /v1/any/thing?a=b HTTP/1.1" and one.seen[-1].body == b"raw"
-            assert (await server.ask("GET", "/status")).json() == {"status": "ok"}
+    listed = json_reply(200, LISTED)
+    async with serving(listed) as (server, up):
+        for method, path, status in (("GET", "files", 404), ("GET", "anything", 404), ("DELETE", "embeddings", 405)):
+            assert (await server.ask(method, "/v1/" + path)).status == status and not up.seen
+    async with serving(listed, endpoints=["objects"]) as (server, up):
+        assert (await server.ask("POST", "/v1/embeddings", {"model": "e", "input": "x"})).status == 404
+        assert (await server.ask("GET", "/v1/files")).status == 200
+        assert (await server.ask("GET", "/v1/anything")).status == 404 and len(up.seen) == 1
+    async with serving(listed, endpoints=["*"]) as (server, up):
+        assert (await server.ask("PATCH", "/v1/any/thing?a=b", b"raw", kind="text/plain")).json() == LISTED
+        assert up.seen[-1].start == "PATCH /v1/any/thing?a=b HTTP/1.1" and up.seen[-1].body == b"raw"
+        assert (await server.ask("GET", "/status")).json() == {"status": "ok"}
 
 
 async def test_a_path_goes_as_it_was_spelled() -> None:
     """Percent-encoding stays; dot segments, which could lead out of the account, are refused however they are spelled."""
     bad = ("../admin", "x/%2e%2e/%2E%2e/admin", "x/./y", "x/..%5cadmin", "..", "x/..;a/admin")
-    async with Upstream(answers(json_reply(200, LISTED))) as one:
-        async with Running(controller("a", one.url), endpoints=["*"]) as server:
-            for target in ("/v1/x/a%2Fb%C3%A9%25?q=%20", "http://localhost/v1/x/a%2Fb%C3%A9%25?q=%20"):
-                assert (await server.ask("GET", target)).status == 200
-                assert one.seen[-1].start == "GET /v1/x/a%2Fb%C3%A9%25?q=%20 HTTP/1.1"
-            assert {(await server.ask("GET", "/v1/" + path)).status for path in bad} == {404} and len(one.seen) == 2
+    async with serving(json_reply(200, LISTED), endpoints=["*"]) as (server, up):
+        for target in ("/v1/x/a%2Fb%C3%A9%25?q=%20", "http://localhost/v1/x/a%2Fb%C3%A9%25?q=%20", "/v1/files/x:y/v1/z"):
+            assert (await server.ask("GET", target)).status == 200
+            assert up.seen[-1].start == f"GET {target.removeprefix('http://localhost')} HTTP/1.1"
+        assert {(await server.ask("GET", "/v1/" + path)).status for path in bad} == {404} and len(up.seen) == 3
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/v1%2Ffiles/organization/admin_api_keys",
-        "/%76%31/files/a",
-        "/v1//files/organization/admin_api_keys",
-        "/v1/files/..;/organization/admin_api_keys",
-        "/v1/models/..%5corganization",
-        "/v1/chat//completions",
-        "/v1/chat/completions;x",
-        "/v1/files/x://y/v1/organization",
-        "http://localhost/v1%2ffiles/organization",
-    ],
-)
-async def test_the_path_that_is_sent_is_the_path_that_was_judged(target: str) -> None:
+async def test_the_path_that_is_sent_is_the_path_that_was_judged() -> None:
     """Where only objects are open no spelling of a path below them reaches anything else of the account."""
-    async with Upstream(answers(json_reply(200, LISTED))) as one:
-        async with Running(controller("a", one.url), endpoints=["objects"]) as server:
-            assert (await server.ask("GET", target)).status == 404
-            assert (await server.ask("POST", target)).status in (404, 405)
-            assert not [seen.start for seen in one.seen if not seen.start.startswith("GET /v1/models ")]
-        async with Running(controller("a", one.url), endpoints=["*"]) as server:
-            assert (await server.ask("GET", "/v1/files/x:y/v1/z")).status == 200
-            assert one.seen[-1].start == "GET /v1/files/x:y/v1/z HTTP/1.1"
+    targets = """/v1%2Ffiles/organization/admin_api_keys /%76%31/files/a /v1//files/organization/admin_api_keys
+        /v1/files/..;/organization/admin_api_keys /v1/models/..%5corganization /v1/chat//completions /v1/chat/completions;x
+        /v1/files/x://y/v1/organization http://localhost/v1%2ffiles/organization""".split()
+    async with serving(json_reply(200, LISTED), endpoints=["objects"]) as (server, up):
+        for target in targets:
+            assert (await server.ask("GET", target)).status == 404, target
+            assert (await server.ask("POST", target)).status in (404, 405), target
+        assert not [seen.start for seen in up.seen if not seen.start.startswith("GET /v1/models ")]
 
 
 SPELLINGS = """//chat/completions /chat//completions /chat/%2Fcompletions /chat%2F/completions// /chat/completions;x=y
@@ -366,16 +316,15 @@ SPELLINGS = """//chat/completions /chat//completions /chat/%2Fcompletions /chat%
 async def test_no_spelling_of_a_served_route_goes_past_it(endpoints: list[str]) -> None:
     """What an upstream that merges slashes, drops parameters or ignores case would run as a chat is refused."""
     data = {"model": "m", "messages": [], "input": "x"}
-    async with Upstream(answers(json_reply(200, ANSWER))) as one:
-        async with Running(controller("a", one.url), endpoints=endpoints) as server:
-            for path in SPELLINGS:
-                for method in ("POST", "GET"):
-                    answer = await server.ask(method, "/v1" + path, data)
-                    assert (answer.status, answer.json()["error"]["code"]) == (404, "unknown_url"), path
-            assert not one.seen
-            for path in ("/V1/x", "/Files/a", "/models/Org/m") if endpoints == ["*"] else ():
-                assert (await server.ask("DELETE", "/v1" + path)).status == 200
-                assert one.seen[-1].start == f"DELETE /v1{path} HTTP/1.1"
+    async with serving(json_reply(200, ANSWER), endpoints=endpoints) as (server, up):
+        for path in SPELLINGS:
+            for method in ("POST", "GET"):
+                answer = await server.ask(method, "/v1" + path, data)
+                assert (answer.status, answer.json()["error"]["code"]) == (404, "unknown_url"), path
+        assert not up.seen
+        for path in ("/V1/x", "/Files/a", "/models/Org/m") if endpoints == ["*"] else ():
+            assert (await server.ask("DELETE", "/v1" + path)).status == 200
+            assert up.seen[-1].start == f"DELETE /v1{path} HTTP/1.1"
 
 
 # -- lists and names of models
@@ -398,9 +347,7 @@ async def test_a_model_that_no_list_has_is_asked_for_upstream() -> None:
             assert (await server.ask("GET", "/v1/models/gpt-9")).status == 404
 
 
-@pytest.mark.parametrize(
-    ("status", "message"), [(404, "no such model"), (403, "missing scopes: model.read"), (403, "no")]
-)
+@pytest.mark.parametrize(("status", "message"), [(404, "no such model"), (403, "missing scopes: model.read"), (403, "no")])
 async def test_a_key_that_may_not_look_for_a_model_may_still_chat_with_it(status: int, message: str) -> None:
     """A refused GET of a model closes neither the model nor the account, and goes on to the next account."""
 
@@ -408,13 +355,13 @@ async def test_a_key_that_may_not_look_for_a_model_may_still_chat_with_it(status
         chat = seen.start.startswith("POST")
         await peer.send(json_reply(200, ANSWER) if chat else error_reply(status, message=message))
 
-    async with Upstream(script) as one, Upstream(script) as two:
-        async with Running(controller("a", one.url), controller("b", two.url)) as server:
-            for _ in range(4):
-                assert (await server.ask("GET", "/v1/models/gpt-9")).status == status
-            assert len([seen for seen in two.seen if seen.start == "GET /v1/models/gpt-9 HTTP/1.1"]) == 4
-            assert {(await server.post("gpt-9")).headers["x-apiserver-controller"] for _ in range(4)} == {"a", "b"}
-            assert [one["failures"] for one in (await server.status())["controllers"]] == [0, 0]
+    async with serving(script, script) as (server, _, up):
+        for _ in range(4):
+            answer = await server.ask("GET", "/v1/models/gpt-9")
+            assert answer.status == (404 if status == 404 else 502)
+        assert len([seen for seen in up.seen if seen.start == "GET /v1/models/gpt-9 HTTP/1.1"]) == 4
+        assert {(await server.post("gpt-9")).headers["x-apiserver-controller"] for _ in range(4)} == {"a", "b"}
+        assert [shown["failures"] for shown in (await server.status())["controllers"]] == [0, 0]
 
 
 async def test_models_behind_a_pattern_are_listed_as_the_account_has_them() -> None:
@@ -426,54 +373,39 @@ async def test_models_behind_a_pattern_are_listed_as_the_account_has_them() -> N
         answer = await server.ask("GET", "/v1/models", b"", *headers)
         return [model["id"] for model in answer.json()["data"]]
 
-    async with Upstream(answers(json_reply(200, listed))) as one:
-        account = controller("a", one.url, models=["gpt-*"])
-        async with Running(account) as server:
+    async with Upstream(answers(json_reply(200, listed))) as up:
+        account = controller("a", up.url, models=["gpt-*"])
+        async with Listing(account) as server:
             assert await models(server) == ["gpt-x", "gpt-y"]
             assert (await server.ask("GET", "/v1/models/gpt-x")).json()["id"] == "gpt-x"
-        async with Running(account, client_keys=keys) as server:
+        async with Listing(account, client_keys=keys) as server:
             assert await models(server, "Authorization: Bearer bob-key-of-some-length") == ["gpt-y"]
 
 
 # -- objects
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", "/v1/files?x=%20&limit=5"),
-        ("GET", "/v1/assistants?before=x"),
-        ("GET", "/v1/files/file-1/content"),
-        ("DELETE", "/v1/files/file-1"),
-        ("POST", "/v1/batches"),
-        ("POST", "/v1/fine_tuning/jobs/ftjob-1/cancel"),
-    ],
-)
-async def test_objects_live_in_the_first_account_that_can_have_them(method: str, path: str) -> None:
-    """Lists, reads and changes go to that account as they came, and its answer comes back byte for byte."""
-    async with Upstream(answers(json_reply(200, {"data": [], "own": 1}))) as one:
-        echo, home, other = {"type": "echo", "name": "e"}, controller("a", one.url), controller("b", one.url)
-        async with Running(echo, home, other, endpoints=["objects"]) as server:
-            assert await names(server, method, path, b"", 3) == ["a"] * 3
-            assert (await server.ask(method, path)).json() == {"data": [], "own": 1}
-            assert {seen.start for seen in one.seen} == {f"{method} {path} HTTP/1.1"}
-
-
-async def test_objects_live_in_the_account_that_is_named_for_them() -> None:
-    """`"objects": true` names another controller than the first."""  # new words
-    async with Upstream(answers(json_reply(200, {"id": "file-1"}))) as one:
-        controllers = controller("a", one.url), controller("b", one.url, objects=True)
-        async with Running(*controllers, endpoints=["*"]) as server:
-            assert await names(server, "POST", "/v1/files", FORM) == ["b"] * 3
-            assert await names(server, "GET", "/v1/files/file-other") == ["b"] * 3
+@pytest.mark.parametrize("named", [False, True])
+async def test_objects_live_in_one_account(named: bool) -> None:
+    """Calls go to the first account that can have objects, or to the one that is named, and come back byte for byte."""
+    calls = ["GET /v1/files?x=%20&limit=5", "GET /v1/assistants?before=x", "GET /v1/files/file-1/content"]
+    calls += ["DELETE /v1/files/file-1", "POST /v1/batches", "POST /v1/fine_tuning/jobs/ftjob-1/cancel"]
+    async with Upstream(answers(json_reply(200, {"data": [], "own": 1}))) as up:
+        first, second = controller("a", up.url), controller("b", up.url, objects=named)
+        async with Running({"type": "echo", "name": "e"}, first, second, endpoints=["objects"]) as server:
+            for call in calls:
+                method, path = call.split()
+                assert await names(server, method, path) == ["b" if named else "a"] * 3
+                assert (await server.ask(method, path)).json() == {"data": [], "own": 1}
+                assert up.seen[-1].start == f"{call} HTTP/1.1"
+            assert await names(server, "POST", "/v1/files", FORM) == ["b" if named else "a"] * 3
 
 
 async def test_a_change_of_an_object_is_not_replayed_where_it_may_have_run() -> None:
     """A 500 to an upload is the answer."""
-    async with Upstream(answers(error_reply(500))) as bad, Upstream(answers(json_reply(200, {"id": "file-1"}))) as good:
-        async with Running(controller("a", bad.url), controller("b", good.url), endpoints=["objects"]) as server:
-            assert (await server.ask("POST", "/v1/files", FORM, kind=FORM_KIND)).status == 500
-            assert len(bad.seen) == 1 and not good.seen
+    async with serving(error_reply(500), json_reply(200, {"id": "file-1"}), endpoints=["objects"]) as (server, bad, good):
+        assert (await server.ask("POST", "/v1/files", FORM, kind=FORM_KIND)).status == 500
+        assert len(bad.seen) == 1 and not good.seen
 
 
 SCOPES = "You have insufficient permissions for this operation. Missing scopes: api.files.read."
@@ -488,36 +420,31 @@ async def test_a_key_without_a_right_to_objects_still_chats(status: int, message
         chat = seen.start.startswith("POST /v1/chat")
         await peer.send(chats[0] if chat else error_reply(status, message=message))
 
-    async with Upstream(script) as one, Upstream(answers(json_reply(200, ANSWER))) as two:
-        both = controller("a", one.url), controller("b", two.url)
-        async with Running(*both, endpoints=["*"], pool=PRIORITY) as server:
-            for method, path in [("GET", "/v1/files"), ("DELETE", "/v1/files/file-1"), ("POST", "/v1/batches")] * 2:
-                answer = await server.ask(method, path)
-                assert answer.status == status and (status == 401 or answer.json()["error"]["message"] == message)
-            assert (await server.status())["controllers"][0]["failures"] == 0
-            assert (await server.post()).headers["x-apiserver-controller"] == "a"
-            chats[0] = error_reply(403)
-            for _ in range(5):
-                assert (await server.post()).headers["x-apiserver-controller"] == "b"
-                await server.ask("DELETE", "/v1/files/file-1")
-            assert len([seen for seen in one.seen if seen.start.startswith("POST /v1/chat")]) == 1 + 3
+    async with serving(script, json_reply(200, ANSWER), endpoints=["*"], pool=PRIORITY) as (server, up, _):
+        for method, path in [("GET", "/v1/files"), ("DELETE", "/v1/files/file-1"), ("POST", "/v1/batches")] * 2:
+            answer = await server.ask(method, path)
+            assert (answer.status, answer.json()["error"]["code"]) == (502, "upstream_account_refused")
+        assert (await server.status())["controllers"][0]["failures"] == 0
+        assert (await server.post()).headers["x-apiserver-controller"] == "a"
+        chats[0] = error_reply(403)
+        for _ in range(5):
+            assert (await server.post()).headers["x-apiserver-controller"] == "b"
+            await server.ask("DELETE", "/v1/files/file-1")
+        assert len([seen for seen in up.seen if seen.start.startswith("POST /v1/chat")]) == 1 + 3
 
 
 async def test_lists_count_for_the_limits_of_a_client_key() -> None:
     """A list of objects counts as a request."""
     keys = [{"key": "alice-key-123456", "limits": {"rpm": 1}}]
-    async with Upstream(answers(json_reply(200, LISTED))) as one:
-        async with Running(controller("a", one.url), endpoints=["objects"], client_keys=keys) as server:
-            statuses = [
-                (await server.ask("GET", "/v1/files", b"", "api-key: alice-key-123456")).status for _ in range(2)
-            ]
-            assert statuses == [200, 429]
+    async with serving(json_reply(200, LISTED), endpoints=["objects"], client_keys=keys) as (server, _):
+        replies = [await server.ask("GET", "/v1/files", b"", "api-key: alice-key-123456") for _ in range(2)]
+        assert [answer.status for answer in replies] == [200, 429]
 
 
 async def test_a_head_request_gets_no_invented_length() -> None:
     """The length of an upstream's answer to GET is not known, so none is told; the server's own pages have theirs."""
     raw = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
-    async with Upstream(answers(raw)) as one, Running(controller("a", one.url), endpoints=["objects"]) as server:
+    async with serving(raw, endpoints=["objects"]) as (server, _):
         client = await server.open()
         for _ in range(2):
             await client.send(request(b"", target="/v1/files/a", method="HEAD"))

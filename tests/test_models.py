@@ -6,21 +6,7 @@ from typing import Any
 
 import pytest
 
-from .support import (
-    ANSWER,
-    MESSAGES,
-    Message,
-    Peer,
-    Running,
-    Script,
-    Upstream,
-    answers,
-    controller,
-    error_reply,
-    event,
-    json_reply,
-    sse_reply,
-)
+from .support import ANSWER, MESSAGES, Message, Peer, Running, Script, Upstream, answers, controller, error_reply, event, json_reply, sse_reply
 
 OK = json_reply(200, ANSWER)
 STREAM = sse_reply(event("a"), b"data: [DONE]\n\n")

@@ -96,7 +96,6 @@ def writer_on(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[app.
     log_writer.open()
     yield log_writer
     log_writer.send(WAIT_MS)
-    log_writer.close()
     stderr.close()
 
 

@@ -1,12 +1,16 @@
 """What a reply means, when another attempt is safe, and what replies say about quotas."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
 import chatgpt_apiserver as app
 
+GOLDEN = Path(__file__).parent / "golden"
 WALL_S = 1_795_536_000.0  # 2026-11-24T16:00:00Z
+DATE = b"Tue, 24 Nov 2026 15:00:00 GMT"  # of a reply whose clock is an hour late
 
 
 def request(stream: bool = True, stateful: bool = False, inference: bool = True) -> app.ApiRequest:
@@ -29,64 +33,45 @@ def error(code: str = "", message: str = "", kind: str = "") -> bytes:
 # -- what a reply means
 
 
+ERRORS = [line.split(" ", 2) for line in (GOLDEN / "errors.txt").read_text(encoding="utf-8").splitlines()[1:]]
+
+
+@pytest.mark.parametrize(("outcome", "status", "body"), ERRORS)
+def test_errors_of_vendors(outcome: str, status: str, body: str) -> None:
+    """A status and the words of a vendor have one meaning; what a message quotes has none.
+
+    An error in a 200, as a whole answer or an event, counts as the status that belongs to it; late in a stream, an
+    error of the client counts as none.
+    """
+    verdict, long = judge(int(status), body.encode()), outcome == "long"
+    if status == "200":
+        asked, event = request(), b"data: %b\n\n" % body.encode()
+        asked.path = app.CHAT_PATH
+        verdict = app.judge_answer(body.encode(), asked, ())
+        assert app.judge_error_event(event, ()).outcome is verdict.outcome
+        late = app.judge_late_event(event, ()).outcome.value
+        assert late == ("ok" if outcome in {"client", "long", "missing"} else outcome)
+    assert (verdict.outcome.value, verdict.too_long) == ("client" if long else outcome, long)
+
+
 @pytest.mark.parametrize(
-    ("status", "body", "outcome"),
+    ("outcome", "statuses"),
     [
-        (400, error("model_not_found"), "client"),
-        (400, b'[{"error":{"code":400,"message":"API key not valid. Please pass a valid one.","status":"x"}}]', "auth"),
-        (400, b'{"code":"Client specified ...","error":"Incorrect API key provided: na***ys. You can ..."}', "auth"),
-        (400, error("invalid_value", "Invalid value: 'Incorrect API key provided'."), "client"),
-        (400, error("Arrearage", "Access denied, please make sure your account is in good standing."), "quota"),
-        (400, error("billing_hard_limit_reached", kind="invalid_request_error"), "quota"),
-        (400, error("", "Invalid value: 'monthly spending limit'."), "client"),
-        (400, b'[{"error":{"code":400,"message":"User location is not supported for the API use."}}]', "auth"),
-        (400, error("organization_restricted", "Organization has been restricted.", "invalid_request_error"), "auth"),
-        (401, error("invalid_api_key"), "auth"),
-        (402, b"", "quota"),
-        (403, error(), "forbidden"),
-        (403, error("model_not_found", "x"), "missing"),
-        (403, error("", "Project has no access to model x"), "missing"),
-        (403, error("403", "Your chosen model requires moderation and your input was flagged."), "client"),
-        (403, error("", "You have insufficient permissions. Missing scopes: api.moderation.write"), "forbidden"),
-        (403, b'{"code":"The caller ...","error":"Content violates usage guidelines. Failed check: SAFETY_BIO"}', "client"),
-        (403, error("", "Input token count must be less than the context length of the model being queried."), "client"),
-        (403, error("", "Your account has been flagged; contact support."), "forbidden"),
-        (403, b'{"code":"The caller ...","error":"Your team t has reached its monthly spending limit."}', "quota"),
-        (403, b'{"code":"The caller ...","error":"Your team doesn\'t have any credits or licenses yet."}', "quota"),
-        (404, error("model_not_found"), "missing"),
-        (404, error("DeploymentNotFound"), "missing"),
-        (404, error("", "No such file"), "client"),
-        (404, b"<html>", "client"),
-        (412, error("", "Account x is suspended, possibly due to reaching the monthly spending limit."), "quota"),
-        (413, error("rate_limit_exceeded", "... (TPM): Limit 6000, Requested 9000, please reduce ...", "tokens"), "large"),
-        (429, b"\xff not json", "rate"),
-        (429, b"[" * 100_000, "rate"),
-        (429, error("rate_limit_exceeded", kind="requests"), "rate"),
-        *((429, error(code), "quota") for code in ("insufficient_quota", "billing_hard_limit_reached", "1113")),
-        *((429, error("", kind=kind), "quota") for kind in ("insufficient_quota", "exceeded_current_quota_error")),
-        (429, error("other", kind="insufficient_quota"), "quota"),
-        (429, error("billing_not_active", kind="billing_not_active"), "quota"),
-        (429, error("1302", "Too many at once"), "rate"),
-        (429, b'{"error":{"code":429,"message":"Your project has exceeded its monthly spending cap."}}', "quota"),
-        (429, b'[{"error":{"code":429,"message":"Resource exhausted"}}]', "rate"),
-        (429, b'{"error":"slow down"}', "rate"),
-        *((status, b"", "ok") for status in (200, 204)),
-        *((status, b"", "client") for status in (405, 412, 413, 415, 422)),
-        *((status, b"", "fault") for status in (301, 408, 409, 424, 500, 503, 529, 700)),
-        *((status, b"", "rate") for status in (429, 498)),
-        (502, b"<html>", "fault"),
+        *(("ok", (200, 204)), ("quota", (402,)), ("rate", (429, 498)), ("client", (405, 412, 413, 415, 422))),
+        ("fault", (301, 404, 408, 409, 424, 500, 503, 529, 700)),
     ],
-    ids=lambda value: repr(value[:60]) if isinstance(value, bytes) else None,
 )
-def test_judge_reply(status: int, body: bytes, outcome: str) -> None:
-    """A status and an error body have one meaning."""
-    assert judge(status, body).outcome is app.Outcome(outcome)
+def test_statuses(outcome: str, statuses: tuple[int, ...]) -> None:
+    """Where the body makes no sense, the status alone decides."""
+    for status in statuses:
+        for body in (b"", b"\xff not JSON", b"[" * 100_000 if status != 404 else b"<html>"):
+            assert judge(status, body).outcome.value == outcome
 
 
 @pytest.mark.parametrize(
     ("status", "message", "kind", "outcome"),
     [
-        (404, "no such model", {"stateful": True}, "client"),
+        (404, "no such response", {"stateful": True}, "client"),
         (409, "", {"stateful": True}, "client"),
         (403, "no access to model", {"inference": False}, "barred"),
         (401, "Missing scopes: api.files.read.", {"inference": False}, "barred"),
@@ -99,27 +84,18 @@ def test_replies_about_objects(status: int, message: str, kind: dict[str, bool],
     assert judge(status, error("", message), **kind).outcome is app.Outcome(outcome)
 
 
+@pytest.mark.parametrize(("path", "outcome"), [("/embeddings", "fault"), ("/responses", "unfit"), ("/audio/speech", "unfit")])
+def test_a_404_for_a_path_that_few_servers_have(path: str, outcome: str) -> None:
+    """A 404 without JSON says nothing against a server that may just lack the path."""
+    asked = request()
+    asked.path = path
+    assert app.judge_reply(404, {}, b"404 page not found", asked, (), 0.0).outcome.value == outcome
+
+
 def test_configured_rate_codes_are_no_lack_of_credit() -> None:
     """A 429 with a code of `rate_codes` is a rate limit, whatever the code means elsewhere."""
     body = error("insufficient_quota")
     assert app.judge_reply(429, {}, body, request(), ("insufficient_quota",), 0.0).outcome is app.Outcome.RATE
-
-
-@pytest.mark.parametrize(
-    ("body", "too_long"),
-    [
-        (error("context_length_exceeded"), True),
-        (error("", "This model's maximum context length is 8192 tokens."), True),
-        (error("", "Your request exceeded model token limit: 8192"), True),
-        (error("", "Range of input length should be [1, 8192]"), True),
-        (error("", "The prompt is rude."), False),
-        (b"<html>", False),
-    ],
-)
-def test_prompts_that_are_too_long(body: bytes, too_long: bool) -> None:
-    """Codes and words of several vendors say that the prompt is longer than the model can take."""
-    verdict = judge(400, body)
-    assert (verdict.outcome, verdict.too_long) == (app.Outcome.CLIENT, too_long)
 
 
 @pytest.mark.parametrize(
@@ -138,23 +114,26 @@ def test_judge_failure(failure: app.UpstreamError, outcome: str) -> None:
     assert app.judge_failure(failure).outcome is app.Outcome(outcome)
 
 
+CHAT = {"id": "c", "choices": [{"index": 0, "message": {"content": "error"}, "finish_reason": "stop"}], "error": None}
+
+
 @pytest.mark.parametrize(
-    ("event", "first", "late"),
+    ("body", "path", "status"),
     [
-        (b'{"error":{"message":"x","type":"server_error"}}', "fault", "fault"),
-        (b'{"error":{"message":"x","code":"insufficient_quota"}}', "quota", "quota"),
-        (b'{"error":{"message":"x","type":"invalid_request_error"}}', "client", "ok"),
-        (b'{"error":{"message":"x","code":"model_not_found"}}', "missing", "ok"),
-        (b'{"error":{"message":"x","code":529}}', "fault", "fault"),
-        (b'{"type":"error","error":{"type":"overloaded_error","message":"x"}}', "fault", "fault"),
-        (b'{"error":{"message":"x","code":"rate_limit_exceeded"}}', "rate", "rate"),
+        *((json.dumps(CHAT), "/chat/completions", 200), (f" {json.dumps(CHAT, indent=1)} ", "/chat/completions", 200)),
+        *((body, "/chat/completions", 502) for body in ("", "<html>", '{"id":"c","usage":{}}', json.dumps(CHAT)[:-9])),
+        *((json.dumps({**CHAT, "choices": []}), "/chat/completions", 502), ("busy", "/completions", 502)),
+        *(('{"data":[],"error":{"message":"x"}}', "/embeddings", 502), ('{"success":false}', "/embeddings", 502)),
+        ('{"object":"response","output":[],"error":null}', "/responses", 200),
+        ('"error"', "/audio/transcriptions", 200),
     ],
 )
-def test_error_events(event: bytes, first: str, late: str) -> None:
-    """An error event counts as the status that belongs to it; in the middle of a stream a client's error counts as none."""
-    event = b"data: " + event + b"\n\n"
-    assert app.judge_error_event(event, ()).outcome is app.Outcome(first)
-    assert app.judge_late_event(event, ()).outcome is app.Outcome(late)
+def test_answers_that_are_none(body: str, path: str, status: int) -> None:
+    """A chat must have choices, any other answer may be anything but an error; what is neither is a fault."""
+    asked = request(False)
+    asked.path = path
+    verdict = app.judge_answer(body.encode(), asked, ())
+    assert (verdict.outcome.value, verdict.status) == ("ok" if status == 200 else "fault", status)
 
 
 @pytest.mark.parametrize("outcome", list(app.Outcome))
@@ -163,7 +142,7 @@ def test_may_retry(outcome: app.Outcome) -> None:
     verdict, final = app.Verdict(outcome, 500), outcome.value in {"ok", "client", "gone"}
     assert app.may_retry(verdict, request(stream=True)) is not final
     assert app.may_retry(verdict, request(stream=False)) is not (final or outcome.value == "silent")
-    refused = outcome.value in {"unfit", "connect", "auth", "rate", "quota", "large"}
+    refused = outcome.value in {"unfit", "connect", "auth", "rate", "quota", "large", "missing"}
     for stream in (True, False):
         assert app.may_retry(verdict, request(stream, stateful=True)) is refused
     unavailable = app.Verdict(app.Outcome.FAULT, 503)  # which says that nothing ran
@@ -227,6 +206,11 @@ def test_durations_never_raise_and_are_never_negative() -> None:
         ({b"retry-after": b"Tue, 24 Nov 2026 16:00:30 GMT"}, "", 30.0),
         ({b"retry-after": b"Tue, 24 Nov 2026 15:00:00 GMT"}, "", 0.0),
         ({b"retry-after": b"2026-11-24T16:00:05Z"}, "", 5.0),
+        *(({b"retry-after": value}, "", 30.0) for value in (b"30,30", b"30, 5", b"1795536030", b"1795536030000")),
+        ({b"retry-after": b"Tue, 24 Nov 2026 16:00:30 GMT,Tue, 24 Nov 2026 16:00:20 GMT"}, "", 30.0),
+        # The reply's own clock counts, not ours.
+        ({b"retry-after": b"Tue, 24 Nov 2026 15:00:30 GMT", b"date": DATE}, "", 30.0),
+        *(({b"retry-after": value}, "", None) for value in (b"9999999999", b"1000000000", b"99999999")),
         ({b"retry-after": b"-5"}, "try again in 7s", 7.0),
         ({b"retry-after": b"soon"}, "", None),
         ({b"retry-after-ms": b"x", b"retry-after": b"3"}, "", 3.0),
@@ -242,6 +226,38 @@ def test_retry_after(index: dict[bytes, bytes], message: str, seconds: float | N
     """Milliseconds, seconds, a date, then the text: the first that makes sense."""
     body = b"[%b]" % message.encode() if message.startswith('"') else error("", message)
     assert judge(429, body, index).after_s == (None if seconds is None else pytest.approx(seconds))
+
+
+WINDOW = {b"x-ratelimit-remaining": b"0", b"x-ratelimit-reset": b"1795536025000"}  # as OpenRouter has it
+
+
+@pytest.mark.parametrize(
+    ("index", "after_s", "reset_s"),
+    [
+        ({b"x-ratelimit-remaining-requests": b"0", b"x-ratelimit-reset-requests": b"48s"}, None, 48.0),
+        ({b"x-ratelimit-remaining-requests": b"3", b"x-ratelimit-reset-requests": b"48s"}, None, None),
+        ({b"x-ratelimit-reset-tokens": b"1795536007"}, None, 7.0),
+        ({b"x-ratelimit-remaining-requests": b"0", b"x-ratelimit-reset-requests": b"-1"}, None, None),
+        ({b"x-ratelimit-remaining-requests": b"0", b"x-ratelimit-reset-requests": b"48s", b"retry-after": b"2"}, 2.0, None),
+        (WINDOW, 25.0, None),
+        ({b"ratelimit-remaining": b"0", b"ratelimit-reset": b"25"}, 25.0, None),
+        ({**WINDOW, b"x-ratelimit-remaining": b"2"}, None, None),
+        ({**WINDOW, b"x-ratelimit-reset": b"1"}, 1.0, None),
+        ({**WINDOW, b"x-ratelimit-reset": b"1795535000"}, None, None),
+    ],
+    ids=lambda value: repr(value)[:80],
+)
+def test_when_a_limit_resets(index: dict[bytes, bytes], after_s: float | None, reset_s: float | None) -> None:
+    """A 429 without a time to wait tells when its limit is full again: a bucket at the latest, a window exactly."""
+    verdict = judge(429, error("rate_limit_exceeded"), index)
+    assert (verdict.after_s, verdict.reset_s) == (after_s, reset_s)
+
+
+def test_a_reset_in_the_body() -> None:
+    """OpenRouter repeats the fields in the body, where they also stand in an error event."""
+    headers = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1795536025000"}
+    body = json.dumps({"error": {"message": "x", "code": 429, "metadata": {"headers": headers}}}).encode()
+    assert judge(429, body).after_s == 25.0
 
 
 # -- what a reply says about the quota
@@ -262,17 +278,18 @@ def fields(kind: bytes = b"requests", **values: bytes) -> dict[bytes, bytes]:
         (fields(limit=b"500", remaining=b"499", reset=b"720h"), (500, 499, 2_592_000.0)),
         *(
             (fields(limit=b"500", remaining=b"499", reset=reset), (500, 499, None))
-            for reset in (b"-1", b"soon", b"1795800000", b"9999-01-01T00:00:00Z", b"1" * 50_000)
+            for reset in (b"-1", b"soon", b"1895800000", b"9999-01-01T00:00:00Z", b"1" * 50_000)
         ),
+        (fields(limit=b"500", remaining=b"499", reset=b"1795536007"), (500, 499, 7.0)),
+        ({**fields(limit=b"9", remaining=b"3", reset=b"2026-11-24T15:00:40Z"), b"date": DATE}, (9, 3, 40.0)),
         (fields(limit=b"0", remaining=b"0", reset=b"0"), None),
         *((fields(limit=b"500", remaining=left), None) for left in (b"-1", b"", b"\xb2")),
         *((fields(limit=limit, remaining=b"1"), None) for limit in (b"", b"-1", b"5e2", b"500.5", b"9" * 40, b"\xb2")),
         ({}, None),
         (
             {
-                b"anthropic-ratelimit-requests-limit": b"50",
-                b"anthropic-ratelimit-requests-remaining": b"49",
-                b"anthropic-ratelimit-requests-reset": b"2026-11-24T16:00:05Z",
+                b"anthropic-ratelimit-requests-%b" % name: value
+                for name, value in ((b"limit", b"50"), (b"remaining", b"49"), (b"reset", b"2026-11-24T16:00:05Z"))
             },
             (50, 49, 5.0),
         ),
@@ -284,12 +301,8 @@ def test_allowances(index: dict[bytes, bytes], expected: tuple[float, float, flo
     """Limit, remaining and reset of any vendor; values that make no sense, or are too long to be kept, are nothing."""
     requests, tokens = app.read_allowances(index, lambda: WALL_S)
     assert requests == (expected and pytest.approx(expected)) and tokens is None
-
-
-def test_allowances_of_tokens() -> None:
-    """A reply reports requests and tokens independently."""
-    index = {**fields(b"tokens", limit=b"9000", remaining=b"8000", reset=b"6s"), b"x-other": b"1"}
-    assert app.read_allowances(index, lambda: WALL_S) == (None, (9000, 8000, 6.0))
+    more = fields(b"tokens", limit=b"9000", remaining=b"8000", reset=b"6s")
+    assert app.read_allowances({**index, **more}, lambda: WALL_S) == (requests, (9000, 8000, 6.0))
 
 
 @pytest.mark.parametrize(
@@ -303,10 +316,11 @@ def test_allowances_of_tokens() -> None:
         (b'"usage":null}\n\ndata: {"choices":[],"usage":{"completion_tokens":1,"total_tokens":2}}', (2, 1)),
         (b"", (0, 0)),
         (b'"usage":{"total_tokens":"many"}', (0, 0)),
+        (b'{"usage":{"prompt_tokens":5,"completion_tokens":7},"choices":["usage"' + b"x" * 9000, (12, 7)),
     ],
 )
 def test_used_tokens(tail: bytes, expected: tuple[int, int]) -> None:
-    """The last usage in the end of an answer counts."""
+    """The last usage in an answer counts, wherever it stands."""
     assert app.used_tokens(tail) == expected
 
 

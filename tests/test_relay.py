@@ -10,6 +10,7 @@ from chatgpt_apiserver import chunk
 
 from .support import (
     ANSWER,
+    DONE,
     MESSAGES,
     SSE_HEAD,
     Message,
@@ -101,13 +102,13 @@ async def test_a_compressed_stream_passes_as_it_comes(cut: bool) -> None:
 async def test_a_stream_with_another_content_type(kind: bytes, count: int) -> None:
     """Events leave as they come under any content type; JSON instead of events is a whole answer or an error."""
     step, head = asyncio.Event(), SSE_HEAD.replace(b"Content-Type: text/event-stream\r\n", kind)
-    async with Upstream(steps(head + chunk(event("a")), chunk(event("b")) + b"0\r\n\r\n", step=step)) as one:
+    async with Upstream(steps(head + chunk(event("a")), chunk(event("b") + DONE) + b"0\r\n\r\n", step=step)) as one:
         async with Running(*(controller(name, one.url) for name in "ab"[:count])) as server:
             client = await server.open()
             await client.post("m", stream=True)
             assert await client.reader.readuntil(chunk(event("a")))
             step.set()
-            assert (await client.reader.readuntil(b"0\r\n\r\n")).startswith(chunk(event("b")))
+            assert (await client.reader.readuntil(b"0\r\n\r\n")).startswith(chunk(event("b") + DONE))
             client.close()
     for body, name in ((json.dumps(ANSWER).encode(), "a"), (b'{"error":{"message":"no","code":"server_error"}}', "b")):
         raw = head.replace(b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(body)) + body
@@ -125,7 +126,11 @@ LATE_ERROR = b': hold the line\n\ndata: {"error":{"code":503}}\n\n'
     ("raw", "stream"),
     [
         *((b"HTTP/1.1 204 No Content\r\n\r\n", False), (b"HTTP/1.1 204 No Content\r\n\r\n", True)),
-        *((EMPTY % b"application/json", False), (EMPTY % b"application/json", True), (EMPTY % b"text/event-stream", True)),
+        *(
+            (EMPTY % b"application/json", False),
+            (EMPTY % b"application/json", True),
+            (EMPTY % b"text/event-stream", True),
+        ),
         (EMPTY.replace(b": 0", b": %d" % len(LATE_ERROR)) % b"text/event-stream" + LATE_ERROR, True),
         *((SSE_HEAD, True), (SSE_HEAD + chunk(b": only a comment\n\n"), True), (OK[:-5], False)),
     ],
@@ -159,7 +164,7 @@ async def test_a_cut_answer_never_looks_whole_to_http_1_0(why: str) -> None:
         body = json.dumps({"model": "m", "messages": MESSAGES}).encode()
         await client.send(request(body).replace(b"HTTP/1.1", b"HTTP/1.0"))
         assert b"200 OK" in await client.reader.readuntil(b"\r\n\r\n")
-        stopping = asyncio.ensure_future(server.server.stop()) if why == "stop" else None
+        stopping = asyncio.ensure_future(server.server.drain()) if why == "stop" else None
         if why == "unread":  # the client's reader stops at its own limit
             await until(lambda: not server.server.connections)
         with pytest.raises(ConnectionResetError):
@@ -223,7 +228,7 @@ OVERLOADED = b'data: {"error":{"message":"overloaded","type":"overloaded_error",
         *((OVERLOADED, 1), (OVERLOADED * 2, 1), (OVERLOADED[:-2], 1), (FAILED, 1)),
         (b'event: error\ndata: {"type":"error","code":"server_error","message":"x","param":null}\n\n', 1),
         (b'data: {"error":{"message":"x","type":"invalid_request_error","code":"content_filter"}}\n\n', 0),
-        (event('an \\"error\\" in words') + b'data: {"choices":[],"error":null}\n\n', 0),
+        (event('an \\"error\\" in words') + b'data: {"choices":[],"error":null}\n\n' + DONE, 0),
     ],
 )
 @pytest.mark.parametrize("size", [5, 9, 4000])

@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import json
-import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ import chatgpt_apiserver as app
 from .support import (
     ANSWER,
     CERT,
+    DONE,
     KEY,
     SSE_HEAD,
     Client,
@@ -44,9 +43,7 @@ PRIORITY = {"type": "priority"}
 HEDGED = {"type": "priority", "rescue_after": 2}
 
 
-def limited(
-    after: str = "", message: str = "slow down", kind: str = "requests", code: str = "rate_limit_exceeded"
-) -> bytes:
+def limited(after: str = "", message: str = "slow down", kind: str = "requests", code: str = "rate_limit_exceeded") -> bytes:
     """Return a 429."""
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return json_reply(429, body, *([f"Retry-After: {after}"] if after else []))
@@ -84,17 +81,17 @@ async def reset_at_once(peer: Peer, _: Message) -> None:
 
 def after(seconds: float, last: Script | bytes = both) -> Script:
     """Return a script that waits, then sends the reply or runs the script."""
-    return then([], last, seconds)
+    return then([], last, lambda: pause(seconds))
 
 
-def then(first: list[bytes | Script], last: Script | bytes = both, wait_s: float = 0.0) -> Script:
+def then(first: list[bytes | Script], last: Script | bytes = both, wait: Callable[[], Awaitable[Any]] | None = None) -> Script:
     """Return a script that does or sends each of `first` once, then always `last`."""
     steps = list(first)
 
     async def script(peer: Peer, message: Message) -> None:
         step = steps.pop(0) if steps else last
-        if wait_s:
-            await pause(wait_s)
+        if wait:
+            await wait()
         await (peer.send(step) if isinstance(step, bytes) else step(peer, message))
 
     return script
@@ -102,12 +99,7 @@ def then(first: list[bytes | Script], last: Script | bytes = both, wait_s: float
 
 def gated(gate: asyncio.Event, raw: bytes = OK) -> Script:
     """Return a script that waits for `gate`, then sends `raw`."""
-
-    async def script(peer: Peer, _: Message) -> None:
-        await gate.wait()
-        await peer.send(raw)
-
-    return script
+    return then([], raw, gate.wait)
 
 
 class Timed(Upstream):
@@ -182,7 +174,7 @@ class Setup:
 
     def out(self, at: int = 0) -> str:
         """Return why a controller is out of use: failing, refused, silent, no_credit, busy; or "" while it is in use."""
-        shown = self.state(at)  # new words
+        shown = self.state(at)
         return str(shown["reason"]) if shown["state"] == "out" else ""
 
     def idle(self) -> bool:
@@ -232,12 +224,10 @@ async def serving(*scripts: Script | Timed, each: Each = None, https: str = "", 
 # -- the table, row by row
 
 
+CUT_SHORT = (in_stream("server_error"), sse_reply(AZURE), sse_reply(b": hello\n\n"), sse_reply())
 NO_ANSWERS = [
     *((in_stream(code), True, 1, 1, "no_credit") for code in ("insufficient_quota", "billing_hard_limit_reached")),
-    *(
-        (stream, True, 1, 1, "")
-        for stream in (in_stream("server_error"), sse_reply(AZURE), sse_reply(b": hello\n\n"), sse_reply())
-    ),
+    *((stream, True, 1, 1, "") for stream in CUT_SHORT),
     (reply(200, b'{"error":{"message":"x","type":"server_error","code":null}}'), False, 1, 1, ""),
     (reply(200, b'{\n  "error": {\n    "message": "x", "code": 502\n  }\n}'), False, 1, 1, ""),
     (reply(200, b"\n" * 40 + b'{"error":{"message":"x","code":"insufficient_quota"}}'), False, 1, 1, "no_credit"),
@@ -256,9 +246,7 @@ NO_ANSWERS = [
         *NO_ANSWERS,
     ],
 )
-async def test_row_the_next_controller_answers(
-    script: Script | bytes, stream: bool, requests: int, calls: int, reason: str
-) -> None:
+async def test_row_the_next_controller_answers(script: Script | bytes, stream: bool, requests: int, calls: int, reason: str) -> None:
     """A failure that another account may not have moves each request on, until the controller is out."""
     async with serving(then([], script), both, pool=PRIORITY) as setup:
         assert {await setup.served_by(stream=stream) for _ in range(requests)} == {"b"}
@@ -307,32 +295,18 @@ async def test_row_429_rate_limit() -> None:
 async def test_row_429_for_a_whole_burst(limits: dict[str, int]) -> None:
     """Requests that were running at the first 429 are refused with it: they wait together, not ever longer."""
     gate, count = asyncio.Event(), 8
-
-    async def script(peer: Peer, _: Message) -> None:
-        arrived = len(setup.ups[0].times)
-        if arrived > count:
-            await peer.send(OK)
-            return
-        if arrived == count:
-            gate.set()
-        await gate.wait()
-        await peer.send(limited())
-
-    async with serving(script, each=[{"limits": limits}]) as setup:
+    async with serving(then([gated(gate, limited())] * count), each={"limits": limits}) as setup:
         started = now()
-        replies = await asyncio.gather(*(setup.post() for _ in range(count)))
-        assert {answer.status for answer in replies} == {200} and now() - started < 3
+        tasks = [setup.later() for _ in range(count)]
+        await until(lambda: setup.calls == [count])
+        gate.set()
+        assert {(await task).status for task in tasks} == {200} and now() - started < 3
 
 
-@pytest.mark.parametrize(
-    ("second", "calls"),
-    [(both, [1, 0, 1]), (answers(in_stream("server_error")), [1, 1, 1])],
-    ids=["too small", "fails"],
-)
+@pytest.mark.parametrize(("second", "calls"), [(both, [1, 0, 1]), (answers(in_stream("server_error")), [1, 1, 1])])
 async def test_row_429_request_too_large(second: Script, calls: list[int]) -> None:
     """Only controllers with a large enough known limit are asked; without any the client learns not to retry."""
-    small, large = {"limits": {"tpm": 11_000}}, {"limits": {"tpm": 50_000}}
-    each = [{}, large if calls[1] else small, large]
+    each = [{}, {"limits": {"tpm": 50_000 if calls[1] else 11_000}}, {"limits": {"tpm": 50_000}}]
     async with serving(then([TOO_LARGE]), second, both, each=each, pool=PRIORITY) as setup:
         assert await setup.served_by(stream=True) == "c" and setup.calls == calls
         assert await setup.served_by() == "a" and setup.failures() == 0
@@ -342,24 +316,17 @@ async def test_row_429_request_too_large(second: Script, calls: list[int]) -> No
         assert "Limit 10000" in answer.json()["error"]["message"] and setup.calls == [1, 0]
 
 
-async def test_row_no_credit(caplog: pytest.LogCaptureFixture) -> None:
-    """The whole quota group is out, which is logged once, until a later request succeeds."""
+async def test_row_no_credit() -> None:
+    """The whole quota group is out until a later request succeeds; a sole controller refuses with the true Retry-After."""
     grouped = {"quota_group": "org"}
     async with serving(then([NO_CREDIT]), both, both, each=[grouped, grouped, {}]) as setup:
-        with caplog.at_level(logging.WARNING, "chatgpt_apiserver"):
-            assert [await setup.served_by() for _ in range(4)] == ["c"] * 4
+        assert [await setup.served_by() for _ in range(4)] == ["c"] * 4
         assert setup.calls == [1, 0, 4] and [setup.out(at) for at in range(3)] == ["no_credit", "no_credit", ""]
-        assert len([record for record in caplog.records if "quota" in record.getMessage()]) == 1
         await pause(301)
         assert {await setup.served_by() for _ in range(6)} == {"a", "b", "c"}
         assert [setup.out(at) for at in range(3)] == ["", "", ""]
-
-
-async def test_row_no_credit_refuses() -> None:
-    """A sole controller without credit is not asked before its time: the client gets 429 with the true Retry-After."""
     async with serving(answers(NO_CREDIT)) as setup:
-        answer = await setup.post()
-        assert answer.status == 429 and answer.json()["error"]["code"] == "insufficient_quota"
+        assert (await setup.post()).json()["error"]["code"] == "insufficient_quota"
         answer = await setup.post()
         assert answer.status == 429 and int(answer.headers["retry-after"]) == pytest.approx(300, abs=1)
         assert setup.calls == [1]
@@ -409,11 +376,7 @@ async def test_row_503_with_retry_after(status: int) -> None:
 
 @pytest.mark.parametrize(
     ("code", "kind", "calls"),
-    [
-        ("rate_limit_exceeded", "", [1, 3]),
-        ("model_not_found", "", [1, 3]),
-        ("too_long", "invalid_request_error", [3, 0]),
-    ],
+    [("rate_limit_exceeded", "", [1, 3]), ("model_not_found", "", [1, 3]), ("too_long", "invalid_request_error", [3, 0])],
 )
 async def test_row_200_whose_first_event_is_a_429_or_a_4xx(code: str, kind: str, calls: list[int]) -> None:
     """A rate limit or a missing model in a stream closes that model; a client's mistake is answered with 400."""
@@ -422,40 +385,26 @@ async def test_row_200_whose_first_event_is_a_429_or_a_4xx(code: str, kind: str,
         assert (statuses, setup.calls, setup.failures()) == ({400 if kind else 200}, calls, 0)
 
 
-@pytest.mark.parametrize(("size", "sent"), [(900_000, 800_000), (3_000_000, 2_000_000)])
-async def test_row_a_whole_answer_that_is_cut(size: int, sent: int) -> None:
-    """Up to 1 MB is collected first, so the next controller answers; a larger answer ends short of its length."""
+@pytest.mark.parametrize("stream", [False, True])
+async def test_row_an_answer_that_is_cut(stream: bool) -> None:
+    """A large whole one ends short of its length (small ones: test_relay.py); a stream with an error event."""
 
     async def cut(peer: Peer, _: Message) -> None:
-        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size, b" " * sent)
-        peer.close()
-
-    async with serving(cut, both) as setup:
-        if size < 1_000_000:
-            assert await setup.served_by() == "b"
+        if stream:
+            await peer.send(SSE_HEAD + app.chunk(event("a")))
+            await pause(0.01)
+            peer.reset()
         else:
-            client = await setup.ask()
-            assert (await client.read(head_only=True)).headers["content-length"] == str(size)
-            assert len(await client.closed()) < size and setup.calls == [1, 0]
-        assert setup.failures() == 1
-
-
-@pytest.mark.parametrize("how", ["close", "reset"])
-async def test_row_a_stream_that_is_cut(how: str) -> None:
-    """The client gets an error event and no final chunk, no [DONE], no replay; the breaker counts."""
-
-    async def cut(peer: Peer, _: Message) -> None:
-        await peer.send(SSE_HEAD)
-        await peer.chunk(event("one"))
-        await pause(0.01)
-        getattr(peer, how)()
+            await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n", b" " * 2_000_000)
+            peer.close()
 
     async with serving(cut, both) as setup:
-        data = await (await setup.ask(stream=True)).closed()
-        assert event("one") in data and b'data: {"error":{' in data and setup.calls == [1, 0]
-        assert b"[DONE]" not in data and b"finish_reason" not in data and not data.endswith(b"0\r\n\r\n")
+        data = await (await setup.ask(stream=stream)).closed()
+        if stream:
+            assert event("a") in data and b'data: {"error":{' in data and b"[DONE]" not in data and b"finish_reason" not in data
+        assert len(data) < 3_000_000 and not data.endswith(b"0\r\n\r\n")
         await until(setup.idle)
-        assert setup.failures() == 1 and "cut" in setup.state()["last_error"]
+        assert setup.failures() == 1 and "cut" in setup.state()["last_error"] and setup.calls == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -472,17 +421,12 @@ async def test_row_every_controller_failed(replies: list[bytes], status: int, na
         answer = await setup.post()
         assert answer.status == status and answer.body in replies["abc".index(name)]
         assert (answer.headers["x-apiserver-controller"], answer.headers["x-apiserver-attempts"]) == (name, "3")
-
-
-@pytest.mark.parametrize(
-    ("script", "status"), [(reset_at_once, 502), (hang, 504), (answers(reply(302, b"", "Location: http://evil/")), 502)]
-)
-async def test_row_every_controller_failed_without_an_answer(script: Script, status: int) -> None:
-    """The client gets 502 or 504 with an OpenAI-style error; a redirect is neither followed nor passed on."""
-    async with serving(script, script, each={"timeouts": {"first_byte": 3}}) as setup:
-        answer = await setup.post(stream=True)
-        assert answer.status == status and answer.json()["error"]["type"] == "server_error" and setup.calls == [1, 1]
-        assert "location" not in answer.headers
+    # Without any answer it gets an OpenAI-style error; a redirect is neither followed nor passed on.
+    for script, code in ((reset_at_once, 502), (hang, 504), (answers(reply(302, b"", "Location: http://evil/")), 502)):
+        async with serving(script, script, each={"timeouts": {"first_byte": 3}}) as setup:
+            answer = await setup.post(stream=True)
+            assert answer.status == code and answer.json()["error"]["type"] == "server_error" and setup.calls == [1, 1]
+            assert "location" not in answer.headers
 
 
 PHASES = ["in line", "connecting", "before the head", "held", "in the stream", "in a whole answer", "in a large answer"]
@@ -531,13 +475,19 @@ async def test_row_the_client_leaves(phase: str, how: str) -> None:
 
 
 async def test_a_reload_keeps_state_and_waiters() -> None:
-    """What is unchanged stays closed; a waiting request goes to a controller that serves its model now."""
+    """What is unchanged stays closed; a waiting request goes to a controller that serves its model now, or gets 404."""
     async with serving(then([limited("20")]), both, each=[{}, {"models": ["other"]}]) as setup:
         waiter = setup.later()
         await until(lambda: setup.waiting)
         setup.reload(("a", 0), ("b", 1))
         assert (await waiter).headers["x-apiserver-controller"] == "b"
         assert {await setup.served_by() for _ in range(4)} == {"b"} and setup.calls == [1, 5]
+    async with serving(then([limited("20")])) as setup:
+        waiter = setup.later()
+        await until(lambda: setup.waiting)
+        setup.reload(("a", 0), each={"models": ["n"]})
+        assert (await waiter).status == 404
+        await until(setup.idle)
 
 
 async def test_a_reload_while_a_request_is_running() -> None:
@@ -569,21 +519,10 @@ async def test_a_reload_removes_a_silent_controller() -> None:
         assert (await task).headers["x-apiserver-controller"] == "c" and setup.calls == [1, 0, 1]
 
 
-async def test_a_reload_ends_the_waiting_for_a_model_that_is_gone() -> None:
-    """A request that waits for a model that no controller serves any more gets 404 at once."""
-    async with serving(then([limited("20")])) as setup:
-        waiter = setup.later()
-        await until(lambda: setup.waiting)
-        setup.reload(("a", 0), each={"models": ["n"]})
-        assert (await waiter).status == 404
-        await until(setup.idle)
-
-
 async def test_a_reload_leaves_a_conversation_with_its_account() -> None:
     """A request that waits for the account of its last response goes on waiting for that account."""
-    made = json_reply(200, {"id": "resp_1", "object": "response"})
+    made, data = json_reply(200, {"id": "resp_1", "object": "response"}), {"model": "m", "input": "hi"}
     async with serving(answers(made, limited("5"), made), answers(made), pool=PRIORITY) as setup:
-        data = {"model": "m", "input": "hi"}
         await setup.server.ask("POST", "/v1/responses", data)
         asked = setup.server.ask("POST", "/v1/responses", {**data, "previous_response_id": "resp_1"})
         waiter = asyncio.get_running_loop().create_task(asked)
@@ -595,15 +534,6 @@ async def test_a_reload_leaves_a_conversation_with_its_account() -> None:
 # -- rounds and the last resort
 
 
-@pytest.mark.parametrize(("script", "status"), [(answers(error_reply(500)), 500), (close_at_once, 502)])
-async def test_a_429_that_was_waited_out_is_not_the_answer(script: Script, status: int) -> None:
-    """The client gets what came after the wait, without the Retry-After of the 429."""
-    async with serving(then([limited("1")], script), each={"limits": {"rpm": 100}}) as setup:
-        answer = await setup.post()
-        assert answer.status == status and answer.headers["x-apiserver-attempts"] == "2"
-        assert "retry-after" not in answer.headers
-
-
 async def test_once_per_round() -> None:
     """Each controller is asked once; a new round begins when waiting, or a slow failure elsewhere, has reopened one."""
     async with serving(answers(error_reply(500)), then([limited("2"), limited("2")]), pool=PRIORITY) as setup:
@@ -612,6 +542,12 @@ async def test_once_per_round() -> None:
     async with serving(then([limited("1")]), after(3, error_reply(500)), pool=PRIORITY) as setup:
         answer = await setup.post()
         assert (answer.status, answer.headers["x-apiserver-attempts"]) == (200, "3") and setup.calls == [2, 1]
+    # A 429 that was waited out is not the answer: the client gets what came after, without the Retry-After of the 429.
+    for script, status in ((answers(error_reply(500)), 500), (close_at_once, 502)):
+        async with serving(then([limited("1")], script), each={"limits": {"rpm": 100}}) as setup:
+            answer = await setup.post()
+            assert answer.status == status and answer.headers["x-apiserver-attempts"] == "2"
+            assert "retry-after" not in answer.headers
 
 
 @pytest.mark.parametrize(
@@ -626,34 +562,24 @@ async def test_a_sole_controller_passes_its_errors_on(status: int, code: str, re
         assert setup.out() == reason
 
 
-async def test_the_last_resort_is_the_controller_that_is_due_back_first() -> None:
-    """When all are out by health the one that is due back first is tried anyway, and answers."""
+async def test_the_last_resort() -> None:
+    """When all are out by health the one that is due back first answers; a limit is never passed for that, and a full one waited for."""
     busy = [error_reply(503, None, "busy", f"Retry-After: {seconds}") for seconds in (100, 50, 80)]
     async with serving(*(then([failure] * 5) for failure in busy), pool=PRIORITY) as setup:
         for _ in range(5):
             await setup.post()
         assert await setup.served_by("X-Apiserver-Max-Wait: 1") == "b"
-
-
-async def test_the_last_resort_never_passes_a_limit() -> None:
-    """The time of a 429 and a configured limit refuse a request, whatever else is out."""
     each = [{}, {"limits": {"rpm": 1}}, {"models": ["n"]}]
     async with serving(answers(limited("100")), both, both, each=each) as setup:
         assert await setup.served_by() == "b"
         answer = await setup.post()
         assert answer.status == 429 and answer.headers["retry-after"] == "61" and setup.calls == [1, 1, 0]
-
-
-async def test_a_full_controller_is_better_than_a_dead_one() -> None:
-    """With one controller out and the other at its concurrency, requests wait for the one that works."""
-    gate = asyncio.Event()
-    each = [{}, {"limits": {"concurrency": 1}}]
+    gate, each = asyncio.Event(), [{}, {"limits": {"concurrency": 1}}]
     async with serving(answers(NO_CREDIT), gated(gate), each=each, pool=PRIORITY) as setup:
         tasks = [setup.later(), setup.later()]
         await until(lambda: setup.waiting == 1)
         gate.set()
-        assert [(await task).headers["x-apiserver-controller"] for task in tasks] == ["b", "b"]
-        assert setup.calls[1] == 2 and (await setup.served_by(), setup.calls[0]) == ("b", setup.calls[0])
+        assert [(await task).headers["x-apiserver-controller"] for task in tasks] == ["b", "b"] and setup.calls[1] == 2
 
 
 # -- the line
@@ -669,18 +595,6 @@ async def test_a_waiter_is_woken_in_time() -> None:
         assert {(await task).status for task in tasks} == {200}
         gaps = [round(time - setup.ups[0].times[0], 2) for time in setup.ups[0].times]
         assert gaps == pytest.approx([0, 1.0, 2.0], abs=0.05)
-
-
-async def test_first_come_first_served() -> None:
-    """With one place, requests go upstream in the order in which they came, one at a time, each once."""
-    async with serving(after(0.2), each={"limits": {"concurrency": 1}}) as setup:
-        tasks = []
-        for number in range(10):
-            tasks.append(setup.later(user=str(number)))
-            await pause(0.01)
-        assert {(await task).status for task in tasks} == {200}
-        assert [message.json()["user"] for message in setup.ups[0].seen] == [str(number) for number in range(10)]
-        assert setup.ups[0].most_running == 1 and setup.idle()
 
 
 async def test_no_request_waits_behind_another_line() -> None:
@@ -701,20 +615,21 @@ async def test_no_request_waits_behind_another_line() -> None:
         assert {(await waiter).status for waiter in waiters} == {200}
 
 
-@pytest.mark.parametrize("how", ["reset", "fin"])
-async def test_waiters_that_leave_cost_nothing(how: str) -> None:
-    """Of five waiters the first, the middle and the last leave; only the others go upstream."""
+@pytest.mark.parametrize("how", ["", "reset", "fin"])
+async def test_first_come_first_served(how: str) -> None:
+    """With one place, requests go upstream in their order, one at a time; waiters that leave never do."""
     async with serving(after(1), each={"limits": {"concurrency": 1}}) as setup:
-        clients = []
+        clients, stay = [], {0, 2, 4} if how else set(range(6))
         for number in range(6):
             clients.append(await setup.ask(user=str(number)))
             await pause(0.01)
         assert setup.waiting == 5
-        for number in (1, 3, 5):
+        for number in {*range(6)} - stay:
             clients[number].reset() if how == "reset" else clients[number].writer.close()
-        await until(lambda: setup.waiting == 2)
-        assert {(await clients[number].read()).status for number in (0, 2, 4)} == {200}
-        assert [message.json()["user"] for message in setup.ups[0].seen] == ["0", "2", "4"] and setup.idle()
+        await until(lambda: setup.waiting == len(stay) - 1)
+        assert {(await clients[number].read()).status for number in stay} == {200}
+        assert [message.json()["user"] for message in setup.ups[0].seen] == [*map(str, sorted(stay))]
+        assert setup.ups[0].most_running == 1 and setup.idle()
 
 
 @pytest.mark.parametrize("leaves_first", [True, False])
@@ -726,20 +641,13 @@ async def test_a_client_that_leaves_as_a_place_comes_free(leaves_first: bool) ->
         for number in range(4):
             clients.append(await setup.ask(user=str(number)))
             await until(lambda number=number: setup.waiting + setup.calls[0] == number + 1)
-        if leaves_first:
-            clients[1].reset()
-            gate.set()
-        else:
-            gate.set()
+        for step in (clients[1].reset, gate.set) if leaves_first else (gate.set, clients[1].reset):
+            step()
             await asyncio.sleep(0)
-            clients[1].reset()
         assert {(await clients[number].read()).status for number in (0, 2, 3)} == {200}
         await until(setup.idle)
-        assert [message.json()["user"] for message in setup.ups[0].seen if message.json()["user"] != "1"] == [
-            "0",
-            "2",
-            "3",
-        ]
+        users = [message.json()["user"] for message in setup.ups[0].seen]
+        assert [user for user in users if user != "1"] == ["0", "2", "3"]
 
 
 async def test_patience_that_ends_as_a_place_comes_free() -> None:
@@ -755,16 +663,10 @@ async def test_patience_that_ends_as_a_place_comes_free() -> None:
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
-        ((), 5.0),
-        (("X-Apiserver-Max-Wait: 1",), 1.0),
-        (("X-Apiserver-Max-Wait: 500ms",), 0.5),
-        (("X-Apiserver-Max-Wait: 60",), 5.0),
-        (("X-Apiserver-Max-Wait: 0",), 0.0),
-        (("X-Apiserver-Max-Wait: -3",), 5.0),
-        (("X-Stainless-Read-Timeout: 4",), 2.0),
-        (("X-Stainless-Read-Timeout: 600.0",), 5.0),
-        (("X-Stainless-Read-Timeout: 1",), 0.0),
-        (("X-Stainless-Read-Timeout: 6", "X-Apiserver-Max-Wait: 3"), 3.0),
+        *(((), 5.0), (("X-Stainless-Read-Timeout: 6", "X-Apiserver-Max-Wait: 3"), 3.0)),
+        *(((f"X-Apiserver-Max-Wait: {value}",), seconds) for value, seconds in
+          (("1", 1.0), ("500ms", 0.5), ("60", 5.0), ("0", 0.0), ("-3", 5.0))),
+        *(((f"X-Stainless-Read-Timeout: {value}",), seconds) for value, seconds in (("4", 2.0), ("600.0", 5.0), ("1", 0.0))),
     ],
 )
 async def test_how_long_a_request_waits(headers: tuple[str, ...], seconds: float) -> None:
@@ -817,9 +719,9 @@ async def test_refused_at_once_by_the_position_in_line() -> None:
 
 
 async def test_refused_at_once_when_the_line_is_full() -> None:
-    """The line takes max_queue requests and not one more; when one is served there is a place again."""
-    gate = asyncio.Event()
-    async with serving(gated(gate), each={"limits": {"concurrency": 1}}, pool={"max_queue": 2}) as setup:
+    """The line takes max_queue requests and not one more, and half of them of one client key, until one is served."""
+    gate, tight = asyncio.Event(), {"limits": {"concurrency": 1}}
+    async with serving(gated(gate), each=tight, pool={"max_queue": 2}) as setup:
         tasks = [setup.later() for _ in range(3)]
         await until(lambda: setup.waiting == 2)
         started = now()
@@ -829,13 +731,9 @@ async def test_refused_at_once_when_the_line_is_full() -> None:
         assert "retry-after-ms" not in answer.headers and answer.headers["x-should-retry"] == "true"
         gate.set()
         assert {(await task).status for task in tasks} == {200} and (await setup.post()).status == 200
-
-
-async def test_refused_at_once_when_one_key_holds_half() -> None:
-    """A client key whose requests are half of the line gets no more of it; another key does."""
     keys = [{"name": name, "key": f"key-of-{name}"} for name in ("alice", "bob")]
-    alice, bob = "Authorization: Bearer key-of-alice", "Authorization: Bearer key-of-bob"
-    async with serving(hang, each={"limits": {"concurrency": 1}}, pool={"max_queue": 4}, client_keys=keys) as setup:
+    alice, bob = (f"Authorization: Bearer {key['key']}" for key in keys)
+    async with serving(hang, each=tight, pool={"max_queue": 4}, client_keys=keys) as setup:
         for count in range(3):
             await setup.ask(alice)
             await until(lambda count=count: setup.waiting == count)
@@ -847,22 +745,16 @@ async def test_refused_at_once_when_one_key_holds_half() -> None:
 # -- limits
 
 
-async def test_a_429_closes_the_whole_quota_group() -> None:
-    """Two keys of one organisation share its limits."""
+async def test_a_quota_group() -> None:
+    """Its controllers share a 429. A controller outside it that has its name keeps other limits, also after a reload."""
     async with serving(answers(limited("100")), both, both, each=[{"quota_group": "org"}] * 2 + [{}]) as setup:
         assert [await setup.served_by() for _ in range(4)] == ["c"] * 4 and setup.calls == [1, 0, 4]
-
-
-async def test_a_quota_group_may_be_called_as_a_controller_outside_it() -> None:
-    """That controller has a quota of its own, with other limits, also after a reload."""
     group = {"quota_group": "a", "limits": {"rpm": 2}}
     each: list[dict[str, Any]] = [{"limits": {"rpm": 1}}, group, group]
     async with serving(both, both, both, each=each) as setup:
-        for _ in range(3):
-            assert (await setup.post()).status == 200
+        assert {(await setup.post()).status for _ in range(3)} == {200}
         assert setup.calls[0] == 1 and sum(setup.calls) == 3
-        made = [controller("abc"[at], setup.ups[at].url, weight=2, **more) for at, more in enumerate(each)]
-        setup.server.reload(*made)
+        setup.server.reload(*(controller("abc"[at], setup.ups[at].url, weight=2, **more) for at, more in enumerate(each)))
         assert (await setup.post("X-Apiserver-Max-Wait: 0")).status == 429 and sum(setup.calls) == 3
 
 
@@ -876,92 +768,69 @@ def worst(times: list[float], span_s: float) -> int:
     return most
 
 
-async def test_a_short_burst_spreads_the_limit_evenly() -> None:
-    """A hundred a minute in bursts of a second: one each 0.6 s, and a hundred in the first minute."""
-    async with serving(both, each={"limits": {"rpm": 100, "burst_s": 1}}, pool={"max_wait": 90}) as setup:
-        tasks = [setup.later() for _ in range(130)]
+async def test_configured_limits_are_exact() -> None:
+    """Of many requests at once none goes beyond rpm, concurrency or burst_s as the upstreams, or a quota group, count."""
+    each = [{"limits": {"rpm": 200, "concurrency": 7}}, {"limits": {"rpm": 90, "concurrency": 5, "burst_s": 10}}]
+    async with serving(after(0.05), after(0.05), each=each, pool={"max_wait": 300}) as setup:
+        tasks = [setup.later(stream=number % 2 == 0) for number in range(500)]
         assert {(await task).status for task in tasks} == {200}
+        a, b = setup.ups
+        assert sum(setup.calls) == 500 and setup.idle() and [a.most_running, b.most_running] == [7, 5]
+        assert (worst(a.times, 60), worst(b.times, 10)) == (200, 15) and worst(b.times, 60) <= 90
+    group = {"quota_group": "org", "limits": {"rpm": 20, "concurrency": 3}}
+    async with serving(after(0.05), after(0.05), each=group, pool={"max_wait": 300}) as setup:
+        assert {(await task).status for task in [setup.later() for _ in range(50)]} == {200}
+        a, b = setup.ups
+        assert worst(a.times + b.times, 60) == 20 and max(a.most_running, b.most_running) <= 3
+    # A hundred a minute in bursts of a second: one each 0.6 s, and a hundred in the first minute.
+    async with serving(both, each={"limits": {"rpm": 100, "burst_s": 1}}, pool={"max_wait": 90}) as setup:
+        assert {(await task).status for task in [setup.later() for _ in range(130)]} == {200}
         times = setup.ups[0].times
         assert worst(times, 59.9) == 100 and worst(times, 0.59) == 1
         assert times[99] - times[0] == pytest.approx(59.4, abs=0.5)
 
 
-@pytest.mark.parametrize(
-    ("each", "count", "per_minute"),
-    [
-        (
-            [{"limits": {"rpm": 200, "concurrency": 7}}, {"limits": {"rpm": 90, "concurrency": 5, "burst_s": 10}}],
-            500,
-            (200, 90),
-        ),
-        ([{"quota_group": "org", "limits": {"rpm": 20, "concurrency": 3}}] * 2, 50, (20, 20)),
-    ],
-)
-async def test_configured_limits_are_exact(each: list[dict[str, Any]], count: int, per_minute: tuple[int, int]) -> None:
-    """Of many requests at once none goes beyond rpm, concurrency or burst_s as the upstreams, or a quota group, count."""
-    async with serving(after(0.05), after(0.05), each=each, pool={"max_wait": 300}) as setup:
-        tasks = [setup.later(stream=number % 2 == 0) for number in range(count)]
-        assert {(await task).status for task in tasks} == {200}
-        assert sum(setup.calls) == count and setup.idle()
-        assert [worst(upstream.times, 60) <= limit for upstream, limit in zip(setup.ups, per_minute, strict=True)] == [
-            True
-        ] * 2
-        most = [upstream.most_running for upstream in setup.ups]
-        if count == 500:
-            assert worst(setup.ups[0].times, 60) == 200 and worst(setup.ups[1].times, 10) == 15 and most == [7, 5]
-        else:
-            assert worst(setup.ups[0].times + setup.ups[1].times, 60) == 20 and max(most) <= 3
+class Account(Timed):
+    """An account with a bucket of requests; `tells`: its replies carry its limit, and the time until there is room."""
+
+    def __init__(self, size: float, per_s: float, tells: bool, took_s: float = 0.0) -> None:
+        super().__init__(self._answer)
+        self.size, self.per_s, self.tells, self.took_s = size, per_s, tells, took_s
+        self.level, self.at, self.refused = size, 0.0, 0
+
+    async def _answer(self, peer: Peer, _: Message) -> None:
+        self.level, self.at = min(self.size, self.level + (now() - self.at) * self.per_s), now()
+        good = self.level >= 0.999  # the times have milliseconds
+        self.level = max(0.0, self.level - good)
+        self.refused += not good
+        values = {"limit": f"{self.size:.0f}", "remaining": int(self.level), "reset": f"{(self.size - self.level) / self.per_s:.3f}s"}
+        lines = [f"x-ratelimit-{name}-requests: {value}" for name, value in values.items() if self.tells]
+        message = f"Please try again in {(1 - self.level) / self.per_s:.3f}s." if self.tells else "slow down"
+        if good:
+            await pause(self.took_s)
+        await peer.send(json_reply(200, ANSWER, *lines) if good else error_reply(429, None, message, *lines))
 
 
 @pytest.mark.parametrize(("limit", "count", "refused"), [(10, 13, 0), (60, 100, 2)])
 async def test_limits_learned_from_replies(limit: int, count: int, refused: int) -> None:
     """After the first reply the server knows what is left: all requests are answered, and few earn a 429 upstream."""
-    level, at = float(limit), now()
-
-    async def script(peer: Peer, _: Message) -> None:
-        nonlocal level, at
-        level, at = min(limit, level + (now() - at) * limit / 60), now()
-        left = level - 1 if level >= 0.999 else level  # resets have milliseconds
-        shown = (
-            f"x-ratelimit-limit-requests: {limit}",
-            f"x-ratelimit-remaining-requests: {int(max(left, 0))}",
-            f"x-ratelimit-reset-requests: {(limit - left) * 60 / limit:.3f}s",
-        )
-        if level < 0.999:
-            await peer.send(error_reply(429, None, f"Please try again in {(1 - level) * 60 / limit:.3f}s.", *shown))
-            return
-        level = left
-        await peer.send(json_reply(200, ANSWER, *shown))
-
-    async with serving(script, pool={"max_wait": 60}) as setup:
+    account = Account(limit, limit / 60, tells=True)
+    async with serving(account, pool={"max_wait": 60}) as setup:
         assert (await setup.post()).status == 200
-        tasks = [setup.later() for _ in range(count)]
-        assert {(await task).status for task in tasks} == {200}
-        assert setup.calls[0] <= count + 1 + refused
+        assert {(await task).status for task in [setup.later() for _ in range(count)]} == {200}
+        assert account.refused <= refused
 
 
 @pytest.mark.parametrize(("per_s", "seconds", "count"), [(10.0, 0.3, 90), (1.0, 0.3, 20), (1.0, 2.5, 20)])
 async def test_an_account_that_tells_no_limit(per_s: float, seconds: float, count: int) -> None:
     """Its limit is found with few refusals, though it names neither that nor a time, and nearly all of it is used."""
-    burst = 2 * per_s
-    level, at, calls, started = burst, now(), {200: 0, 429: 0}, now()
-
-    async def silent(peer: Peer, message: Message) -> None:
-        nonlocal level, at
-        level, at = min(burst, level + (now() - at) * per_s), now()
-        good = level >= 1
-        level -= good
-        calls[200 if good else 429] += 1
-        if good:
-            await pause(seconds)
-        await peer.send(OK if good else limited())
-
-    async with serving(silent, pool={"max_wait": 60}) as setup:
+    account, started = Account(2 * per_s, per_s, tells=False, took_s=seconds), now()
+    async with serving(account, pool={"max_wait": 60}) as setup:
         tasks = [setup.later() for _ in range(count)]
         await pause(0.5)
-        at_first = calls[429]  # of those that were sent before anything was known
+        at_first = account.refused  # of those that were sent before anything was known
         assert {(await task).status for task in tasks} == {200}
-        assert calls[429] - at_first <= 0.3 * count
+        assert account.refused - at_first <= 0.3 * count
         assert now() - started < 1.6 * count / per_s + seconds
 
 
@@ -972,78 +841,58 @@ async def test_an_account_that_tells_no_limit(per_s: float, seconds: float, coun
 async def test_a_stateful_request_moves_on_only_when_it_did_not_run(script: Script | int) -> None:
     """It stays after a silence, a cut or an error that may hide a request that ran, which is no one else's fault."""
     failure = script if callable(script) else error_reply(script, "model_not_found" if script == 404 else "x")
-    timeouts = {"timeouts": {"first_byte": 2}}
-    async with serving(then([failure]), both, each=timeouts, pool=PRIORITY) as setup:
+    async with serving(then([failure]), both, each={"timeouts": {"first_byte": 2}}, pool=PRIORITY) as setup:
         answer = await setup.post(store=True, stream=callable(script))
-        if script in (401, 429, 503):
+        if script in (401, 404, 429, 503):
             assert answer.status == 200 and setup.calls == [1, 1]
         else:
-            assert answer.status == script or (callable(script) and answer.status in (502, 504))
+            assert answer.status in ((502, 504) if callable(script) else (502 if script == 403 else script,))
             assert setup.calls == [1, 0] and await setup.served_by() == "a"
 
 
 async def test_a_stateful_request_that_was_not_sent_or_met_a_conflict() -> None:
     """A connection that could not be made proves that it did not run; a 409 about an object blames no controller."""
-    async with serving(both, both) as setup:
+    async with serving(both, answers(error_reply(409)), pool=PRIORITY) as setup:
         setup.ups[0].server.close()
-        assert await setup.served_by(store=True) == "b"
-    async with serving(answers(error_reply(409)), both, pool=PRIORITY) as setup:
         assert {(await setup.post(store=True)).status for _ in range(8)} == {409}
-        assert setup.calls == [8, 0] and (setup.out(), setup.failures()) == ("", 0)
+        assert setup.calls == [0, 8] and (setup.out(1), setup.failures(1)) == ("", 0)
 
 
 # -- commit
 
 
 @pytest.mark.parametrize(
-    ("preface", "seconds"),
-    [([b": hello\n\n", AZURE], None), ([b": short\n\n"], 15.0), ([b": " + b"x" * 65536 + b"\n\n"], 0.0)],
+    ("preface", "event_s", "seconds", "count", "more"),
+    [
+        ([b": hello\n\n", AZURE], 1.0, 1.0, 2, {}),
+        ([b": short\n\n", AZURE], 30.0, 15.0, 2, {}),
+        ([b": " + b"x" * 65536 + b"\n\n"], 1.0, 0.0, 2, {}),
+        ([b": sole controller\n\n"], 1.0, 0.0, 1, {}),
+        ([b": stateful\n\n"], 1.0, 0.0, 2, {"store": True}),
+    ],
 )
-async def test_what_comes_before_the_first_event_is_held(preface: list[bytes], seconds: float | None) -> None:
-    """It is held until the first real event, for at most 64 kB or 15 s, and then goes out first, unchanged."""
-    gate = asyncio.Event()
+async def test_what_comes_before_the_first_event_is_held(
+    preface: list[bytes], event_s: float, seconds: float, count: int, more: dict[str, Any]
+) -> None:
+    """It is held until the first real event, for at most 64 kB or 15 s, and not at all where nothing else can answer."""
 
     async def script(peer: Peer, _: Message) -> None:
-        await peer.send(SSE_HEAD)
-        for piece in preface:
-            await peer.chunk(piece)
-        await gate.wait()
-        await peer.chunk(event("real"))
-        await peer.send(b"0\r\n\r\n")
-
-    async with serving(script, both) as setup:
-        started = now()
-        client = await setup.ask(stream=True)
-        begins = asyncio.ensure_future(client.reader.read(1))
-        if seconds is None:
-            await pause(1)
-            assert not begins.done()
-            gate.set()
-        assert await begins == b"H" and now() - started == pytest.approx(seconds or 1 * (seconds is None), abs=0.1)
-        gate.set()
-        body = (await client.read()).body
-        assert body == b"".join(preface) + event("real") and setup.calls == [1, 0]
-
-
-@pytest.mark.parametrize(("count", "more"), [(1, {}), (2, {"store": True})])
-async def test_nothing_is_held_without_a_fallback(count: int, more: dict[str, Any]) -> None:
-    """The first bytes of a sole controller, or for a stateful request, go out as they come."""
-
-    async def script(peer: Peer, _: Message) -> None:
-        await peer.send(SSE_HEAD)
-        await peer.chunk(b": hello\n\n")
-        await peer.gone()
+        await peer.send(SSE_HEAD, *map(app.chunk, preface))
+        await pause(event_s)
+        await peer.send(app.chunk(event("real") + DONE) + b"0\r\n\r\n")
 
     async with serving(*[script] * count) as setup:
         started = now()
         client = await setup.ask(stream=True, **more)
-        assert b": hello" in await client.reader.readuntil(b": hello\n\n")
-        assert now() - started < 0.1
+        assert await client.reader.read(1) == b"H" and now() - started == pytest.approx(seconds, abs=0.1)
+        assert (await client.read()).body == b"".join(preface) + event("real") + DONE and sum(setup.calls) == 1
+
+
+ENDING = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
 
 
 @pytest.mark.parametrize(
-    ("last", "name"),
-    [(event("a")[:-2], "a"), (b'data: {"error":{"message":"no","code":"insufficient_quota"}}', "b")],
+    ("last", "name"), [(ENDING[:-2], "a"), (b'data: {"error":{"message":"no","code":"insufficient_quota"}}', "b")]
 )
 async def test_a_first_event_may_end_with_its_stream(last: bytes, name: str) -> None:
     """Without its blank line it still is an answer, which is passed on, or an error, which is judged."""
@@ -1058,8 +907,13 @@ async def test_a_first_event_may_end_with_its_stream(last: bytes, name: str) -> 
 
 async def test_a_silent_controller_gets_no_new_requests() -> None:
     """After three unanswered requests and a second of silence the next go elsewhere, until a probe is answered."""
-    pool = {"type": "priority", "rescue_after": 5}
-    async with serving(then([both] * 30 + [hang] * 3), both, pool=pool) as setup:
+
+    async def trickle(peer: Peer, _: Message) -> None:
+        await peer.send(OK[:-20])
+        await pause(3)
+        await peer.send(OK[-20:])
+
+    async with serving(then([both] * 30 + [hang] * 3), both, pool={"type": "priority", "rescue_after": 5}) as setup:
         await setup.history()
         tasks = [setup.later(stream=True) for _ in range(3)]
         await pause(0.9)
@@ -1069,22 +923,11 @@ async def test_a_silent_controller_gets_no_new_requests() -> None:
         assert {(await task).headers["x-apiserver-controller"] for task in tasks} == {"b"}
         await pause(1.1)
         assert setup.calls[0] == 3 and await setup.served_by(stream=True) == "a" and setup.out() == ""
-
-
-async def test_answers_that_are_arriving_are_not_silent() -> None:
-    """A controller whose whole answers come slowly, piece by piece, stays in use."""
-
-    async def trickle(peer: Peer, _: Message) -> None:
-        await peer.send(OK[:-20])
-        await pause(3)
-        await peer.send(OK[-20:])
-
-    async with serving(then([both] * 30, trickle), both, pool=HEDGED) as setup:
+    async with serving(then([both] * 30, trickle), both, pool=HEDGED) as setup:  # a slow answer is no silence
         await setup.history(stream=False)
         tasks = [setup.later() for _ in range(3)]
         await pause(2)
-        assert setup.out() == ""
-        assert {(await task).headers["x-apiserver-controller"] for task in tasks} == {"a"}
+        assert setup.out() == "" and {(await task).headers["x-apiserver-controller"] for task in tasks} == {"a"}
 
 
 async def test_a_hang_is_noticed_where_little_is_asked() -> None:
@@ -1145,19 +988,17 @@ class LateHandshake(Timed):
 @pytest.mark.parametrize("rescue_after", [0.5, 3])
 async def test_a_stuck_stream_is_hedged(rescue_after: float) -> None:
     """A stream that is silent past rescue_after is asked of another; its answer wins, the loser is cancelled unblamed."""
-    async with serving(hang, both, pool={"type": "priority", "rescue_after": rescue_after}) as setup:
+    pool = {"type": "priority", "rescue_after": rescue_after}
+    async with serving(hang, both, pool=pool) as setup:
         started = now()
         assert await setup.served_by(stream=True) == "b"
         assert rescue_after <= now() - started <= rescue_after + 0.3
         await until(lambda: setup.idle() and not setup.ups[0].open_connections)
         assert (setup.failures(), setup.out()) == (0, "")
-
-
-async def test_a_stream_is_hedged_when_connecting_took_long() -> None:
-    """The time counts from the request's writing, which may come long after its lease."""
-    async with serving(LateHandshake(hang, 1), both, https="a", pool=HEDGED) as setup:
+    # The time counts from the request's writing, which may come long after its lease.
+    async with serving(LateHandshake(hang, 1), both, https="a", pool=pool) as setup:
         started = now()
-        assert await setup.served_by(stream=True) == "b" and 2.9 < now() - started < 5
+        assert await setup.served_by(stream=True) == "b" and rescue_after + 0.9 < now() - started < rescue_after + 3
 
 
 async def test_automatic_hedges_need_samples() -> None:
@@ -1189,13 +1030,11 @@ async def test_an_error_never_wins(failure: bytes) -> None:
     [
         ([after(4), hang], "a", [1, 1]),
         ([after(3, error_reply(500)), after(1.5), both], "b", [1, 1, 0]),
-        ([after(6), answers(error_reply(400)), both], "a", [1, 1, 0]),
         ([hang, answers(error_reply(500)), then([limited("9")]), both], "d", [1, 1, 1, 1]),
     ],
-    ids=["the first attempt answers", "the first attempt fails", "a client's mistake ends the hedges", "hedges fail"],
 )
 async def test_the_first_answer_wins(scripts: list[Script], name: str, calls: list[int]) -> None:
-    """The first real answer is the answer; after a failed hedge the next controller is asked, unless it was a 4xx."""
+    """The first real answer is the answer; after a failed hedge the next controller is asked."""
     async with serving(*scripts, pool=HEDGED) as setup:
         started = now()
         assert await setup.served_by(stream=True) == name and setup.calls == calls
@@ -1234,8 +1073,7 @@ async def test_a_client_that_leaves_during_a_hedge_ends_both(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rescue_after", "more"),
-    [(0, {"stream": True}), (2, {"stream": True, "store": True}), (2, {})],
+    ("rescue_after", "more"), [(0, {"stream": True}), (2, {"stream": True, "store": True}), (2, {})]
 )
 async def test_what_is_never_hedged(rescue_after: int, more: dict[str, Any]) -> None:
     """Nothing is hedged with rescue_after 0, no stateful request, no whole answer of a controller that is in use."""
@@ -1243,19 +1081,16 @@ async def test_what_is_never_hedged(rescue_after: int, more: dict[str, Any]) -> 
         assert await setup.served_by(**more) == "a" and setup.calls == [1, 0]
 
 
-async def test_at_most_ten_hedges_a_minute_where_little_is_asked() -> None:
-    """Of fifteen stuck streams ten are hedged in this minute, and the others in the next."""
-    async with serving(hang, both, pool=HEDGED, each={"timeouts": {"first_byte": 0}}) as setup:
+async def test_how_many_hedges_there_are() -> None:
+    """Of fifteen stuck streams ten are hedged in this minute, the others in the next; of many calls five percent."""
+    endless = {"timeouts": {"first_byte": 0}}
+    async with serving(hang, both, pool=HEDGED, each=endless) as setup:
         tasks = [setup.later(stream=True) for _ in range(15)]
         await pause(30)
         assert sum(task.done() for task in tasks) == 10 and setup.calls == [15, 10]
         await pause(35)
         assert sum(task.done() for task in tasks) == 15 and setup.calls == [15, 15]
-
-
-async def test_at_most_five_percent_of_many_calls_are_hedges() -> None:
-    """After 400 calls about twenty of thirty stuck streams are hedged at once."""
-    async with serving(then([both] * 400, hang), both, pool=HEDGED, each={"timeouts": {"first_byte": 0}}) as setup:
+    async with serving(then([both] * 400, hang), both, pool=HEDGED, each=endless) as setup:
         for _ in range(8):
             await asyncio.gather(*(setup.post(stream=True) for _ in range(50)))
         assert setup.calls == [400, 0]
@@ -1270,8 +1105,8 @@ async def test_at_most_five_percent_of_many_calls_are_hedges() -> None:
 # -- what is shown
 
 
-async def test_routing_headers_and_the_record_of_attempts() -> None:
-    """The answer names the controller, the attempts and the wait; the access line has each attempt and its outcome."""
+async def test_headers_of_answers_and_the_record_of_attempts() -> None:
+    """They tell the way of the request. After a failover the retry headers are the server's own."""
     async with serving(answers(error_reply(500)), then([limited("2")]), pool=PRIORITY) as setup:
         answer = await setup.post()
         assert (answer.headers["x-apiserver-controller"], answer.headers["x-apiserver-attempts"]) == ("b", "3")
@@ -1280,46 +1115,11 @@ async def test_routing_headers_and_the_record_of_attempts() -> None:
         (line,) = setup.server.access_lines()
         tried = line.split("tried=")[1].split()[0].split(",")
         assert [attempt.rpartition(":")[0] for attempt in tried] == ["a:fault", "b:rate", "b:ok"]
-
-
-async def test_whose_headers_the_client_gets() -> None:
-    """After a failover the retry headers are the server's own; an upstream's request id is kept beside the server's."""
-    first = error_reply(
-        429, "rate_limit_exceeded", "x", "Retry-After: 50", "retry-after-ms: 50000", "x-should-retry: true"
-    )
-    second = error_reply(429, "rate_limit_exceeded", "x", "Retry-After: 40", "x-should-retry: false")
-    async with serving(answers(first), answers(second)) as setup:
+    replies = [error_reply(429, "x", "x", f"Retry-After: {after_s}", "x-should-retry: false") for after_s in (50, 40)]
+    async with serving(*map(answers, replies)) as setup:
         answer = await setup.post()
         assert answer.headers["retry-after"] == "40" and "x-should-retry" not in answer.headers
         assert [name.lower() for name, _ in answer.fields].count("retry-after") == 1
     async with serving(answers(json_reply(200, ANSWER, "x-request-id: theirs"))) as setup:
         answer = await setup.post()
-        assert answer.headers["x-request-id"] == "theirs"
-        assert answer.headers["x-apiserver-request-id"].startswith("req_")
-
-
-async def test_status_shows_each_controllers_state() -> None:
-    """State, in flight, ledger, last error, counts and the length of the line are shown, and no secret."""
-    shown = ("x-ratelimit-limit-requests: 60", "x-ratelimit-remaining-requests: 41", "x-ratelimit-reset-requests: 19s")
-    denied = answers(error_reply(401, "invalid_api_key"))
-    scripts = [answers(json_reply(200, ANSWER, *shown)), answers(limited("33")), denied, hang]
-    only: dict[str, Any] = {"models": ["m"]}
-    each = [{**only, "limits": {"rpm": 7}}, only, only, {"models": ["n"], "limits": {"concurrency": 1}}]
-    async with serving(*scripts, each=each) as setup:
-        for _ in range(7):
-            assert (await setup.post()).status == 200
-        await setup.ask(model="n")
-        await setup.ask(model="n")
-        await until(lambda: setup.waiting == 1)
-        status = await setup.server.status()
-        a, b, c, d = status["controllers"]
-        assert status["waiting"] == 1 and status["status"] == "ok"
-        assert [one["name"] for one in status["controllers"]] == ["a", "b", "c", "d"]
-        # new words
-        assert [(one["state"], one["reason"]) for one in (b, c)] == [("limited", None), ("out", "refused")]
-        assert (a["requests"], a["failures"], a["in_flight"]) == (7, 0, 0)
-        assert a["ledger"]["m"]["requests"] == {"limit": 60, "left": 41, "per_s": 1.0}
-        assert a["ledger"]["m"]["rpm"] == {"limit": 7, "taken": 7}
-        assert b["ledger"]["m"]["closed_for_s"] == pytest.approx(33, abs=0.2) and "429" in b["last_error"]
-        assert c["failures"] == 2 and c["for_s"] > 20 and d["in_flight"] == 1
-        assert "sk-secret" not in json.dumps(status)
+        assert answer.headers["x-request-id"] == "theirs" != answer.headers["x-apiserver-request-id"]

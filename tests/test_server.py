@@ -204,7 +204,7 @@ async def test_draining_lets_answers_finish() -> None:
         idle, busy = await server.open(), await server.open()
         await busy.post()
         await until(lambda: one.seen)
-        since, stopping = now(), asyncio.ensure_future(server.server.stop())
+        since, stopping = now(), asyncio.ensure_future(server.server.drain())
         await turns()
         answer = await server.ask("GET", "/status")
         assert (answer.status, answer.json()) == (503, {"status": "draining"})

@@ -17,21 +17,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    ANSWER,
-    CERT,
-    KEY,
-    SSE_HEAD,
-    Client,
-    Message,
-    Peer,
-    Upstream,
-    answers,
-    controller,
-    event,
-    json_reply,
-    request,
-)
+from .support import ANSWER, CERT, DONE, KEY, SSE_HEAD, Client, Message, Peer, Upstream, answers, controller, event, json_reply, request, until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGHUP")
 GOOD = json_reply(200, ANSWER)
@@ -64,11 +50,6 @@ class Program:
                 await asyncio.sleep(0)
         return text
 
-    async def ready(self) -> None:
-        """Wait until the port is known."""
-        text = await self.logged("listening on ")
-        self.port = int(text.partition("listening on ")[2].split("\n")[0].rsplit(":", 1)[1])
-
     async def reload(self, words: str = "reload: ") -> str:
         """Send SIGHUP and wait until the log has `words` once more; return the log."""
         count = self.log.read_text().count(words)
@@ -80,28 +61,34 @@ class Program:
         context = ssl.create_default_context(cafile=ca_file) if ca_file else None
         return Client(*await asyncio.open_connection("localhost" if context else "127.0.0.1", self.port, ssl=context))
 
-    async def post(self, *lines: str) -> Message:
-        """Send one request on a connection of its own and return the answer."""
+    async def ask(self, *lines: str, raw: bytes = b"") -> Message:
+        """Send `raw` or a chat on a connection of its own; return the answer."""
         client = await self.open()
-        await client.post("m", *lines)
-        found = await client.read()
+        await (client.send(raw) if raw else client.post("m", *lines))
+        answer = await client.read()
         client.close()
-        return found
+        return answer
 
 
 @asynccontextmanager
-async def running(program: Program) -> AsyncIterator[Program]:
-    """Run the program until SIGTERM ends it with status 0."""
-    program.start()
+async def running(program: Program, ready: bool = True, status: int = 0, **env: str) -> AsyncIterator[Program]:
+    """Run the program with `env` in its environment, until it ends with `status`; `ready`: wait until it listens."""
+    program.start(**env)
     try:
-        await program.ready()
+        if ready:
+            text = await program.logged("listening on ")
+            program.port = int(text.partition("listening on ")[2].split("\n")[0].rsplit(":", 1)[1])
         yield program
-        program.process.terminate()
-        await program.logged("stopped")
+        if ready and not status:
+            program.process.terminate()
+        await until(lambda: program.process.poll() is not None)
+        assert program.process.returncode == status
     finally:
         program.process.kill()
-        assert program.process.wait() in (0, -signal.SIGKILL)
-    assert "Traceback" not in program.log.read_text() and "sk-secret" not in program.log.read_text()
+        program.process.wait()
+    text = program.log.read_text()
+    assert "second signal: closing now\n" in text if status else text.endswith("INFO stopped\n")
+    assert "Traceback" not in text and "sk-secret" not in text
 
 
 async def test_sighup_under_load(tmp_path: Path) -> None:
@@ -115,12 +102,12 @@ async def test_sighup_under_load(tmp_path: Path) -> None:
             return
         await peer.send(SSE_HEAD + app.chunk(event("a")))
         await go.wait()
-        await peer.send(app.chunk(event("b")) + b"0\r\n\r\n")
+        await peer.send(app.chunk(event("b") + DONE) + b"0\r\n\r\n")
 
     alice, bob = {"name": "alice", "key": "alice-key-123456"}, {"name": "bob", "key": "$SOME_KEY"}
     program = Program(tmp_path)
-    async with Upstream(script) as one:
-        program.write(controller("a", one.url), controller("b", one.url), client_keys=[alice])
+    async with Upstream(script) as up:
+        program.write(controller("a", up.url), controller("b", up.url), client_keys=[alice])
         async with running(program):
             held = await program.open()
             await held.post("m", "X-Hold: 1", "api-key: alice-key-123456", stream=True)
@@ -137,25 +124,23 @@ async def test_sighup_under_load(tmp_path: Path) -> None:
             loads = [asyncio.ensure_future(load()) for _ in range(4)]
             for number in range(6):
                 more = {"limits": {"rpm": 1_000_000 + number}}
-                program.write(controller("a", one.url), controller("c", one.url, **more), client_keys=[alice, bob])
+                program.write(controller("a", up.url), controller("c", up.url, **more), client_keys=[alice, bob])
                 await program.reload("reload: controllers")
             text = program.file.read_text()
             for broken in (text[:-1], text.replace('"alice"', '"bob"'), text.replace("$SOME_KEY", "$NO_KEY"), ""):
                 program.file.write_text(broken)
                 await program.reload("reload: keeping the running configuration: ")
-                assert (await program.post("api-key: sk-named-named-named-aaaa")).status == 200
+                assert (await program.ask("api-key: sk-named-named-named-aaaa")).status == 200
             go.set()
             await asyncio.gather(*loads)
             assert set(statuses) == {200} and len(statuses) > 10
-            program.write(controller("a", one.url), client_keys=[bob])
+            program.write(controller("a", up.url), client_keys=[bob])
             await program.reload("reload: client_keys: alice, bob -> bob")
-            assert await held.reader.readuntil(event("b") + b"\r\n0\r\n\r\n")
+            assert await held.reader.readuntil(DONE + b"\r\n0\r\n\r\n")
             held.close()
-            assert (await program.post("api-key: alice-key-123456")).status == 401
-            client = await program.open()
-            await client.send(request(b"", "api-key: sk-named-named-named-aaaa", target="/status?verbose=1", method="GET"))
-            (state,) = (await client.read()).json()["controllers"]
-            client.close()
+            assert (await program.ask("api-key: alice-key-123456")).status == 401
+            status = request(b"", "api-key: sk-named-named-named-aaaa", target="/status?verbose=1", method="GET")
+            (state,) = (await program.ask(raw=status)).json()["controllers"]
             assert state["name"] == "a" and state["requests"] > len(statuses) // 4
 
 
@@ -194,53 +179,42 @@ async def test_a_log_without_a_reader(tmp_path: Path) -> None:
     for gone in (False, True):
         with start_demo(tmp_path) as server:
             assert server.stderr is not None
-            while b"listening" not in (line := server.stderr.readline()):
-                assert line
+            line = next(line for line in server.stderr if b"listening" in line)
             client = Client(*await asyncio.open_connection("127.0.0.1", int(line.rpartition(b":")[2])))
-
-            async def flood(client: Client = client) -> None:
-                for _ in range(150):
-                    await client.send(missing)
-                    assert (await client.read()).status == 404
-
-            await flood()
-            await flood()
-            if gone:
-                server.stderr.close()
-            else:
-                while b" lines dropped" not in server.stderr.readline():
-                    pass
-            await flood()
+            for number in range(450):
+                if number == 300 and gone:
+                    server.stderr.close()
+                elif number == 300:
+                    next(line for line in server.stderr if b" lines dropped" in line)
+                await client.send(missing)
+                assert (await client.read()).status == 404
             client.close()
             server.terminate()
             assert server.wait(15) == 0
 
 
-async def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+async def test_a_second_signal_ends_it_at_once(tmp_path: Path, first: int) -> None:
     """The first signal lets open answers end, the second does not wait for them and exits with status 1."""
-    asked = asyncio.Event()
+    asked, program = asyncio.Event(), Program(tmp_path)
 
     async def script(peer: Peer, message: Message) -> None:
-        asked.set()
+        if message.start.startswith("POST"):  # and not the question for the models
+            asked.set()
         await peer.gone()
 
-    for first, second in ((signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)):
-        asked.clear()
-        program = Program(tmp_path)
-        async with Upstream(script) as one:
-            program.write(controller("a", one.url))
-            program.start()
-            await program.ready()
+    async with Upstream(script) as up:
+        program.write(controller("a", up.url))
+        async with running(program, status=1):
             client = await program.open()
             await client.post("m")
             await asked.wait()
             program.process.send_signal(first)
             await program.logged("stopping: 1 connections open; waiting up to 30 s, a second signal ends it now")
-            program.process.send_signal(second)
-            assert program.process.wait(15) == 1
+            program.process.send_signal(signal.SIGINT)
+            await client.closed()
             client.close()
-        text = program.log.read_text()
-        assert text.endswith("second signal: closing now\n") and "Traceback" not in text
+        assert "tried=a:stopped:" in program.log.read_text()
 
 
 # A module that every Python process imports at its start, if it finds it: the resolver never answers for one name.
@@ -255,16 +229,37 @@ socket.getaddrinfo = getaddrinfo
 """
 
 
+# As NO_RESOLVER: the program sends itself a signal at its first import of asyncio, long before it could serve.
+EARLY = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "asyncio":
+            os.kill(os.getpid(), int(os.environ["EARLY_SIGNAL"]))
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("early", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+async def test_signals_that_come_before_the_server(tmp_path: Path, early: int) -> None:
+    """A SIGHUP during the start reloads once the server is up; a SIGTERM or SIGINT stops it with status 0."""
+    (tmp_path / "sitecustomize.py").write_text(EARLY)
+    program = Program(tmp_path)
+    program.write({"type": "echo", "models": ["*"]})
+    reloads = early == signal.SIGHUP
+    async with running(program, ready=reloads, PYTHONPATH=str(tmp_path), EARLY_SIGNAL=str(int(early))):
+        if reloads:
+            await program.logged("reload: nothing changed")
+
+
 async def test_a_hanging_lookup_does_not_delay_the_end(tmp_path: Path) -> None:
     """The program ends with status 0 and its log written while a lookup hangs, and other names are still resolved."""
     (tmp_path / "sitecustomize.py").write_text(NO_RESOLVER)
     program = Program(tmp_path)
-    async with Upstream(answers(GOOD)) as one:
-        local = controller("local", one.url.replace("127.0.0.1", "localhost"), models=["local"])
+    async with Upstream(answers(GOOD)) as up:
+        local = controller("local", up.url.replace("127.0.0.1", "localhost"), models=["local"])
         program.write(controller("dead", "http://nowhere.example/v1", models=["m"]), local)
-        program.start(PYTHONPATH=str(tmp_path))
-        try:
-            await program.ready()
+        async with running(program, PYTHONPATH=str(tmp_path)):
             clients = [await program.open() for _ in range(10)]
             for client in clients:
                 await client.post("m")
@@ -274,13 +269,6 @@ async def test_a_hanging_lookup_does_not_delay_the_end(tmp_path: Path) -> None:
             assert (await other.read()).status == 200
             for client in (*clients, other):
                 client.reset()
-            program.process.terminate()
-            await program.logged("INFO stopped")
-            assert program.process.wait(15) == 0
-        finally:
-            program.process.kill()
-            program.process.wait()
-    assert program.log.read_text().endswith("INFO stopped\n")
 
 
 async def test_reload_warns_of_an_open_server(tmp_path: Path) -> None:

@@ -24,12 +24,19 @@ def test_fields_of_an_event() -> None:
 @pytest.mark.parametrize(
     ("event", "kind"),
     [
-        (b": keep-alive\n\n", "preface"),
+        (b": keep-alive\n\n", "life"),
         (b'data: {"choices":[],"prompt_filter_results":[]}\n\n', "preface"),
         (b'event: response.created\ndata: {"type":"response.created"}\n\n', "preface"),
-        (b'event: keepalive\ndata: {"type":"keepalive","sequence_number":3}\n\n', "preface"),
-        (b'event: ping\ndata: {"type": "ping"}\n\n', "preface"),
-        (b'data: {"choices":[{"delta":{}}]}\n\n', "real"),
+        (b'event: keepalive\ndata: {"type":"keepalive","sequence_number":3}\n\n', "life"),
+        (b'event: ping\ndata: {"type": "ping"}\n\n', "life"),
+        (b'data: {"choices":[{"delta":{"role":"assistant","content":"","refusal":null}}]}\n\n', "preface"),
+        (b'data: {"choices":[{"delta":{"role":"assistant","tool_calls":[{}]}}]}\n\n', "real"),
+        (b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n', "real"),
+        (b'data: {"choices":[{"text":""}]}\n\n', "real"),
+        (b'data: {"choices":[{"delta":{"content":""},"finish_reason":"error","error":{}}]}\n\n', "error"),
+        (b'data: {"choices":null,"error":{"message":"x"}}\n\n', "error"),
+        (b'data: {"object":"error","message":"x"}\n\n', "error"),
+        (b'data: {"code":500,"msg":"x","success":false}\n\n', "error"),
         (b"data: [DONE]\n\n", "real"),
         (b"data: not json\n\n", "real"),
         (b'data: {"error":{"message":"x"}}\n\n', "error"),
@@ -41,6 +48,49 @@ def test_fields_of_an_event() -> None:
 def test_the_kind_of_an_event(event: bytes, kind: str) -> None:
     """Comments, pings and Azure's empty chunk come before an answer; an error is one even beside choices."""
     assert app.judge_event(event).value == kind
+
+
+CHOICE = b'data: {"choices":[{"delta":{"content":"\\"finish_reason\\": \\"stop\\""},"finish_reason":%b}]}\n\n'
+WORD, STOP = CHOICE % b"null", CHOICE % b'"stop"'
+COMPLETED = b'data: {"response":{"output":["%b"]},"type":"response.completed"}\n\n' % (b"x" * 9000)
+
+
+@pytest.mark.parametrize(
+    ("stream", "whole"),
+    [
+        (WORD, False),
+        (WORD + b"data: [DONE]\n\n", True),
+        (WORD + b"data:[DONE]", True),
+        (STOP, True),
+        (STOP.replace(b":", b" : "), True),
+        (CHOICE % b'""', False),
+        (STOP[:-2], True),
+        (STOP[:-5], False),
+        (STOP + WORD[:40], False),
+        (STOP + b": a comment\n\n", True),
+        (STOP + b'data: {"choices":[],"citations":["%b"]}\n\n' % (b"x" * 9000), True),
+        (b'data: {"choices":[{"delta":{"content":"data: [DONE]"}}]}\n\n', False),
+        (b"data: [DONE]\n\n", True),
+        (b"", False),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_the_end_of_a_stream(stream: bytes, whole: bool, size: int) -> None:
+    """A stream of chats is whole with [DONE] or a finish_reason, and without half an event behind it."""
+    end = app.StreamEnd(False)
+    for at in range(0, len(stream), size):
+        end.feed(stream[at : at + size])
+    assert end.is_whole() is whole
+
+
+@pytest.mark.parametrize("word", ["completed", "failed", "incomplete", "output_text.delta"])
+@pytest.mark.parametrize("size", [5, 1000, 100_000])
+def test_the_end_of_a_response(word: str, size: int) -> None:
+    """A stream of the Responses API needs its last event, which may be long."""
+    end, stream = app.StreamEnd(True), COMPLETED.replace(b"completed", word.encode())
+    for at in range(0, len(stream), size):
+        end.feed(stream[at : at + size])
+    assert end.is_whole() is ("." not in word)
 
 
 def test_the_error_event_suits_go_openai() -> None:

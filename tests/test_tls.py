@@ -7,22 +7,7 @@ import warnings
 
 import pytest
 
-from .support import (
-    CERT,
-    KEY,
-    MESSAGES,
-    SSE_HEAD,
-    Client,
-    Message,
-    Peer,
-    Running,
-    Upstream,
-    controller,
-    event,
-    pause,
-    request,
-    until,
-)
+from .support import CERT, KEY, MESSAGES, SSE_HEAD, Client, Message, Peer, Running, Upstream, controller, event, pause, request, until
 
 TLS = {"cert": CERT, "key": KEY}
 STATUS = request(b"", target="/status", method="GET")

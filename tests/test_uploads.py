@@ -11,21 +11,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    CERT,
-    Client,
-    Message,
-    Peer,
-    Running,
-    Upstream,
-    answers,
-    controller,
-    error_reply,
-    json_reply,
-    now,
-    refusing,
-    until,
-)
+from .support import CERT, Client, Message, Peer, Running, Upstream, answers, controller, error_reply, json_reply, now, refusing, until
 from .wirefeed import turns
 
 KIND = "multipart/form-data; boundary=xx"

@@ -2,29 +2,14 @@
 
 import asyncio
 import json
+import re
 import socket
 
 import pytest
 
 import chatgpt_apiserver as app
 
-from .support import (
-    ANSWER,
-    CERT,
-    SSE_HEAD,
-    Message,
-    Peer,
-    Running,
-    Upstream,
-    answers,
-    controller,
-    error_reply,
-    event,
-    json_reply,
-    now,
-    pause,
-    read_message,
-)
+from .support import ANSWER, CERT, SSE_HEAD, Message, Peer, Running, Upstream, answers, controller, error_reply, event, json_reply, now, pause, read_message
 from .wirefeed import turns
 
 OK = json_reply(200, ANSWER)
@@ -32,10 +17,11 @@ NOTHING_LEFT = "<ConnectionPool idle=0 active=0>"
 
 
 async def fails(server: Running, word: str, status: int = 502, code: str = "upstream_unreachable") -> None:
-    """Check that a request ends with this error, and that nothing is under way or kept after it."""
+    """Check that a request ends with this error, which names no address, and that nothing is under way or kept."""
     answer = await server.post("m")
     error = answer.json()["error"]
     assert (answer.status, error["code"]) == (status, code) and word in error["message"], answer.body
+    assert not re.search(r"127\.0|localhost|:\d", error["message"])
     await turns()
     assert repr(server.server.links) == NOTHING_LEFT
     assert server.server.pool.upstreams[0].in_flight == 0
@@ -50,9 +36,9 @@ ALERT = b"\x15\x03\x03\x00\x02\x02\x28"  # fatal, handshake_failure
 @pytest.mark.parametrize(
     ("sent", "word"),
     [
-        (ALERT, "HANDSHAKE_FAILURE"),
-        (b"\x15\x03\x03\x00\x02\x02\x46", "VERSION"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "SSL"),
+        (ALERT, "TLS failed: sslv3 alert handshake failure"),
+        (b"\x15\x03\x03\x00\x02\x02\x46", "protocol version"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "wrong version number"),
         (b"\x16\x03\x03\x00\x7a\x02\x00\x00\x76\x03\x03", ""),
         (b"", ""),
     ],
@@ -126,7 +112,7 @@ REFUSED = b"HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Ba
         (b"HTTP/1.1 100 Continue\r\n\r\n" * 40, "interim"),
         (b"HTTP/1.1 200 OK\r\n\r\nearly", "before the tunnel"),
         (b"HTTP/1.1 200 OK\r\nContent-Le", "closed"),
-        (b"HTTP/1.1 200 OK\r\n\r\n", "localhost:9: "),
+        (b"HTTP/1.1 200 OK\r\n\r\n", "closed during the handshake"),
         (b"", "closed"),
     ],
 )
@@ -210,7 +196,7 @@ async def test_a_connect_that_hangs(proxy: bool, sent: bytes) -> None:
 )
 async def test_a_trickle(timeouts: dict[str, float], every_s: float, status: int, ends_s: float, stream: bool) -> None:
     """Each pause is bounded by idle and all of them by total; a stream that is cut says so."""
-    body = b"".join(event(str(n)) for n in range(6)) if stream else json.dumps({"pad": "x" * 500}).encode()
+    body = b"".join(event(str(n)) for n in range(6)) if stream else json.dumps({**ANSWER, "pad": "x" * 500}).encode()
     head = SSE_HEAD if stream else b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
     async def script(peer: Peer, _: Message) -> None:
@@ -263,7 +249,7 @@ async def test_what_comes_on_an_idle_connection(late: str, tls: bool) -> None:
     idle = asyncio.Event()
 
     async def script(peer: Peer, _: Message) -> None:
-        await peer.send(json_reply(200, {"mark": len(upstream.seen)}))
+        await peer.send(json_reply(200, {**ANSWER, "mark": len(upstream.seen)}))
         if len(upstream.seen) == 1:
             await idle.wait()
             await peer.send(texts.get(late, b""))
@@ -274,13 +260,13 @@ async def test_what_comes_on_an_idle_connection(late: str, tls: bool) -> None:
 
     async with Upstream(script, tls=tls) as upstream:
         async with Running(controller("a", upstream.url, account={"ca_file": CERT} if tls else {})) as server:
-            assert (await server.post("m")).json() == {"mark": 1}
+            assert (await server.post("m")).json()["mark"] == 1
             assert repr(server.server.links) == "<ConnectionPool idle=1 active=0>"
             idle.set()
             await turns(30)
             for mark in (2, 3):
                 answer = await server.post("m")
-                assert answer.json() == {"mark": mark} and answer.headers["x-apiserver-attempts"] == "1"
+                assert answer.json()["mark"] == mark and answer.headers["x-apiserver-attempts"] == "1"
             assert upstream.connections == 2
 
 

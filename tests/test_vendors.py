@@ -1,4 +1,4 @@
-"""Differences between vendors that a row of VENDORS states."""
+"""Differences between vendors that a row of PRESETS states."""
 
 import pytest
 

@@ -79,7 +79,7 @@ def take_body(decoder: app.Decoder, data: bytes, pieces: Iterator[bytes]) -> tup
         if not decoder.done:
             data = next(pieces, b"")
             if not data:
-                return body, b"", decoder.feed_eof()
+                return body, b"", decoder.until_end
     return body, decoder.surplus + data, True
 
 
@@ -100,11 +100,6 @@ def each_request(pieces: Iterable[bytes], limit: int = BODY_LIMIT) -> Iterator[R
         if not whole:
             return
         yield head.method, head.target, head.http_minor, body
-
-
-def read_requests(pieces: Iterable[bytes]) -> list[Request]:
-    """Return the requests of `each_request`."""
-    return list(each_request(pieces))
 
 
 def read_reply(pieces: Iterable[bytes], method: str = "POST") -> tuple[int, bytes, bytes]:
