@@ -4938,7 +4938,7 @@ class UpstreamPool:
     # -- choosing
 
     def candidates(self, model: str, asked: str = "") -> list[Candidate]:
-        """Return the candidates that serve `model`, "" for all. Raise ProxyError (404) when there are none.
+        """Return the candidates for `model`, "" for any model. Raise ProxyError (404) when there are none.
 
         The error names `asked`, if the client asked for the model by another name.
         """
@@ -4952,7 +4952,7 @@ class UpstreamPool:
         return serving
 
     def _serving(self, model: str) -> list[Candidate]:
-        """Return the candidates that name or list `model`, or else those that might have it; "" for all."""
+        """Return the candidates that name or list `model`, else those that may have it; "" for any model."""
 
         def find(name: str) -> list[Candidate]:
             able = [upstream for upstream in self.upstreams if not name or upstream.serves(name)]
@@ -5201,8 +5201,7 @@ class UpstreamPool:
             return 0 < after_s < silent_s
         times: Collection[float] = candidate.times[lease.stream]
         if len(times) < HEDGE_SAMPLES:
-            known = self.serving.get(candidate.model, ())
-            times = [seconds for item in known for seconds in item.times[lease.stream]]
+            times = [seconds for item in self._serving(candidate.model) for seconds in item.times[lease.stream]]
         return len(times) >= HEDGE_SAMPLES and silent_s > max(HEDGE_MIN_S, unusual_s(times, 0.99))
 
     # -- what is known
