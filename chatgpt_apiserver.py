@@ -1079,8 +1079,8 @@ def diff_config(old: Config, new: Config) -> list[str]:
 
 
 # ==== 3. Observability ====
-# One access line for each request, and a logger for everything rarer. Text that clients control is escaped. A filter
-# strikes out configured secrets before a record is written.
+# One access line for each request, and a logger for all else. Text that clients control is escaped. A filter strikes
+# out configured secrets before a record is written.
 
 # Access lines are collected for this long: one write for many lines costs a tenth.
 FLUSH_S = 0.01
@@ -1510,7 +1510,7 @@ def content_length(value: bytes) -> int:
 
 
 class LengthDecoder:
-    """A body of `length` bytes; None: `until_end` of the connection. `surplus`: the bytes after the body."""
+    """A body of `length` bytes, or until the end of the connection (None). `surplus`: the bytes after the body."""
 
     __slots__ = ("done", "left", "surplus", "until_end")
 
@@ -1568,7 +1568,7 @@ class ChunkedDecoder:
                 limit = CHUNK_LINE_BYTES if self.trailer_bytes < 0 else TRAILER_BYTES
                 end = data.find(b"\n", at, at + limit) + 1
                 if not end:
-                    # A client that does not know chunks, and sends its JSON at once, must not wait for an answer.
+                    # A client that announces chunks and sends plain JSON gets its error at once.
                     if size - at >= limit or (self.trailer_bytes < 0 and data[at] not in b"0123456789ABCDEFabcdef"):
                         raise ValueError("a chunk-size or trailer line is malformed or too long")
                     break
@@ -1895,7 +1895,7 @@ READ_BYTES = 65_536
 WRITE_HIGH_BYTES = 65_536
 # Larger writes are sent at once: they are few, and batching them would only keep memory.
 BATCH_BYTES = 16_384
-# Without an acknowledgement an upstream's path is dead; a lost packet is sent again within 1 s.
+# An upstream that acknowledges nothing for so long cannot be reached; a lost packet is sent again within 1 s.
 DEAD_PATH_S = 20.0
 # A timer is armed at most this far ahead, so that moving a deadline later is an assignment.
 REARM_S = 30.0
@@ -2142,7 +2142,7 @@ class WriteBatcher:
 
 # 1xx replies before the final one; an upstream that sends more is broken.
 INTERIM_COUNT = 16
-# A larger request goes out in pieces; no system's receive buffer is smaller than that.
+# A larger request goes out in pieces of this size; a smaller one fits the receive buffer of every system.
 SEND_BYTES = 65_536
 # How long an abandoned connect may still run, so that its socket can be closed.
 ABANDONED_S = 1.0
@@ -2350,7 +2350,7 @@ class UpstreamConnection:
 
     def was_stale(self, error: UpstreamClosed) -> bool:
         """Return whether it had probably ended before the request arrived (RFC 9112, 9.3.1)."""
-        # The kernel reports a dead path so, see `watch_path`: the request was not acknowledged.
+        # With these errors the kernel reports a dead path (`watch_path`): the request was not acknowledged.
         dead = getattr(self.reader.lost, "errno", None) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
         # A reset long after the write is another thing: the request was being answered, and may be billed.
         early = dead or self.loop.time() - self.written_at < STALE_S
@@ -2449,8 +2449,8 @@ class NetworkExchange:
     """An exchange on a connection of the pool. See `Exchange`.
 
     `on_sent(now)` is called when the request is written. A large request that is not written to its end counts as sent
-    when its exchange ends, as providers bill cancelled calls. `resend`: write the request again if a pooled connection
-    had ended, as to run twice does no harm. `fresh`: use a new connection, which finds the name's address of now.
+    when its exchange ends, as providers bill cancelled calls. `resend`: the request may run twice, so it is written
+    again if a pooled connection had ended. `fresh`: use a new connection, as the host may have another address by now.
     `pieces` of a large request are not written yet. `replied_early`: the reply began before they were. `interrupted` is
     the error of an interruption while there was no connection.
     """
@@ -2488,8 +2488,8 @@ class NetworkExchange:
                 self.head = await read_reply_head(connection.reader)
                 break
             except UpstreamClosed as error:
-                # Upstreams close idle connections, and their FIN may cross our request: few read it then. This is the
-                # only replay that section 10 does not decide. A new connection is never stale.
+                # Upstreams close idle connections, and their FIN may cross our request, which is hardly ever read then.
+                # This is the only replay that section 10 does not decide. A new connection is never stale.
                 if not (self.resend and connection.was_stale(error)):
                     raise
                 self.abort()
@@ -2535,7 +2535,7 @@ class NetworkExchange:
         decoder = self.decoder
         # After an early reply the upstream may take the rest of the body, a client's bytes, for the next request.
         whole = decoder is not None and decoder.done and not (decoder.surplus or self.replied_early)
-        # What answers 5xx may be a machine that the host's name leads to no longer.
+        # After a 5xx, a new connection may find a better machine behind the same name.
         self._give_back(whole and self.head.status < 500 and keeps_alive(self.head.index, self.head.http_minor))
 
     def abort(self) -> None:
@@ -2550,7 +2550,7 @@ class NetworkExchange:
         connection.written_at = now
         connection.late = UpstreamTimeout(f"no byte of a reply within {self.first_byte_s:g} s", before_reply=True)
         small = sum(map(len, self.message)) <= SEND_BYTES
-        # An upstream that reads nothing while it works acknowledges a buffer's worth, which is no sign of a dead path.
+        # A busy upstream may read nothing, and acknowledges only what its buffer takes: a large request has more time.
         dead_after_s = DEAD_PATH_S if small else self.first_byte_s
         if dead_after_s != connection.dead_after_s:
             connection.dead_after_s = dead_after_s
@@ -6808,7 +6808,7 @@ class Server:
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
-        for listener in self.listener.sockets:  # connections inherit it
+        for listener in self.listener.sockets:  # accepted connections inherit the options
             watch_path(listener, self.config.limits.write_timeout)
         self.models.follow()
         return [listener.getsockname()[:2] for listener in self.listener.sockets]

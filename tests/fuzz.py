@@ -201,13 +201,10 @@ class Chunked(Target):
     def check(self, value: Any, chooser: random.Random) -> None:
         super().check(value, chooser)
         result, reference = self.judge([value]), reference_chunked(value)
-        if reference is None:
-            if len(result) == 3 and result[1]:
-                raise Broken(f"accepted against the grammar: {result!r}")
-        elif len(result) == 3 and result != (reference[0], True, reference[1]):
+        whole = len(result) == 3 and (reference is not None or result[1])
+        too_large = result == ("too large",) and reference is not None and len(reference[0]) <= LIMIT
+        if too_large or (whole and (reference is None or result != (reference[0], True, reference[1]))):
             raise Broken(f"{result!r} is not {reference!r}")
-        elif result == ("too large",) and len(reference[0]) <= LIMIT:
-            raise Broken("not too large")
 
 
 class Forms(Target):
@@ -322,8 +319,9 @@ class Configurations(Target):
 class Live(Target):
     """A server on a real socket: whole and cut, the same requests are answered and the same are refused."""
 
+    seeds = Requests.seeds
+
     def __init__(self) -> None:
-        self.seeds = Requests.seeds
         self.stage = wire.Stage()
         self.stage.__enter__()
 
@@ -362,20 +360,8 @@ PRIVATE = {
 OK = reply(200, b'{"id":"own","choices":[{}]}')
 
 
-def good_chat(stream: bool) -> bytes:
-    """Return a chat request after which the server closes."""
-    body = json.dumps({"model": "m", "messages": [{"role": "user"}], "stream": stream}).encode()
-    return request(body, "Connection: close")
-
-
 class Behind(Target):
     """A server between a client and an upstream that sends what a case says."""
-
-    def __init__(self) -> None:
-        self.runner = asyncio.Runner(loop_factory=asyncio.SelectorEventLoop)
-
-    def close(self) -> None:
-        self.runner.close()
 
     def talk(self, requests: list[bytes], replies: list[bytes], leave: bool) -> tuple[list[bytes], list[Message]]:
         """Send each request on a connection of its own; return the answers, and the requests that the upstream got."""
@@ -399,7 +385,7 @@ class Behind(Target):
                     return answers
 
         upstream = Upstream(script)
-        return self.runner.run(work()), upstream.seen
+        return asyncio.run(work()), upstream.seen
 
 
 class Forwarding(Behind):
@@ -434,12 +420,11 @@ class Forwarding(Behind):
 class Upstreams(Behind):
     """Whatever an upstream sends, its client gets one well-formed answer, and the next client its own."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seeds = Replies.seeds + 20 * tuple(sse_reply(chat[:40], chat[40:]) for chat in CHATS)
+    seeds = Replies.seeds + 20 * tuple(sse_reply(chat[:40], chat[40:]) for chat in CHATS)
 
     def check(self, value: Any, chooser: random.Random) -> None:
-        requests = [good_chat(chooser.random() < 0.5), good_chat(False)]
+        chats = [{"model": "m", "messages": [{"role": "user"}], "stream": stream} for stream in (chooser.random() < 0.5, False)]
+        requests = [request(json.dumps(chat).encode(), "Connection: close") for chat in chats]
         (received, following), _ = self.talk(requests, [value, OK], leave=False)
         answers, rest = wire.split_answers(received)
         if len(answers) != 1 and not (rest.startswith(b"HTTP/1.1 2") and not answers):
@@ -494,16 +479,12 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     names = [options.target] if options.target else list(TARGETS)
-    failed = 0
+    cases = range(10**9) if options.case is None else [options.case]
     for name in names:
-        until = time.monotonic() + options.seconds / len(names)
-        cases = range(options.case, options.case + 1) if options.case is not None else range(10**9)
-        for problem in run(name, options.seed, cases, until):
+        for problem in run(name, options.seed, cases, time.monotonic() + options.seconds / len(names)):
             print(problem)
-            failed += 1
-            if failed > 3:
-                return 1
-    return 1 if failed else 0
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
