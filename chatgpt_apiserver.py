@@ -5447,22 +5447,26 @@ class Trip:
         # A full controller has room again at a time that its ledger knows, perhaps while others are asked.
         if verdict.outcome is not Outcome.RATE:
             self.tried.add(controller)
-        if verdict.outcome is Outcome.LARGE:  # only accounts that are known to take as many tokens are left
+        # Only accounts that are known to take as many tokens are left.
+        if verdict.outcome is Outcome.LARGE:
             self.keep([item for item in self.candidates if item.ledger.largest() >= verdict.requested])
-        elif verdict.outcome is Outcome.UNFIT:  # to wait for it would be no use either
+        elif verdict.outcome is Outcome.UNFIT:
+            # Waiting for it is no use either.
             self.keep([item for item in self.candidates if item.upstream is not controller])
 
     def keep(self, candidates: list[Candidate]) -> None:
         """Go on with these candidates only."""
         self.candidates = candidates
-        self.tried &= {candidate.upstream for candidate in candidates}  # `has_others` counts them
+        # `has_others` counts what is left.
+        self.tried &= {candidate.upstream for candidate in candidates}
 
 
 def retry_fields(after_s: float) -> bytes:
     """Return header lines that say when to retry, in seconds and, for the official SDKs, in milliseconds."""
     if after_s == NEVER:  # unknown
         return b"x-should-retry: true\r\n"
-    after_s = max(after_s, 0.001)  # the SDKs read 0 as no value and use their own backoff of 0.5 s
+    # The SDKs read 0 as no value and use their own backoff of 0.5 s.
+    after_s = max(after_s, 0.001)
     return b"Retry-After: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(after_s), math.ceil(after_s * 1e3))
 
 
@@ -5502,8 +5506,10 @@ class Relay:
 
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
-        self.stopping = False  # the server cuts what is left
-        self.shows_account = True  # the client may see what an account said of itself
+        # Whether the server cuts the answers that are left.
+        self.stopping = False
+        # Whether clients may see an account's error about its own key.
+        self.shows_account = True
         # Object id -> name of the controller that made it. An id says nothing about its account.
         self.makers: dict[str, str] = {}
 
@@ -5563,7 +5569,8 @@ class Relay:
             try:
                 trip.candidates = pool.candidates_for(request, model)
             except ProxyError:
-                continue  # configured, but no controller serves it
+                # The fallback is configured, but no controller serves it.
+                continue
             request.substitute(model)
             trip.tried.clear()
             return True
@@ -5586,12 +5593,15 @@ class Relay:
         """
         request = trip.request
         while True:
-            if trip.hedge is not None:  # the first attempt failed, so its hedge is the next one
+            # The first attempt failed, so its hedge is the next one.
+            if trip.hedge is not None:
                 attempt, task = trip.hedge
-                await asyncio.shield(task)  # a plain await would cancel it and lose a result that has just come
+                # A plain await would cancel the task when the client leaves, and lose a result that has just come.
+                await asyncio.shield(task)
                 trip.hedge = None
             else:
-                lease, wait_s = None, request.wait_s  # the pool reduces it by the time that the request waits
+                # The pool reduces it by the time that the request waits.
+                lease, wait_s = None, request.wait_s
                 try:
                     lease = await self.pool.lease(request, trip.candidates, trip.tried) if trip.candidates else None
                 except NoRoom as full:
@@ -5642,7 +5652,8 @@ class Relay:
         request, lease, others = trip.request, attempt.lease, trip.has_others()
         # The usage of a stream comes on demand only. Where a limit counts it, this server asks in the client's place.
         asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
-        request.add_usage = False  # the last account may have been asked for it
+        # An earlier attempt may have set it.
+        request.add_usage = False
         attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
         request.add_usage = attempt.adds_usage
         exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
@@ -5665,7 +5676,8 @@ class Relay:
         if attempt.stream:
             attempt.verdict = await self._hold(attempt, exchange, request, others)
         else:
-            lease.heard(attempt.at)  # how long the body takes depends on the answer's length, and is no suspicion
+            # A long answer takes long, so from its head on the controller is not silent.
+            lease.heard(attempt.at)
             # Speech is played while it is made, so it is passed on from its first byte.
             limit = 0 if kind.startswith(b"audio/") and exchange.head.status < 300 else WHOLE_BYTES
             held = bytearray()
@@ -5708,7 +5720,8 @@ class Relay:
                             held.reschedule(self.loop.time() + HOLD_S)
                     if not piece:
                         attempt.whole = True
-                        if attempt.held.lstrip()[:1] == b"{":  # no stream, whatever its type says
+                        # This is no stream, whatever its type says.
+                        if attempt.held.lstrip()[:1] == b"{":
                             attempt.stream = False
                             return self._judge_whole(attempt, exchange, request)
                         if others or not attempt.held:
@@ -5779,8 +5792,10 @@ class Relay:
     def _end_hedge(self, trip: Trip, attempt: Attempt, silent: Attempt, task: asyncio.Task[None]) -> None:
         """Stop the first attempt if its hedge brought an answer. If the hedge failed, only its controller learns it."""
         if task.cancelled() or trip.hedge is None or silent.verdict is not ABANDONED:
-            return  # given up, or the first attempt has failed and `_ask_controllers` waits for this one
-        if task.exception() is not None:  # `_attempt` has settled it
+            # The hedge was given up, or the first attempt has failed and `_ask_controllers` waits for this one.
+            return
+        # `_attempt` has settled it.
+        if task.exception() is not None:
             trip.hedge = None
             log.error("%s: internal error in a hedge", trip.request.request_id, exc_info=task.exception())
         elif attempt.verdict is OK:
@@ -5822,8 +5837,10 @@ class Relay:
             return Answer(attempt.head.status, self._lines(attempt, trip), attempt.held, len(attempt.held))
         size = None if attempt.stream else attempt.head.index.get(b"content-length")
         rest = self._rest(attempt, attempt.exchange, trip)
-        held = await rest.__anext__()  # it runs from here on, so closing it ends the attempt
-        record.outcomes.append((lease.upstream.name, "ok", 0.0))  # the headers count it; `_rest` settles it
+        # The generator runs from here on, so closing it ends the attempt.
+        held = await rest.__anext__()
+        # The headers count this attempt, too. `_rest` settles it later.
+        record.outcomes.append((lease.upstream.name, "ok", 0.0))
         lines = self._lines(attempt, trip)
         record.outcomes.pop()
         return Answer(attempt.head.status, lines, held, content_length(size) if size else None, rest)
@@ -5839,7 +5856,8 @@ class Relay:
         end, counts_text = StreamEnd(ENDED_STREAMS.get(request.path, False)), counts_tokens(attempt.lease, request)
         splitter = EventSplitter() if attempt.adds_usage and readable else None
         data, attempt.verdict, attempt.held = attempt.held, ABANDONED, b""
-        request.body, request.data = b"", {}  # not needed any more; a prompt may have megabytes
+        # The prompt is not needed any more, and may have megabytes.
+        request.body, request.data = b"", {}
         try:
             while True:
                 end.feed(data)
@@ -5878,7 +5896,8 @@ class Relay:
         finally:
             exchange.abort()
             if attempt.verdict is ABANDONED and has_end and end.is_whole():
-                attempt.verdict = OK  # the SDKs leave after the last event
+                # The SDKs leave after the last event; then the answer is whole.
+                attempt.verdict = OK
             self._take_usage(attempt, request, end.tail, text)
             self._settle(attempt, trip, word)
 
@@ -5903,7 +5922,8 @@ class Relay:
         head, record = attempt.head, trip.record
         assert head is not None
         lines = head.lines
-        if retry or record.waited_s or len(record.outcomes) > 1:  # the upstream's word is not about the pool
+        # The upstream's retry headers say nothing about the pool.
+        if retry or record.waited_s or len(record.outcomes) > 1:
             lines = without(lines, RETRY_FIELDS)
         if b"x-request-id" not in head.index:
             lines += b"x-request-id: %b\r\n" % record.request_id.encode()
@@ -5921,7 +5941,8 @@ class Relay:
         best = max(trip.refusals[::-1], key=lambda item: (item.model == asked, usefulness(item.verdict)), default=None)
         limited = best is not None and best.verdict.outcome is Outcome.RATE
         if trip.merely_full and best is not None and usefulness(best.verdict) < usefulness(RATE_LIMITED):
-            best = None  # an account is merely full, so the troubles of others do not matter to the client
+            # A full account will have room again, so the client should come back. The troubles of others do not matter.
+            best = None
         elif trip.full is None and limited and request.model == asked:
             # That 429 was waited out. What came then is the answer: the last refusal, or an error without a reply.
             best = trip.refusals[-1] if trip.verdict is trip.refusals[-1].verdict else None
@@ -5950,7 +5971,8 @@ class Relay:
         trip.name(attempt)
         name = trip.record.controller
         trip.record.first_at = self.loop.time()
-        if 300 <= status < 400:  # a client that follows its Location would send a key there
+        # A client that follows its Location would send a key there.
+        if 300 <= status < 400:
             raise ProxyError(502, f"The upstream of {name!r} redirects; correct its base_url.", "upstream_redirects")
         if outcome in ACCOUNT_REFUSALS and not self.shows_account:
             message = f"The account of controller {name!r} refused this server: {ACCOUNT_REFUSALS[outcome]}."
@@ -6133,14 +6155,16 @@ def read_input(request: ApiRequest, model: str) -> None:
     """Read a JSON request that is no chat. `model` is the default of its path. Raise ProxyError (400)."""
     data = request.data = parse_object(request.body)
     request.model = data.get("model") or model
-    stored = request.path.startswith("/responses") and "model" not in data  # a stored prompt may name it
+    # A stored prompt may name it.
+    stored = request.path.startswith("/responses") and "model" not in data
     if not stored and (not isinstance(request.model, str) or not request.model):
         raise ProxyError(400, "You must provide a model parameter: a non-empty string.", param="model")
     request.stream = data.get("stream") is True
     # Responses are stored by default (API reference, `store`): to send one twice may make two.
     request.stateful = request.path == "/responses" and data.get("store") is not False
     request.prompt_tokens = estimate_prompt(data)
-    request.max_tokens = 1  # the answer is small, or is not counted in tokens
+    # Embeddings, images and speech cost no tokens for the answer.
+    request.max_tokens = 1
     if request.path in ("/completions", "/responses"):
         limit = data.get("max_output_tokens")
         request.max_tokens = limit if isinstance(limit, int) and limit > 0 else answer_limit(data)
@@ -6190,7 +6214,8 @@ def error_answer(error: ProxyError | UpstreamError, record: AccessRecord | None 
     lines = error.headers if isinstance(error, ProxyError) else b""
     if record is not None:
         lines = b"x-request-id: %b\r\n" % record.request_id.encode() + routing_headers(record) + lines
-    body = redactor.scrub(error_body(error))  # a message may quote an upstream, or a proxy's URL
+    # A message may quote an upstream, or a proxy's URL.
+    body = redactor.scrub(error_body(error))
     return Answer(error.status, DATE % http_date(time.time()) + JSON_TYPE + lines, body, len(body))
 
 
@@ -6219,8 +6244,8 @@ class ClientConnection:
         self.deadline = Deadline(self.loop, self._expired)
         self.phase, self.held_bytes = Phase.IDLE, 0
         self.keep, self.gone, self.unread = True, False, False
-        self.head_sent = False  # of the answer to the current request
-        self.http_minor = 1  # of the current request
+        # Both are about the current request: whether the head of its answer was sent, and its HTTP/1 version.
+        self.head_sent, self.http_minor = False, 1
         self.writable: asyncio.Event = asyncio.Event()
         self.reader.on_end = self._ended
         protocol.on_writable = self.writable.set
@@ -6234,7 +6259,8 @@ class ClientConnection:
         self.keep = False
         if self.phase is Phase.IDLE:
             self.batcher.flush()
-            if self._unsent():  # the end of an answer that its client reads slowly; `_flush` comes next
+            # The client still reads the end of an answer; `_flush` waits for it.
+            if self._unsent():
                 self.reader.interrupt(EOFError())
             else:
                 self.task.cancel()
@@ -6256,9 +6282,11 @@ class ClientConnection:
             if not self.gone:
                 await self._linger()
                 await self._flush()
-        except asyncio.CancelledError:  # the client left, or the server stops
+        except asyncio.CancelledError:
+            # The client left, or the server stops.
             self.gone = self.gone or (self.phase is Phase.ANSWER and self.head_sent)
-        except (OSError, ClientGone):  # OSError: TLS and socket errors, and a shutdown that comes too late
+        except (OSError, ClientGone):
+            # OSError comes from TLS, from the socket, and from a shutdown that is too late.
             self.gone = True
         finally:
             self.phase = Phase.CLOSING
@@ -6275,7 +6303,8 @@ class ClientConnection:
 
     def _close(self) -> None:
         """Close the connection. A client that has not taken its answer by now is cut off."""
-        self.batcher.flush()  # a closed transport takes nothing more
+        # A closed transport takes nothing more.
+        self.batcher.flush()
         if not (self.gone or self._unsent()):
             self.transport.close()
             return
@@ -6296,7 +6325,8 @@ class ClientConnection:
         if self.transport.can_write_eof():
             self.transport.write_eof()
         elif not self.unread:
-            return  # TLS can not close one way only
+            # TLS can not close one way only.
+            return
         self.deadline.set(self.loop.time() + LINGER_S)
         budget = LINGER_BYTES
         try:
@@ -6322,7 +6352,8 @@ class ClientConnection:
         error: ProxyError | None = None
         try:
             head = await self._read_head()
-        except EOFError:  # the deadline's, while the client still reads its last answer
+        except EOFError:
+            # The deadline passed while the client still reads its last answer.
             return False
         except ProxyError as problem:
             head, error, self.unread = RequestHead("-", "-", 1, {}, b""), problem, True
@@ -6340,14 +6371,16 @@ class ClientConnection:
             self.phase = Phase.ANSWER
             await self._send(await self._answer(call, error), call)
         except (asyncio.CancelledError, ConnectionError, TimeoutError, ClientGone):
-            call.record.status = call.record.status or 499  # nginx's status for a client that left
+            # 499 is nginx's status for a client that left.
+            call.record.status = call.record.status or 499
             raise
         finally:
             if call.charge is not None:
                 call.charge.leave(call.request is not None and call.request.was_sent, self.loop.time())
             self.server.access.add(call.record)
             self._release()
-        if self.protocol.full:  # a client that never reads must not pile up answers
+        # A client that never reads must not pile up answers.
+        if self.protocol.full:
             await self._drain()
         return self.keep
 
@@ -6371,7 +6404,8 @@ class ClientConnection:
             if not more:
                 return None
             data = data + more if data else more
-            if data[0] == 13:  # some clients send a CRLF behind a body (RFC 9112, 2.2)
+            # Some clients send a CRLF behind a body (RFC 9112, 2.2).
+            if data[0] == 13:
                 empty = _EMPTY_LINES.match(data)
                 data = data[empty.end() :] if empty else data
                 if data in (b"", b"\r"):
@@ -6386,7 +6420,8 @@ class ClientConnection:
             if self.phase is Phase.IDLE:
                 self.phase = Phase.HEAD
                 self.deadline.set(self.loop.time() + self.server.config.limits.header_timeout)
-        if len(data) > end + 4:  # a body, or the next request
+        # The surplus is a body, or the next request.
+        if len(data) > end + 4:
             self.reader.unread(data[end + 4 :])
         if end > START_LINE_BYTES and data.find(b"\r\n") > START_LINE_BYTES:
             raise BadMessage(414, f"The request line is longer than {START_LINE_BYTES} bytes.")
@@ -6417,7 +6452,8 @@ class ClientConnection:
         except ProxyError:
             if decoder.done:
                 self.reader.unread(decoder.surplus)
-            else:  # a client that expects 100 may never send the body
+            else:
+                # A client that expects 100 may never send the body.
                 self.unread = bool(expects and not begun) or not await self._skip(decoder)
             raise
         if expects and not begun:
@@ -6437,7 +6473,8 @@ class ClientConnection:
             while not decoder.done:
                 self._hold(len(piece))
                 body.write(piece)
-                if self.held_bytes > SPOOL_BYTES and spools:  # a write to a disk may have taken a while
+                # A write to a disk may have taken a while.
+                if self.held_bytes > SPOOL_BYTES and spools:
                     heard_at = self.loop.time()
                 self.deadline.set(self._body_due(since, heard_at))
                 data = await self.reader.read_some()
@@ -6513,7 +6550,8 @@ class ClientConnection:
                 raise
             error = ProxyError(503, "This server is shutting down; try again.", "server_shutdown")
             return error_answer(error, call.record)
-        except Exception:  # a mistake in this program costs one request; the log has the traceback
+        except Exception:
+            # A mistake in this program costs one request; the log has the traceback.
             log.exception("%s: internal error", call.record.request_id)
             self.keep = False
             message = f"Internal error; the log has request {call.record.request_id}."
@@ -6531,7 +6569,8 @@ class ClientConnection:
         elif answer.length is not None:
             framing = b"" if bodiless else b"Content-Length: %d\r\n" % answer.length
         else:
-            framing, self.keep = b"", False  # the end of the connection ends the body
+            # The body ends with the connection.
+            framing, self.keep = b"", False
         record.status, self.head_sent = answer.status, True
         held = b"" if head_only else answer.held
         record.bytes = len(held)
@@ -6545,7 +6584,8 @@ class ClientConnection:
             if self.protocol.full:
                 await self._drain()
             async for data in rest:
-                if not data:  # an empty chunk would end the body
+                # An empty chunk would end the body.
+                if not data:
                     continue
                 record.bytes += len(data)
                 self.batcher.write(self.transport, chunk(data) if chunked else data)
@@ -6553,7 +6593,8 @@ class ClientConnection:
                     await self._drain()
             if chunked:
                 self.batcher.write(self.transport, LAST_CHUNK)
-        except AnswerCut as cut:  # without the end of its framing, so that it does not look whole
+        except AnswerCut as cut:
+            # The last chunk is left out, so the answer does not look whole.
             self.keep, self.gone = False, not cut.last
             if cut.last:
                 self.batcher.write(self.transport, chunk(cut.last) if chunked else cut.last)
@@ -6607,7 +6648,8 @@ class ClientConnection:
 def is_open_ended(config: ControllerConfig) -> bool:
     """Return whether the configuration leaves open which models a controller has, so that it has to be asked."""
     named = config.models and {"*", "?"}.isdisjoint("".join(config.models))
-    return not named and config.type not in ("echo", "azure")  # Azure lists what could be deployed
+    # Azure lists what could be deployed.
+    return not named and config.type not in ("echo", "azure")
 
 
 def model_object(name: str) -> dict[str, Any]:
@@ -6629,8 +6671,9 @@ class ModelLists:
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
         self.known: dict[str, list[dict[str, Any]]] = {}  # by controller
-        self.tasks: dict[str, asyncio.Task[None]] = {}  # the last question to each controller
-        self.timers: dict[str, asyncio.TimerHandle] = {}  # of the next
+        # The last question to each controller, and the time of the next one.
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.timers: dict[str, asyncio.TimerHandle] = {}
 
     def follow(self) -> None:
         """Ask the controllers of the current configuration, now and from time to time."""
@@ -6673,7 +6716,8 @@ class ModelLists:
         """Return all models and aliases by name. A controller that fails only shortens the list."""
         self._ask_all()
         first = [task for name, task in self.tasks.items() if name not in self.known and not task.done()]
-        if first:  # this server has just been started
+        # This server was started a moment ago.
+        if first:
             await asyncio.wait(first, timeout=MODELS_WAIT_S)
         models = {name: model_object(name) for name in self.pool.configured_models()}
         for upstream in self.pool.upstreams:
@@ -6693,7 +6737,8 @@ class ModelLists:
             await exchange.start()
             body = await read_all(exchange, LIST_BYTES)
         finally:
-            exchange.abort()  # a connection that is kept for requests has served a request
+            # The connection is not kept: requests of clients have connections of their own.
+            exchange.abort()
         try:
             if exchange.head.status == 200:
                 listed = [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
@@ -6761,7 +6806,8 @@ class Server:
         self.links = ConnectionPool(self.batcher)
         self.connections: set[ClientConnection] = set()
         self.per_peer: Counter[str] = Counter()
-        self.held_bytes = 0  # of request bodies under way
+        # The bytes of all request bodies under way.
+        self.held_bytes = 0
         self.listener: asyncio.Server | None = None
         self.tls: ssl.SSLContext | None = None
         self.stopping = self.draining = False
@@ -6778,7 +6824,8 @@ class Server:
         if self.listener is not None and bool(self.tls) != bool(config.tls.cert):
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
-            load_certificate(self.tls, config)  # first, as it may raise
+            # This may raise, so it comes first.
+            load_certificate(self.tls, config)
         if self.listener is not None:  # it keeps its address
             config = replace(config, host=self.config.host, port=self.config.port)
         self.config = config
@@ -6808,7 +6855,8 @@ class Server:
         self.listener = await self.loop.create_server(
             self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
         )
-        for listener in self.listener.sockets:  # accepted connections inherit the options
+        # Accepted connections inherit the options.
+        for listener in self.listener.sockets:
             watch_path(listener, self.config.limits.write_timeout)
         self.models.follow()
         return [listener.getsockname()[:2] for listener in self.listener.sockets]
@@ -6849,7 +6897,8 @@ class Server:
         client may have sent a request that is on its way.
         """
         self.draining = True
-        await asyncio.sleep(self.config.drain_delay)  # load balancers ask /status; until they know, new requests come
+        # Load balancers ask /status; until they know, new requests come.
+        await asyncio.sleep(self.config.drain_delay)
         self.stopping = True
         if self.listener is not None:
             self.listener.close()
@@ -6884,7 +6933,8 @@ class Server:
         """Judge a request by its head: Host, Origin, client key, route. Raise ProxyError (401, 403, 404, 405, 415)."""
         head = call.head
         call.origin = self._check_host_and_origin(head)
-        if head.method == "OPTIONS":  # before the key: browsers send preflights without one
+        # This comes before the key, as browsers send preflights without one.
+        if head.method == "OPTIONS":
             split_target(head.target)
             call.handler = "_options"
             return
@@ -6893,7 +6943,8 @@ class Server:
             call.key = self._check_key(head)
             call.record.key = call.key.name
         coding = head.index.get(b"content-encoding", b"identity")
-        if coding.lower() != b"identity" and call.handler != "_object":  # unpacking would also unpack bombs
+        # A small compressed body may unpack to gigabytes.
+        if coding.lower() != b"identity" and call.handler != "_object":
             message = "A compressed request body is not understood; send it plain."
             raise ProxyError(415, message, "unsupported_encoding")
 
@@ -6931,7 +6982,8 @@ class Server:
         else:
             shown = index.get(b"api-key", index.get(b"x-api-key", b""))
         digest, match = hashlib.sha256(shown).digest(), None
-        for key in self.config.client_keys:  # all of them, so that the time says nothing
+        # All keys are compared, so the time reveals nothing.
+        for key in self.config.client_keys:
             if hmac.compare_digest(digest, key.digest):
                 match = key
         if match is None:
@@ -6946,7 +6998,8 @@ class Server:
     async def _options(self, call: Call) -> Answer:
         """Return the answer to a CORS preflight, or to the plain question which methods are allowed."""
         lines = b"Allow: GET, HEAD, POST, OPTIONS\r\n"
-        if call.origin:  # the page is allowed; the routes decide what is open
+        # The page is allowed. The routes decide which paths are open.
+        if call.origin:
             index = call.head.index
             method = index.get(b"access-control-request-method", b"GET, POST")
             asked = index.get(b"access-control-request-headers", b"*")
@@ -6976,7 +7029,8 @@ class Server:
         data, request.body = parse_chat(request.body)
         request.lines = json_lines(call.head)
         request.data, request.model, request.stream = data, data["model"], data.get("stream") is True
-        request.stateful = data.get("store") is True  # chats are stored on demand only
+        # A chat is stored only if the client asks for it.
+        request.stateful = data.get("store") is True
         request.prompt_tokens, request.max_tokens = estimate_prompt(data), answer_limit(data)
         return await self._relay(call, request)
 
@@ -6990,7 +7044,8 @@ class Server:
         read_input(request, INFERENCE[request.path])
         if request.path.startswith("/responses"):
             previous = request.data.get("previous_response_id")
-            if isinstance(previous, str):  # the account that made it has the conversation
+            # The account that made the response has the conversation.
+            if isinstance(previous, str):
                 request.pinned = self.relay.makers.get(previous) or self._home()
             elif any(request.body.find(word) >= 0 for word in REFERENCES):
                 request.pinned = self._maker(request, [])
