@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 from pathlib import Path
@@ -95,6 +96,23 @@ async def test_dead_paths_are_watched_on_both_sides() -> None:
 
     async with Upstream(script) as upstream, Running(controller("a", upstream.url, models=["m"])) as server:
         assert (await server.post("m")).status == 200
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize(("store", "status"), [(False, 200), (True, 502)])
+async def test_a_dead_path(store: bool, status: int) -> None:
+    """A request that the kernel reports as not acknowledged is sent again on a new connection, unless it stores."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        if len(upstream.seen) == 2:
+            await pause(20)
+            (kept,) = server.server.links.active
+            kept.reader.set_exception(OSError(errno.ETIMEDOUT, "no acknowledgement"))
+        else:
+            await peer.send(OK)
+
+    async with Upstream(script) as upstream, Running(controller("a", upstream.url, models=["m"])) as server:
+        assert [(await server.post("m", store=store)).status for _ in range(2)] == [200, status]
 
 
 @pytest.mark.parametrize(
