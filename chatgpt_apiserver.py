@@ -2393,19 +2393,15 @@ class ConnectionPool:
         """Return the number of idle connections."""
         return sum(map(len, self.idle.values()))
 
-    def take(self, origin: Origin) -> UpstreamConnection | None:
-        """Return an idle connection that is still good, if there is one."""
-        idle = self.idle.get(origin, [])
+    async def take(self, origin: Origin, fresh: bool, within_s: float) -> UpstreamConnection:
+        """Return an idle connection unless `fresh`, else a new one. Raise ConnectFailed, within `within_s` seconds."""
+        idle = [] if fresh else self.idle.get(origin, [])
         while idle:
             connection = idle.pop()
             if connection.is_quiet():
                 self.active.add(connection)
                 return connection
             connection.close()
-        return None
-
-    async def connect(self, origin: Origin, within_s: float) -> UpstreamConnection:
-        """Return a new connection. Raises ConnectFailed, within `within_s` seconds."""
         try:
             async with asyncio.timeout(within_s):
                 protocol = await dial(origin)
@@ -2476,13 +2472,11 @@ class NetworkExchange:
 
     async def start(self) -> None:
         """See `Exchange`."""
-        connection = None if self.fresh else self.pool.take(self.origin)
         while True:
-            if connection is None:
-                connection = await self.pool.connect(self.origin, self.timeouts.connect)
-                if self.interrupted is not None:
-                    self.pool.give_back(connection, False)
-                    raise self.interrupted
+            connection = await self.pool.take(self.origin, self.fresh, self.timeouts.connect)
+            if self.interrupted is not None:
+                self.pool.give_back(connection, False)
+                raise self.interrupted
             self._send(connection)
             try:
                 self.head = await read_reply_head(connection.reader)
@@ -2493,7 +2487,7 @@ class NetworkExchange:
                 if not (self.resend and connection.was_stale(error)):
                     raise
                 self.abort()
-                connection = None
+                self.fresh = True
         if self.head.status == 407:  # from a proxy, so the request has not reached its upstream
             raise ConnectFailed("the proxy wants another password")
         self.decoder = reply_body_decoder(self.head, self.method)
