@@ -1357,11 +1357,8 @@ REPLY_DROPPED = HOP_BY_HOP | frozenset(
 )
 # After waiting or failover these would describe only one of several accounts.
 RETRY_FIELDS = frozenset((b"retry-after", b"retry-after-ms", b"x-should-retry"))
-# Parsed header lines are cached: peers repeat most of them. Not cached are lines with a secret or with a unique value.
-NOT_CACHED = frozenset(
-    b"authorization api-key x-api-key proxy-authorization cookie set-cookie x-request-id x-client-request-id cf-ray"
-    b" apim-request-id request-id idempotency-key traceparent date".split()
-)
+# Parsed header lines are cached, as peers repeat most of them; lines with a secret are not.
+NOT_CACHED = frozenset(b"authorization api-key x-api-key proxy-authorization cookie set-cookie".split())
 
 Fields = list[tuple[bytes, bytes]]
 Index = dict[bytes, bytes]
