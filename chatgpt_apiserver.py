@@ -118,7 +118,10 @@ class ProxyError(Exception):
 
 
 class BadMessage(ProxyError):
-    """The request breaks HTTP's grammar or a limit. Its connection is closed after the answer (RFC 9112, 9.6)."""
+    """A message breaks HTTP's grammar or a limit. A client gets the answer, then a close (RFC 9112, 9.6).
+
+    Section 7 makes it a BadReply if the message is a reply of an upstream.
+    """
 
 
 class Untranslatable(ProxyError):
@@ -1411,10 +1414,10 @@ def without(lines: bytes, names: Collection[bytes]) -> bytes:
 
 
 def parse_line(line: bytes, is_reply: bool) -> Line:
-    """Parse one header line without its CRLF. Raises ValueError."""
+    """Parse one header line without its CRLF. Raises BadMessage."""
     match = _FIELD.match(line)
     if match is None:
-        raise ValueError("a header line is malformed")
+        raise BadMessage(400, "A header line is malformed.")
     spelled, value = match.group(1), match.group(2).rstrip(b" \t")
     name = spelled.lower()
     dropped = name in (REPLY_DROPPED if is_reply else REQUEST_DROPPED)
@@ -1423,7 +1426,7 @@ def parse_line(line: bytes, is_reply: bool) -> Line:
 
 
 def parse_fields(block: bytes, is_reply: bool) -> tuple[Index, bytes]:
-    """Return the index of header lines, which each end with CRLF, and the lines to forward. Raises ValueError."""
+    """Return the index of header lines, which each end with CRLF, and the lines to forward. Raises BadMessage."""
     # A bare CR or LF stays within a line, and `_FIELD` refuses it.
     lines = block.split(b"\r\n")[:-1]
     cache = REPLY_LINES if is_reply else REQUEST_LINES
@@ -1457,10 +1460,7 @@ def parse_request_head(data: bytes) -> RequestHead:
         raise BadMessage(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
     if block.count(b"\r\n") > FIELD_COUNT:
         raise BadMessage(431, f"The request has more than {FIELD_COUNT} header fields.")
-    try:
-        index, lines = parse_fields(block, is_reply=False)
-    except ValueError as problem:
-        raise BadMessage(400, f"The request head is malformed: {problem}.") from None
+    index, lines = parse_fields(block, is_reply=False)
     host = index.get(b"host")
     if host is None and minor != b"0":
         raise BadMessage(400, "The Host header is missing (RFC 9112, 3.2).")
@@ -1470,15 +1470,12 @@ def parse_request_head(data: bytes) -> RequestHead:
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
-    """Parse a reply's head, which ends with the empty line; configured secrets are struck out. Raises BadReply."""
+    """Parse a reply's head, which ends with the empty line; configured secrets are struck out. Raises BadMessage."""
     start, _, block = data.removesuffix(b"\r\n").partition(b"\r\n")
     match = _STATUS_LINE.match(start)
     if match is None:
-        raise BadReply("the upstream's status line is malformed")
-    try:
-        index, lines = parse_fields(block, is_reply=True)
-    except ValueError as problem:
-        raise BadReply(f"the upstream's reply head is malformed: {problem}") from None
+        raise BadMessage(400, "The status line is malformed.")
+    index, lines = parse_fields(block, is_reply=True)
     return ResponseHead(int(match.group(2)), int(match.group(1)), index, redactor.scrub(lines))
 
 
@@ -1498,11 +1495,11 @@ def check_partial_head(data: bytes, since: int = 0) -> None:
 
 
 def content_length(value: bytes) -> int:
-    """Return the number of a Content-Length; equal repeated values count once (RFC 9112, 6.3). Raises ValueError."""
+    """Return the number of a Content-Length; equal repeated values count once (RFC 9112, 6.3). Raises BadMessage."""
     members = {member.strip(b" \t") for member in value.split(b",")}
     number = members.pop()
     if members or not _DIGITS.match(number):
-        raise ValueError("Content-Length is not one plain number")
+        raise BadMessage(400, "Content-Length is not one plain number.")
     return int(number)
 
 
@@ -1544,7 +1541,7 @@ class ChunkedDecoder:
         self.surplus, self.done = b"", False
 
     def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`, which may be empty. Raises ValueError, or OverflowError beyond `limit`."""
+        """Return the payload in `data`, which may be empty. Raises BadMessage, with status 413 beyond `limit`."""
         data, self.pending = self.pending + data, b""
         payloads, at, size = [], 0, len(data)
         while at < size and not self.done:
@@ -1554,7 +1551,7 @@ class ChunkedDecoder:
                 payloads.append(payload)
                 at += len(payload)
                 if data[at:stop] != b"\r\n"[: size - at]:
-                    raise ValueError("a chunk is longer than its size says")
+                    raise BadMessage(400, "A chunk is longer than its size says.")
                 if stop > size:
                     self.left -= len(payload)
                     break
@@ -1567,7 +1564,7 @@ class ChunkedDecoder:
                 if not end:
                     # A client that announces chunks and sends plain JSON gets its error at once.
                     if size - at >= limit or (self.trailer_bytes < 0 and data[at] not in b"0123456789ABCDEFabcdef"):
-                        raise ValueError("a chunk-size or trailer line is malformed or too long")
+                        raise BadMessage(400, "A chunk-size or trailer line is malformed or too long.")
                     break
                 self._read_line(data[at:end])
                 at = end
@@ -1581,15 +1578,15 @@ class ChunkedDecoder:
             self.done = line == b"\r\n"
             valid = self.done or (line.endswith(b"\r\n") and _FIELD.match(line[:-2]))
             if not valid or self.trailer_bytes > TRAILER_BYTES:
-                raise ValueError("the trailer section is malformed or too long")
+                raise BadMessage(400, "The trailer section is malformed or too long.")
             return
         match = _CHUNK_LINE.fullmatch(line)
         if match is None:
-            raise ValueError("a chunk-size line is malformed")
+            raise BadMessage(400, "A chunk-size line is malformed.")
         length = int(match.group(1), 16)
         self.total += length
         if self.total > self.limit:
-            raise OverflowError(f"the body is larger than {self.limit} bytes")
+            raise BadMessage(413, f"The body is larger than {self.limit} bytes.", "request_too_large")
         if length:
             self.left = length + 2
         else:
@@ -1597,16 +1594,6 @@ class ChunkedDecoder:
 
 
 Decoder = LengthDecoder | ChunkedDecoder
-
-
-def decode_body(decoder: Decoder, data: bytes) -> bytes:
-    """Return the part of a request's body that `data` brings. Raises BadMessage."""
-    try:
-        return decoder.feed(data)
-    except OverflowError as problem:
-        raise BadMessage(413, f"{str(problem).capitalize()}.", "request_too_large") from None
-    except ValueError as problem:
-        raise BadMessage(400, f"The request body is malformed: {problem}.") from None
 
 
 def request_body_decoder(head: RequestHead, limit: int) -> Decoder | None:
@@ -1623,30 +1610,25 @@ def request_body_decoder(head: RequestHead, limit: int) -> Decoder | None:
         return ChunkedDecoder(limit)
     if length is None:
         return None
-    try:
-        size = content_length(length)
-    except ValueError as problem:
-        raise BadMessage(400, f"{problem}.") from None
+    size = content_length(length)
     if size > limit:
         raise BadMessage(413, f"The body has {size} bytes; at most {limit} are accepted.", "request_too_large")
     return LengthDecoder(size) if size else None
 
 
 def reply_body_decoder(head: ResponseHead, method: str) -> Decoder:
-    """Return the decoder of a reply's body (RFC 9112, 6.3). Raises BadReply if its framing is ambiguous."""
+    """Return the decoder of a reply's body (RFC 9112, 6.3). Raises BadMessage if its framing is ambiguous."""
     coding, length = head.index.get(b"transfer-encoding"), head.index.get(b"content-length")
     if coding is not None and length is not None:
-        raise BadReply("the upstream's reply has both Transfer-Encoding and Content-Length")
-    if method == "HEAD" or head.status in (204, 304):  # without a body, whatever the fields say
+        raise BadMessage(400, "Transfer-Encoding cannot stand with Content-Length.")
+    # These have no body, whatever the fields say.
+    if method == "HEAD" or head.status in (204, 304):
         return LengthDecoder(0)
-    if coding is not None:
-        if coding.strip(b" \t").lower() != b"chunked" or head.http_minor == 0:
-            raise BadReply("the upstream's transfer coding is not plain chunked")
-        return ChunkedDecoder(sys.maxsize)  # the relay bounds what it holds of an answer
-    try:
+    if coding is None:
         return LengthDecoder(None if length is None else content_length(length))
-    except ValueError as problem:
-        raise BadReply(f"the upstream's reply is malformed: {problem}") from None
+    if coding.strip(b" \t").lower() != b"chunked" or head.http_minor == 0:
+        raise BadMessage(400, "The transfer coding is not plain chunked.")
+    return ChunkedDecoder(sys.maxsize)  # the relay bounds what it holds of an answer
 
 
 # Forms as client libraries write them (RFC 7578). Other spellings are refused: an upstream could find another model in
@@ -2228,6 +2210,17 @@ async def open_connection(host: str, port: int) -> TimedProtocol:
     return protocol
 
 
+Parsed = TypeVar("Parsed")
+
+
+def strictly(parse: Callable[..., Parsed], *arguments: Any) -> Parsed:
+    """Return what a parser of section 4 makes of a reply. Raise BadReply in place of its BadMessage."""
+    try:
+        return parse(*arguments)
+    except BadMessage as problem:
+        raise BadReply(f"the upstream's reply breaks HTTP/1.1: {problem}") from None
+
+
 async def read_reply_head(reader: TimedReader) -> ResponseHead:
     """Return the final head of a reply, without the interim ones. What came behind it stays in `reader`.
 
@@ -2252,7 +2245,7 @@ async def read_reply_head(reader: TimedReader) -> ResponseHead:
             end = data.find(b"\r\n\r\n", start)
         if not 0 <= end <= UPSTREAM_HEAD_BYTES:
             raise BadReply(f"the upstream's reply head is longer than {UPSTREAM_HEAD_BYTES} bytes")
-        head, data = parse_response_head(data[: end + 4]), data[end + 4 :]
+        head, data = strictly(parse_response_head, data[: end + 4]), data[end + 4 :]
         if head.status == 101:
             raise BadReply("the upstream switched protocols without being asked")
         if head.status >= 200:
@@ -2487,7 +2480,7 @@ class NetworkExchange:
                 self.fresh = True
         if self.head.status == 407:  # from a proxy, so the request has not reached its upstream
             raise ConnectFailed("the proxy wants another password")
-        self.decoder = reply_body_decoder(self.head, self.method)
+        self.decoder = strictly(reply_body_decoder, self.head, self.method)
         self.message = ()  # a long answer does not keep the memory of its prompt
         self.replied_early = self.pieces is not None
         connection.late = UpstreamTimeout("nothing came from the upstream in time")
@@ -2502,16 +2495,15 @@ class NetworkExchange:
             connection.deadline.set(min(connection.loop.time() + idle_s, connection.written_at + total_s))
             try:
                 data = await connection.reader.read_some()
-                payload = decoder.feed(data) if data else b""
             except ConnectionError as problem:
                 raise UpstreamClosed("the upstream reset the connection in its reply") from problem
-            except ValueError as problem:
-                raise BadReply(f"the upstream's reply is malformed: {problem}") from problem
             connection.deadline.at = math.inf  # until the next read it is the client that is slow
             if not data:
                 if not decoder.until_end:
                     raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
                 decoder.done = True
+                break
+            payload = strictly(decoder.feed, data)
         return payload
 
     def interrupt(self, error: Exception) -> None:
@@ -6436,7 +6428,7 @@ class ClientConnection:
         if expects and index[b"expect"].lower() != b"100-continue":
             raise BadMessage(417, "The only expectation understood is 100-continue.")
         self.phase = Phase.BODY
-        begun = decode_body(decoder, await self.reader.read_some()) if self.reader.data else b""
+        begun = decoder.feed(await self.reader.read_some()) if self.reader.data else b""
         self.unread = not decoder.done
         try:
             self.server.admit(call)
@@ -6471,7 +6463,7 @@ class ClientConnection:
                 data = await self.reader.read_some()
                 if not data:
                     raise ClientGone
-                piece = decode_body(decoder, data)
+                piece = decoder.feed(data)
             self.reader.unread(decoder.surplus)
             if not self.held_bytes:  # it came in one read
                 return piece
@@ -6498,7 +6490,7 @@ class ClientConnection:
             if not data:
                 raise ClientGone
             left -= len(data)
-            decode_body(decoder, data)
+            decoder.feed(data)
         self.reader.unread(decoder.surplus)
         return decoder.done
 

@@ -139,8 +139,6 @@ class Requests(Target):
             requests += wire.each_request(pieces, LIMIT)
         except app.BadMessage as error:
             return requests, error.status
-        except (OverflowError, ValueError) as error:
-            return requests, 413 if isinstance(error, OverflowError) else 400
         return requests, 0
 
 
@@ -154,7 +152,7 @@ class Replies(Target):
             return wire.read_reply(pieces)[:2]
         except app.UpstreamError as error:
             return type(error).__name__
-        except ValueError:
+        except app.BadMessage:
             return "BadReply"
 
 
@@ -194,8 +192,8 @@ class Chunked(Target):
                 elif piece:
                     body += decoder.feed(piece)
                     rest += decoder.surplus if decoder.done else b""
-        except (OverflowError, ValueError) as error:
-            return ("too large" if isinstance(error, OverflowError) else "malformed",)
+        except app.BadMessage as error:
+            return ("too large" if error.status == 413 else "malformed",)
         return body, decoder.done, rest
 
     def check(self, value: Any, chooser: random.Random) -> None:
