@@ -1798,17 +1798,22 @@ def _says_nothing(choices: Any) -> bool:
     return choices == [] or not (words or choice.get("finish_reason"))
 
 
-def judge_event(event: bytes) -> EventKind:
-    """Return whether an event belongs to a real answer, is an error, or may come before either."""
-    kind, data = event_fields(event)
-    data = data.strip()
-    if not data.startswith(b"{"):
-        # "[DONE]" is real: an answer may be empty.
-        return EventKind.REAL if data else EventKind.LIFE
+def event_object(data: bytes) -> dict[str, Any]:
+    """Return the JSON object that an event's data is; an empty one for any other data."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        return EventKind.REAL  # the client gets it as it is
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def judge_event(event: bytes) -> EventKind:
+    """Return whether an event belongs to a real answer, is an error, or may come before either."""
+    kind, data = event_fields(event)
+    value = event_object(data)
+    # Other data is real: "[DONE]" may end an empty answer, and the client gets what this server cannot read as it is.
+    if not value:
+        return EventKind.REAL if data.strip() else EventKind.LIFE
     if kind == b"error" or find_error(value):
         return EventKind.ERROR
     if _says_nothing(value.get("choices")):
@@ -1823,7 +1828,7 @@ _CHOICE_END = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 
 
 class StreamEnd:
-    """Watches a stream for its end, as many a connection closes politely in the middle of an answer.
+    """Watches a stream for its end, as upstreams often close without an error in the middle of an answer.
 
     `tail` is the last part of the stream: usage, late errors and [DONE] stand there.
     """
@@ -1849,13 +1854,8 @@ class StreamEnd:
 
 def is_usage_event(event: bytes) -> bool:
     """Return whether an event has the usage of a chat and nothing else, as `include_usage` brings it."""
-    if b'"usage"' not in event:
-        return False
-    try:
-        value = json.loads(event_fields(event)[1])
-    except (ValueError, RecursionError):
-        value = None
-    return isinstance(value, dict) and value.get("choices") == [] and bool(value.get("usage"))
+    value = event_object(event_fields(event)[1]) if b'"usage"' in event else {}
+    return value.get("choices") == [] and bool(value.get("usage"))
 
 
 def error_event(message: str, code: str) -> bytes:
@@ -2303,10 +2303,10 @@ Message = tuple[bytes | memoryview | mmap.mmap, ...]
 class Exchange(Protocol):
     """One request and its reply, on a network connection or made up by an echo controller.
 
-    `start` sends the request and reads the reply's `head`. `read` returns some bytes of the body, b"" at its whole end.
-    `finish` gives everything back after that, `abort` closes the upstream connection at any time; both are harmless
-    when repeated. `interrupt` makes the `start` or `read` that waits raise `error`. All raise UpstreamError.
-    `first_byte_s` is the longest time to the first event.
+    `start` sends the request and reads the reply's `head`. `read` returns some bytes of the body, b"" at the end of a
+    whole one. `finish` gives the connection back after that, `abort` closes it at any time; both may be repeated.
+    `interrupt` makes the `start` or `read` that waits raise `error`. All raise UpstreamError. `first_byte_s` is the
+    longest time to the first event.
     """
 
     head: ResponseHead
