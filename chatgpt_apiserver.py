@@ -6342,7 +6342,8 @@ class ClientConnection:
             head, error, self.unread = RequestHead("-", "-", 1, {}, b""), problem, True
         if head is None:
             return False
-        call = self._begin(head)
+        call = Call(head, AccessRecord(self.peer, head.method, head.target, self.loop.time()))
+        call.record.request_id = self.server.next_id()
         try:
             try:
                 if error is None:
@@ -6366,12 +6367,6 @@ class ClientConnection:
         if self.protocol.full:
             await self._drain()
         return self.keep
-
-    def _begin(self, head: RequestHead) -> Call:
-        """Return the call of a request that begins now."""
-        record = AccessRecord(self.peer, head.method, head.target, self.loop.time())
-        record.request_id = self.server.next_id()
-        return Call(head, record)
 
     # -- reading
 
@@ -6661,7 +6656,9 @@ class ModelLists:
     def follow(self) -> None:
         """Ask the controllers of the current configuration, now and from time to time."""
         self.close()
-        if len(self.pool.upstreams) > 1:
+        names = {upstream.name for upstream in self.pool.upstreams}
+        self.known = {name: models for name, models in self.known.items() if name in names}
+        if len(names) > 1:
             self._ask_all()
 
     def close(self) -> None:
