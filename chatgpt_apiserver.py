@@ -1825,6 +1825,7 @@ def judge_event(event: bytes) -> EventKind:
 # backslash, so no text of an answer looks like this. Some vendors write "" for a reason that is not known yet.
 _RESPONSE_END = re.compile(rb'"type"\s*:\s*"response\.(?:completed|failed|incomplete)"')
 _CHOICE_END = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+_DONE = re.compile(rb"[\r\n]data: ?\[DONE\]")
 
 
 class StreamEnd:
@@ -1846,10 +1847,9 @@ class StreamEnd:
 
     def is_whole(self) -> bool:
         """Return whether the stream has its end, and the last event is not cut in half."""
-        lines = self.tail.split()
         # Some servers close after the last event without its blank line.
-        is_done = bool(lines) and lines[-1].removeprefix(b"data:") == b"[DONE]"
-        return is_done or (self.seen and self.tail.endswith((b"}", b"\n", b"\r")))
+        is_ended = self.tail.endswith((b"}", b"\n", b"\r"))
+        return (self.seen and is_ended) or _DONE.search(self.tail) is not None
 
 
 def is_usage_event(event: bytes) -> bool:

@@ -61,6 +61,7 @@ COMPLETED = b'data: {"response":{"output":["%b"]},"type":"response.completed"}\n
         (WORD, False),
         (WORD + b"data: [DONE]\n\n", True),
         (WORD + b"data:[DONE]", True),
+        (WORD + b"data: [DONE]\n\n: bye\n\n", True),
         (STOP, True),
         (STOP.replace(b":", b" : "), True),
         (CHOICE % b'""', False),
