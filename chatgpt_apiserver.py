@@ -1872,8 +1872,6 @@ def error_event(message: str, code: str) -> bytes:
 READ_BYTES = 65_536
 # Unsent bytes to one peer above which nothing more is read for it.
 WRITE_HIGH_BYTES = 65_536
-# Larger writes are sent at once: they are few, and batching them would only keep memory.
-BATCH_BYTES = 16_384
 # An upstream that acknowledges nothing for so long cannot be reached; a lost packet is sent again within 1 s.
 DEAD_PATH_S = 20.0
 # A timer is armed at most this far ahead, so that moving a deadline later is an assignment.
@@ -2076,40 +2074,6 @@ class TimedProtocol(asyncio.StreamReaderProtocol):
         self.full = False
         if self.on_writable is not None:
             self.on_writable()
-
-
-class WriteBatcher:
-    """Batches the writes of one turn of the loop: sends the first at once, the others together when the turn ends.
-
-    Fewer wake-ups of the peers: up to 25 % less CPU on unpaced streams. Call `flush` before a transport is closed.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop, self.batching = loop, False
-        self.waiting: list[tuple[asyncio.WriteTransport, bytes]] = []
-
-    def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
-        """Write `data` within this turn, after all that was written to `transport` before."""
-        if self.batching and len(data) <= BATCH_BYTES:
-            self.waiting.append((transport, data))
-            return
-        if self.batching:
-            self.flush()
-        else:
-            self.batching = True
-            self.loop.call_soon(self._end_batch)
-        transport.write(data)
-
-    def flush(self) -> None:
-        """Write what waits."""
-        waiting, self.waiting = self.waiting, []
-        for transport, data in waiting:
-            if not transport.is_closing():
-                transport.write(data)
-
-    def _end_batch(self) -> None:
-        self.batching = False
-        self.flush()
 
 
 # ==== 7. Upstream connections ====
@@ -2369,8 +2333,7 @@ class ConnectionPool:
     They need no bound: an origin never has more of them than it had requests at once.
     """
 
-    def __init__(self, batcher: WriteBatcher) -> None:
-        self.batcher = batcher
+    def __init__(self) -> None:
         self.idle: dict[Origin, list[UpstreamConnection]] = {}
         self.active: set[UpstreamConnection] = set()
         self.closed = False
@@ -2539,7 +2502,7 @@ class NetworkExchange:
             connection.dead_after_s = dead_after_s
             watch_path(connection.transport.get_extra_info("socket"), dead_after_s)
         if small:
-            self.pool.batcher.write(connection.transport, b"".join(self.message))
+            connection.transport.write(b"".join(self.message))
             connection.deadline.set(now + self.first_byte_s)
             self.on_sent(now)
         else:
@@ -6223,7 +6186,7 @@ class ClientConnection:
     def __init__(self, server: "Server", protocol: TimedProtocol, peer: str) -> None:
         self.server, self.protocol, self.reader, self.peer = server, protocol, protocol.reader, peer
         self.transport = self.raw = protocol.transport
-        self.loop, self.batcher = server.loop, server.batcher
+        self.loop = server.loop
         self.deadline = Deadline(self.loop, self._expired)
         self.phase, self.held_bytes = Phase.IDLE, 0
         self.keep, self.gone, self.unread = True, False, False
@@ -6241,7 +6204,6 @@ class ClientConnection:
         """Close an idle connection, and a busy one after its answer: the server is about to stop."""
         self.keep = False
         if self.phase is Phase.IDLE:
-            self.batcher.flush()
             # The client still reads the end of an answer; `_flush` waits for it.
             if self._unsent():
                 self.reader.interrupt(EOFError())
@@ -6286,8 +6248,6 @@ class ClientConnection:
 
     def _close(self) -> None:
         """Close the connection. A client that has not taken its answer by now is cut off."""
-        # A closed transport takes nothing more.
-        self.batcher.flush()
         if not (self.gone or self._unsent()):
             self.transport.close()
             return
@@ -6304,7 +6264,6 @@ class ClientConnection:
         """
         if self.reader.ended or self.server.stopping:
             return
-        self.batcher.flush()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         elif not self.unread:
@@ -6323,7 +6282,6 @@ class ClientConnection:
 
     async def _flush(self) -> None:
         """Wait until the last bytes are sent; until then this counts as a connection."""
-        self.batcher.flush()
         until, wait_s = self.loop.time() + self.server.config.limits.write_timeout, FLUSH_FIRST_S
         while self._unsent() and self.loop.time() < until:
             await asyncio.sleep(min(wait_s, until - self.loop.time()))
@@ -6435,7 +6393,7 @@ class ClientConnection:
                 self.unread = bool(expects and not begun) or not await self._skip(decoder)
             raise
         if expects and not begun:
-            self.batcher.write(self.transport, CONTINUE)  # RFC 9110, 10.1.1
+            self.transport.write(CONTINUE)  # RFC 9110, 10.1.1
         call.body = await self._read_body(decoder, begun, not is_json(kind))
         self.unread = False
 
@@ -6555,7 +6513,7 @@ class ClientConnection:
         lines = answer.lines + self._connection_lines(call.origin)
         # Head and body in one piece: a head by itself would wake the client for nothing.
         first = chunk(held) if chunked and held else held
-        self.batcher.write(self.transport, b"".join((status_line(answer.status), lines, framing, b"\r\n", first)))
+        self.transport.write(b"".join((status_line(answer.status), lines, framing, b"\r\n", first)))
         if rest is None:
             return
         try:
@@ -6566,16 +6524,16 @@ class ClientConnection:
                 if not data:
                     continue
                 record.bytes += len(data)
-                self.batcher.write(self.transport, chunk(data) if chunked else data)
+                self.transport.write(chunk(data) if chunked else data)
                 if self.protocol.full:
                     await self._drain()
             if chunked:
-                self.batcher.write(self.transport, LAST_CHUNK)
+                self.transport.write(LAST_CHUNK)
         except AnswerCut as cut:
             # The last chunk is left out, so the answer does not look whole.
             self.keep, self.gone = False, not cut.last
             if cut.last:
-                self.batcher.write(self.transport, chunk(cut.last) if chunked else cut.last)
+                self.transport.write(chunk(cut.last) if chunked else cut.last)
         finally:
             await rest.aclose()
 
@@ -6782,8 +6740,8 @@ class Server:
     """
 
     def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop, self.batcher, self.config = loop, WriteBatcher(loop), config
-        self.links = ConnectionPool(self.batcher)
+        self.loop, self.config = loop, config
+        self.links = ConnectionPool()
         self.connections: set[ClientConnection] = set()
         self.per_peer: Counter[str] = Counter()
         # The bytes of all request bodies under way.

@@ -1,6 +1,5 @@
 """What an account gets of a request, and what is refused before anything is sent."""
 
-import asyncio
 import json
 import mmap
 import tempfile
@@ -324,7 +323,7 @@ async def echo(content: Any, **more: Any) -> tuple[list[bytes], app.ResponseHead
     sent: list[float] = []
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "no"}]
     asked = request({"model": "m", "messages": messages, **more}, request_id="r1", prompt_tokens=3)
-    pool = app.ConnectionPool(app.WriteBatcher(asyncio.get_running_loop()))
+    pool = app.ConnectionPool()
     exchange = app.CONTROLLERS["echo"](config).exchange(asked, pool, sent.append)
     await exchange.start()
     assert len(sent) == 1
