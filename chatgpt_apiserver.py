@@ -5907,6 +5907,8 @@ class Relay:
         if trip.full is not None:
             model = (request.asked or request.model)[:64]
             message = f"Rate limit reached on every controller that serves {model}: {trip.full.why}."
+            if not trip.merely_full:
+                message = f"Every controller that serves {model} is out of service or of credit; see /status?verbose=1."
             raise ProxyError(429, message, "rate_limit_exceeded", headers=retry)
         raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
