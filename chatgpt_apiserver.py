@@ -348,7 +348,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_file(path: str) -> Any:
     """Return the mapping in a JSON or TOML file. Raise ConfigError with line and column."""
     try:
-        with open(path, encoding="utf-8-sig") as file:  # Windows editors write a byte order mark
+        # Windows editors write a byte order mark.
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
         return tomllib.loads(text) if path.endswith(".toml") else json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
@@ -443,7 +444,8 @@ def check_text(place: Place, value: Any, pattern: str = ".+", allowed: str = "a 
     text: str = check_type(place, value, str, allowed)
     if VARIABLE.fullmatch(text):
         raise place.error(show(text), "the text itself; variables work for keys, proxies and headers only")
-    if not text.isprintable():  # it would break a line of the log, or a header
+    # Such a character would break a line of the log, or a header.
+    if not text.isprintable():
         raise place.problem("contains a character that cannot be printed")
     if not re.fullmatch(pattern, text):
         raise place.error(show(text), allowed)
@@ -479,7 +481,8 @@ def check_secret(place: Place, value: Any) -> Secret:
         value = place.env.get(variable.group(2))
         if not value:
             raise place.problem(f"the environment variable {variable.group(2)} is not set")
-    elif value.startswith("${"):  # like the shell's ${NAME:-default}; "$" alone may begin a password
+    elif value.startswith("${"):
+        # Like the shell's ${NAME:-default}; "$" alone may begin a password.
         raise place.error("${ and more than a name", "a literal, $NAME, ${NAME} or file:PATH")
     elif value.startswith("file:"):
         try:
@@ -532,10 +535,12 @@ def check_url(place: Place, url: str, scheme: str, forbidden: str, allowed: str)
     try:
         parts = urllib.parse.urlsplit(url)
         valid = re.fullmatch(scheme, parts.scheme) and parts.hostname and parts.port != 0
-    except ValueError:  # brackets that do not match, or a port that is not a number
+    except ValueError:
+        # The brackets do not match, or the port is not a number.
         valid = False
     if not valid or re.search("[^!-~]|" + forbidden, url):
-        start = re.match("[a-z0-9]+://", url)  # the rest may be or hold a password
+        # The rest may hold a password.
+        start = re.match("[a-z0-9]+://", url)
         raise place.error((start.group() if start else "a value without http://") + "…", allowed)
     return url
 
@@ -619,7 +624,8 @@ Timeout = Annotated[float, check_number, 0.001, 86400.0]  # without 0: these wai
 class Timeouts:
     """Seconds; 0 means no limit. `first_byte` None: 120 for streams, 600 for whole answers, as in the SDKs."""
 
-    connect: Timeout = 10.0  # never unlimited: the kernel would wait two minutes
+    # Never unlimited: the kernel would wait two minutes.
+    connect: Timeout = 10.0
     first_byte: Annotated[float | None, check_number, 0.0, 86400.0] = None
     idle: Annotated[float, check_number, 0.0, 86400.0] = 300.0
     total: Annotated[float, check_number, 0.0, 86400.0] = 0.0
@@ -632,7 +638,8 @@ class QuotaLimits:
     rpm: Annotated[int, check_number, 0, 10_000_000] = 0
     tpm: Annotated[int, check_number, 0, 10**12] = 0
     concurrency: Annotated[int, check_number, 0, 1_000_000] = 0
-    burst_s: Annotated[float, check_number, 0.1, 60.0] = 60.0  # Azure counts slices of 1 or 10 s of the minute
+    # Azure counts slices of 1 or 10 s of the minute.
+    burst_s: Annotated[float, check_number, 0.1, 60.0] = 60.0
 
 
 @dataclass(frozen=True)
@@ -654,12 +661,14 @@ class AccountConfig:
     auth_scheme: Annotated[str, check_text, "[!-~]*", 'one word of ASCII, or "" for the bare key'] = "Bearer"
     chat_path: Annotated[str, check_text, r"/[!-\"$->@-~]+", "/path without blanks, ? and #"] = "/chat/completions"
     api_version: Annotated[str, check_text, "[0-9A-Za-z-]*", "a date such as " + AZURE_API_VERSION] = ""  # Azure only
-    max_tokens: Annotated[int, check_number, 1, 10**7] = 4096  # Anthropic only; its oldest models take no more
+    # Anthropic only; its oldest models take no more.
+    max_tokens: Annotated[int, check_number, 1, 10**7] = 4096
     thinking: Annotated[str, check_choice, ("effort", "adaptive", "budget")] = "effort"  # Anthropic only
     drop_params: Words = ()
     rename_params: Pairs = ()
     extra_body: Annotated[tuple[tuple[str, Any], ...], check_extra_body] = ()
-    rate_codes: Words = ()  # a 429 with one of these is a rate limit; elsewhere it means no credit
+    # A 429 with one of these is a rate limit; elsewhere it means no credit.
+    rate_codes: Words = ()
     delay: Annotated[float, check_number, 0.0, 600.0] = 0.0  # echo only
     first_delay: Seconds = 0.0  # echo only
 
@@ -676,7 +685,8 @@ class ControllerConfig:
     model_map: Pairs = ()
     limits: QuotaLimits = QuotaLimits()
     quota_group: Text = ""
-    objects: Flag = False  # files, batches and vector stores live in this account
+    # Files, batches and vector stores live here.
+    objects: Flag = False
     timeouts: Timeouts = Timeouts()
 
 
@@ -685,7 +695,8 @@ class PoolConfig:
     """How the pool chooses and waits. `rescue_after` None is "auto", 0 is never."""
 
     type: Annotated[str, check_choice, POOL_TYPES] = POOL_TYPES[0]
-    max_wait: Seconds = 30.0  # more looks like a failure, not like a slow answer
+    # More looks like a failure, not like a slow answer.
+    max_wait: Seconds = 30.0
     max_queue: Annotated[int, check_number, 0, 1_000_000] = 1000
     rescue_after: Annotated[float | None, check_rescue_after] = None
     affinity: Flag = True
@@ -708,15 +719,19 @@ class ClientKey:
 class ServerLimits:
     """Limits for clients in bytes, counts and seconds. 0 means no limit where it is allowed."""
 
-    body_bytes: Annotated[int, check_number, 1, 2**40] = 1 << 25  # 32 MB hold a dozen images
-    bodies_bytes: Annotated[int, check_number, 1, 2**50] = 1 << 30  # of all requests: those in line keep their bodies
-    upload_bytes: Annotated[int, check_number, 1, 2**50] = 1 << 29  # OpenAI takes files of 512 MB
+    # 32 MB hold a dozen images.
+    body_bytes: Annotated[int, check_number, 1, 2**40] = 1 << 25
+    # The bodies of all requests together: those in line keep theirs.
+    bodies_bytes: Annotated[int, check_number, 1, 2**50] = 1 << 30
+    # OpenAI takes files of 512 MB.
+    upload_bytes: Annotated[int, check_number, 1, 2**50] = 1 << 29
     header_bytes: Annotated[int, check_number, 1024, 2**24] = 65536
     connections: Annotated[int, check_number, 1, 1_000_000] = 10000
     connections_per_client: Annotated[int, check_number, 0, 1_000_000] = 0
     header_timeout: Timeout = 20.0
     body_timeout: Timeout = 120.0
-    body_rate: Annotated[int, check_number, 0, 2**30] = 1024  # bytes per second, less than any modem
+    # Bytes per second, less than any modem.
+    body_rate: Annotated[int, check_number, 0, 2**30] = 1024
     # Longer than proxies keep a connection (nginx: 60 s). So the proxy closes it first, and no request is lost.
     idle_timeout: Timeout = 75.0
     write_timeout: Timeout = 120.0
@@ -815,7 +830,8 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
         allowed = f"the {word} that is part of the URL: letters, digits, - and _"
         value = check_text(place.inside(word), data.get(word) or "", "[0-9A-Za-z_-]+", allowed)
         preset["base_url"] = preset["base_url"].replace(f"{{{word}}}", value)
-    if data.get("auth_header"):  # a header that the user names gets the usual scheme
+    # A header that the user names gets the usual scheme.
+    if data.get("auth_header"):
         preset.pop("auth_scheme", None)
     # Templates leave an empty string for a variable that is not set; where there is a preset it counts as absent.
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
@@ -828,7 +844,8 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
     vendor = not own_url or url.startswith("https://api.openai.com")
     if not account.api_key and url and vendor and not url.startswith("http://localhost"):
         raise place.inside("api_key").error("nothing", "an API key, $NAME or file:PATH")
-    if kind == "azure" and (not url or "/deployments" in url):  # the portal's URLs name the deployment
+    # The portal's URLs name the deployment.
+    if kind == "azure" and (not url or "/deployments" in url):
         allowed = "https://NAME.openai.azure.com, for the newer surface with /openai/v1"
         raise place.inside("base_url").error(show(url) if url else "nothing", allowed)
     return account
@@ -940,12 +957,14 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
             continue
         if name not in known:
             hint = suggest(name, known)
-            if hint or name.partition("_")[0].lower() in checks_of(Config):  # others may be secrets for the file
+            # Other variables may be secrets for the file.
+            if hint or name.partition("_")[0].lower() in checks_of(Config):
                 hint = hint or f"known after {ENV_PREFIX}: {', '.join(sorted(known))}"
                 raise ConfigError(f"{variable}: unknown variable; {hint}")
         elif text and known[name]:
             try:
-                value = text if name == "HOST" else json.loads(text.lower())  # 30, or True as people write it
+                # The value is a number, or True in any spelling.
+                value = text if name == "HOST" else json.loads(text.lower())
             except ValueError:
                 value = text
             yield known[name], variable, value
@@ -1048,7 +1067,8 @@ def show_setting(path: str, value: Any) -> str:
         return str(urllib.parse.urlsplit(value.reveal()).netloc.rpartition("@")[2])
     if isinstance(value, bytes):
         return f"sha256:{value.hex()[:8]}…"
-    if value is None:  # rescue_after and first_byte
+    # Only rescue_after and first_byte can be None.
+    if value is None:
         return "auto"
     return str(value).lower() if isinstance(value, bool) else mask_keys(str(value)) or "none"
 
@@ -1076,7 +1096,8 @@ def diff_config(old: Config, new: Config) -> list[str]:
     lines = []
     for path, value, _ in settings_of(new):
         if before.get(path, value) != value:
-            restart = " (needs a restart)" if path in ("host", "port") else ""  # the listener is open already
+            # The listener is open already.
+            restart = " (needs a restart)" if path in ("host", "port") else ""
             lines.append(f"{path}: {show_setting(path, before[path])} -> {show_setting(path, value)}{restart}")
     return lines
 
@@ -1106,7 +1127,8 @@ class Redactor:
     def watch(self, secrets: Iterable[str]) -> None:
         """Strike out `secrets` from now on, in place of those that were given before."""
         known = {value for value in secrets if len(value) >= SECRET_CHARS} - DUMMY_KEYS
-        known |= {json.dumps(value)[1:-1] for value in known}  # the spelling in a JSON error body
+        # A JSON error body may spell a secret with escapes.
+        known |= {json.dumps(value)[1:-1] for value in known}
         self.secrets = tuple(sorted(known, key=len, reverse=True))
         self.keys = tuple(secret.encode() for secret in self.secrets)
 
@@ -1204,7 +1226,8 @@ class LogWriter:
     """
 
     def __init__(self) -> None:
-        self.waiting = bytearray()  # what is being written stays in it until it is written
+        # A line stays in it until it is written.
+        self.waiting = bytearray()
         self.dropped = 0  # lines
         self.opened = False
         self.changed = threading.Condition()
@@ -1242,10 +1265,12 @@ class LogWriter:
             try:
                 # sys.stderr has a lock, which the end of the process would wait for.
                 written = os.write(fd, data)
-            except BlockingIOError:  # another process set O_NONBLOCK on the shared file
+            except BlockingIOError:
+                # Another process set O_NONBLOCK on the shared file.
                 select.select((), (fd,), ())
                 written = 0
-            except OSError:  # the reader is gone, or the disk is full: the lines are lost
+            except OSError:
+                # The reader is gone, or the disk is full: the lines are lost.
                 written = len(data)
             with self.changed:
                 del self.waiting[:written]
@@ -1289,7 +1314,8 @@ def secrets_of(config: Config) -> Iterator[str]:
         yield account.api_key.reveal()
         yield from (value.reveal() for _, value in account.headers)
         parts = urllib.parse.urlsplit(account.proxy.reveal())
-        if parts.password:  # sent as it is spelled in the URL, decoded, and in base64 with the user name
+        # A password is sent as the URL spells it, decoded, and in base64 with the user name.
+        if parts.password:
             pair = parts.netloc.rpartition("@")[0]
             yield from (parts.password, urllib.parse.unquote(parts.password), pair)
             yield base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
@@ -1487,7 +1513,8 @@ def check_partial_head(data: bytes, since: int = 0) -> None:
     if _BARE_LINE_END.search(data, since):
         raise BadMessage(400, "A line of the request head does not end with CRLF, or it has a control character.")
     end = data.find(b"\r\n")
-    if end < 0 and len(data) > START_LINE_BYTES + 1:  # the CR may have come without the LF
+    # The CR may come before the LF.
+    if end < 0 and len(data) > START_LINE_BYTES + 1:
         raise BadMessage(414, f"The request line is longer than {START_LINE_BYTES} bytes.")
     valid = re.match(_TOKEN + rb"(?: |\Z)", data) if end < 0 else end < since - 1 or _REQUEST_LINE.match(data[:end])
     if data and not valid:
@@ -1534,10 +1561,14 @@ class ChunkedDecoder:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.left = 0  # bytes that are still to come of the current chunk and of the CRLF behind it
-        self.total = 0  # bytes of all chunks so far
-        self.trailer_bytes = -1  # read of the trailer section; -1 before it
-        self.pending = b""  # the start of an incomplete line
+        # Bytes that are still to come of the current chunk and of the CRLF behind it.
+        self.left = 0
+        # Bytes of all chunks so far.
+        self.total = 0
+        # Bytes of the trailer section so far; -1 before it.
+        self.trailer_bytes = -1
+        # The start of an incomplete line.
+        self.pending = b""
         self.surplus, self.done = b"", False
 
     def feed(self, data: bytes) -> bytes:
@@ -1604,7 +1635,8 @@ def request_body_decoder(head: RequestHead, limit: int) -> Decoder | None:
         if length is not None or head.http_minor == 0:
             raise BadMessage(400, "Transfer-Encoding cannot stand with Content-Length, nor on HTTP/1.0.")
         codings = [member.strip(b" \t").lower() for member in coding.split(b",")]
-        if codings != [b"chunked"]:  # 501 for an unknown coding, 400 if the end of the body cannot be known
+        # 501 for an unknown coding, 400 if the end of the body cannot be known.
+        if codings != [b"chunked"]:
             status = 501 if codings[-1] == b"chunked" and codings.count(b"chunked") == 1 else 400
             raise BadMessage(status, "Only the transfer coding chunked is supported, alone and once.")
         return ChunkedDecoder(limit)
@@ -1628,7 +1660,8 @@ def reply_body_decoder(head: ResponseHead, method: str) -> Decoder:
         return LengthDecoder(None if length is None else content_length(length))
     if coding.strip(b" \t").lower() != b"chunked" or head.http_minor == 0:
         raise BadMessage(400, "The transfer coding is not plain chunked.")
-    return ChunkedDecoder(sys.maxsize)  # the relay bounds what it holds of an answer
+    # The relay bounds what it holds of an answer.
+    return ChunkedDecoder(sys.maxsize)
 
 
 # Forms as client libraries write them (RFC 7578). Other spellings are refused: an upstream could find another model in
@@ -1705,7 +1738,8 @@ def split_target(target: str) -> tuple[str, str, str]:
     if not target.startswith("/"):
         if target == "*":
             return "", "*", ""
-        absolute = _ABSOLUTE_TARGET.match(target)  # clients with a proxy setting send it (RFC 9112, 3.2.2)
+        # Clients with a proxy setting send the absolute form (RFC 9112, 3.2.2).
+        absolute = _ABSOLUTE_TARGET.match(target)
         if absolute is None:
             raise BadMessage(400, "The request target is neither a path nor an absolute URL.")
         authority, target = absolute.group(1), absolute.group(2)
@@ -1896,7 +1930,8 @@ def watch_path(connection: socket.socket, dead_after_s: float) -> None:
         for name, value in options.items():
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    except OSError:  # macOS refuses options of a connection that was reset; the next read reports that
+    except OSError:
+        # A Mac refuses options of a connection that was reset; the next read reports that.
         pass
 
 
@@ -1923,7 +1958,8 @@ class Deadline:
 
     def cancel(self) -> None:
         """End the timer for good."""
-        self.at, self.armed = math.inf, -math.inf  # so that no later `set` arms it again
+        # No later `set` arms it again.
+        self.at, self.armed = math.inf, -math.inf
         if self.timer is not None:
             self.timer.cancel()
 
@@ -1952,7 +1988,8 @@ class TimedReader(asyncio.StreamReader):
         self.transport: asyncio.ReadTransport | None = None
         self.paused = False
         self.waiter: asyncio.Future[None] | None = None  # of the read that waits
-        self.interruption: Exception | None = None  # what that read has to raise
+        # The error that the waiting read has to raise.
+        self.interruption: Exception | None = None
 
     def set_transport(self, transport: asyncio.BaseTransport) -> None:
         """Use `transport` from now on. Called again when TLS takes the connection over."""
@@ -2013,7 +2050,8 @@ class TimedReader(asyncio.StreamReader):
             self._wake()
 
     def _end(self, error: BaseException | None) -> None:
-        if not self.ended or (error is not None and self.lost is None):  # a reset may follow a FIN
+        # A reset may follow a FIN.
+        if not self.ended or (error is not None and self.lost is None):
             self.ended, self.lost = True, error
             self._wake()
             if self.on_end is not None:
@@ -2054,7 +2092,8 @@ class TimedProtocol(asyncio.StreamReaderProtocol):
 
     async def start_tls(self, context: ssl.SSLContext, **options: Any) -> None:
         """Put TLS on this connection. `options` are those of asyncio's `loop.start_tls`. Raises OSError."""
-        self.over_tls = True  # a FIN may come before the handshake has ended
+        # A FIN may come before the handshake has ended.
+        self.over_tls = True
         secured = await self.reader.loop.start_tls(self.transport, self, context, **options)
         if secured is None:
             raise ConnectionAbortedError("closed at the end of the TLS handshake")
@@ -2148,7 +2187,8 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     if ca_file:
         # Python 3.13 began to refuse private CAs whose certificates lack a key usage or a key identifier.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    context.set_alpn_protocols(["http/1.1"])  # without ALPN some front ends speak HTTP/2
+    # Without ALPN some front ends speak HTTP/2.
+    context.set_alpn_protocols(["http/1.1"])
     return context
 
 
@@ -2226,7 +2266,8 @@ async def open_tunnel(protocol: TimedProtocol, origin: Origin) -> None:
     head = await read_reply_head(protocol.reader)
     if not 200 <= head.status < 300:
         raise ConnectFailed(f"the proxy refused the tunnel with status {head.status}")
-    if protocol.reader.data:  # they would be taken for the upstream's TLS
+    # These bytes would be taken for the upstream's TLS.
+    if protocol.reader.data:
         raise ConnectFailed("the proxy sent bytes before the tunnel's own")
 
 
@@ -2238,7 +2279,8 @@ async def dial(origin: Origin) -> TimedProtocol:
     protocol = await open_connection(host, port)
     if tls is not None:
         try:
-            if origin.proxy:  # a plain origin needs no tunnel: its requests have the absolute form
+            # A plain origin needs no tunnel: its requests have the absolute form.
+            if origin.proxy:
                 await open_tunnel(protocol, origin)
             await protocol.start_tls(tls, server_hostname=origin.host)
         except BaseException:
@@ -2294,8 +2336,10 @@ class UpstreamConnection:
         self.request_count = 0
         self.dead_after_s = 0.0  # see `watch_path`
         self.expires_at = self.loop.time() + CONNECTION_AGE_S
-        self.written_at = 0.0  # the current request's beginning, in loop time
-        self.late = UpstreamTimeout("")  # the error when the deadline passes in an exchange
+        # The current request's beginning, in loop time.
+        self.written_at = 0.0
+        # The error when the deadline passes in an exchange.
+        self.late = UpstreamTimeout("")
         self.reader.on_end = self._ended
 
     def is_quiet(self) -> bool:
@@ -2323,7 +2367,8 @@ class UpstreamConnection:
             self.reader.interrupt(self.late)
 
     def _ended(self, error: BaseException | None) -> None:
-        if self not in self.pool.active:  # in an exchange the next read reports it
+        # In an exchange the next read reports the end.
+        if self not in self.pool.active:
             self.pool.drop(self)
 
 
@@ -2441,10 +2486,12 @@ class NetworkExchange:
                     raise
                 self.abort()
                 self.fresh = True
-        if self.head.status == 407:  # from a proxy, so the request has not reached its upstream
+        # The proxy sent it, so the request has not reached its upstream.
+        if self.head.status == 407:
             raise ConnectFailed("the proxy wants another password")
         self.decoder = strictly(reply_body_decoder, self.head, self.method)
-        self.message = ()  # a long answer does not keep the memory of its prompt
+        # A long answer does not keep the memory of its prompt.
+        self.message = ()
         self.replied_early = self.pieces is not None
         connection.late = UpstreamTimeout("nothing came from the upstream in time")
         connection.deadline.at = math.inf
@@ -2460,7 +2507,8 @@ class NetworkExchange:
                 data = await connection.reader.read_some()
             except ConnectionError as problem:
                 raise UpstreamClosed("the upstream reset the connection in its reply") from problem
-            connection.deadline.at = math.inf  # until the next read it is the client that is slow
+            # Until the next read it is the client that is slow.
+            connection.deadline.at = math.inf
             if not data:
                 if not decoder.until_end:
                     raise UpstreamClosed("the upstream closed the connection in the middle of its reply")
@@ -4092,9 +4140,11 @@ class Gate:
     def __init__(self, name: str = "") -> None:
         # The log names the account; a gate without a name is not logged.
         self.name, self.reason, self.until = name, "", 0.0
-        self.out_since = self.shut_at = 0.0  # when it shut first and last
+        # The times when it shut first and last.
+        self.out_since = self.shut_at = 0.0
         self.probe: Lease | None = None
-        self.backoff_s: dict[str, float] = {}  # the last time by reason, until an answer ends well
+        # The last backoff for each reason, until an answer ends well.
+        self.backoff_s: dict[str, float] = {}
 
     def opens_at(self, now: float) -> float:
         """Return when a request may pass: 0 for now, NEVER while that depends on the probe's end."""
@@ -4175,7 +4225,8 @@ class Bucket:
     def __init__(self, by_tokens: bool, now: float = 0.0) -> None:
         self.by_tokens, self.at = by_tokens, now
         self.level = self.limit = self.rate = self.shift = self.known_at = 0.0
-        self.size = self.most = NEVER  # `most`: the largest size that is believed
+        # `most`: the largest size that is believed.
+        self.size = self.most = NEVER
         # The serial of the latest request whose reply counted; how many replies in a row reported a slow limit.
         self.newest, self.slow = -1, 0
         # Of a slow start: whether it had no second 429, and when its rate grew last.
@@ -4245,7 +4296,8 @@ class Bucket:
         spent = limit - left
         slow = spent > 0 and reset_s * limit > SLOW_PERIOD_S * spent
         if limit == self.limit == self.size and not (slow or self.slow):
-            return  # nothing new, as in nearly all replies
+            # The reply reports nothing new, as nearly all do.
+            return
         self.slow = self.slow + 1 if slow else 0
         self.rate = spent / reset_s if self.slow > 1 else limit / WINDOW_S
         size = min(left + reset_s * self.rate, limit, self.most)
@@ -4342,7 +4394,8 @@ class Window:
             excess -= receipt.amount
             if excess <= 1e-9:
                 return receipt.sent_at + span_s
-        return now + span_s  # at the earliest, as some charges are not sent yet
+        # This is the earliest time, as some charges are not sent yet.
+        return now + span_s
 
 
 class Ledger:
@@ -4444,7 +4497,8 @@ class Quota:
 
     def __init__(self, name: str, limits: QuotaLimits) -> None:
         self.name, self.limits, self.in_flight, self.gate = name, limits, 0, Gate(name)
-        self.ledgers: dict[str, Ledger] = {}  # after a 429 two models may share a ledger
+        # After a 429 two models may share a ledger.
+        self.ledgers: dict[str, Ledger] = {}
 
     def configure(self, limits: QuotaLimits) -> None:
         """Apply configured limits; what was sent and what is under way still counts."""
@@ -4530,7 +4584,8 @@ class Upstream:
         self.config, self.controller, self.quota = config, controller, quota
         self.name, self.weight, self.gate = config.name, config.weight, Gate(config.name)
         self.credit = self.in_flight = self.requests = self.failures = 0
-        self.first_byte_s = [0.0, 0.0]  # moving means, of whole answers and of streams; 0 is unknown
+        # Moving means, of whole answers and of streams; 0 is unknown.
+        self.first_byte_s = [0.0, 0.0]
         # When the last attempts ended, and whether they failed.
         self.recent: deque[tuple[float, bool]] = deque(maxlen=BREAKER_OUTCOMES)
         self.refusals: Counter[Outcome] = Counter()
@@ -4539,7 +4594,8 @@ class Upstream:
         self.hedged, self.answered_at, self.last_error = 0, 0.0, ""
         self.candidates: dict[str, Candidate] = {}
         self.patterns = model_patterns([*config.models, *dict(config.model_map)])
-        self.listed: frozenset[str] | None = None  # the models of its own list, if that is known
+        # The models of its own list, if that is known.
+        self.listed: frozenset[str] | None = None
 
     def names(self, model: str) -> bool:
         """Return whether the configuration names `model` for this controller."""
@@ -4594,7 +4650,8 @@ class Upstream:
         fresh = [failed for at, failed in self.recent if now - at <= BREAKER_WITHIN_S]
         if self.gate.counts(lease, sum(fresh) >= max(BREAKER_FAILURES, len(fresh) / 2)):
             self.gate.shut(FAILING, now, why)
-        if verdict.after_s:  # the upstream named a time: no relapse, and no probe is needed
+        # The upstream named a time: no relapse, and no probe is needed.
+        if verdict.after_s:
             for_s = min(verdict.after_s, CLOSED_MAX_S)
             if not self.gate.reason:
                 self.gate.shut(BUSY, now, why, for_s)
@@ -4614,7 +4671,8 @@ class Upstream:
         if not asked or (len(asked) + self.hedged < SUSPECT_COUNT and asked[0] is not probe):
             return False
         candidate, stream = asked[0].candidate, asked[0].stream
-        times = candidate.times[stream]  # by model and kind, as a thinking model takes minutes
+        # Times are kept by model and kind, as a thinking model takes minutes.
+        times = candidate.times[stream]
         usual = max(SUSPECT_MIN_S, unusual_s(times, 0.95)) if times else SUSPECT_UNKNOWN_S
         alike = [lease for lease in self.unanswered if lease.candidate is candidate and lease.stream == stream]
         return now - asked[0].sent_at > max(usual, *(since - lease.sent_at for lease in alike))
@@ -4850,12 +4908,16 @@ class UpstreamPool:
     def __init__(self, upstreams: list[Upstream], config: PoolConfig, timers: asyncio.AbstractEventLoop) -> None:
         self.timers = timers
         self.upstreams: list[Upstream] = []
-        self.leaving: list[Upstream] = []  # gone from the configuration, with requests still under way
+        # These are gone from the configuration, but have requests under way.
+        self.leaving: list[Upstream] = []
         self.serving: dict[str, list[Candidate]] = {}
-        self.lines: dict[str, deque[Waiter]] = {}  # by model, without empty lines
-        self.alarm: asyncio.TimerHandle | None = None  # at the soonest reopening for a waiter
+        # The waiting requests by model, without empty lines.
+        self.lines: dict[str, deque[Waiter]] = {}
+        # It rings at the soonest reopening for a waiter.
+        self.alarm: asyncio.TimerHandle | None = None
         self.sweeper: asyncio.TimerHandle | None = None
-        self.answer_tokens: dict[str, float] = {}  # the moving mean per model
+        # The moving mean of answers, by model.
+        self.answer_tokens: dict[str, float] = {}
         self.hedges, self.hedge_credit = Window(False, HEDGES_A_MINUTE, WINDOW_S), 0.0
         self.replace(upstreams, config)
 
@@ -4922,7 +4984,8 @@ class UpstreamPool:
         candidates = self.candidates(model, request.asked)
         if request.path == CHAT_PATH:
             return candidates
-        if request.pinned:  # the object is there, whatever the lists say of its model
+        # The object is there, whatever the lists say of its model.
+        if request.pinned:
             able = [upstream for upstream in self.upstreams if upstream.name == request.pinned]
             candidates = [upstream.candidate(model) for upstream in able if not model or upstream.serves(model)]
         candidates = [item for item in candidates if not item.upstream.controller.chat_only]
@@ -5062,7 +5125,8 @@ class UpstreamPool:
             handle.cancel()
             if waiter in self.lines.get(request.model, ()):
                 self.lines[request.model].remove(waiter)
-                self.pump()  # the next in line may be served now
+                # The next in line may be served now.
+                self.pump()
             request.wait_s = max(0.0, request.wait_s - (self.timers.time() - now))
 
     def pump(self) -> None:
@@ -5071,7 +5135,8 @@ class UpstreamPool:
             return
         now, soonest = self.timers.time(), NEVER
         for model, line in list(self.lines.items()):
-            blocked: list[Candidate] = []  # waiters further ahead wait for these
+            # Waiters further ahead wait for these.
+            blocked: list[Candidate] = []
             for waiter in list(line):
                 if not waiter.future.done():
                     candidates = [candidate for candidate in waiter.candidates if candidate not in blocked]
@@ -5081,7 +5146,8 @@ class UpstreamPool:
                         blocked += candidates
                         soonest = min([soonest, *(item.opens_at(waiter.request.need, now) for item in candidates)])
                         if all(item in blocked for item in self._serving(model)):
-                            break  # no other candidate is left for the waiters behind
+                            # No other candidate is left for the waiters behind.
+                            break
                         continue
                     waiter.future.set_result(lease)
                 line.remove(waiter)
@@ -5133,7 +5199,8 @@ class UpstreamPool:
                     # A probe always gets a hedge, as there is one probe for each backoff.
                     within = lease.urgent or self.hedge_credit >= 1.0 or not self.hedges.opens_at(1.0, now)
                     if within and self.config.rescue_after != 0 and lease.stuck():
-                        lease.urgent = True  # if the hedge fails, the next one follows at once
+                        # If the hedge fails, the next one follows at once.
+                        lease.urgent = True
                         self.hedge_credit = max(0.0, self.hedge_credit - 1.0)
                         self.hedges.sent(self.hedges.take(1.0, now), now)
 
@@ -7104,10 +7171,12 @@ def raise_open_files() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    except (OSError, ValueError):  # macOS reports "no limit" and then refuses to set it
+    except (OSError, ValueError):
+        # A Mac reports "no limit" and then refuses to set it.
         pass
     if 0 <= soft < FEW_OPEN_FILES:
-        clients = max(soft - 40, 0) // 2  # one file for the client, one for the upstream
+        # Each client takes two files, its own and its upstream's.
+        clients = max(soft - 40, 0) // 2
         log.warning("only %d open files are allowed, enough for about %d clients at once (ulimit -n)", soft, clients)
 
 
@@ -7128,11 +7197,13 @@ def reload_config(server: Server, load: Callable[[], Config]) -> None:
     except ConfigError as error:
         log.error("reload: keeping the running configuration: %s", error)
         return
-    redactor.watch([*secrets_of(current), *secrets_of(new)])  # running requests may still show the old ones
+    # Running requests may still show the old secrets.
+    redactor.watch([*secrets_of(current), *secrets_of(new)])
     log.setLevel(new.log.level.upper())
     for line in diff_config(current, new) or ["nothing changed"]:
         log.info("reload: %s", line)
-    warning = exposure(replace(new, host=current.host, port=current.port))  # the listener stays as it is
+    # The listener stays as it is.
+    warning = exposure(replace(new, host=current.host, port=current.port))
     if warning and current.client_keys:
         log.warning("%s", warning)
     server.reconfigure(new)
@@ -7140,8 +7211,10 @@ def reload_config(server: Server, load: Callable[[], Config]) -> None:
 
 def leave(status: int) -> NoReturn:
     """Write what is left of the log and end the process."""
-    log_writer.send(200)  # milliseconds that a slow reader of the log has for each piece
-    os._exit(status)  # sys.exit would wait for a lookup thread that hangs on a dead resolver
+    # A slow reader of the log has so many milliseconds for each piece.
+    log_writer.send(200)
+    # A normal exit would wait for a lookup thread that hangs on a dead resolver.
+    os._exit(status)
 
 
 async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
@@ -7166,7 +7239,8 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
     raise_open_files()
     try:
         addresses = await server.start()
-    except (OSError, UnicodeError) as error:  # UnicodeError: a name that DNS cannot hold
+    except (OSError, UnicodeError) as error:
+        # UnicodeError comes from a name that DNS cannot hold.
         in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         reason = "the port is in use; choose another with --port" if in_use else reason_of(error)
         log.error("cannot listen on %s:%d: %s", mask_keys(config.host), config.port, reason)
@@ -7206,7 +7280,8 @@ def main(argv: list[str] | None = None) -> int:
             overrides = {"host": flags.host, "port": flags.port}
             config = load_config(flags.config_file, flags.config_path, overrides, os.environ, flags.demo)
             if config.tls.cert:
-                server_tls(config)  # a certificate may have been replaced, and its key not yet
+                # A certificate may have been replaced, and its key not yet.
+                server_tls(config)
             return config
 
         config = load()
