@@ -1845,12 +1845,13 @@ def judge_event(event: bytes) -> EventKind:
     """Return whether an event belongs to a real answer, is an error, or may come before either."""
     kind, data = event_fields(event)
     value = event_object(data)
+    if kind == b"error" or find_error(value):
+        return EventKind.ERROR
     # Other data is real: "[DONE]" may end an empty answer, and the client gets what this server cannot read as it is.
     if not value:
         return EventKind.REAL if data.strip() else EventKind.LIFE
-    if kind == b"error" or find_error(value):
-        return EventKind.ERROR
-    if _says_nothing(value.get("choices")):
+    # Chunks have choices, and all other events of answers have a type.
+    if "type" not in value and _says_nothing(value.get("choices", [])):
         return EventKind.PREFACE
     return EventKind(_KINDS_BY_TYPE.get(str(value.get("type")), "real"))
 

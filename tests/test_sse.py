@@ -35,6 +35,8 @@ def test_fields_of_an_event() -> None:
         (b'data: {"choices":[{"text":""}]}\n\n', "real"),
         (b'data: {"choices":[{"delta":{"content":""},"finish_reason":"error","error":{}}]}\n\n', "error"),
         (b'data: {"choices":null,"error":{"message":"x"}}\n\n', "error"),
+        (b"event: error\ndata: overloaded\n\n", "error"),
+        (b'data: {"detail":"not found"}\n\n', "preface"),
         (b'data: {"object":"error","message":"x"}\n\n', "error"),
         (b'data: {"code":500,"msg":"x","success":false}\n\n', "error"),
         (b"data: [DONE]\n\n", "real"),
