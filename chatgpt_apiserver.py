@@ -3312,13 +3312,6 @@ def answer_limit(data: dict[str, Any]) -> int:
     return limit * min(max(1, choices), 128)
 
 
-def made_id(beginning: bytes) -> str:
-    """Return the id of the object that an answer describes: the first id in it, "" without one."""
-    # Of bounded length, as it is remembered.
-    match = re.search(rb'"id"\s*:\s*"([\w\-]{4,128})"', beginning)
-    return match.group(1).decode() if match else ""
-
-
 class Controller(Protocol):
     """An account, as the relay uses it.
 
@@ -3754,6 +3747,8 @@ RULES = (
     Rule(Outcome.FORBIDDEN, (403,)),
     # A timeout, a conflict inside the provider, a failed dependency: the same request may succeed elsewhere.
     Rule(Outcome.FAULT, (408, 409, 424)),
+    # OpenAI: another account has the items of this conversation.
+    Rule(Outcome.UNFIT, (400, 404), ("invalid_encrypted_content",), "^Item with id '"),
     Rule(Outcome.CLIENT, range(400, 500)),
     Rule(Outcome.FAULT, range(1000)),
 )
@@ -4026,7 +4021,7 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
 
 def usefulness(verdict: Verdict) -> int:
     """Return how useful an error is to the client, more for a higher number: a 429 is more useful than a 401."""
-    order = "barred forbidden auth missing fault quota rate large client".split()
+    order = "barred forbidden auth unfit missing fault quota rate large client".split()
     return order.index(verdict.outcome.value) if verdict.outcome.value in order else -1
 
 
@@ -4789,6 +4784,7 @@ class Lease:
 TOKENS_ANSWER = 500  # the estimate for an answer of an unknown model
 MODEL_NAME_CHARS = 256  # longer names are not cached
 KEY_BUSY_S = 1.0  # Retry-After for a client key whose requests are all under way
+THREADED_PATHS = (CHAT_PATH, "/responses")
 AFFINE_TOKENS = 1000  # 4,000 characters; providers cache no shorter prompts
 AFFINE_LOAD = 1.25  # a controller with more in flight than so many times its share is passed over
 # Fewer samples prove nothing; a hedge may be billed twice, so it comes late.
@@ -4807,18 +4803,20 @@ def thread_of(data: dict[str, Any]) -> bytes:
 
     A system prompt alone makes no name: it would bring all requests of an application to one account.
     """
-    key, messages = data.get("prompt_cache_key"), data.get("messages")
+    key, turns = data.get("prompt_cache_key"), data.get("messages", data.get("input"))
     if isinstance(key, str) and key:
         return key.encode("utf-8", "replace")[:MODEL_NAME_CHARS]
+    # The Responses API has the system prompt apart, and takes a text for one turn of the user.
+    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
     thread = 0
-    for message in messages if isinstance(messages, list) else ():
-        if not isinstance(message, dict):
+    for turn in [{"content": data.get("instructions")}, *turns] if isinstance(turns, list) else ():
+        if not isinstance(turn, dict):
             return b""
-        content = message.get("content")
+        content = turn.get("content")
         for part in content if isinstance(content, list) else (content,):
             text = part.get("text") if isinstance(part, dict) else part
             thread = zlib.crc32(text.encode("utf-8", "replace") if isinstance(text, str) else b"\0", thread)
-        if message.get("role") == "user":
+        if turn.get("role") == "user":
             return b"%d" % thread
     return b""
 
@@ -5028,7 +5026,7 @@ class UpstreamPool:
             eligible = ready
             if request.prompt_tokens > self.affine_above:
                 if request.thread is None:
-                    request.thread = thread_of(request.data)
+                    request.thread = thread_of(request.data) if request.path in THREADED_PATHS else b""
                 eligible = preferred(request.thread, ready) if request.thread else ready
             chosen = self.policy(eligible, request.stream)
             if not chosen.room_at(request.need, now):
@@ -5340,7 +5338,9 @@ def describe_pool(pool: UpstreamPool, now: float) -> dict[str, Any]:
 
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head is sent, and can be replayed
 HOLD_S = 15.0  # the longest time for which the beginning of a stream is held back
-OBJECTS_KNOWN = 10_000  # ids of objects whose controller is remembered; the oldest are forgotten
+OBJECTS_KNOWN = 30_000  # objects whose controller is remembered; the oldest are forgotten
+# Ids of responses and of the items in them, and the beginning of an encrypted item, which no other item has.
+OBJECT_NAMES = re.compile(rb'"(?:id|item_id)"\s*:\s*"([\w\-]{4,128})"|"encrypted_content"\s*:\s*"([^"\\]{4,64})')
 JSON_TYPE = b"Content-Type: application/json\r\n"
 ABANDONED = Verdict(Outcome.GONE)  # the verdict of an attempt until another is known: its client left
 RATE_LIMITED = Verdict(Outcome.RATE, 429)
@@ -5500,6 +5500,11 @@ def counts_tokens(lease: Lease, request: ApiRequest) -> bool:
     return request.on_usage is not None or any(minute.by_tokens for minute in lease.ledger.minutes)
 
 
+def makes_objects(request: ApiRequest) -> bool:
+    """Return whether an answer may name objects of its account. Stateless responses have items in them, too."""
+    return request.stateful or request.path == "/responses"
+
+
 def plain_text(body: bytes) -> str:
     """Return the beginning of an error page's text, without markup."""
     text = body[:HOLD_BYTES].decode("utf-8", "replace")
@@ -5527,13 +5532,14 @@ class Relay:
         # Object id -> name of the controller that made it. An id says nothing about its account.
         self.makers: dict[str, str] = {}
 
-    def remember(self, made: str, controller: str) -> None:
-        """Remember which controller made an object; the oldest is forgotten when there are too many."""
-        self.makers.pop(made, None)
-        if made:
+    def remember(self, answer: bytes, controller: str) -> None:
+        """Remember which controller made the objects in a part of an answer; the oldest are forgotten."""
+        for item in OBJECT_NAMES.findall(answer):
+            name = b"".join(item).decode("latin-1")
+            self.makers.pop(name, None)
             if len(self.makers) >= OBJECTS_KNOWN:
                 del self.makers[next(iter(self.makers))]
-            self.makers[made] = controller
+            self.makers[name] = controller
 
     async def run(self, request: ApiRequest, record: AccessRecord) -> Answer:
         """Return the answer to `request`. Raise ProxyError or UpstreamError where no upstream's answer can be shown."""
@@ -5717,7 +5723,7 @@ class Relay:
         DeepSeek send comments while the request waits, the Responses API three events before the first word. Raise
         UpstreamTimeout when signs of life are all that comes within `first_byte`.
         """
-        others, stateful = others and attempt.readable, request.stateful and attempt.readable
+        others = others and attempt.readable
         splitter, begun = EventSplitter(), False
         try:
             async with asyncio.timeout_at(attempt.at + exchange.first_byte_s) as held:
@@ -5741,9 +5747,7 @@ class Relay:
                         if others or not attempt.held:
                             raise UpstreamClosed("the upstream ended its stream before the first event")
                         return OK
-                    # The id of a stored object comes in the first event. `_commit` has to see it.
-                    decided = not others and (not stateful or made_id(attempt.held) or _EVENT_END.search(attempt.held))
-                    if decided or len(attempt.held) > HOLD_BYTES:
+                    if not others or len(attempt.held) > HOLD_BYTES:
                         return OK
         except TimeoutError:
             if begun or not others:
@@ -5841,11 +5845,11 @@ class Relay:
         assert attempt.head is not None and attempt.exchange is not None
         record.first_at = attempt.at
         trip.name(attempt)
-        if request.stateful:
-            self.remember(made_id(attempt.held[:TAIL_BYTES]), lease.upstream.name)
         self.pool.answered(lease, True, attempt.at)
         if attempt.whole and not attempt.stream:
             attempt.exchange.finish()
+            if makes_objects(request):
+                self.remember(attempt.held, lease.upstream.name)
             self._take_usage(attempt, request, attempt.held)
             self._settle(attempt, trip)
             return Answer(attempt.head.status, self._lines(attempt, trip), attempt.held, len(attempt.held))
@@ -5869,11 +5873,15 @@ class Relay:
         has_end = readable and request.path in ENDED_STREAMS
         end, counts_text = StreamEnd(ENDED_STREAMS.get(request.path, False)), counts_tokens(attempt.lease, request)
         splitter = EventSplitter() if attempt.adds_usage and readable else None
+        remembers = makes_objects(request)
         data, attempt.verdict, attempt.held = attempt.held, ABANDONED, b""
         # The prompt is not needed any more, and may have megabytes.
         request.body, request.data = b"", {}
         try:
             while True:
+                if remembers:
+                    # A name may come in two pieces.
+                    self.remember(end.tail[-256:] + data, attempt.lease.upstream.name)
                 end.feed(data)
                 text += sum(map(len, _TEXT.findall(data))) if counts_text else 0
                 if splitter is not None:
@@ -6051,8 +6059,11 @@ OBJECTS = frozenset(
     "files uploads batches responses conversations vector_stores fine_tuning assistants threads containers evals videos"
     " chat".split()
 )
-# A response that has none of these refers to no stored object.
-REFERENCES = (b'"conversation"', b'"container"', b"file_id", b"vector_store_id")
+# A response that has none of these refers to nothing that one account has.
+REFERENCES = (
+    *(b'"conversation"', b'"container"', b"file_id", b"vector_store_id"),
+    *(b'"encrypted_content"', b'"item_reference"', b'"rs_', b'"msg_', b'"fc_'),
+)
 # Path: methods, and the method of Server that answers. All other paths are for `_object`, where `endpoints` opens them.
 ROUTES = {
     **dict.fromkeys(INFERENCE, ("POST", "_infer")),
@@ -7075,8 +7086,11 @@ class Server:
         makers = self.relay.makers
         if not makers:
             return ""
-        mentioned = re.findall(r'"([\w\-]{4,128})"', request.body[:WHOLE_BYTES].decode("latin-1"))
-        return next((makers[name] for name in (*names, *mentioned) if name in makers), "")
+        body = request.body[:WHOLE_BYTES]
+        found = re.findall(rb'"encrypted_content"\s*:\s*"([^"\\]{4,64})|"([\w\-]{4,128})"', body)
+        owners = [makers.get(name, "") for name in (*names, *[b"".join(item).decode("latin-1") for item in found])]
+        known = {upstream.name for upstream in self.pool.upstreams}
+        return next((owner for owner in owners if owner in known), "")
 
     def _home(self) -> str:
         """Return the controller of objects that no model made: the one with `objects`, else the first that can."""

@@ -153,9 +153,7 @@ def test_the_text_of_an_input_is_counted(value: Any, chars: int) -> None:
 
 # -- responses
 
-CREATED = (
-    b'event: response.created\ndata: {"type":"response.created","response":{"id":"resp_12345","object":"response"}}\n\n'
-)
+CREATED = b'event: response.created\ndata: {"type":"response.created","response":{"id":"resp_12345","object":"response"}}\n\n'
 
 
 COMPLETED = b'event: response.completed\ndata: {"type":"response.completed","response":{"id":"r"}}\n\n'
@@ -453,3 +451,60 @@ async def test_a_head_request_gets_no_invented_length() -> None:
         await client.send(request(b"", target="/status", method="HEAD"))
         assert (await client.read(head_only=True)).headers["content-length"] == "15"
         client.close()
+
+
+def reasoning(tag: str, encrypted: str = "") -> dict[str, Any]:
+    """Return the output of a response: an item that only the account `tag` can read."""
+    return {"id": f"rs_{tag}123", "type": "reasoning", "summary": [], **({"encrypted_content": encrypted} if encrypted else {})}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reference", ["item", "encrypted", "both"])
+async def test_items_go_where_they_were_made(stream: bool, reference: str) -> None:
+    """A turn that names an item by its id, or brings an encrypted one back, goes to the account that made the item."""
+
+    def made(tag: str) -> Script:
+        blob = f"gAAAAA{tag}" + "x" * 5000
+
+        async def script(peer: Peer, message: Message) -> None:
+            output = [reasoning(tag, "" if reference == "item" else blob)]
+            if not stream:
+                await peer.send(json_reply(200, {"id": f"resp_{tag}1", "object": "response", "output": output}))
+                return
+            done = {"type": "response.output_item.done", "item": output[0]}
+            event = b"data: %b\n\n" % json.dumps(done).encode()
+            await peer.send(SSE_HEAD)
+            for at in range(0, len(event), 50):
+                await peer.chunk(event[at : at + 50])
+            await peer.send(app.chunk(COMPLETED) + b"0\r\n\r\n")
+
+        return script
+
+    async with serving(made("A"), made("B")) as (server, one, two):
+        data = {"model": "r", "input": "x", "store": False, "stream": stream}
+        for _ in range(2):
+            await server.ask("POST", "/v1/responses", data)
+        for tag, name in (("B", "b"), ("A", "a"), ("B", "b"), ("B", "b")):
+            item = reasoning(tag, f"gAAAAA{tag}" + "x" * 5000)
+            if reference == "item":
+                item = {"type": "item_reference", "id": f"rs_{tag}123"}
+            elif reference == "encrypted":
+                del item["id"]
+            answer = await server.ask("POST", "/v1/responses", {**data, "input": [item]})
+            assert answer.headers["x-apiserver-controller"] == name
+        assert len(one.seen) == 2 and len(two.seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [(400, "invalid_encrypted_content", "could not be verified"), (404, None, "Item with id 'rs_1' not found.")],
+)
+async def test_an_item_of_another_account_asks_the_next(status: int, code: str | None, message: str) -> None:
+    """An account that cannot read an item passes the request on; if none can, the client gets that refusal."""
+    async with serving(error_reply(status, code, message), json_reply(200, LISTED)) as (server, _, _two):
+        data = {"model": "r", "store": False, "input": [{"type": "item_reference", "id": "rs_1"}]}
+        answer = await server.ask("POST", "/v1/responses", data)
+        assert answer.status == 200 and answer.headers["x-apiserver-controller"] == "b"
+        assert [state["state"] for state in (await server.status())["controllers"]] == ["ok", "ok"]
+    async with serving(error_reply(status, code, message)) as (server, *_):
+        assert (await server.ask("POST", "/v1/responses", data)).status == status
