@@ -3172,6 +3172,9 @@ class MessageStream:
 CHAT_PATH = "/chat/completions"
 HOLD_BYTES = 65536  # kept of a stream before its first real event, and read of an error
 EVENT_BYTES = 1_048_576  # a larger event of a stream is not parsed
+ANSWER_BYTES = 16_777_216  # read of an answer to translate; the longest have about 1 MB
+STREAM_BYTES = 67_108_864  # read of a stream to join: each of 128,000 tokens may come in an event of 500 bytes
+STREAM_TYPE = b"text/event-stream; charset=utf-8"
 # The estimate for an image, audio or file: the length of its data does not tell.
 TOKENS_PER_PART = 1000
 # A large upload is mapped from a temporary file.
@@ -3385,7 +3388,12 @@ class OpenAIController:
         """See `Controller`."""
         timeouts, message = self.timeouts[request.stream], self.message(request)
         resend = not request.stateful
-        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method, resend, fresh)
+        exchange = NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method, resend, fresh)
+        return AskedForm(self.translated(exchange, request), request) if request.path == CHAT_PATH else exchange
+
+    def translated(self, exchange: Exchange, request: ApiRequest) -> Exchange:
+        """Return an exchange that reads like one with OpenAI's API."""
+        return exchange
 
     def message(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the head and the pieces of the body, as the account gets them. Raise Untranslatable."""
@@ -3475,6 +3483,125 @@ async def read_all(exchange: Exchange, most: int) -> bytes:
     return body
 
 
+def is_compressed(head: ResponseHead) -> bool:
+    """Return whether a body is compressed: some proxies do that although only identity was asked for."""
+    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
+
+
+def head_for(head: ResponseHead, status: int, kind: bytes) -> ResponseHead:
+    """Return a reply's head for another body, of type `kind`."""
+    replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
+    index = {name: value for name, value in head.index.items() if name not in replaced}
+    lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
+    return ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
+
+
+def to_events(answer: dict[str, Any], usage: bool) -> bytes:
+    """Return a whole chat completion as a stream of one chunk, and one for its usage. Raise LookupError and others."""
+    choices = []
+    for place, choice in enumerate(answer["choices"]):
+        delta = {name: value for name, value in choice["message"].items() if value is not None}
+        # Clients join the pieces of these lists by a number.
+        for name in {"tool_calls", "thinking_blocks"} & delta.keys():
+            delta[name] = [{"index": number, **item} for number, item in enumerate(delta[name])]
+        choices.append({"index": place, **choice, "message": None, "delta": delta})
+        del choices[-1]["message"]
+    chunk = {**answer, "object": "chat.completion.chunk", "choices": choices, "usage": None}
+    chunks = [chunk, {**chunk, "choices": [], "usage": answer.get("usage")}][: 2 if usage and "usage" in answer else 1]
+    return b"".join([b"data: %b\n\n" % compact_json(chunk) for chunk in chunks]) + b"data: [DONE]\n\n"
+
+
+# Texts that come in pieces. Other values come whole, and some vendors repeat them.
+_GROWING = frozenset("content reasoning_content reasoning refusal arguments text thinking data transcript".split())
+
+
+def join_chunk(whole: dict[str, Any], chunk: dict[str, Any]) -> None:
+    """Add a chunk to those before it: texts grow, lists are joined by `index`, all else is replaced."""
+    for name, value in chunk.items():
+        before = whole.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            join_chunk(before, value)
+        elif isinstance(value, list) and isinstance(before, list):
+            for item in value:
+                index = first_object(item).get("index")
+                same = [old for old in before if index is not None and first_object(old).get("index") == index]
+                if same:
+                    join_chunk(same[0], item)
+                else:
+                    before.append(item)
+        elif name in _GROWING and isinstance(value, str) and isinstance(before, str):
+            whole[name] = before + value
+        elif value not in (None, "") or name not in whole:
+            whole[name] = value
+
+
+class AskedForm:
+    """An exchange for a chat, whose answer gets the form that the client asked for: a stream, or one JSON object.
+
+    Some servers never stream, others always do. SDKs find nothing in the wrong form, and report no error. Answers in
+    the right form pass unchanged. So do errors, which section 13 judges.
+    """
+
+    def __init__(self, inner: Exchange, request: ApiRequest) -> None:
+        self.inner, self.first_byte_s = inner, inner.first_byte_s
+        self.read, self.interrupt, self.finish, self.abort = inner.read, inner.interrupt, inner.finish, inner.abort
+        self.stream, self.usage = request.stream, wants_usage(request)
+        self.head: ResponseHead
+        self.body = b""
+
+    async def start(self) -> None:
+        """See `Exchange`. An answer in the wrong form is read to its end."""
+        await self.inner.start()
+        head = self.head = self.inner.head
+        kind = head.index.get(b"content-type", b"").lower()
+        is_stream = kind.startswith(b"text/event-stream")
+        if head.status >= 300 or is_stream == self.stream or not (is_stream or b"json" in kind) or is_compressed(head):
+            return
+        self.read = self._read
+        try:
+            if is_stream:
+                self.head = head_for(head, head.status, b"application/json")
+                self.body = await self._join()
+            else:
+                self.body = await read_all(self.inner, ANSWER_BYTES)
+                answer = json.loads(self.body)
+                if answer["choices"] and not find_error(answer):
+                    self.body = to_events(answer, self.usage)
+                    self.head = head_for(head, head.status, STREAM_TYPE)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            # This is no chat completion.
+            if len(self.body) > ANSWER_BYTES:
+                raise BadReply(f"the upstream sent an answer of more than {ANSWER_BYTES} bytes") from None
+
+    async def _join(self) -> bytes:
+        """Return the body for a stream: the chat completion, or its error. Raise UpstreamError and others."""
+        splitter, end, answer, size, data = EventSplitter(), StreamEnd(is_response=False), dict[str, Any](), 0, b" "
+        while data:
+            data = await self.inner.read()
+            size += len(data)
+            if size > STREAM_BYTES:
+                raise BadReply(f"the upstream sent a stream of more than {STREAM_BYTES} bytes")
+            end.feed(data)
+            for event in splitter.feed(data or b"\n\n"):
+                kind, text = event_fields(event)
+                chunk = event_object(text)
+                if kind == b"error" or find_error(chunk):
+                    return text
+                join_chunk(answer, chunk)
+        if not end.is_whole():
+            raise UpstreamClosed("the upstream ended its stream before the last event")
+        for choice in answer["choices"]:
+            message = choice["message"] = {"role": "assistant", "content": None, **choice.pop("delta")}
+            for item in (*(message.get("tool_calls") or ()), *(message.get("thinking_blocks") or ())):
+                item.pop("index", None)
+        return compact_json({**answer, "object": "chat.completion"})
+
+    async def _read(self) -> bytes:
+        """See `Exchange`."""
+        data, self.body = self.body, b""
+        return data
+
+
 class MessagesExchange:
     """An exchange with Anthropic's Messages API that reads like an exchange with OpenAI's. See `Exchange`.
 
@@ -3494,26 +3621,22 @@ class MessagesExchange:
         await self.inner.start()
         head = self.inner.head
         status, kind = head.status, b"application/json"
-        # Some proxies compress although only identity was asked for.
-        compressed = head.index.get(b"content-encoding", b"identity").lower() != b"identity"
+        compressed = is_compressed(head)
         if status >= 300:
             body = b"" if compressed else await read_all(self.inner, HOLD_BYTES)
             status, self.ready = error_from_messages(status, body)
         elif compressed:
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
         elif head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
-            self.stream, kind = MessageStream(int(time.time()), self.usage), b"text/event-stream; charset=utf-8"
+            self.stream, kind = MessageStream(int(time.time()), self.usage), STREAM_TYPE
         else:
-            # Some gateways never stream. The longest answers have about 1 MB.
-            body = await read_all(self.inner, 16_777_216)
+            # Some gateways never stream.
+            body = await read_all(self.inner, ANSWER_BYTES)
             try:
                 self.ready = compact_json(from_message(json.loads(body), int(time.time())))
             except (ValueError, RecursionError) as problem:
                 raise BadReply(f"the upstream's answer cannot be translated: {problem}") from None
-        replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
-        index = {name: value for name, value in head.index.items() if name not in replaced}
-        lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
-        self.head = ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
+        self.head = head_for(head, status, kind)
 
     async def read(self) -> bytes:
         """See `Exchange`."""
@@ -3562,12 +3685,9 @@ class AnthropicController(OpenAIController):
         # The default is 20.
         self.paths["/models"] = "/models?limit=1000"
 
-    def exchange(
-        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
-    ) -> Exchange:
-        """See `Controller`."""
-        exchange = super().exchange(request, connections, on_sent, fresh)
-        return MessagesExchange(exchange, wants_usage(request)) if request.path == CHAT_PATH else exchange
+    def translated(self, exchange: Exchange, request: ApiRequest) -> Exchange:
+        """See `OpenAIController`."""
+        return MessagesExchange(exchange, wants_usage(request))
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """See `OpenAIController`. The fields of extra_body replace translated ones: they may be newer."""
@@ -3613,7 +3733,7 @@ class EchoExchange:
         self.pieces, self.on_sent, self.first_byte_s = echo_pieces(request), on_sent, math.inf
         self.first_delay_s, self.delay_s = account.first_delay, account.delay if request.stream else 0.0
         self.wait_s = 0.0  # before the next piece; none before the first
-        kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
+        kind = STREAM_TYPE if request.stream else b"application/json"
         self.head = ResponseHead(200, 1, {b"content-type": kind}, b"Content-Type: %b\r\n" % kind)
 
     async def start(self) -> None:
@@ -5682,9 +5802,7 @@ class Relay:
             lease.stuck = functools.partial(self._hedge, trip, attempt)
         await exchange.start()
         attempt.head, attempt.at = exchange.head, self.loop.time()
-        # Some proxies compress although only identity was asked for.
-        coding = exchange.head.index.get(b"content-encoding", b"identity").strip().lower()
-        attempt.readable = coding in (b"identity", b"")
+        attempt.readable = not is_compressed(exchange.head)
         requests, tokens = read_allowances(exchange.head.index, time.time)
         if requests is not None or tokens is not None:
             lease.learn(requests, tokens, attempt.at)
