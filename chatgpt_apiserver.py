@@ -217,9 +217,12 @@ VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 _BARE_KEY = {"auth_header": "api-key", "auth_scheme": ""}
 # For APIs that refuse or ignore the newer name.
 _OLD_LIMIT = {"max_completion_tokens": "max_tokens"}
-_MISTRAL = {**_OLD_LIMIT, "seed": "random_seed"}
-# A rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
-_RATE_CODES = ["insufficient_quota"]
+# Of messages: fields that other vendors refuse, in our own answers too, and a role that is `system` elsewhere. DeepSeek
+# and Moonshot need reasoning_content back with the results of tools (api-docs.deepseek.com, "Thinking Mode").
+_NO_FIELDS, _NO_ROLE = ["reasoning_content", "thinking_blocks"], ["developer"]
+_MISTRAL = {"rename_params": {**_OLD_LIMIT, "seed": "random_seed"}, "refuses": [*_NO_FIELDS, *_NO_ROLE]}
+# The code is a rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
+_DASHSCOPE = {"rate_codes": ["insufficient_quota"], "refuses": _NO_ROLE}
 # Defaults of `config`, by controller type. Words in braces are further keys, which the user must set.
 PRESETS: dict[str, dict[str, Any]] = {
     "openai": {"base_url": OPENAI_URL},
@@ -228,34 +231,34 @@ PRESETS: dict[str, dict[str, Any]] = {
     "echo": {},
     "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
     "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
-    "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
-    "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
+    "cerebras": {"base_url": "https://api.cerebras.ai/v1", "refuses": [*_NO_FIELDS, *_NO_ROLE]},
+    "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1", "refuses": _NO_ROLE},
     # Refuses stream_options (strandsagents.com, "Cohere").
     "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1", "drop_params": ["stream_options"]},
-    "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
-    "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
-    "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
+    "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1", **_DASHSCOPE},
+    "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", **_DASHSCOPE},
+    "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
     "fireworks": {"base_url": "https://api.fireworks.ai/inference/v1"},
-    "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai"},
-    "groq": {"base_url": "https://api.groq.com/openai/v1"},
+    "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai", "refuses": _NO_FIELDS},
+    "groq": {"base_url": "https://api.groq.com/openai/v1", "refuses": _NO_FIELDS},
     "huggingface": {"base_url": "https://router.huggingface.co/v1"},
     "llamacpp": {"base_url": "http://localhost:8080/v1"},
-    "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
+    "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
     # It refuses stream_options, and sends usage without it.
-    "mistral": {"base_url": "https://api.mistral.ai/v1", "rename_params": _MISTRAL, "drop_params": ["stream_options"]},
-    "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
-    "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
-    "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
+    "mistral": {"base_url": "https://api.mistral.ai/v1", "drop_params": ["stream_options"], **_MISTRAL},
+    "moonshot": {"base_url": "https://api.moonshot.ai/v1", "refuses": _NO_ROLE},
+    "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1", "refuses": _NO_ROLE},
+    "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
     "ollama": {"base_url": "http://localhost:11434/v1", "rename_params": _OLD_LIMIT},
     "openrouter": {"base_url": "https://openrouter.ai/api/v1"},
     "perplexity": {"base_url": "https://api.perplexity.ai", "rename_params": _OLD_LIMIT},
     "sglang": {"base_url": "http://localhost:30000/v1"},
     "tgi": {"base_url": "http://localhost:8080/v1"},
-    "together": {"base_url": "https://api.together.xyz/v1"},
+    "together": {"base_url": "https://api.together.xyz/v1", "refuses": _NO_ROLE},
     "vllm": {"base_url": "http://localhost:8000/v1"},
-    "xai": {"base_url": "https://api.x.ai/v1"},
-    "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
-    "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
+    "xai": {"base_url": "https://api.x.ai/v1", "refuses": _NO_ROLE},
+    "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
+    "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
 }
 # Products and companies that people write in place of a type; for hints only.
 OTHER_NAMES = {"google": "gemini", "claude": "anthropic", "aws": "bedrock", "grok": "xai", "kimi": "moonshot"}
@@ -666,6 +669,8 @@ class AccountConfig:
     thinking: Annotated[str, check_choice, ("effort", "adaptive", "budget")] = "effort"  # Anthropic only
     drop_params: Words = ()
     rename_params: Pairs = ()
+    # Of the messages of a chat: these fields are left out, and the role `developer` becomes `system`.
+    refuses: Words = ()
     extra_body: Annotated[tuple[tuple[str, Any], ...], check_extra_body] = ()
     # A 429 with one of these is a rate limit; elsewhere it means no credit.
     rate_codes: Words = ()
@@ -780,7 +785,7 @@ def parse_client_key(place: Place, data: Any, others: Sequence[ClientKey]) -> Cl
 
 
 _SHARED_KEYS = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
-_OPENAI_KEYS = [*_SHARED_KEYS, "organization", "project", "rename_params", "rate_codes"]
+_OPENAI_KEYS = [*_SHARED_KEYS, "organization", "project", "rename_params", "refuses", "rate_codes"]
 ACCOUNT_KEYS = {  # by controller type, where it differs from openai's
     "azure": [*_OPENAI_KEYS, "api_version"],
     "anthropic": [*_SHARED_KEYS, "max_tokens", "thinking"],
@@ -3264,6 +3269,7 @@ class ApiRequest:
     max_tokens: int = 0  # limit of the answer, 0 without one
     need: int = 0  # tokens that it is expected to cost
     add_usage: bool = False  # the account is asked for the usage of a stream, although the client did not ask
+    refused: frozenset[str] = frozenset()  # what the account has refused before, as in `refuses`
     on_usage: Callable[[int], None] | None = None  # gets the tokens that the answer used: the client key has a limit
     was_sent: bool = False  # at least one account got it
     wait_s: float = 0.0  # how long it may still wait in line
@@ -3351,7 +3357,7 @@ class OpenAIController:
         account = config.account
         self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
         self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
-        self.reports_usage = "stream_options" not in self.drop
+        self.reports_usage, self.refuses = "stream_options" not in self.drop, frozenset(account.refuses)
         self.extra = dict(account.extra_body)
         self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
         # RFC 3986, 3.3; escapes stay as they are.
@@ -3413,7 +3419,7 @@ class OpenAIController:
         """Return the pieces of the body, with the model and the parameters that this account wants."""
         names, model = request.data.keys(), self.model_map.get(request.model, request.model if request.asked else "")
         # Other calls have other parameters.
-        extra = self.extra if names and request.path == CHAT_PATH else {}
+        extra = {**self.history(request), **self.extra} if names and request.path == CHAT_PATH else {}
         options = request.data.get("stream_options")
         adds_usage = request.add_usage and self.reports_usage and isinstance(options, dict | None)
         if not (extra or self.drop & names or self.rename.keys() & names or (adds_usage and "stream_options" in names)):
@@ -3429,6 +3435,18 @@ class OpenAIController:
         # max_completion_tokens for servers that know only one.
         renamed = {new: edited.pop(old) for old, new in self.rename.items() if old in edited}
         return (compact_json({**edited, **renamed, **extra, **({"model": model} if model else {})}),)
+
+    def history(self, request: ApiRequest) -> dict[str, Any]:
+        """Return the field `messages` without what this account refuses there; an empty object if nothing changes."""
+        refused, messages = self.refuses | request.refused, request.data.get("messages", [])
+        if not refused:
+            return {}
+        role = ("role", "system" if "developer" in refused else "developer")
+        edited = [
+            dict(role if item == ("role", "developer") else item for item in message.items() if item[0] not in refused)
+            for message in messages
+        ]
+        return {"messages": edited} if edited != messages else {}
 
 
 # Azure's classic API serves these below a deployment, all others beside it (openai-python, lib/azure.py).
@@ -3801,7 +3819,7 @@ class Outcome(enum.Enum):
     CONNECT = "connect"  # nothing was sent
     SILENT = "silent"  # no byte within first_byte: the upstream may be generating
     CUT = "cut"
-    UNFIT = "unfit"  # the account has no API for the request: nothing ran
+    UNFIT = "unfit"  # the account's API or model cannot take the request: nothing ran
     GONE = "gone"  # the client left
     LOST = "lost"  # in a hedge, another controller answered first
 
@@ -3840,6 +3858,18 @@ MISSING_WORDS = (
 AUTH_WORDS = "^(API [Kk]ey (not valid|expired|not found)|User location is not supported|Incorrect API key provided)"
 
 
+# The API, or its model, does not take a parameter or a field of a message: OpenAI; Azure; Anthropic; Mistral and vLLM;
+# Google and DeepSeek; Groq and Cerebras; xAI and Ollama; Moonshot; DashScope; LM Studio.
+OPTION_CODES = "unsupported_parameter unsupported_value unknown_parameter extra_forbidden".split()
+OPTION_WORDS = (
+    r"(?i)^(unsupported|unknown) (parameter|value)|^unrecognized request argument|cannot both be specified"
+    r"|extra inputs are not permitted|extra_forbidden|additional properties are not allowed|unknown (name|variant) ."
+    r"|property '[^']*' is unsupported|(not supported|deprecated) (with|on|by|for|in) this model"
+    r"|does not support (the )?(parameter|response.format|assistant message|image|tool|function|reasoning|thinking)"
+    r"|only \S+ is allowed for this model|^\w+ is not one of \[|'role' field that is in"
+)
+
+
 class Rule(NamedTuple):
     """Errors with one of `statuses` and, if any are given, one of `codes` or `words` (a regular expression)."""
 
@@ -3867,8 +3897,13 @@ RULES = (
     Rule(Outcome.FORBIDDEN, (403,)),
     # A timeout, a conflict inside the provider, a failed dependency: the same request may succeed elsewhere.
     Rule(Outcome.FAULT, (408, 409, 424)),
+    Rule(Outcome.UNFIT, (400, 422), OPTION_CODES, OPTION_WORDS),
     # OpenAI: another account has the items of this conversation.
     Rule(Outcome.UNFIT, (400, 404), ("invalid_encrypted_content",), "^Item with id '"),
+    # DeepSeek, Moonshot: another vendor began it, without the thinking that they want back.
+    Rule(
+        Outcome.UNFIT, (400,), (), "(?i)missing.{0,9}reasoning_content|reasoning_content.{0,50} (missing|passed back)"
+    ),
     Rule(Outcome.CLIENT, range(400, 500)),
     Rule(Outcome.FAULT, range(1000)),
 )
@@ -3909,7 +3944,8 @@ class Verdict:
     `status`: 0 without a reply. `after_s`: the time to wait that an error named. `reset_s`: where a 429 named none, the
     time until the limit that is used up is full again. `by_tokens`: whether a 429 is about tokens; `requested`: how
     many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for limit
-    gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
+    gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take. `of_kind`: all accounts with this
+    API would refuse the request.
     """
 
     outcome: Outcome
@@ -3921,6 +3957,7 @@ class Verdict:
     bucket: str = ""
     requested: int = 0
     too_long: bool = False
+    of_kind: bool = False
 
 
 OK = Verdict(Outcome.OK, 200)
@@ -4032,7 +4069,8 @@ def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[s
         has_code = any(name in codes and not (outcome is Outcome.QUOTA and name in rate_codes) for name in names)
         if status in statuses and (has_code or (words and re.search(words, message)) or not (codes or words)):
             break
-    verdict = Verdict(outcome, status, message)
+    # Another account with the same API would say the same.
+    verdict = Verdict(outcome, status, message, of_kind=words is OPTION_WORDS)
     if outcome is Outcome.CLIENT:
         is_code = any(name in TOO_LONG_CODES for name in names)
         verdict.too_long = is_code or TOO_LONG_WORDS.search(_QUOTED.sub("", message)) is not None
@@ -4110,7 +4148,7 @@ def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
 def judge_late_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
     """Return the verdict on an error in the middle of a stream: OK where the controller is not at fault."""
     verdict = judge_error_event(event, rate_codes)
-    return OK if verdict.outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING) else verdict
+    return OK if verdict.outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.UNFIT) else verdict
 
 
 def judge_failure(error: UpstreamError) -> Verdict:
@@ -4660,11 +4698,13 @@ class Candidate:
     """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer.
 
     `mapped`: its name by `model_map`. `limited_as`: its name in the quota. `times`: of whole answers and of streams.
+    `refused`: what it has refused of what a request can do without.
     """
 
     def __init__(self, upstream: "Upstream", model: str) -> None:
         self.upstream, self.model, self.gate = upstream, model, Gate()
         self.mapped = dict(upstream.config.model_map).get(model)
+        self.refused: frozenset[str] = frozenset()
         name = self.mapped or model
         # gpt-4.1-2025-04-14 counts as gpt-4.1, but each of Azure's deployments has a quota of its own.
         self.limited_as = name if upstream.config.type == "azure" else _DATED.sub("", name)
@@ -4699,6 +4739,7 @@ class Upstream:
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
         self.config, self.controller, self.quota = config, controller, quota
         self.name, self.weight, self.gate = config.name, config.weight, Gate(config.name)
+        self.kind = config.type, config.account.base_url
         self.credit = self.in_flight = self.requests = self.failures = 0
         # Moving means, of whole answers and of streams; 0 is unknown.
         self.first_byte_s = [0.0, 0.0]
@@ -4739,7 +4780,8 @@ class Upstream:
         outcome, gate = verdict.outcome, self.gate
         why = f"{verdict.status or outcome.value} {verdict.message[:200]}"
         self.last_error = why if verdict.message else self.last_error
-        if outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RATE):
+        was_refused = outcome is Outcome.UNFIT and verdict.status > 0
+        if was_refused or outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RATE):
             self.recent.append((now, False))
             self.refusals.clear()
             gate.works(lease, now)
@@ -5473,6 +5515,8 @@ ACCOUNT_REFUSALS = {
     Outcome.BARRED: "its key may not use such objects",
     Outcome.QUOTA: "its credit or its spending limit is used up",
 }
+# What this server or another vendor has added to a request, where a refusal names it.
+_LEFT_OUT = re.compile(r"\b(reasoning_content|thinking_blocks|developer|stream_options)\b")
 # The text in an answer or in its events: four characters count as a token where no usage is reported.
 _TEXT = re.compile(rb'"(?:content|reasoning_content|text|delta|arguments)"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
@@ -5586,7 +5630,10 @@ class Trip:
             self.keep([item for item in self.candidates if item.ledger.largest() >= verdict.requested])
         elif verdict.outcome is Outcome.UNFIT:
             # Waiting for it is no use either.
-            self.keep([item for item in self.candidates if item.upstream is not controller])
+            kind = controller.kind if verdict.of_kind else None
+            self.keep(
+                [item for item in self.candidates if item.upstream is not controller and item.upstream.kind != kind]
+            )
 
     def keep(self, candidates: list[Candidate]) -> None:
         """Go on with these candidates only."""
@@ -5794,8 +5841,9 @@ class Relay:
         asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
         # An earlier attempt may have set it.
         request.add_usage = False
-        attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
-        request.add_usage = attempt.adds_usage
+        asks = asks and lease.upstream.controller.reports_usage and "stream_options" not in lease.candidate.refused
+        attempt.adds_usage = asks and not wants_usage(request)
+        request.add_usage, request.refused = attempt.adds_usage, lease.candidate.refused
         exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
         if others:
@@ -5825,10 +5873,11 @@ class Relay:
                 attempt.whole = not piece
             attempt.held = bytes(held)
             attempt.verdict = self._judge_whole(attempt, exchange, request)
-            is_refused = attempt.verdict.outcome is Outcome.CLIENT and "stream_options" in attempt.verdict.message
-            if attempt.adds_usage and is_refused:
-                # The parameter is this server's, not the client's. The account does not get it any more.
-                lease.upstream.controller.reports_usage = attempt.whole = False
+            named = set(_LEFT_OUT.findall(attempt.verdict.message)) if attempt.verdict.of_kind else set()
+            if named - lease.candidate.refused:
+                # The client does not depend on these. The account does not get them any more.
+                lease.candidate.refused |= named
+                attempt.whole = False
                 await self._exchange(attempt, trip)
                 return
         if attempt.verdict is not OK:
