@@ -217,9 +217,12 @@ VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 _BARE_KEY = {"auth_header": "api-key", "auth_scheme": ""}
 # For APIs that refuse or ignore the newer name.
 _OLD_LIMIT = {"max_completion_tokens": "max_tokens"}
-_MISTRAL = {**_OLD_LIMIT, "seed": "random_seed"}
-# A rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
-_RATE_CODES = ["insufficient_quota"]
+# Of messages: fields that other vendors refuse, in our own answers too, and a role that is `system` elsewhere. DeepSeek
+# and Moonshot need reasoning_content back with the results of tools (api-docs.deepseek.com, "Thinking Mode").
+_NO_FIELDS, _NO_ROLE = ["reasoning_content", "thinking_blocks"], ["developer"]
+_MISTRAL = {"rename_params": {**_OLD_LIMIT, "seed": "random_seed"}, "refuses": [*_NO_FIELDS, *_NO_ROLE]}
+# The code is a rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
+_DASHSCOPE = {"rate_codes": ["insufficient_quota"], "refuses": _NO_ROLE}
 # Defaults of `config`, by controller type. Words in braces are further keys, which the user must set.
 PRESETS: dict[str, dict[str, Any]] = {
     "openai": {"base_url": OPENAI_URL},
@@ -228,34 +231,34 @@ PRESETS: dict[str, dict[str, Any]] = {
     "echo": {},
     "bedrock": {"base_url": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1"},
     "bedrock-mantle": {"base_url": "https://bedrock-mantle.{region}.api.aws/v1"},
-    "cerebras": {"base_url": "https://api.cerebras.ai/v1"},
-    "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"},
+    "cerebras": {"base_url": "https://api.cerebras.ai/v1", "refuses": [*_NO_FIELDS, *_NO_ROLE]},
+    "cloudflare": {"base_url": "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1", "refuses": _NO_ROLE},
     # Refuses stream_options (strandsagents.com, "Cohere").
     "cohere": {"base_url": "https://api.cohere.ai/compatibility/v1", "drop_params": ["stream_options"]},
-    "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
-    "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "rate_codes": _RATE_CODES},
-    "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT},
+    "dashscope": {"base_url": "https://dashscope.aliyuncs.com/compatible-mode/v1", **_DASHSCOPE},
+    "dashscope-intl": {"base_url": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", **_DASHSCOPE},
+    "deepseek": {"base_url": "https://api.deepseek.com/v1", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
     "fireworks": {"base_url": "https://api.fireworks.ai/inference/v1"},
-    "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai"},
-    "groq": {"base_url": "https://api.groq.com/openai/v1"},
+    "gemini": {"base_url": "https://generativelanguage.googleapis.com/v1beta/openai", "refuses": _NO_FIELDS},
+    "groq": {"base_url": "https://api.groq.com/openai/v1", "refuses": _NO_FIELDS},
     "huggingface": {"base_url": "https://router.huggingface.co/v1"},
     "llamacpp": {"base_url": "http://localhost:8080/v1"},
-    "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT},
+    "lmstudio": {"base_url": "http://localhost:1234/v1", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
     # It refuses stream_options, and sends usage without it.
-    "mistral": {"base_url": "https://api.mistral.ai/v1", "rename_params": _MISTRAL, "drop_params": ["stream_options"]},
-    "moonshot": {"base_url": "https://api.moonshot.ai/v1"},
-    "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1"},
-    "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT},
+    "mistral": {"base_url": "https://api.mistral.ai/v1", "drop_params": ["stream_options"], **_MISTRAL},
+    "moonshot": {"base_url": "https://api.moonshot.ai/v1", "refuses": _NO_ROLE},
+    "moonshot-cn": {"base_url": "https://api.moonshot.cn/v1", "refuses": _NO_ROLE},
+    "nvidia": {"base_url": "https://integrate.api.nvidia.com/v1", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
     "ollama": {"base_url": "http://localhost:11434/v1", "rename_params": _OLD_LIMIT},
     "openrouter": {"base_url": "https://openrouter.ai/api/v1"},
     "perplexity": {"base_url": "https://api.perplexity.ai", "rename_params": _OLD_LIMIT},
     "sglang": {"base_url": "http://localhost:30000/v1"},
     "tgi": {"base_url": "http://localhost:8080/v1"},
-    "together": {"base_url": "https://api.together.xyz/v1"},
+    "together": {"base_url": "https://api.together.xyz/v1", "refuses": _NO_ROLE},
     "vllm": {"base_url": "http://localhost:8000/v1"},
-    "xai": {"base_url": "https://api.x.ai/v1"},
-    "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT},
-    "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT},
+    "xai": {"base_url": "https://api.x.ai/v1", "refuses": _NO_ROLE},
+    "zai": {"base_url": "https://api.z.ai/api/paas/v4", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
+    "zhipu": {"base_url": "https://open.bigmodel.cn/api/paas/v4", "rename_params": _OLD_LIMIT, "refuses": _NO_ROLE},
 }
 # Products and companies that people write in place of a type; for hints only.
 OTHER_NAMES = {"google": "gemini", "claude": "anthropic", "aws": "bedrock", "grok": "xai", "kimi": "moonshot"}
@@ -666,6 +669,8 @@ class AccountConfig:
     thinking: Annotated[str, check_choice, ("effort", "adaptive", "budget")] = "effort"  # Anthropic only
     drop_params: Words = ()
     rename_params: Pairs = ()
+    # Of the messages of a chat: these fields are left out, and the role `developer` becomes `system`.
+    refuses: Words = ()
     extra_body: Annotated[tuple[tuple[str, Any], ...], check_extra_body] = ()
     # A 429 with one of these is a rate limit; elsewhere it means no credit.
     rate_codes: Words = ()
@@ -780,7 +785,7 @@ def parse_client_key(place: Place, data: Any, others: Sequence[ClientKey]) -> Cl
 
 
 _SHARED_KEYS = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
-_OPENAI_KEYS = [*_SHARED_KEYS, "organization", "project", "rename_params", "rate_codes"]
+_OPENAI_KEYS = [*_SHARED_KEYS, "organization", "project", "rename_params", "refuses", "rate_codes"]
 ACCOUNT_KEYS = {  # by controller type, where it differs from openai's
     "azure": [*_OPENAI_KEYS, "api_version"],
     "anthropic": [*_SHARED_KEYS, "max_tokens", "thinking"],
@@ -3172,6 +3177,9 @@ class MessageStream:
 CHAT_PATH = "/chat/completions"
 HOLD_BYTES = 65536  # kept of a stream before its first real event, and read of an error
 EVENT_BYTES = 1_048_576  # a larger event of a stream is not parsed
+ANSWER_BYTES = 16_777_216  # read of an answer to translate; the longest have about 1 MB
+STREAM_BYTES = 67_108_864  # read of a stream to join: each of 128,000 tokens may come in an event of 500 bytes
+STREAM_TYPE = b"text/event-stream; charset=utf-8"
 # The estimate for an image, audio or file: the length of its data does not tell.
 TOKENS_PER_PART = 1000
 # A large upload is mapped from a temporary file.
@@ -3261,6 +3269,7 @@ class ApiRequest:
     max_tokens: int = 0  # limit of the answer, 0 without one
     need: int = 0  # tokens that it is expected to cost
     add_usage: bool = False  # the account is asked for the usage of a stream, although the client did not ask
+    refused: frozenset[str] = frozenset()  # what the account has refused before, as in `refuses`
     on_usage: Callable[[int], None] | None = None  # gets the tokens that the answer used: the client key has a limit
     was_sent: bool = False  # at least one account got it
     wait_s: float = 0.0  # how long it may still wait in line
@@ -3348,7 +3357,7 @@ class OpenAIController:
         account = config.account
         self.model_map, self.rate_codes = dict(config.model_map), account.rate_codes
         self.drop, self.rename = frozenset(account.drop_params), dict(account.rename_params)
-        self.reports_usage = "stream_options" not in self.drop
+        self.reports_usage, self.refuses = "stream_options" not in self.drop, frozenset(account.refuses)
         self.extra = dict(account.extra_body)
         self.origin, prefix = parse_origin(account.base_url, account.proxy, account.ca_file)
         # RFC 3986, 3.3; escapes stay as they are.
@@ -3385,7 +3394,12 @@ class OpenAIController:
         """See `Controller`."""
         timeouts, message = self.timeouts[request.stream], self.message(request)
         resend = not request.stateful
-        return NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method, resend, fresh)
+        exchange = NetworkExchange(connections, self.origin, message, timeouts, on_sent, request.method, resend, fresh)
+        return AskedForm(self.translated(exchange, request), request) if request.path == CHAT_PATH else exchange
+
+    def translated(self, exchange: Exchange, request: ApiRequest) -> Exchange:
+        """Return an exchange that reads like one with OpenAI's API."""
+        return exchange
 
     def message(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """Return the head and the pieces of the body, as the account gets them. Raise Untranslatable."""
@@ -3405,7 +3419,7 @@ class OpenAIController:
         """Return the pieces of the body, with the model and the parameters that this account wants."""
         names, model = request.data.keys(), self.model_map.get(request.model, request.model if request.asked else "")
         # Other calls have other parameters.
-        extra = self.extra if names and request.path == CHAT_PATH else {}
+        extra = {**self.history(request), **self.extra} if names and request.path == CHAT_PATH else {}
         options = request.data.get("stream_options")
         adds_usage = request.add_usage and self.reports_usage and isinstance(options, dict | None)
         if not (extra or self.drop & names or self.rename.keys() & names or (adds_usage and "stream_options" in names)):
@@ -3421,6 +3435,18 @@ class OpenAIController:
         # max_completion_tokens for servers that know only one.
         renamed = {new: edited.pop(old) for old, new in self.rename.items() if old in edited}
         return (compact_json({**edited, **renamed, **extra, **({"model": model} if model else {})}),)
+
+    def history(self, request: ApiRequest) -> dict[str, Any]:
+        """Return the field `messages` without what this account refuses there; an empty object if nothing changes."""
+        refused, messages = self.refuses | request.refused, request.data.get("messages", [])
+        if not refused:
+            return {}
+        role = ("role", "system" if "developer" in refused else "developer")
+        edited = [
+            dict(role if item == ("role", "developer") else item for item in message.items() if item[0] not in refused)
+            for message in messages
+        ]
+        return {"messages": edited} if edited != messages else {}
 
 
 # Azure's classic API serves these below a deployment, all others beside it (openai-python, lib/azure.py).
@@ -3475,6 +3501,125 @@ async def read_all(exchange: Exchange, most: int) -> bytes:
     return body
 
 
+def is_compressed(head: ResponseHead) -> bool:
+    """Return whether a body is compressed: some proxies do that although only identity was asked for."""
+    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
+
+
+def head_for(head: ResponseHead, status: int, kind: bytes) -> ResponseHead:
+    """Return a reply's head for another body, of type `kind`."""
+    replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
+    index = {name: value for name, value in head.index.items() if name not in replaced}
+    lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
+    return ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
+
+
+def to_events(answer: dict[str, Any], usage: bool) -> bytes:
+    """Return a whole chat completion as a stream of one chunk, and one for its usage. Raise LookupError and others."""
+    choices = []
+    for place, choice in enumerate(answer["choices"]):
+        delta = {name: value for name, value in choice["message"].items() if value is not None}
+        # Clients join the pieces of these lists by a number.
+        for name in {"tool_calls", "thinking_blocks"} & delta.keys():
+            delta[name] = [{"index": number, **item} for number, item in enumerate(delta[name])]
+        choices.append({"index": place, **choice, "message": None, "delta": delta})
+        del choices[-1]["message"]
+    chunk = {**answer, "object": "chat.completion.chunk", "choices": choices, "usage": None}
+    chunks = [chunk, {**chunk, "choices": [], "usage": answer.get("usage")}][: 2 if usage and "usage" in answer else 1]
+    return b"".join([b"data: %b\n\n" % compact_json(chunk) for chunk in chunks]) + b"data: [DONE]\n\n"
+
+
+# Texts that come in pieces. Other values come whole, and some vendors repeat them.
+_GROWING = frozenset("content reasoning_content reasoning refusal arguments text thinking data transcript".split())
+
+
+def join_chunk(whole: dict[str, Any], chunk: dict[str, Any]) -> None:
+    """Add a chunk to those before it: texts grow, lists are joined by `index`, all else is replaced."""
+    for name, value in chunk.items():
+        before = whole.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            join_chunk(before, value)
+        elif isinstance(value, list) and isinstance(before, list):
+            for item in value:
+                index = first_object(item).get("index")
+                same = [old for old in before if index is not None and first_object(old).get("index") == index]
+                if same:
+                    join_chunk(same[0], item)
+                else:
+                    before.append(item)
+        elif name in _GROWING and isinstance(value, str) and isinstance(before, str):
+            whole[name] = before + value
+        elif value not in (None, "") or name not in whole:
+            whole[name] = value
+
+
+class AskedForm:
+    """An exchange for a chat, whose answer gets the form that the client asked for: a stream, or one JSON object.
+
+    Some servers never stream, others always do. SDKs find nothing in the wrong form, and report no error. Answers in
+    the right form pass unchanged. So do errors, which section 13 judges.
+    """
+
+    def __init__(self, inner: Exchange, request: ApiRequest) -> None:
+        self.inner, self.first_byte_s = inner, inner.first_byte_s
+        self.read, self.interrupt, self.finish, self.abort = inner.read, inner.interrupt, inner.finish, inner.abort
+        self.stream, self.usage = request.stream, wants_usage(request)
+        self.head: ResponseHead
+        self.body = b""
+
+    async def start(self) -> None:
+        """See `Exchange`. An answer in the wrong form is read to its end."""
+        await self.inner.start()
+        head = self.head = self.inner.head
+        kind = head.index.get(b"content-type", b"").lower()
+        is_stream = kind.startswith(b"text/event-stream")
+        if head.status >= 300 or is_stream == self.stream or not (is_stream or b"json" in kind) or is_compressed(head):
+            return
+        self.read = self._read
+        try:
+            if is_stream:
+                self.head = head_for(head, head.status, b"application/json")
+                self.body = await self._join()
+            else:
+                self.body = await read_all(self.inner, ANSWER_BYTES)
+                answer = json.loads(self.body)
+                if answer["choices"] and not find_error(answer):
+                    self.body = to_events(answer, self.usage)
+                    self.head = head_for(head, head.status, STREAM_TYPE)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            # This is no chat completion.
+            if len(self.body) > ANSWER_BYTES:
+                raise BadReply(f"the upstream sent an answer of more than {ANSWER_BYTES} bytes") from None
+
+    async def _join(self) -> bytes:
+        """Return the body for a stream: the chat completion, or its error. Raise UpstreamError and others."""
+        splitter, end, answer, size, data = EventSplitter(), StreamEnd(is_response=False), dict[str, Any](), 0, b" "
+        while data:
+            data = await self.inner.read()
+            size += len(data)
+            if size > STREAM_BYTES:
+                raise BadReply(f"the upstream sent a stream of more than {STREAM_BYTES} bytes")
+            end.feed(data)
+            for event in splitter.feed(data or b"\n\n"):
+                kind, text = event_fields(event)
+                chunk = event_object(text)
+                if kind == b"error" or find_error(chunk):
+                    return text
+                join_chunk(answer, chunk)
+        if not end.is_whole():
+            raise UpstreamClosed("the upstream ended its stream before the last event")
+        for choice in answer["choices"]:
+            message = choice["message"] = {"role": "assistant", "content": None, **choice.pop("delta")}
+            for item in (*(message.get("tool_calls") or ()), *(message.get("thinking_blocks") or ())):
+                item.pop("index", None)
+        return compact_json({**answer, "object": "chat.completion"})
+
+    async def _read(self) -> bytes:
+        """See `Exchange`."""
+        data, self.body = self.body, b""
+        return data
+
+
 class MessagesExchange:
     """An exchange with Anthropic's Messages API that reads like an exchange with OpenAI's. See `Exchange`.
 
@@ -3494,26 +3639,22 @@ class MessagesExchange:
         await self.inner.start()
         head = self.inner.head
         status, kind = head.status, b"application/json"
-        # Some proxies compress although only identity was asked for.
-        compressed = head.index.get(b"content-encoding", b"identity").lower() != b"identity"
+        compressed = is_compressed(head)
         if status >= 300:
             body = b"" if compressed else await read_all(self.inner, HOLD_BYTES)
             status, self.ready = error_from_messages(status, body)
         elif compressed:
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
         elif head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
-            self.stream, kind = MessageStream(int(time.time()), self.usage), b"text/event-stream; charset=utf-8"
+            self.stream, kind = MessageStream(int(time.time()), self.usage), STREAM_TYPE
         else:
-            # Some gateways never stream. The longest answers have about 1 MB.
-            body = await read_all(self.inner, 16_777_216)
+            # Some gateways never stream.
+            body = await read_all(self.inner, ANSWER_BYTES)
             try:
                 self.ready = compact_json(from_message(json.loads(body), int(time.time())))
             except (ValueError, RecursionError) as problem:
                 raise BadReply(f"the upstream's answer cannot be translated: {problem}") from None
-        replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
-        index = {name: value for name, value in head.index.items() if name not in replaced}
-        lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
-        self.head = ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
+        self.head = head_for(head, status, kind)
 
     async def read(self) -> bytes:
         """See `Exchange`."""
@@ -3562,12 +3703,9 @@ class AnthropicController(OpenAIController):
         # The default is 20.
         self.paths["/models"] = "/models?limit=1000"
 
-    def exchange(
-        self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
-    ) -> Exchange:
-        """See `Controller`."""
-        exchange = super().exchange(request, connections, on_sent, fresh)
-        return MessagesExchange(exchange, wants_usage(request)) if request.path == CHAT_PATH else exchange
+    def translated(self, exchange: Exchange, request: ApiRequest) -> Exchange:
+        """See `OpenAIController`."""
+        return MessagesExchange(exchange, wants_usage(request))
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """See `OpenAIController`. The fields of extra_body replace translated ones: they may be newer."""
@@ -3613,7 +3751,7 @@ class EchoExchange:
         self.pieces, self.on_sent, self.first_byte_s = echo_pieces(request), on_sent, math.inf
         self.first_delay_s, self.delay_s = account.first_delay, account.delay if request.stream else 0.0
         self.wait_s = 0.0  # before the next piece; none before the first
-        kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
+        kind = STREAM_TYPE if request.stream else b"application/json"
         self.head = ResponseHead(200, 1, {b"content-type": kind}, b"Content-Type: %b\r\n" % kind)
 
     async def start(self) -> None:
@@ -3681,7 +3819,7 @@ class Outcome(enum.Enum):
     CONNECT = "connect"  # nothing was sent
     SILENT = "silent"  # no byte within first_byte: the upstream may be generating
     CUT = "cut"
-    UNFIT = "unfit"  # the account has no API for the request: nothing ran
+    UNFIT = "unfit"  # the account's API or model cannot take the request: nothing ran
     GONE = "gone"  # the client left
     LOST = "lost"  # in a hedge, another controller answered first
 
@@ -3701,8 +3839,10 @@ CREDIT_CODES = (
 ).split()
 # Anthropic, OpenRouter, OpenCode; SiliconFlow, fal; xAI, Google, Fireworks.
 CREDIT_WORDS = (
-    f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insufficient"
-    "|User is locked. Reason: |(Your (team|project)|Account) .*(monthly spending (cap|limit)|credits))"
+    f"(?i)^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance"
+    "|Sorry, your account balance is insufficient|User is locked. Reason: "
+    "|(Your (newly created )?(team|project)|Account) .*(monthly spending (cap|limit)|credits)"
+    "|Your prepayment credits are|Your API access is blocked because a spend limit)"
 )
 # 1211 is Zhipu's, 5007 Cloudflare's, 20012 SiliconFlow's.
 MISSING_CODES = (
@@ -3711,13 +3851,31 @@ MISSING_CODES = (
 ).split()
 # DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare.
 MISSING_WORDS = (
-    r"(?i)^(model (does )?not (exist|found)|invalid model( name| id)?( passed| ['\"]|[.:]|$)"
-    r"|(invalid params, )?unknown model(:| ['\"])|\S+ is not a valid model id"
-    r"|the (requested )?model \S+ (does not exist|was not found|has been (decommission|deprecat|retir)ed|is no longer)"
+    r"(?i)^(\S+: )?(model (\S+ )?((does )?not (exist|found)|is not supported\.?$|was removed|access denied)"
+    r"|invalid model( name| id| identifier)?( passed| ['\"]|[.:]|$)|no models loaded|not supported model "
+    r"|(invalid params, )?(unknown|unsupported) model(:| ['\"])|\S+ is not a valid model id"
+    r"|the (requested )?model (\S+ )?(does not exist|was not found|is not supported( by|\.?$)|is no longer"
+    r"|has been (decommission|deprecat|retir)ed)|your organization must be verified to"
+    r"|invocation of model id \S+ with on-demand"
     r"|the \S+ model is not supported|the provided model identifier is invalid|unable to access (\S+ )?model"
     r"|(aierror: )?no such model)"
 )
-AUTH_WORDS = "^(API [Kk]ey (not valid|expired|not found)|User location is not supported|Incorrect API key provided)"
+AUTH_WORDS = (
+    "(?i)^(API key (not valid|expired|not found)|User location is not supported|Incorrect API key provided"
+    "|Gemini API free tier is not available|Access to .{1,40} is not allowed from unsupported countries)"
+)
+
+
+# The API, or its model, does not take a parameter or a field of a message: OpenAI; Azure; Anthropic; Mistral and vLLM;
+# Google and DeepSeek; Groq and Cerebras; xAI and Ollama; Moonshot; DashScope; LM Studio.
+OPTION_CODES = "unsupported_parameter unsupported_value unknown_parameter extra_forbidden".split()
+OPTION_WORDS = (
+    r"(?i)^(unsupported|unknown) (parameter|value)|^unrecognized request argument|cannot both be specified"
+    r"|extra inputs are not permitted|extra_forbidden|additional properties are not allowed|unknown (name|variant) ."
+    r"|property '[^']*' is unsupported|(not supported|deprecated) (with|on|by|for|in) this model"
+    r"|does not support (the )?(parameter|response.format|assistant message|image|tool|function|reasoning|thinking)"
+    r"|only \S+ is allowed for this model|^\w+ is not one of \[|'role' field that is in"
+)
 
 
 class Rule(NamedTuple):
@@ -3737,18 +3895,25 @@ RULES = (
     Rule(Outcome.RATE, (429, 498)),
     Rule(Outcome.RATE, (413,), ("rate_limit_exceeded",)),
     # Groq's code; Google's and xAI's words.
-    Rule(Outcome.AUTH, (400,), ("organization_restricted",), AUTH_WORDS),
+    Rule(Outcome.AUTH, (400,), ("organization_restricted", "invalid_api_key"), AUTH_WORDS),
+    # Gateways that stand in front of several accounts themselves: LiteLLM says 401, new-api 503.
+    Rule(Outcome.MISSING, range(400, 600), ("key_model_access_denied", "model_not_found", "ModelDeprecated")),
     Rule(Outcome.AUTH, (401,)),
     # No account would take this prompt: it is flagged (OpenRouter, xAI) or too long (Together).
     Rule(Outcome.CLIENT, (403,), (), "input was flagged|requires moderation|violates usage guidelines|context length"),
     Rule(Outcome.MISSING, (400, 403, 404), MISSING_CODES, MISSING_WORDS),
     # A project may lack one model, a key all of them: only the words differ. OpenRouter and NVIDIA name no model.
-    Rule(Outcome.MISSING, (403, 404), (), "model|[Nn]o endpoints|^Function '"),
+    Rule(Outcome.MISSING, (403, 404), (), "(?i)model|no endpoints|^Function '"),
     Rule(Outcome.FORBIDDEN, (403,)),
     # A timeout, a conflict inside the provider, a failed dependency: the same request may succeed elsewhere.
     Rule(Outcome.FAULT, (408, 409, 424)),
+    Rule(Outcome.UNFIT, (400, 422), OPTION_CODES, OPTION_WORDS),
     # OpenAI: another account has the items of this conversation.
     Rule(Outcome.UNFIT, (400, 404), ("invalid_encrypted_content",), "^Item with id '"),
+    # DeepSeek, Moonshot: another vendor began it, without the thinking that they want back.
+    Rule(
+        Outcome.UNFIT, (400,), (), "(?i)missing.{0,9}reasoning_content|reasoning_content.{0,50} (missing|passed back)"
+    ),
     Rule(Outcome.CLIENT, range(400, 500)),
     Rule(Outcome.FAULT, range(1000)),
 )
@@ -3765,7 +3930,10 @@ TOO_LONG_WORDS = re.compile(
     r"|prompt (is |tokens )?too long|too long for requested model|size limit exceeded by|max_new_tokens. must be"
     r"|inputs. must have less|token count .{0,40}exceeds the (limit|max)|maximum (prompt|model) length (is|of) \d"
     r"|model token limit|Range of input length should|Prompt exceeds max length|maximum allowed input length"
-    r"|reduce the length of the (input )?messages|^Request body too large for \S+ model",
+    r"|reduce the length of the (input )?messages|^Request body too large for \S+ model|max_seq_len"
+    r"|input (token count|length) (is )?\d+ (but model only supports|exceeds)|input tokens exceed"
+    r"|tokens in the prompt cannot exceed|^context length exceeded|input is too long: \d|(input length|prompt) too l"
+    r"|(length|tokens) \(?\d+\)? exceeds (the )?(maximum input|model's limit)",
     re.IGNORECASE,
 )
 # What a message quotes may be the client's text. An apostrophe inside a word begins no quotation.
@@ -3789,7 +3957,8 @@ class Verdict:
     `status`: 0 without a reply. `after_s`: the time to wait that an error named. `reset_s`: where a 429 named none, the
     time until the limit that is used up is full again. `by_tokens`: whether a 429 is about tokens; `requested`: how
     many the request needs, by its message. `bucket`: the name of the limit in a 429 ("for limit
-    gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take.
+    gpt-4.1-long-context"). `too_long`: the prompt is longer than the model can take. `of_kind`: all accounts with this
+    API would refuse the request.
     """
 
     outcome: Outcome
@@ -3801,6 +3970,7 @@ class Verdict:
     bucket: str = ""
     requested: int = 0
     too_long: bool = False
+    of_kind: bool = False
 
 
 OK = Verdict(Outcome.OK, 200)
@@ -3850,9 +4020,10 @@ def seconds_until(name: bytes, index: Index, wall_s: float) -> float | None:
     longest = None
     # Repeated fields were joined with commas. A date has a comma of its own, before the day.
     for text in re.split(r",(?!\s*\d\d?[ -][A-Za-z])\s*", index.get(name, b"").decode("latin-1")):
-        is_unix_time = len(text) in (10, 13) and text.isdecimal()
+        is_unix_time = re.fullmatch(r"\d{10}(\.\d{1,9})?|\d{13}", text, re.ASCII) is not None
         seconds = None if is_unix_time else parse_duration(text)
-        then = int(text.ljust(13, "0")) / 1e3 if is_unix_time else parse_date(text) if seconds is None else None
+        then = float(text) if is_unix_time else parse_date(text) if seconds is None else None
+        then = then / 1e3 if then and then >= 1e11 else then
         if then is not None:
             date_s = parse_date(index.get(b"date", b"").decode("latin-1"))
             seconds = then - (wall_s if date_s is None else date_s)
@@ -3875,7 +4046,9 @@ def read_waits(verdict: Verdict, index: Index, body: bytes, wall_s: float) -> No
         verdict.after_s = parse_duration(hint.group(1))
     if verdict.after_s is None and verdict.outcome is Outcome.RATE:
         for names in (*WINDOW_NAMES, *REQUEST_NAMES, *TOKEN_NAMES):
-            reset_s = seconds_until(names[2], index, wall_s) if index.get(names[1], b"0") == b"0" else None
+            # A request for many tokens is refused while some are left.
+            spent = index.get(names[1], b"0") == b"0" or (verdict.by_tokens and names in TOKEN_NAMES)
+            reset_s = seconds_until(names[2], index, wall_s) if spent else None
             if reset_s and names in WINDOW_NAMES:
                 verdict.after_s = reset_s
             elif reset_s:
@@ -3908,21 +4081,26 @@ def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[s
     if status < 300:
         numbers = [int(name) for name in names if re.fullmatch(r"[45]\d\d", name, re.ASCII)]
         status = [*numbers, *(ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES), 502][0]
+    # LiteLLM puts the vendor's own error into its text. Elsewhere JSON in a text may be the client's.
+    start, end = message.find("{"), message.rfind("}") + 1
+    inner = find_error(parse_reply(message[start:end].encode())) if message.startswith(("litellm.", "{")) else {}
+    text = error_words(inner)[1] if inner else message
     for outcome, statuses, codes, words in RULES:
         has_code = any(name in codes and not (outcome is Outcome.QUOTA and name in rate_codes) for name in names)
-        if status in statuses and (has_code or (words and re.search(words, message)) or not (codes or words)):
+        if status in statuses and (has_code or (words and re.search(words, text)) or not (codes or words)):
             break
-    verdict = Verdict(outcome, status, message)
+    # Another account with the same API would say the same.
+    verdict = Verdict(outcome, status, message, of_kind=words is OPTION_WORDS)
     if outcome is Outcome.CLIENT:
         is_code = any(name in TOO_LONG_CODES for name in names)
-        verdict.too_long = is_code or TOO_LONG_WORDS.search(_QUOTED.sub("", message)) is not None
+        verdict.too_long = is_code or TOO_LONG_WORDS.search(_QUOTED.sub("", text)) is not None
     elif outcome in (Outcome.RATE, Outcome.FAULT):
         # OpenRouter repeats its header fields in the body: there they also reach the client of a stream.
         headers = first_object(first_object(error.get("metadata")).get("headers"))
         fields = {name.lower().encode(): str(value).encode() for name, value in headers.items()}
+        if outcome is Outcome.RATE:
+            read_rate_message(verdict, names)
         read_waits(verdict, {**fields, **index}, body, wall_s)
-    if outcome is Outcome.RATE:
-        read_rate_message(verdict, names)
     return verdict
 
 
@@ -3955,7 +4133,7 @@ _CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 _ERROR = re.compile(rb'"(?:error|success)"(?!\s*:\s*(?:null|true))')
 
 
-def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
+def judge_answer(body: bytes, index: Index, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
     """Return the verdict on `body`, a whole answer with status 200: some upstreams send errors with that status.
 
     A chat must have choices; any other answer may be anything but an error object. Only a suspicious body is parsed,
@@ -3972,25 +4150,25 @@ def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) 
     answer = first_object(value)
     # A stored response that failed is an object of the account: the client may read it again.
     if find_error(value) and not (request.stateful and answer.get("object") == "response"):
-        return judge_error(200, {}, text, rate_codes, time.time())
+        return judge_error(200, index, text, rate_codes, time.time())
     if not is_chat or first_object(answer.get("choices")):
         return OK
     problem = "is empty" if not text else "has no choices" if answer else "is no JSON object"
     return Verdict(Outcome.FAULT, 502, f"the upstream's answer {problem}")
 
 
-def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
+def judge_error_event(event: bytes, index: Index, rate_codes: Collection[str]) -> Verdict:
     """Return the verdict on an error event: the same as on a reply with the status that belongs to the error.
 
     The status of the real reply is 200, so without this an account that refuses all streams would look healthy.
     """
-    return judge_error(200, {}, event_fields(event)[1], rate_codes, time.time())
+    return judge_error(200, index, event_fields(event)[1], rate_codes, time.time())
 
 
 def judge_late_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
     """Return the verdict on an error in the middle of a stream: OK where the controller is not at fault."""
-    verdict = judge_error_event(event, rate_codes)
-    return OK if verdict.outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING) else verdict
+    verdict = judge_error_event(event, {}, rate_codes)
+    return OK if verdict.outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.UNFIT) else verdict
 
 
 def judge_failure(error: UpstreamError) -> Verdict:
@@ -4574,11 +4752,13 @@ class Candidate:
     """One controller for one model: its ledger, whether it has the model, and its usual times to a first answer.
 
     `mapped`: its name by `model_map`. `limited_as`: its name in the quota. `times`: of whole answers and of streams.
+    `refused`: what it has refused of what a request can do without.
     """
 
     def __init__(self, upstream: "Upstream", model: str) -> None:
         self.upstream, self.model, self.gate = upstream, model, Gate()
         self.mapped = dict(upstream.config.model_map).get(model)
+        self.refused: frozenset[str] = frozenset()
         name = self.mapped or model
         # gpt-4.1-2025-04-14 counts as gpt-4.1, but each of Azure's deployments has a quota of its own.
         self.limited_as = name if upstream.config.type == "azure" else _DATED.sub("", name)
@@ -4613,6 +4793,7 @@ class Upstream:
     def __init__(self, config: ControllerConfig, controller: Controller, quota: Quota) -> None:
         self.config, self.controller, self.quota = config, controller, quota
         self.name, self.weight, self.gate = config.name, config.weight, Gate(config.name)
+        self.kind = config.type, config.account.base_url
         self.credit = self.in_flight = self.requests = self.failures = 0
         # Moving means, of whole answers and of streams; 0 is unknown.
         self.first_byte_s = [0.0, 0.0]
@@ -4653,7 +4834,8 @@ class Upstream:
         outcome, gate = verdict.outcome, self.gate
         why = f"{verdict.status or outcome.value} {verdict.message[:200]}"
         self.last_error = why if verdict.message else self.last_error
-        if outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RATE):
+        was_refused = outcome is Outcome.UNFIT and verdict.status > 0
+        if was_refused or outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.RATE):
             self.recent.append((now, False))
             self.refusals.clear()
             gate.works(lease, now)
@@ -5008,8 +5190,13 @@ class UpstreamPool:
         return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
 
     def learn_models(self, upstream: Upstream, names: Iterable[str]) -> None:
-        """Learn the models that a controller itself lists. Waiting requests keep their candidates."""
-        upstream.listed = frozenset(names)
+        """Learn the models that a controller itself lists. Waiting requests keep their candidates.
+
+        Gemini lists `models/NAME`, and Ollama `NAME:latest`; clients ask for both by NAME.
+        """
+        upstream.listed = frozenset(
+            short for name in names for short in (name, name.removeprefix("models/"), name.removesuffix(":latest"))
+        )
         self.serving.clear()
 
     def candidates_for(self, request: ApiRequest, model: str) -> list[Candidate]:
@@ -5389,6 +5576,8 @@ ACCOUNT_REFUSALS = {
 }
 # How errors name the parameter with which this server asks for usage.
 _USAGE_OPTION = re.compile(rb"stream_?options|include_usage", re.IGNORECASE)
+# What this server or another vendor has added to a request, where a refusal names it.
+_LEFT_OUT = re.compile(r"\b(reasoning_content|thinking_blocks|developer|stream_options)\b")
 
 
 @dataclass(slots=True, repr=False)
@@ -5506,7 +5695,10 @@ class Trip:
             self.keep([item for item in self.candidates if item.ledger.largest() >= verdict.requested])
         elif verdict.outcome is Outcome.UNFIT:
             # Waiting for it is no use either.
-            self.keep([item for item in self.candidates if item.upstream is not controller])
+            kind = controller.kind if verdict.of_kind else None
+            self.keep(
+                [item for item in self.candidates if item.upstream is not controller and item.upstream.kind != kind]
+            )
 
     def keep(self, candidates: list[Candidate]) -> None:
         """Go on with these candidates only."""
@@ -5717,17 +5909,16 @@ class Relay:
         asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
         # An earlier attempt may have set it.
         request.add_usage = False
-        attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
-        request.add_usage = attempt.adds_usage
+        asks = asks and lease.upstream.controller.reports_usage and "stream_options" not in lease.candidate.refused
+        attempt.adds_usage = asks and not wants_usage(request)
+        request.add_usage, request.refused = attempt.adds_usage, lease.candidate.refused
         exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
         if others:
             lease.stuck = functools.partial(self._hedge, trip, attempt)
         await exchange.start()
         attempt.head, attempt.at = exchange.head, self.loop.time()
-        # Some proxies compress although only identity was asked for.
-        coding = exchange.head.index.get(b"content-encoding", b"identity").strip().lower()
-        attempt.readable = coding in (b"identity", b"")
+        attempt.readable = not is_compressed(exchange.head)
         requests, tokens = read_allowances(exchange.head.index, time.time)
         if requests is not None or tokens is not None:
             lease.learn(requests, tokens, attempt.at)
@@ -5750,10 +5941,13 @@ class Relay:
                 attempt.whole = not piece
             attempt.held = bytes(held)
             attempt.verdict = self._judge_whole(attempt, exchange, request)
-            is_refused = attempt.verdict is not OK and _USAGE_OPTION.search(attempt.held) is not None
-            if attempt.adds_usage and is_refused:
-                # The parameter is this server's, not the client's. The account does not get it any more.
-                lease.upstream.controller.reports_usage = attempt.whole = False
+            named = set(_LEFT_OUT.findall(attempt.verdict.message)) if attempt.verdict.of_kind else set()
+            if attempt.adds_usage and attempt.verdict is not OK and _USAGE_OPTION.search(attempt.held):
+                named.add("stream_options")
+            if named - lease.candidate.refused:
+                # The client does not depend on these. The account does not get them any more.
+                lease.candidate.refused |= named
+                attempt.whole = False
                 await self._exchange(attempt, trip)
                 return
         if attempt.verdict is not OK:
@@ -5807,7 +6001,7 @@ class Relay:
         head, rate_codes = exchange.head, attempt.lease.upstream.controller.rate_codes
         if head.status < 300:
             is_known = attempt.whole and attempt.readable
-            verdict = judge_answer(attempt.held, request, rate_codes) if is_known else OK
+            verdict = judge_answer(attempt.held, head.index, request, rate_codes) if is_known else OK
             if verdict is not OK:
                 exchange.finish()
                 attempt.head = ResponseHead(verdict.status, 1, head.index, JSON_TYPE)
@@ -5820,7 +6014,7 @@ class Relay:
     def _refused_in_200(self, attempt: Attempt, event: bytes) -> Verdict:
         """Return the verdict of an error event in an answer's place; the attempt gets the status that fits it."""
         assert attempt.head is not None
-        verdict = judge_error_event(event, attempt.lease.upstream.controller.rate_codes)
+        verdict = judge_error_event(event, attempt.head.index, attempt.lease.upstream.controller.rate_codes)
         attempt.held = event_fields(event)[1]
         attempt.head = ResponseHead(verdict.status, 1, attempt.head.index, JSON_TYPE)
         return verdict
@@ -6818,7 +7012,10 @@ class ModelLists:
             exchange.abort()
         try:
             if exchange.head.status == 200:
-                listed = [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
+                value = json.loads(body)
+                # Together sends the array alone.
+                models = value if isinstance(value, list) else value["data"]
+                listed = [model for model in models if isinstance(model["id"], str)]
                 # Anthropic's models have a `type` and no `object`. What cannot be printed cannot be asked for.
                 named = [model for model in listed if model["id"].isprintable() and model["id"]]
                 return [{**model_object(model["id"]), **model, "object": "model"} for model in named]

@@ -107,14 +107,15 @@ async def loop(server: Running, stream: bool) -> list[Any]:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", ["openai", "azure", "anthropic"])
-async def test_the_loop_is_the_same_everywhere(kind: str, stream: bool) -> None:
-    """On every kind of account the client gets the model's texts, calls, ids, arguments and finish_reasons in order."""
+@pytest.mark.parametrize("in_form", [True, False], ids=["as_asked", "in_the_other_form"])
+async def test_the_loop_is_the_same_everywhere(kind: str, stream: bool, in_form: bool) -> None:
+    """The client gets the model's texts, calls, ids, arguments and finish_reasons in order, in the form it asked for."""
 
     async def script(peer: Peer, seen: Message) -> None:
         found = results_in(seen.json())
         assert found == list(RESULTS.items())[: len(found)] and len(seen.json()["tools"]) == 2
         say = said_by_anthropic if kind == "anthropic" else said_by_openai
-        await peer.send(say(*ROUNDS[{0: 0, 2: 1, 3: 2}[len(found)]], stream))
+        await peer.send(say(*ROUNDS[{0: 0, 2: 1, 3: 2}[len(found)]], stream is in_form))
 
     async with Upstream(script) as one:
         base_url = one.url.removesuffix("/v1") if kind == "azure" else one.url

@@ -508,14 +508,15 @@ def test_presets(name: str) -> None:
     vendor = account(name, **words, api_key="" if local else KEY)
     assert vendor.base_url == re.sub(r"\{\w+\}", "eu-1", preset["base_url"])
     assert dict(vendor.rename_params) == preset.get("rename_params", {})
-    assert [*vendor.drop_params, *vendor.rate_codes] == preset.get("drop_params", []) + preset.get("rate_codes", [])
+    for key in ("drop_params", "refuses", "rate_codes"):
+        assert list(getattr(vendor, key)) == preset.get(key, [])
 
 
 def test_a_preset_gives_way() -> None:
     """The user's values win over the vendor's preset; null, and an empty text where there is a preset, do not count."""
     url = "https://gate.example/v1"
     changed = account("mistral", base_url=url, rename_params={"a": "b"}, drop_params=[], api_key=None)
-    assert changed == app.AccountConfig(base_url=url, rename_params=(("a", "b"),))
+    assert changed == app.AccountConfig(base_url=url, rename_params=(("a", "b"),), refuses=changed.refuses)
     preset = account("mistral", base_url="", drop_params=None)
     assert preset.base_url == app.PRESETS["mistral"]["base_url"] and preset.drop_params == ("stream_options",)
 

@@ -115,7 +115,8 @@ async def test_a_stream_with_another_content_type(kind: bytes, count: int) -> No
         async with Upstream(answers(raw)) as one, Upstream(answers(OK)) as two:
             async with Running(controller("a", one.url), controller("b", two.url), pool=PRIORITY) as server:
                 answer = await server.post(stream=True)
-                assert answer.json() == ANSWER and answer.headers["x-apiserver-controller"] == name
+                assert answer.headers["x-apiserver-controller"] == name
+                assert answer.json() == ANSWER if name == "a" else answer.body.endswith(DONE)
 
 
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: 0\r\n\r\n"

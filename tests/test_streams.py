@@ -36,6 +36,7 @@ DELTA = b'event: response.output_text.delta\ndata: {"type":"response.output_text
 INCOMPLETE = b'event: response.incomplete\ndata: {"type":"response.incomplete","response":{}}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":100,"completion_tokens":900,"total_tokens":1000}}\n\n'
 PRIORITY = {"type": "priority"}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
 
 @pytest.mark.parametrize(
@@ -372,3 +373,90 @@ async def test_a_failure_names_its_controller() -> None:
         async with Running(controller("dead", "http://127.0.0.1:9/v1")) as server:
             message = (await server.post()).json()["error"]["message"]
             assert message.startswith("controller 'dead': no connection") and "127.0.0.1" not in message
+
+
+# -- answers in the form that was not asked for
+
+MESSAGE = {"role": "assistant", "content": "hé", "reasoning_content": "so", "tool_calls": [CALL]}
+META = {"id": "c", "created": 1, "model": "m", "system_fingerprint": "f"}
+WHOLE = {
+    **META,
+    "object": "chat.completion",
+    "choices": [{"index": place, "message": MESSAGE, "finish_reason": "tool_calls"} for place in range(2)],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("usage", [False, True])
+async def test_a_whole_answer_becomes_a_stream(usage: bool) -> None:
+    """A server that never streams: the client gets chunks with all choices, and the usage if it asked for that."""
+    more = {"stream_options": {"include_usage": True}} if usage else {}
+    async with Upstream(answers(json_reply(200, WHOLE))) as one, Running(controller("a", one.url)) as server:
+        answer = await server.post(stream=True, **more)
+        assert answer.headers["content-type"].startswith("text/event-stream") and answer.body.endswith(DONE)
+        chunks = [json.loads(line[6:]) for line in answer.body.split(b"\n\n")[:-2]]
+        counted = [chunk["usage"] for chunk in chunks if chunk["usage"]]
+        assert [chunk["object"] for chunk in chunks] == ["chat.completion.chunk"] * len(chunks)
+        assert counted == [WHOLE["usage"]] * usage and chunks[0]["system_fingerprint"] == "f"
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        message = {**MESSAGE, "tool_calls": [{"index": 0, **CALL}]}
+        assert choices == [{"index": place, "delta": message, "finish_reason": "tool_calls"} for place in range(2)]
+
+
+async def test_a_stream_becomes_a_whole_answer() -> None:
+    """A server that always streams: texts and arguments are joined, and what vendors repeat is not."""
+    base: dict[str, Any] = {**META, "object": "chat.completion.chunk"}
+    name = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    deltas: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "", "reasoning_content": "s"},
+        {"role": "assistant", "content": None, "reasoning_content": "o"},
+        {"role": "assistant", "content": "h", "tool_calls": [{"index": 0, **name}]},
+        {"content": "é", "tool_calls": [{"index": 0, **name, "function": {"name": "", "arguments": '{"a"'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]},
+    ]
+    chunks = [{**base, "choices": []}]
+    for delta in deltas:
+        chunks += [{**base, "choices": [{"index": place, "delta": delta, "finish_reason": ""}]} for place in range(2)]
+    chunks += [
+        {**base, "choices": [{"index": place, "delta": {}, "finish_reason": "tool_calls"} for place in range(2)]},
+        {**base, "choices": [], "usage": WHOLE["usage"]},
+    ]
+    events = [b"data: %b\n\n" % json.dumps(chunk).encode() for chunk in chunks]
+    stream = sse_reply(b": wait\n\n", *events, DONE)
+    async with Upstream(answers(stream)) as one, Running(controller("a", one.url)) as server:
+        for _ in range(2):
+            answer = await server.post()
+            assert answer.headers["content-type"] == "application/json" and answer.json() == WHOLE
+        assert one.connections == 1
+
+
+TROUBLE = b'{"error":{"message":"no","type":"server_error","code":503}}'
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("stream", "raw", "status"),
+    [
+        (True, json_reply(200, json.loads(TROUBLE)), 503),
+        (True, json_reply(200, {"object": "chat.completion", "choices": []}), 502),
+        (True, json_reply(200, [1]), 502),
+        (False, sse_reply(event("a"), b"data: %b\n\n" % TROUBLE), 503),
+        (False, sse_reply(event("a"), b"event: error\ndata: no\n\n"), 502),
+        (False, sse_reply(event("a")), 502),
+        (False, sse_reply(DONE), 502),
+        (False, sse_reply(event("a"))[:-5], 502),
+    ],
+)
+async def test_an_error_in_the_other_form(stream: bool, raw: bytes, status: int, alone: bool) -> None:
+    """No byte has reached the client, so another controller answers; without one it gets an error with its status."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(raw)
+        peer.close()
+
+    async with Upstream(script) as one, Upstream(answers(json_reply(200, ANSWER))) as two:
+        controllers = [controller("a", one.url), controller("b", two.url)][: 1 if alone else 2]
+        async with Running(*controllers, pool=PRIORITY) as server:
+            answer = await server.post(stream=stream)
+            assert answer.status == (status if alone else 200)
+            assert not alone or answer.json()["error"]["message"]
