@@ -3705,7 +3705,7 @@ class AnthropicController(OpenAIController):
 
     def translated(self, exchange: Exchange, request: ApiRequest) -> Exchange:
         """See `OpenAIController`."""
-        return MessagesExchange(exchange, wants_usage(request))
+        return MessagesExchange(exchange, wants_usage(request) or not request.stream)
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """See `OpenAIController`. The fields of extra_body replace translated ones: they may be newer."""
