@@ -3522,8 +3522,8 @@ def to_events(answer: dict[str, Any], usage: bool) -> bytes:
         # Clients join the pieces of these lists by a number.
         for name in {"tool_calls", "thinking_blocks"} & delta.keys():
             delta[name] = [{"index": number, **item} for number, item in enumerate(delta[name])]
-        choices.append({"index": place, **choice, "message": None, "delta": delta})
-        del choices[-1]["message"]
+        rest = {name: value for name, value in choice.items() if name != "message"}
+        choices.append({"index": place, **rest, "delta": delta})
     chunk = {**answer, "object": "chat.completion.chunk", "choices": choices, "usage": None}
     chunks = [chunk, {**chunk, "choices": [], "usage": answer.get("usage")}][: 2 if usage and "usage" in answer else 1]
     return b"".join([b"data: %b\n\n" % compact_json(chunk) for chunk in chunks]) + b"data: [DONE]\n\n"
@@ -3863,8 +3863,8 @@ AUTH_WORDS = "^(API [Kk]ey (not valid|expired|not found)|User location is not su
 OPTION_CODES = "unsupported_parameter unsupported_value unknown_parameter extra_forbidden".split()
 OPTION_WORDS = (
     r"(?i)^(unsupported|unknown) (parameter|value)|^unrecognized request argument|cannot both be specified"
-    r"|extra inputs are not permitted|extra_forbidden|additional properties are not allowed|unknown (name|variant) ."
-    r"|property '[^']*' is unsupported|(not supported|deprecated) (with|on|by|for|in) this model"
+    r"|extra inputs are not permitted|extra_forbidden|additional properties are not allowed"
+    r"|unknown (name|variant|field) |property '[^']*' is unsupported|(not supported|deprecated) (with|on|by|for|in) this model"
     r"|does not support (the )?(parameter|response.format|assistant message|image|tool|function|reasoning|thinking)"
     r"|only \S+ is allowed for this model|^\w+ is not one of \[|'role' field that is in"
 )
@@ -4179,7 +4179,7 @@ def may_retry(verdict: Verdict, request: ApiRequest) -> bool:
 
 def usefulness(verdict: Verdict) -> int:
     """Return how useful an error is to the client, more for a higher number: a 429 is more useful than a 401."""
-    order = "barred forbidden auth unfit missing fault quota rate large client".split()
+    order = "barred unfit missing forbidden auth quota fault rate large client".split()
     return order.index(verdict.outcome.value) if verdict.outcome.value in order else -1
 
 
@@ -4228,6 +4228,9 @@ _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _COUNT = re.compile(rb'"(total|prompt|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
 
 
+USAGE_BYTES = 2048  # no usage is larger
+
+
 def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
     """Return all tokens and the answer's tokens, by the last `usage` in an answer or in its end; 0, 0 without one.
 
@@ -4235,11 +4238,42 @@ def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
     the prompt cache do not count.
     """
     start = max((usage.end() for usage in _USAGE.finditer(body)), default=len(body))
-    # Reversed, so that the first of equal names counts: later ones are details. No usage has more than 2,048 bytes.
-    counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + 2048))}
+    # Reversed, so that the first of equal names counts: later ones are details.
+    counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + USAGE_BYTES))}
     answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
     total = counts.get(b"total", 0) or counts.get(b"prompt", 0) + counts.get(b"input", 0) + answer
     return total - (counts.get(b"cached", 0) if cache_free else 0), answer
+
+
+# The text in an answer, and in the events of a stream. The Responses API repeats the text of its deltas later.
+_TEXT = re.compile(rb'"(?:content|reasoning_content|text|arguments)"\s*:\s*"((?:[^"\\]|\\.)*)"')
+_DELTA = re.compile(rb'"delta"\s*:\s*"((?:[^"\\]|\\.)*)"')
+
+
+class UsageMeter:
+    """Counts the tokens of an answer that passes: by its usage, wherever that stands, else by its text."""
+
+    def __init__(self, request: ApiRequest, cache_free: bool) -> None:
+        self.pattern = _DELTA if request.stream and request.path == "/responses" else _TEXT
+        self.splitter = EventSplitter() if request.stream else None
+        self.prompt, self.cache_free, self.tail = request.prompt_tokens, cache_free, b""
+        self.total = self.answer = self.text = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes. A usage may come in two pieces."""
+        window = self.tail + data
+        total, answer = used_tokens(window, self.cache_free)
+        if total:
+            self.total, self.answer = total, answer
+        self.tail = window[-USAGE_BYTES:]
+        for piece in (data,) if self.splitter is None else self.splitter.feed(data):
+            self.text += sum(map(len, self.pattern.findall(piece)))
+        if self.splitter is not None and len(self.splitter.pending) > EVENT_BYTES:
+            self.splitter.pending = b""
+
+    def read(self) -> tuple[int, int]:
+        """Return all tokens, and the answer's tokens or 0. Without usage, four characters count as a token."""
+        return self.total or self.prompt + self.text // 4, self.answer
 
 
 # ==== 11. Quotas and health ====
@@ -5084,14 +5118,14 @@ class UpstreamPool:
 
     def replace(self, upstreams: list[Upstream], config: PoolConfig) -> None:
         """Continue with these controllers, and try all of them again; waiting requests wait for them now."""
+        for upstream in dict.fromkeys((*self.upstreams, *upstreams)):
+            upstream.try_again(self.timers.time())
         self.leaving = [item for item in (*self.leaving, *self.upstreams) if item.in_flight and item not in upstreams]
         self.upstreams, self.config, self.policy = upstreams, config, POLICIES[config.type]
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
         self.context_fallbacks = dict(config.context_fallbacks)
         self.affine_above = AFFINE_TOKENS if config.affinity and config.type in AFFINE_POLICIES else NEVER
         self.serving.clear()
-        for upstream in upstreams:
-            upstream.try_again(self.timers.time())
         for waiter in [waiter for line in self.lines.values() for waiter in line if not waiter.future.done()]:
             try:
                 waiter.candidates = self.candidates_for(waiter.request, waiter.request.model)
@@ -5515,10 +5549,10 @@ ACCOUNT_REFUSALS = {
     Outcome.BARRED: "its key may not use such objects",
     Outcome.QUOTA: "its credit or its spending limit is used up",
 }
-# What this server or another vendor has added to a request, where a refusal names it.
-_LEFT_OUT = re.compile(r"\b(reasoning_content|thinking_blocks|developer|stream_options)\b")
-# The text in an answer or in its events: four characters count as a token where no usage is reported.
-_TEXT = re.compile(rb'"(?:content|reasoning_content|text|delta|arguments)"\s*:\s*"((?:[^"\\]|\\.)*)"')
+# How errors name the parameter with which this server asks for usage.
+_USAGE_OPTION = re.compile(rb"stream_?options|include_usage", re.IGNORECASE)
+# What other vendors add to messages, where a refusal names it; see `refuses`.
+_LEFT_OUT = re.compile(r"\b(reasoning_content|thinking_blocks|developer)\b")
 
 
 @dataclass(slots=True, repr=False)
@@ -5578,8 +5612,8 @@ class Trip:
     `tried` are the controllers asked in this round, without those that were only full. A wait in line begins a new
     round. `refusals` are the attempts that brought a reply. `failure` is the last error of an attempt without a reply,
     `full` the last refusal by the line; it is `merely_full` if a limit is the reason, and not health. `unfit` is the
-    error when no API can express the request. `has_fallbacks`: other models may answer instead; `models` are those
-    left. `hedge` is the second attempt beside a silent one and its task.
+    error when no API can express the request. `asked` is the model asked for, without its alias. `has_fallbacks`: other
+    models may answer instead; `models` are those left. `hedge` is the second attempt beside a silent one and its task.
     """
 
     request: ApiRequest
@@ -5592,9 +5626,15 @@ class Trip:
     full: NoRoom | None = None
     merely_full: bool = False
     unfit: ProxyError | None = None
+    asked: str = ""
     has_fallbacks: bool = False
     models: Iterator[str] | None = None
     hedge: tuple[Attempt, asyncio.Task[None]] | None = None
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether anything is known yet of why the request failed. It is about the model asked for, if possible."""
+        return bool(self.refusals or self.failure or self.full)
 
     @property
     def hedged(self) -> bool:
@@ -5730,11 +5770,12 @@ class Relay:
         pool, request = self.pool, trip.request
         if request.model in pool.aliases:
             request.substitute(pool.aliases[request.model])
-        trip.has_fallbacks = request.model in pool.fallbacks
+        trip.asked = request.model
+        trip.has_fallbacks = request.model in pool.fallbacks or request.model in pool.context_fallbacks
         try:
             trip.candidates = pool.candidates_for(request, request.model)
         except ProxyError as error:
-            if not trip.has_fallbacks:
+            if request.model not in pool.fallbacks:
                 raise
             trip.unfit = error
 
@@ -5792,10 +5833,10 @@ class Relay:
                 try:
                     lease = await self.pool.lease(request, trip.candidates, trip.tried) if trip.candidates else None
                 except NoRoom as full:
-                    # What was said of the model asked for counts, and not what was said of a fallback.
-                    if trip.models is None or not (trip.refusals or trip.failure):
+                    if trip.models is None or not trip.is_refused:
                         now, trip.full = self.loop.time(), full
-                        trip.merely_full = not all(candidate.is_out(now) for candidate in trip.candidates)
+                        full_ones = [item for item in trip.candidates if item.room_at(request.need, now)]
+                        trip.merely_full = not all(item.is_out(now) for item in full_ones)
                 finally:
                     trip.record.waited_s += wait_s - request.wait_s
                 if lease is None:
@@ -5823,7 +5864,9 @@ class Relay:
         except Untranslatable as error:
             trip.unfit, attempt.verdict = error, Verdict(Outcome.UNFIT)
         except UpstreamError as error:
-            trip.failure, attempt.verdict, attempt.head = error, judge_failure(error), None
+            attempt.verdict, attempt.head = judge_failure(error), None
+            error.args = (f"controller {attempt.lease.upstream.name!r}: {error}",)
+            trip.failure = error if trip.models is None or not trip.is_refused else trip.failure
         except BaseException:
             # The client left, another controller answered first, or there is a mistake in this program.
             self._settle(attempt, trip)
@@ -5841,8 +5884,7 @@ class Relay:
         asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
         # An earlier attempt may have set it.
         request.add_usage = False
-        asks = asks and lease.upstream.controller.reports_usage and "stream_options" not in lease.candidate.refused
-        attempt.adds_usage = asks and not wants_usage(request)
+        attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
         request.add_usage, request.refused = attempt.adds_usage, lease.candidate.refused
         exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
@@ -5873,9 +5915,11 @@ class Relay:
                 attempt.whole = not piece
             attempt.held = bytes(held)
             attempt.verdict = self._judge_whole(attempt, exchange, request)
+            is_refused = attempt.adds_usage and attempt.verdict is not OK and bool(_USAGE_OPTION.search(attempt.held))
             named = set(_LEFT_OUT.findall(attempt.verdict.message)) if attempt.verdict.of_kind else set()
-            if named - lease.candidate.refused:
-                # The client does not depend on these. The account does not get them any more.
+            if is_refused or named - lease.candidate.refused:
+                # They are this server's or other vendors', not the client's. The account gets them no more.
+                lease.upstream.controller.reports_usage &= not is_refused
                 lease.candidate.refused |= named
                 attempt.whole = False
                 await self._exchange(attempt, trip)
@@ -5891,6 +5935,8 @@ class Relay:
         UpstreamTimeout when signs of life are all that comes within `first_byte`.
         """
         others = others and attempt.readable
+        # Where the client must not see an account's trouble with its key, the first event is judged in any case.
+        judges = others or (attempt.readable and not self.shows_account)
         splitter, begun = EventSplitter(), False
         try:
             async with asyncio.timeout_at(attempt.at + exchange.first_byte_s) as held:
@@ -5898,11 +5944,11 @@ class Relay:
                     piece = await exchange.read()
                     attempt.lease.heard(self.loop.time())
                     attempt.held = attempt.held + piece if attempt.held else piece
-                    for event in splitter.feed(piece or b"\n\n") if others else ():
+                    for event in splitter.feed(piece or b"\n\n") if judges else ():
                         kind = judge_event(event)
                         if kind in (EventKind.REAL, EventKind.ERROR):
                             return OK if kind is EventKind.REAL else self._refused_in_200(attempt, event)
-                        if kind is EventKind.PREFACE and not begun:
+                        if not begun and (kind is EventKind.PREFACE or not others):
                             begun = True
                             held.reschedule(self.loop.time() + HOLD_S)
                     if not piece:
@@ -5914,7 +5960,7 @@ class Relay:
                         if others or not attempt.held:
                             raise UpstreamClosed("the upstream ended its stream before the first event")
                         return OK
-                    if not others or len(attempt.held) > HOLD_BYTES:
+                    if not judges or (begun and not others) or len(attempt.held) > HOLD_BYTES:
                         return OK
         except TimeoutError:
             if begun or not others:
@@ -6017,7 +6063,10 @@ class Relay:
             attempt.exchange.finish()
             if makes_objects(request):
                 self.remember(attempt.held, lease.upstream.name)
-            self._take_usage(attempt, request, attempt.held)
+            meter = self._meter(attempt, request)
+            if meter is not None:
+                meter.feed(attempt.held)
+                self._take_usage(attempt, request, meter)
             self._settle(attempt, trip)
             return Answer(attempt.head.status, self._lines(attempt, trip), attempt.held, len(attempt.held))
         size = None if attempt.stream else attempt.head.index.get(b"content-length")
@@ -6035,10 +6084,10 @@ class Relay:
 
         Raise AnswerCut when the upstream breaks off, when its stream ends without its end, or when this server stops.
         """
-        request, stream, word, text = trip.request, attempt.stream, "", 0
+        request, stream, word = trip.request, attempt.stream, ""
         readable = stream and attempt.readable
         has_end = readable and request.path in ENDED_STREAMS
-        end, counts_text = StreamEnd(ENDED_STREAMS.get(request.path, False)), counts_tokens(attempt.lease, request)
+        end, meter = StreamEnd(ENDED_STREAMS.get(request.path, False)), self._meter(attempt, request)
         splitter = EventSplitter() if attempt.adds_usage and readable else None
         remembers = makes_objects(request)
         data, attempt.verdict, attempt.held = attempt.held, ABANDONED, b""
@@ -6050,7 +6099,8 @@ class Relay:
                     # A name may come in two pieces.
                     self.remember(end.tail[-256:] + data, attempt.lease.upstream.name)
                 end.feed(data)
-                text += sum(map(len, _TEXT.findall(data))) if counts_text else 0
+                if meter is not None:
+                    meter.feed(data)
                 if splitter is not None:
                     events = [event for event in splitter.feed(data) if not is_usage_event(event)]
                     data = b"".join(events) + (splitter.pending if attempt.whole else b"")
@@ -6073,8 +6123,9 @@ class Relay:
         except (UpstreamError, asyncio.CancelledError) as error:
             if isinstance(error, UpstreamError):
                 attempt.verdict, word = Verdict(Outcome.CUT, 0, str(error)), "cut"
-                log.warning("%s: answer of account %s cut: %s", request.request_id, attempt.lease.upstream.name, error)
-                event = error_event(f"The upstream's answer was cut: {error}.", error.code)
+                name = attempt.lease.upstream.name
+                log.warning("%s: answer of account %s cut: %s", request.request_id, name, error)
+                event = error_event(f"The answer of controller {name!r} was cut: {error}.", error.code)
             elif self.stopping:
                 event = error_event("This server is shutting down.", "server_shutdown")
             else:
@@ -6087,22 +6138,19 @@ class Relay:
             if attempt.verdict is ABANDONED and has_end and end.is_whole():
                 # The SDKs leave after the last event; then the answer is whole.
                 attempt.verdict = OK
-            self._take_usage(attempt, request, end.tail, text)
+            if meter is not None:
+                self._take_usage(attempt, request, meter)
             self._settle(attempt, trip, word)
 
-    def _take_usage(self, attempt: Attempt, request: ApiRequest, body: bytes, text: int | None = None) -> None:
-        """Count what an answer cost, where a limit counts tokens.
+    def _meter(self, attempt: Attempt, request: ApiRequest) -> UsageMeter | None:
+        """Return what counts the tokens of an answer; None where no limit needs it."""
+        counts = request.on_usage is not None or attempt.lease.ledger.limited
+        return UsageMeter(request, attempt.lease.upstream.controller.cache_free) if counts else None
 
-        `body` is the answer or its end. Without usage in it, four characters of `text` count as a token.
-        """
-        lease = attempt.lease
-        if request.on_usage is None and not lease.ledger.limited:
-            return
-        total, answer = used_tokens(body, lease.upstream.controller.cache_free)
-        if not total:
-            text = sum(map(len, _TEXT.findall(body))) if text is None else text
-            total = request.prompt_tokens + text // 4
-        self.pool.used(lease, request.model, total, answer, attempt.tokens_known)
+    def _take_usage(self, attempt: Attempt, request: ApiRequest, meter: UsageMeter) -> None:
+        """Settle what an answer cost."""
+        total, answer = meter.read()
+        self.pool.used(attempt.lease, request.model, total, answer, attempt.tokens_known)
         if request.on_usage is not None:
             request.on_usage(total)
 
@@ -6125,14 +6173,15 @@ class Relay:
         a client away from accounts that work.
         """
         record, request = trip.record, trip.request
-        # What was said of the model asked for counts more than what a fallback said; the last of equals is the truest.
-        asked = trip.refusals[0].model if trip.refusals else ""
-        best = max(trip.refusals[::-1], key=lambda item: (item.model == asked, usefulness(item.verdict)), default=None)
+        # What was said of the model asked for hides what a fallback said. The last of equals is the truest.
+        own = [refusal for refusal in trip.refusals if refusal.model == trip.asked]
+        trip.refusals = own if own or trip.full or trip.failure else trip.refusals
+        best = max(trip.refusals[::-1], key=lambda item: usefulness(item.verdict), default=None)
         limited = best is not None and best.verdict.outcome is Outcome.RATE
         if trip.merely_full and best is not None and usefulness(best.verdict) < usefulness(RATE_LIMITED):
             # A full account will have room again, so the client should come back. The troubles of others do not matter.
             best = None
-        elif trip.full is None and limited and request.model == asked:
+        elif trip.full is None and limited and request.model == trip.asked:
             # That 429 was waited out. What came then is the answer: the last refusal, or an error without a reply.
             best = trip.refusals[-1] if trip.verdict is trip.refusals[-1].verdict else None
         outcome = Outcome.RATE if best is None else best.verdict.outcome
@@ -6147,11 +6196,13 @@ class Relay:
             retry = b"x-should-retry: false\r\n"
         if best is not None:
             return self._show(best, trip, retry)
-        if trip.full is not None:
+        if trip.full is not None and (trip.merely_full or trip.failure is None):
             model = (request.asked or request.model)[:64]
             message = f"Rate limit reached on every controller that serves {model}: {trip.full.why}."
             if not trip.merely_full:
                 message = f"Every controller that serves {model} is out of service or of credit; see /status?verbose=1."
+                if not self.shows_account:
+                    raise ProxyError(502, message, "upstream_account_refused", headers=retry)
             raise ProxyError(429, message, "rate_limit_exceeded", headers=retry)
         raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
@@ -6178,7 +6229,9 @@ class Relay:
                     "invalid_api_key",
                 )
             message = message or plain_text(body) or f"The upstream sent status {status} without a reason."
-            kind = "invalid_request_error" if status < 500 else "server_error"
+            kind = "invalid_request_error"
+            if status >= 500:
+                kind, message = "server_error", f"controller {name!r}: {message}"
             body = compact_json(error_object(message, kind, code))
             lines = without(lines, (b"content-encoding", b"content-type")) + JSON_TYPE
         return Answer(status, lines, body, len(body))
@@ -6566,6 +6619,9 @@ class ClientConnection:
             raise
         finally:
             if call.charge is not None:
+                # An error costs no tokens. A client that left (499) and a timeout (504) may have used some.
+                if call.record.status >= 400 and call.record.status not in (499, 504):
+                    call.charge.used(0, self.loop.time())
                 call.charge.leave(call.request is not None and call.request.was_sent, self.loop.time())
             self.server.access.add(call.record)
             self._release()
@@ -6855,6 +6911,7 @@ class ModelLists:
     def __init__(self, pool: UpstreamPool, connections: ConnectionPool, loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.connections, self.loop = pool, connections, loop
         self.known: dict[str, list[dict[str, Any]]] = {}  # by controller
+        self.answered: set[str] = set()  # the controllers whose first question has ended
         # The last question to each controller, and the time of the next one.
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.timers: dict[str, asyncio.TimerHandle] = {}
@@ -6864,6 +6921,7 @@ class ModelLists:
         self.close()
         names = {upstream.name for upstream in self.pool.upstreams}
         self.known = {name: models for name, models in self.known.items() if name in names}
+        self.answered &= names
         if len(names) > 1:
             self._ask_all()
 
@@ -6895,13 +6953,14 @@ class ModelLists:
             again_s = next_backoff(failed_s, (MODELS_TIMEOUT_S, MODELS_EVERY_S))
             if not failed_s:
                 log.warning("account %s: its models cannot be listed: %s", name, str(error) or "no answer in time")
+        self.answered.add(name)
         failed_s = again_s if again_s < MODELS_EVERY_S else 0.0
         self.timers[name] = self.loop.call_later(again_s, self._ask_again, upstream, failed_s)
 
     async def all(self) -> list[dict[str, Any]]:
         """Return all models and aliases by name. A controller that fails only shortens the list."""
         self._ask_all()
-        first = [task for name, task in self.tasks.items() if name not in self.known and not task.done()]
+        first = [task for name, task in self.tasks.items() if name not in self.answered]
         # This server was started a moment ago.
         if first:
             await asyncio.wait(first, timeout=MODELS_WAIT_S)
@@ -7166,7 +7225,7 @@ class Server:
         if shown[:7].lower() == b"bearer ":
             shown = shown[7:].strip()
         else:
-            shown = index.get(b"api-key", index.get(b"x-api-key", b""))
+            shown = index.get(b"api-key") or index.get(b"x-api-key", b"")
         digest, match = hashlib.sha256(shown).digest(), None
         # All keys are compared, so the time reveals nothing.
         for key in self.config.client_keys:
@@ -7276,13 +7335,14 @@ class Server:
             if quota is not None:
                 self.pool.estimate(request)
                 try:
-                    charge = call.charge = quota.enter(request.need, self.loop.time())
+                    need = request.need if request.inference else 0
+                    charge = call.charge = quota.enter(need, self.loop.time())
                 except NoRoom as full:
                     message = f"The client key {request.key!r} {full.why} on this gateway."
                     fields = retry_fields(full.after_s)
                     raise ProxyError(429, message, "rate_limit_exceeded", headers=fields) from None
                 call.request = request
-                if quota.limits.tpm:
+                if quota.limits.tpm and request.inference:
                     request.on_usage = lambda total: charge.used(total, self.loop.time())
         return await self.relay.run(request, call.record)
 

@@ -150,8 +150,8 @@ def test_may_retry(outcome: app.Outcome) -> None:
 
 
 def test_usefulness() -> None:
-    """The client's own error helps it most, then a 429, a fault, a missing model, and least an account's key."""
-    order = ("client", "large", "rate", "quota", "fault", "missing", "auth", "forbidden", "barred", "gone")
+    """The client's own error helps it most, then a 429, a fault, an account's own trouble, and least a missing model."""
+    order = ("client", "large", "rate", "fault", "quota", "auth", "forbidden", "missing", "unfit", "barred", "gone")
     values = [app.usefulness(app.Verdict(app.Outcome(name))) for name in order]
     assert values == sorted(values, reverse=True) and len(set(values)) == len(values)
 

@@ -10,6 +10,7 @@ from chatgpt_apiserver import chunk
 from .support import (
     ANSWER,
     DONE,
+    MESSAGES,
     SSE_HEAD,
     Message,
     Peer,
@@ -22,6 +23,7 @@ from .support import (
     json_reply,
     now,
     pause,
+    reply,
     sse_reply,
     until,
 )
@@ -83,9 +85,7 @@ async def test_a_stream_without_its_end_is_cut(path: str, stream: bytes, cut: bo
         assert ("tried=a:cut:" in server.access_lines()[0]) is cut
 
 
-@pytest.mark.parametrize(
-    "ending", [b'data: {"error":{"message":"engine died","code":502}}\n\n', b"", "reset"], ids=["error", "end", "reset"]
-)
+@pytest.mark.parametrize("ending", [b'data: {"error":{"message":"engine died","code":502}}\n\n', b"", "reset"], ids=["error", "end", "reset"])
 @pytest.mark.parametrize("preface", [b"", b": hello\n\n", ROLE])
 async def test_what_brings_no_word_commits_to_nothing(preface: bytes, ending: bytes | str) -> None:
     """After comments, or a role without content, an error, an end or a reset can still go to another controller."""
@@ -184,9 +184,7 @@ async def test_the_end_of_drain_timeout_is_told() -> None:
         await server.server.drain()
         await server.server.close()
         received = await streaming.reader.read()
-        assert (
-            b'data: {"error":' in received and b'"server_shutdown"' in received and not received.endswith(b"0\r\n\r\n")
-        )
+        assert b'data: {"error":' in received and b'"server_shutdown"' in received and not received.endswith(b"0\r\n\r\n")
         refused = await waiting.read()
         assert (refused.status, refused.json()["error"]["code"]) == (503, "server_shutdown")
         assert refused.headers["connection"] == "close"
@@ -255,6 +253,127 @@ async def test_a_client_may_leave_after_the_last_event() -> None:
         client.close()
         await until(server.access_lines)
         assert "tried=" not in server.access_lines()[0]
+
+
+@pytest.mark.parametrize("refusal", [b'{"message":"Unknown field: include_usage"}', b"unknown field `stream_options`"])
+@pytest.mark.parametrize("status", [400, 422, 500])
+async def test_an_account_that_refuses_to_report_usage(refusal: bytes, status: int) -> None:
+    """The parameter was this server's, so the request goes once more without it, and the words are counted."""
+
+    async def script(peer: Peer, message: Message) -> None:
+        asked = "stream_options" in message.json()
+        await peer.send(reply(status, refusal) if asked else sse_reply(event("word " * 400), STOP, DONE))
+
+    async with Upstream(script) as one, Running(controller("a", one.url, limits={"tpm": 100_000})) as server:
+        for count in (2, 3):
+            assert (await server.post(stream=True)).status == 200 and len(one.seen) == count
+        assert 1000 <= tokens(server) < 1040
+
+
+LONG = b'"results":"%b"' % (b"x" * 7000)
+COMPLETED = b'data: {"type":"response.completed","response":{"usage":%b,"output":[{"text":"%b"}]}}\n\n'
+DELTAS = b'data: {"type":"response.output_text.delta","delta":"%b"}\n\n' % (b"x" * 4000)
+
+
+@pytest.mark.parametrize(
+    ("path", "stream", "total"),
+    [
+        ("/chat/completions", event("a") + STOP[:-3] + b',"usage":{"total_tokens":5000},' + LONG + b"}\n\n", 5000),
+        ("/responses", DELTAS + COMPLETED % (b'{"total_tokens":5000}', b"x" * 8000), 5000),
+        ("/responses", DELTAS * 2 + COMPLETED % (b"null", b"x" * 8000), 2001),
+    ],
+)
+@pytest.mark.parametrize("size", [100, 100_000])
+async def test_usage_may_stand_anywhere(path: str, stream: bytes, total: int, size: int) -> None:
+    """A stream's usage counts before a long end, too. Text that the last event repeats counts once."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        for at in range(0, len(stream), size):
+            await peer.chunk(stream[at : at + size])
+        await peer.send(b"0\r\n\r\n")
+
+    async with Upstream(script) as one, Running(controller("a", one.url, limits={"tpm": 100_000})) as server:
+        options = {"stream_options": {"include_usage": True}}
+        data = {"model": "gpt-4.1", "stream": True, "input": "x" * 4, "messages": MESSAGES, **options}
+        await server.ask("POST", "/v1" + path, data)
+        assert tokens(server) == pytest.approx(total, abs=2)
+
+
+async def test_a_client_key_pays_for_answers_only() -> None:
+    """To read a stored answer, or to get an error, costs a client key no tokens."""
+    headers = ("Authorization: Bearer client-key-0123456789",)
+    keys = [{"name": "k", "key": "client-key-0123456789", "limits": {"tpm": 10_000}}]
+
+    async def script(peer: Peer, message: Message) -> None:
+        stored = json_reply(200, {"id": "resp_1", "usage": {"total_tokens": 5000}})
+        await peer.send(stored if message.start.startswith("GET") else error_reply(400))
+
+    async with Upstream(script) as one:
+        async with Running(controller("a", one.url), client_keys=keys, endpoints=["*"]) as server:
+            for _ in range(5):
+                assert (await server.ask("GET", "/v1/responses/resp_1", b"", *headers)).status == 200
+                assert (await server.post("m", *headers, max_tokens=4000)).status == 400
+
+
+SPENT = error_reply(402, message="Insufficient balance")
+
+
+@pytest.mark.parametrize(
+    ("first", "statuses"),
+    [
+        (error_reply(503), [503, 503]),
+        ("reset", [502, 502]),
+        (error_reply(401), [502, 502]),
+        (SPENT, [502, 502]),
+    ],
+)
+async def test_no_account_is_full(first: bytes | str, statuses: list[int]) -> None:
+    """Where one account is out of credit and another has failed, nothing is a rate limit."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        if isinstance(first, str):
+            peer.reset()
+        else:
+            await peer.send(first)
+
+    async with Upstream(script) as one, Upstream(answers(SPENT)) as two:
+        async with Running(controller("a", one.url), controller("b", two.url), pool=PRIORITY) as server:
+            assert [(await server.post()).status for _ in statuses] == statuses
+
+
+@pytest.mark.parametrize("how", ["full", "reset", 429])
+async def test_a_fallback_hides_nothing(how: str | int) -> None:
+    """What was said of the model asked for is the answer, also where that was no reply."""
+
+    async def script(peer: Peer, message: Message) -> None:
+        if message.json()["model"] == "n":
+            await peer.send(error_reply(400, "unsupported_parameter"))
+        elif how == "reset":
+            peer.reset()
+        else:
+            await peer.send(error_reply(429, "x", "x", "Retry-After: 50") if how == 429 else json_reply(200, ANSWER))
+
+    async with Upstream(script) as one:
+        pool = {"max_wait": 0, "fallbacks": {"m": ["n"]}}
+        limits = {"rpm": 1} if how == "full" else {}
+        async with Running(controller("a", one.url, models=["m"], limits=limits), controller("b", one.url, models=["n"]), pool=pool) as server:
+            statuses = [(await server.post("m")).status for _ in range(3)]
+            assert statuses == {"full": [200, 429, 429], "reset": [502] * 3, 429: [429] * 3}[how]
+
+
+async def test_a_failure_names_its_controller() -> None:
+    """A 502 says which controller failed and how; a key's trouble as first event of the last one is told so, too."""
+    bad = sse_reply(b'data: {"error":{"message":"Incorrect API key provided: sk-b***0","code":"invalid_api_key"}}\n\n')
+    async with Upstream(answers(bad)) as one:
+        async with Running(controller("a", "http://127.0.0.1:9/v1"), controller("b", one.url)) as server:
+            answer = await server.post(stream=True)
+            assert (answer.status, answer.json()["error"]["code"]) == (502, "upstream_account_refused")
+            assert b"sk-b" not in answer.body
+        async with Running(controller("dead", "http://127.0.0.1:9/v1")) as server:
+            message = (await server.post()).json()["error"]["message"]
+            assert message.startswith("controller 'dead': no connection") and "127.0.0.1" not in message
+
 
 
 # -- answers in the form that was not asked for
