@@ -3864,9 +3864,9 @@ OPTION_CODES = "unsupported_parameter unsupported_value unknown_parameter extra_
 OPTION_WORDS = (
     r"(?i)^(unsupported|unknown) (parameter|value)|^unrecognized request argument|cannot both be specified"
     r"|extra inputs are not permitted|extra_forbidden|additional properties are not allowed"
-    r"|unknown (name|variant|field) |property '[^']*' is unsupported|(not supported|deprecated) (with|on|by|for|in) this model"
+    r"|unknown (name|variant|field) |property '[^']*' is unsupported|only \S+ is allowed for this model"
+    r"|(not supported|deprecated) (with|on|by|for|in) this model|^\w+ is not one of \[|'role' field that is in"
     r"|does not support (the )?(parameter|response.format|assistant message|image|tool|function|reasoning|thinking)"
-    r"|only \S+ is allowed for this model|^\w+ is not one of \[|'role' field that is in"
 )
 
 
