@@ -3522,8 +3522,8 @@ def to_events(answer: dict[str, Any], usage: bool) -> bytes:
         # Clients join the pieces of these lists by a number.
         for name in {"tool_calls", "thinking_blocks"} & delta.keys():
             delta[name] = [{"index": number, **item} for number, item in enumerate(delta[name])]
-        choices.append({"index": place, **choice, "message": None, "delta": delta})
-        del choices[-1]["message"]
+        rest = {name: value for name, value in choice.items() if name != "message"}
+        choices.append({"index": place, **rest, "delta": delta})
     chunk = {**answer, "object": "chat.completion.chunk", "choices": choices, "usage": None}
     chunks = [chunk, {**chunk, "choices": [], "usage": answer.get("usage")}][: 2 if usage and "usage" in answer else 1]
     return b"".join([b"data: %b\n\n" % compact_json(chunk) for chunk in chunks]) + b"data: [DONE]\n\n"
@@ -3705,7 +3705,7 @@ class AnthropicController(OpenAIController):
 
     def translated(self, exchange: Exchange, request: ApiRequest) -> Exchange:
         """See `OpenAIController`."""
-        return MessagesExchange(exchange, wants_usage(request))
+        return MessagesExchange(exchange, wants_usage(request) or not request.stream)
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """See `OpenAIController`. The fields of extra_body replace translated ones: they may be newer."""
@@ -3871,10 +3871,10 @@ AUTH_WORDS = (
 OPTION_CODES = "unsupported_parameter unsupported_value unknown_parameter extra_forbidden".split()
 OPTION_WORDS = (
     r"(?i)^(unsupported|unknown) (parameter|value)|^unrecognized request argument|cannot both be specified"
-    r"|extra inputs are not permitted|extra_forbidden|additional properties are not allowed|unknown (name|variant) ."
-    r"|property '[^']*' is unsupported|(not supported|deprecated) (with|on|by|for|in) this model"
+    r"|extra inputs are not permitted|extra_forbidden|additional properties are not allowed"
+    r"|unknown (name|variant|field) |property '[^']*' is unsupported|only \S+ is allowed for this model"
+    r"|(not supported|deprecated) (with|on|by|for|in) this model|^\w+ is not one of \[|'role' field that is in"
     r"|does not support (the )?(parameter|response.format|assistant message|image|tool|function|reasoning|thinking)"
-    r"|only \S+ is allowed for this model|^\w+ is not one of \[|'role' field that is in"
 )
 
 
@@ -5576,8 +5576,8 @@ ACCOUNT_REFUSALS = {
 }
 # How errors name the parameter with which this server asks for usage.
 _USAGE_OPTION = re.compile(rb"stream_?options|include_usage", re.IGNORECASE)
-# What this server or another vendor has added to a request, where a refusal names it.
-_LEFT_OUT = re.compile(r"\b(reasoning_content|thinking_blocks|developer|stream_options)\b")
+# What other vendors add to messages, where a refusal names it; see `refuses`.
+_LEFT_OUT = re.compile(r"\b(reasoning_content|thinking_blocks|developer)\b")
 
 
 @dataclass(slots=True, repr=False)
@@ -5909,8 +5909,7 @@ class Relay:
         asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
         # An earlier attempt may have set it.
         request.add_usage = False
-        asks = asks and lease.upstream.controller.reports_usage and "stream_options" not in lease.candidate.refused
-        attempt.adds_usage = asks and not wants_usage(request)
+        attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
         request.add_usage, request.refused = attempt.adds_usage, lease.candidate.refused
         exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
@@ -5941,11 +5940,11 @@ class Relay:
                 attempt.whole = not piece
             attempt.held = bytes(held)
             attempt.verdict = self._judge_whole(attempt, exchange, request)
+            is_refused = attempt.adds_usage and attempt.verdict is not OK and bool(_USAGE_OPTION.search(attempt.held))
             named = set(_LEFT_OUT.findall(attempt.verdict.message)) if attempt.verdict.of_kind else set()
-            if attempt.adds_usage and attempt.verdict is not OK and _USAGE_OPTION.search(attempt.held):
-                named.add("stream_options")
-            if named - lease.candidate.refused:
-                # The client does not depend on these. The account does not get them any more.
+            if is_refused or named - lease.candidate.refused:
+                # They are this server's or other vendors', not the client's. The account gets them no more.
+                lease.upstream.controller.reports_usage &= not is_refused
                 lease.candidate.refused |= named
                 attempt.whole = False
                 await self._exchange(attempt, trip)

@@ -98,6 +98,17 @@ async def test_a_whole_answer(size: int | None) -> None:
         assert seen.json() == {"model": "claude-x", "max_tokens": 9, "messages": messages}
 
 
+async def test_a_stream_where_a_whole_answer_was_asked_for() -> None:
+    """Its events are joined, with thinking, usage and ending."""
+    thinking = sse("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": "so"})
+    async with Upstream(answers(sse_reply(START, thinking, text("h"), text("i"), STOP))) as one:
+        async with Running(anthropic("a", one)) as server:
+            found = await server.post()
+            message = {"role": "assistant", "content": "hi", "reasoning_content": "so"}
+            assert found.json()["choices"][0]["message"] == message
+            assert found.json()["usage"]["prompt_tokens"] == 5 and found.json()["object"] == "chat.completion"
+
+
 async def test_what_the_configuration_adds() -> None:
     """The account's max_tokens, extra_body and headers are added to the translated request."""
     account = {"max_tokens": 77, "thinking": "adaptive", "extra_body": {"service_tier": "standard_only"}}
