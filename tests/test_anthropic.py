@@ -60,17 +60,20 @@ def test_requests(case: dict[str, Any]) -> None:
     assert sent == case["sent"] and json.dumps(case["asked"]) == before
     known = "model max_tokens messages system tools tool_choice temperature top_p top_k stop_sequences stream metadata"
     assert set(sent) <= set((known + " thinking output_config cache_control").split())
-    roles = [turn["role"] for turn in sent["messages"]]
+    every = [turn["role"] for turn in sent["messages"]]
+    # A system message follows a user's, and no user's follows it.
+    assert {before for before, role in zip(["", *every], every, strict=False) if role == "system"} <= {"user"}
+    roles = [role for role in every if role != "system"]
     assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2)
     blocks = [block for turn in sent["messages"] for block in turn["content"]] + sent.get("system", [])
     assert all(block["text"].strip() for block in blocks if block["type"] == "text")
     last = sent["messages"][-1]["content"][-1]
-    assert roles[-1] == "user" or last.get("text", "") == last.get("text", "").rstrip()
+    assert every[-1] != "assistant" or last.get("text", "") == last.get("text", "").rstrip()
     defined = {tool["name"] for tool in sent.get("tools", ())}
     assert {block["name"] for block in blocks if block["type"] == "tool_use"} <= defined
     assert defined or "tool_choice" not in sent
     calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
-    assert calls == [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
+    assert sorted(calls) == sorted({block["tool_use_id"] for block in blocks if block["type"] == "tool_result"})
 
 
 REFUSED = [line.split(" ", 1) for line in (GOLDEN / "refused.txt").read_text(encoding="utf-8").splitlines()[1:]]
