@@ -2617,24 +2617,23 @@ _TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
 _THINKING_BLOCKS = ("thinking", "redacted_thinking")  # the second is encrypted; it can only be sent back
 # The least default of max_tokens for models that think, as thinking counts. All of them allow it.
 _THINKING_TOKENS = 32_000
-# Since which version a family of models has a trait: platform.claude.com, "Troubleshooting thinking", "Mid-conversation
-# system messages" and the models' pages "What's new". Names on other platforms begin differently and have no traits.
-_FAMILIES = ("opus", "sonnet", "haiku", "fable", "mythos")
+# How the names of models with a trait go on after "claude-": platform.claude.com, "Troubleshooting thinking",
+# "Mid-conversation system messages" and the models' pages "What's new". On other platforms, names begin differently:
+# those models count as models without traits.
+_FROM_5_5 = r"(5-[5-9](?!\d)|[6-9])"
 _TRAITS = {
-    "thinks by default": (5, 5, 5.5, 5, 5),
-    "always thinks": (5.5, 5.5, 99, 5, 5),
-    "takes system messages": (4.8, 5.5, 5.5, 5, 5),
-    "refuses sampling": (4.7, 5, 5.5, 5, 5),
-    "refuses a prefill": (4.6, 4.6, 5.5, 5, 5),
-    "refuses forced tools": (5.5, 5.5, 99, 5.1, 5.1),
+    "thinks by default": rf"(opus|sonnet|fable|mythos)-[5-9]|haiku-{_FROM_5_5}",
+    "always thinks": rf"(opus|sonnet)-{_FROM_5_5}|(fable|mythos)-[5-9]",
+    "takes system messages": rf"(opus-4-[89](?!\d)|(opus|fable|mythos)-[5-9]|(sonnet|haiku)-{_FROM_5_5})",
+    "refuses sampling": rf"opus-4-[7-9](?!\d)|(opus|sonnet|fable|mythos)-[5-9]|haiku-{_FROM_5_5}",
+    "refuses a prefill": rf"(opus|sonnet)-(4-[6-9](?!\d)|[5-9])|(fable|mythos)-[5-9]|haiku-{_FROM_5_5}",
+    "refuses forced tools": rf"(opus|sonnet)-{_FROM_5_5}|(fable|mythos)-(5-[1-9](?!\d)|[6-9])",
 }
 # Steps of a thinking block's `after`; see `from_message`. All others are lengths of texts.
 _JSON_STEP, _CALL_STEP = "json_object", "call"
 # The API has no JSON mode without a schema.
-_JSON_MODE = {
-    "role": "system",
-    "content": "Answer with one valid JSON object and nothing else: no other text and no code fence.",
-}
+_JSON_TEXT = "Answer with one valid JSON object and nothing else: no other text and no code fence."
+_JSON_MODE = [{"role": "system", "content": _JSON_TEXT}]
 
 
 def _only(*values: Any) -> Form:
@@ -2662,15 +2661,6 @@ def _url(*kinds: str) -> Form:
         return {"type": "base64", "media_type": kind, "data": url.partition(",")[2]} if kind in kinds else None
 
     return convert, f"must be an https URL, or a data URL in base64 of type {' or '.join(kinds)}."
-
-
-def _traits(model: str) -> set[str]:
-    """Return the names of the model's traits in _TRAITS."""
-    match = re.match(rf"claude-({'|'.join(_FAMILIES)})-(\d)(?:[.-](\d)(?!\d))?(?!\d)", model)
-    if match is None:
-        return set()
-    family, version = _FAMILIES.index(match.group(1)), float(f"{match.group(2)}.{match.group(3) or 0}")
-    return {trait for trait, since in _TRAITS.items() if version >= since[family]}
 
 
 def _thinking_block(block: dict[str, Any]) -> dict[str, Any]:
@@ -2710,13 +2700,15 @@ def _schema(schema: dict[str, Any]) -> dict[str, Any]:
     It is rewritten as transform_schema of the anthropic-sdk-python package does: objects are closed, and what the
     subset lacks moves to the description. An error is what has no type, and what this would change too much.
     """
-    left, made = dict(schema), dict[str, Any]()
+    left: dict[str, Any] = dict(schema)
+    made: dict[str, Any] = {}
     if len(left.get("allOf", ())) == 1:
         # Older pydantic wraps references in this way.
         return _schema({**left.pop("allOf")[0], **left})
-    for name in [name for name in ("$defs", "definitions") if name in left]:
-        made[name] = {key: _schema(part) for key, part in left.pop(name).items()}
-        _refuse_recursion(made[name])
+    for name in ("$defs", "definitions"):
+        if name in left:
+            made[name] = {key: _schema(part) for key, part in left.pop(name).items()}
+            _refuse_recursion(made[name])
     if "$ref" in left:
         if not left["$ref"].startswith(("#/$defs/", "#/definitions/")):
             raise ValueError("a reference to something else than a definition")
@@ -2742,14 +2734,12 @@ def _schema(schema: dict[str, Any]) -> dict[str, Any]:
         made["additionalProperties"] = False
     if "items" in left:
         made["items"] = _schema(left.pop("items"))
-    known = {"format": left.get("format") in _FORMATS, "minItems": left.get("minItems") in (0, 1)}
-    for name in [
-        name for name in ("title", "description", "required", *known) if name in left and known.get(name, True)
-    ]:
-        made[name] = left.pop(name)
+    kept = ["title", "description", "required"]
+    kept += ["format"] * (left.get("format") in _FORMATS) + ["minItems"] * (left.get("minItems") in (0, 1))
+    made.update({name: left.pop(name) for name in kept if name in left})
     if left:
         lost = "{" + ", ".join(f"{name}: {value}" for name, value in left.items()) + "}"
-        made["description"] = "\n\n".join([*_set(old=made.get("description")).values(), lost])
+        made["description"] = "\n\n".join(filter(None, [made.get("description"), lost]))
     return made
 
 
@@ -2797,10 +2787,7 @@ _MESSAGES: dict[str, Form] = {
     "tool": {"": ("tool_call_id",), "tool_call_id": _CALL_ID, "name": None, **_USER},
 }
 _FUNCTION: Form = {"": ("name",), "name": _STRING, "description": None, "parameters": _OBJECT, "strict": None}
-_STRICT: Form = (
-    _schema,
-    "must be a schema that Anthropic's structured outputs allow: with types, without recursion and free keys.",
-)
+_STRICT: Form = (_schema, "must be a schema with types, without recursion and free keys, for Anthropic's Messages API.")
 _TOOL_NAME: Form = {"": ("function",), "function": {"": ("name",), "name": _STRING}}
 _TOOL_WORD: Form = (_TOOL_CHOICES.get, "must be none, auto, required or a function for Anthropic's Messages API.")
 _SCHEMA: Form = {
@@ -2914,25 +2901,25 @@ def _blocks(content: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
 
 def _answer(message: dict[str, Any], calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the blocks of an assistant's message in the order in which the model made them: see `from_message`."""
-    content, blocks = message.get("content"), list[dict[str, Any]]()
-    thoughts = message.get("thinking_blocks", ())
-    marker = None
+    content, thoughts = message.get("content") or "", message.get("thinking_blocks", ())
+    blocks: list[dict[str, Any]] = []
+    mark = None
     if isinstance(content, list) and any(thought["after"] for thought in thoughts):
         # Clients that set cache_control make parts of the text.
-        marker = content and content[-1].get("cache_control")
+        mark = content[-1].get("cache_control")
         content = "".join([part[part["type"]] for part in content])
     for thought in thoughts:
-        for step in thought["after"]:
+        for step in thought.pop("after"):
             if step == _CALL_STEP:
                 blocks += calls[:1]
                 calls = calls[1:]
-            elif isinstance(step, int) and isinstance(content, str):
+            elif isinstance(step, int):
                 blocks += _blocks(content[:step])
                 content = content[step:]
-        blocks.append({name: value for name, value in thought.items() if name != "after"})
+        blocks.append(thought)
     blocks += [*_blocks(content), *_blocks(message.get("refusal")), *calls]
-    if marker and blocks[-1]["type"] not in _THINKING_BLOCKS:
-        blocks[-1]["cache_control"] = marker
+    if mark and blocks[-1]["type"] not in _THINKING_BLOCKS:
+        blocks[-1]["cache_control"] = mark
     return blocks
 
 
@@ -3101,7 +3088,7 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
     """
     asked = _convert(data, _REQUEST, "", drop)
     sent = {name: asked[name] for name in _COPIED if name in asked}
-    traits = _traits(str(asked.get("model")))
+    traits = {trait for trait, names in _TRAITS.items() if re.match(f"claude-({names})", str(asked.get("model")))}
     # The API demands a limit.
     limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
     if limit is None and ("thinks by default" in traits or "thinking" in asked or asked.get("reasoning_effort")):
@@ -3115,10 +3102,9 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
     for message in asked.get("messages", ()):
         # The instruction for JSON mode stands again where it stood when the answer was made.
         steps = [step for thought in message.get("thinking_blocks", ()) for step in thought["after"]]
-        messages += [_JSON_MODE] * (_JSON_STEP in steps) + [message]
-    sent.update(
-        _conversation(messages + [_JSON_MODE] * (wanted["type"] == "json_object"), "takes system messages" in traits)
-    )
+        messages += _JSON_MODE * (_JSON_STEP in steps) + [message]
+    prompt = messages + _JSON_MODE * (wanted["type"] == "json_object")
+    sent.update(_conversation(prompt, "takes system messages" in traits))
     if sent["messages"][-1]["role"] == "assistant":
         # Only the client's own prefill is one.
         if messages[-1]["role"] != "assistant" or "refuses a prefill" in traits:
