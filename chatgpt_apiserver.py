@@ -813,14 +813,16 @@ def check_account(place: Place, account: AccountConfig) -> None:
 def bypasses_proxy(url: str, no_proxy: str) -> bool:
     """Return whether `no_proxy` has the host of `url`: an address, a network (CIDR), a domain, or a name with `*`."""
     parts = urllib.parse.urlsplit(url)
-    host = parts.hostname or ""
+    host, port = (parts.hostname or "").rstrip("."), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
     def has_host(entry: str) -> bool:
         try:
             return ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip("[]"), strict=False)
         except ValueError:  # one of them is a name
-            pattern = re.escape(entry.lstrip(".")).replace(r"\*", ".*")
-            return any(re.fullmatch(rf"(.+\.)?{pattern}", name) for name in (host, f"{host}:{parts.port}"))
+            pattern = re.escape(entry.strip(".")).replace(r"\*", ".*")
+            return any(
+                re.fullmatch(rf"(.+\.)?{pattern}", name) for name in (host, f"{host}:{port}", f"[{host}]:{port}")
+            )
 
     return any(map(has_host, re.findall(r"[^\s,]+", no_proxy.lower())))
 
@@ -1765,10 +1767,11 @@ def split_target(target: str) -> tuple[str, str, str]:
 # the longest alternative stands first.
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 TAIL_BYTES = 4096  # what is kept of the end of an answer
+EVENT_BYTES = 1_048_576  # a larger event of a stream is not parsed
 # Responses API events that come before any output: an error after them can still go to another controller. The next
 # keep a connection open while a model thinks, also behind gateways to Anthropic.
 _KINDS_BY_TYPE = dict.fromkeys(("response.created", "response.queued", "response.in_progress"), "preface")
-_KINDS_BY_TYPE.update(keepalive="life", ping="life")
+_KINDS_BY_TYPE.update(keepalive="life", ping="life", heartbeat="life")
 
 
 class EventSplitter:
@@ -1838,32 +1841,30 @@ def _says_nothing(choices: Any) -> bool:
 
 
 def event_object(data: bytes) -> dict[str, Any]:
-    """Return the JSON object that an event's data is; an empty one for any other data."""
+    """Return the JSON object that an event's data is, or the first in a list; an empty one for any other data."""
     try:
-        value = json.loads(data)
+        return first_object(json.loads(data))
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def judge_event(event: bytes) -> EventKind:
     """Return whether an event belongs to a real answer, is an error, or may come before either."""
     kind, data = event_fields(event)
-    value = event_object(data)
+    value, text = event_object(data), data.strip()
+    name = str(value.get("type") or kind.decode("latin-1"))
     if kind == b"error" or find_error(value):
         return EventKind.ERROR
-    # Other data is real: "[DONE]" may end an empty answer, and the client gets what this server cannot read as it is.
-    if not value:
-        return EventKind.REAL if data.strip() else EventKind.LIFE
-    # Chunks have choices, and all other events of answers have a type.
-    if "type" not in value and _says_nothing(value.get("choices", [])):
-        return EventKind.PREFACE
-    return EventKind(_KINDS_BY_TYPE.get(str(value.get("type")), "real"))
+    if name in _KINDS_BY_TYPE or not text:
+        return EventKind(_KINDS_BY_TYPE.get(name, "life"))
+    # An answer may be empty. Its chunks have choices, and all other events of answers have a type.
+    is_real = text == b"[DONE]" or "type" in value or not _says_nothing(value.get("choices") or [])
+    return EventKind.REAL if is_real else EventKind.PREFACE
 
 
 # What ends a stream of the Responses API, and one of chats or completions. Inside a JSON string each quote has a
 # backslash, so no text of an answer looks like this. Some vendors write "" for a reason that is not known yet.
-_RESPONSE_END = re.compile(rb'"type"\s*:\s*"response\.(?:completed|failed|incomplete)"')
+_RESPONSE_END = re.compile(rb'(?:"type"\s*:\s*"|[\r\n]event: ?)response\.(?:completed|failed|incomplete)["\r\n]')
 _CHOICE_END = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 _DONE = re.compile(rb"[\r\n]data: ?\[DONE\]")
 
@@ -1876,6 +1877,7 @@ class StreamEnd:
 
     def __init__(self, is_response: bool) -> None:
         self.pattern, self.seen, self.tail = _RESPONSE_END if is_response else _CHOICE_END, False, b"\n"
+        self.open = b""  # what came since the last blank line
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes."""
@@ -1884,11 +1886,14 @@ class StreamEnd:
         # A bit of what came before, as the words may be cut in two.
         self.seen = self.seen or self.pattern.search(self.tail, max(0, last - 64)) is not None
         self.tail = self.tail[-TAIL_BYTES:]
+        blank = max(data.rfind(b"\n\n"), data.rfind(b"\n\r\n"), data.rfind(b"\r\r"))
+        self.open = data[blank + 2 :] if blank >= 0 else (self.open + data)[-EVENT_BYTES:]
 
     def is_whole(self) -> bool:
         """Return whether the stream has its end, and the last event is not cut in half."""
         # Some servers close after the last event without its blank line.
-        is_ended = self.tail.endswith((b"}", b"\n", b"\r"))
+        last = event_fields(_EVENT_END.split(self.open)[-1])[1].strip()
+        is_ended = not last or bool(event_object(last))
         return (self.seen and is_ended) or _DONE.search(self.tail) is not None
 
 
@@ -3404,8 +3409,8 @@ class MessageStream:
 
 # Without /v1, which belongs to the base URL of an account.
 CHAT_PATH = "/chat/completions"
+LIFE_S = 0.5  # how often a stream whose events have no translation gets a comment
 HOLD_BYTES = 65536  # kept of a stream before its first real event, and read of an error
-EVENT_BYTES = 1_048_576  # a larger event of a stream is not parsed
 ANSWER_BYTES = 16_777_216  # read of an answer to translate; the longest have about 1 MB
 STREAM_BYTES = 67_108_864  # read of a stream to join: each of 128,000 tokens may come in an event of 500 bytes
 STREAM_TYPE = b"text/event-stream; charset=utf-8"
@@ -3860,6 +3865,7 @@ class MessagesExchange:
         self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: MessageStream | None = None
+        self.heard_at = 0.0
         self.ready = b""  # translated and not read yet
         self.head: ResponseHead
 
@@ -3898,7 +3904,10 @@ class MessagesExchange:
             self._translate(self.stream, data)
             if not data:
                 self.stream = None
-        data, self.ready = self.ready, b""
+            elif len(self.ready) == 0 and time.monotonic() - self.heard_at > LIFE_S:
+                # What has no translation is a sign of life, too.
+                self.ready = b": ping\n\n"
+        data, self.ready, self.heard_at = self.ready, b"", time.monotonic()
         return data
 
     def _translate(self, stream: MessageStream, data: bytes) -> None:
@@ -4370,19 +4379,20 @@ def judge_answer(body: bytes, index: Index, request: ApiRequest, rate_codes: Col
     A chat must have choices; any other answer may be anything but an error object. Only a suspicious body is parsed,
     as parsing every answer would double the cost of a request.
     """
-    text, is_chat = body.strip(), request.path in (CHAT_PATH, "/completions")
+    text, is_chat = body.removeprefix(b"\xef\xbb\xbf").strip(), request.path in (CHAT_PATH, "/completions")
     is_object = text[:1] == b"{" and text[-1:] == b"}"
-    if not request.inference or not (is_chat or is_object):
+    is_page = b"html" in index.get(b"content-type", b"") or text[:6].lower() in (b"<html>", b"<!doct")
+    if not request.inference or not (is_chat or is_object or is_page):
         return OK
     has_error = (b'"error"' in text or b'"success"' in text) and _ERROR.search(text)
-    if not has_error and (not is_chat or (is_object and _CHOICES.search(text))):
+    if not has_error and ((not is_chat and not is_page) or (is_object and _CHOICES.search(text))):
         return OK
     value = parse_reply(text)
     answer = first_object(value)
     # A stored response that failed is an object of the account: the client may read it again.
     if find_error(value) and not (request.stateful and answer.get("object") == "response"):
         return judge_error(200, index, text, rate_codes, time.time())
-    if not is_chat or first_object(answer.get("choices")):
+    if first_object(answer.get("choices")) or not (is_chat or is_page):
         return OK
     problem = "is empty" if not text else "has no choices" if answer else "is no JSON object"
     return Verdict(Outcome.FAULT, 502, f"the upstream's answer {problem}")
@@ -7077,16 +7087,21 @@ class ClientConnection:
         if rest is None:
             return
         try:
-            if self.protocol.full:
-                await self._drain()
-            async for data in rest:
-                # An empty chunk would end the body.
-                if not data:
-                    continue
-                record.bytes += len(data)
-                self.transport.write(chunk(data) if chunked else data)
+            try:
                 if self.protocol.full:
                     await self._drain()
+                async for data in rest:
+                    # An empty chunk would end the body.
+                    if data:
+                        record.bytes += len(data)
+                        self.transport.write(chunk(data) if chunked else data)
+                    if self.protocol.full:
+                        await self._drain()
+            except asyncio.CancelledError as stop:
+                if self.gone or not self.server.relay.stopping:
+                    raise
+                # This server stops while the client is slow. The relay makes it an AnswerCut.
+                await rest.athrow(stop)
             if chunked:
                 self.transport.write(LAST_CHUNK)
         except AnswerCut as cut:

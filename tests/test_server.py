@@ -12,12 +12,14 @@ import chatgpt_apiserver as app
 from .support import (
     ANSWER,
     MESSAGES,
+    SSE_HEAD,
     Message,
     Peer,
     Running,
     Upstream,
     answers,
     controller,
+    event,
     json_reply,
     now,
     pause,
@@ -249,3 +251,24 @@ async def test_a_client_that_leaves_within_its_body_is_logged() -> None:
         await until(server.access_lines)
         (line,) = server.access_lines()
         assert " 499 " in line and "attempts=0" in line
+
+
+async def test_a_slow_reader_is_told_of_the_stop() -> None:
+    """The error event comes behind what its client has not read yet."""
+
+    async def script(peer: Peer, _: Message) -> None:
+        await peer.send(SSE_HEAD)
+        while not peer.writer.is_closing():
+            await peer.chunk(event("x" * 4000))
+
+    async with Upstream(script) as one, Running(controller("a", one.url), drain_timeout=0.05) as server:
+        client = await server.open()
+        await client.post(stream=True)
+        await until(lambda: any(connection.protocol.full for connection in server.server.connections))
+        await server.server.drain()
+        closing = asyncio.ensure_future(server.server.close())
+        received = await client.reader.read()
+        await closing
+        assert received.endswith(b"\r\n") and b"server_shutdown" in received[-300:]
+        assert "tried=a:stopped:" in server.access_lines()[0]
+        client.close()

@@ -40,7 +40,12 @@ def test_fields_of_an_event() -> None:
         (b'data: {"object":"error","message":"x"}\n\n', "error"),
         (b'data: {"code":500,"msg":"x","success":false}\n\n', "error"),
         (b"data: [DONE]\n\n", "real"),
-        (b"data: not json\n\n", "real"),
+        (b"data: not json\n\n", "preface"),
+        (b"event: ping\ndata: {}\n\n", "life"),
+        (b"event: ping\ndata: 2026-01-01\n\n", "life"),
+        (b'event: response.created\ndata: {"response":{}}\n\n', "preface"),
+        (b'data: [{"error":{"code":503}}]\n\n', "error"),
+        (b'data: {"id":"x","choices":null}\n\n', "preface"),
         (b'data: {"error":{"message":"x"}}\n\n', "error"),
         (b'data: {"error":{"message":"x"},"choices":[{}]}\n\n', "error"),
         (b'event: error\ndata: {"type":"error"}\n\n', "error"),
@@ -70,6 +75,7 @@ COMPLETED = b'data: {"response":{"output":["%b"]},"type":"response.completed"}\n
         (STOP[:-2], True),
         (STOP[:-5], False),
         (STOP + WORD[:40], False),
+        (STOP[: STOP.rindex(b"}]") + 1], False),
         (STOP + b": a comment\n\n", True),
         (STOP + b'data: {"choices":[],"citations":["%b"]}\n\n' % (b"x" * 9000), True),
         (b'data: {"choices":[{"delta":{"content":"data: [DONE]"}}]}\n\n', False),
@@ -93,6 +99,10 @@ def test_the_end_of_a_response(word: str, size: int) -> None:
     end, stream = app.StreamEnd(True), COMPLETED.replace(b"completed", word.encode())
     for at in range(0, len(stream), size):
         end.feed(stream[at : at + size])
+    assert end.is_whole() is ("." not in word)
+    named = b"event: response.%b\ndata: {}\n\n" % word.encode()
+    end = app.StreamEnd(True)
+    end.feed(named)
     assert end.is_whole() is ("." not in word)
 
 
