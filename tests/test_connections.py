@@ -127,6 +127,8 @@ async def test_a_dead_path(store: bool, status: int) -> None:
         ("api.vendor.com", ".vendor.com", True),
         ("UP.vendor.com", "*.Vendor.com", True),
         ("notvendor.com", "vendor.com", False),
+        ("[fe80::1]", "[fe80::1]:8", True),
+        ("api.vendor.com", "api.vendor.com.", True),
         ("up", "up:8", True),
         ("up", "up:9 down,", False),
         ("up", "*", True),
