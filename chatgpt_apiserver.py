@@ -3865,8 +3865,7 @@ OPTION_WORDS = (
     r"(?i)^(unsupported|unknown) (parameter|value)|^unrecognized request argument|cannot both be specified"
     r"|extra inputs are not permitted|extra_forbidden|additional properties are not allowed"
     r"|unknown (name|variant|field) |property '[^']*' is unsupported|only \S+ is allowed for this model"
-    r"|(not supported|deprecated) (with|on|by|for|in) this model|^\w+ is not one of \[|'role' field that is in"
-    r"|does not support (the )?(parameter|response.format|assistant message|image|tool|function|reasoning|thinking)"
+    r"|\bnot support(ed)?\b|deprecated for this model|^\w+ is not one of \[|'role' field that is in"
 )
 
 
