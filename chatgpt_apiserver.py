@@ -2621,6 +2621,25 @@ _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # of re
 # allowed_tools is missing: the other tools would have to be removed, and the prompt cache begins with the tools.
 _TOOL_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
 _THINKING_BLOCKS = ("thinking", "redacted_thinking")  # the second is encrypted; it can only be sent back
+# The least default of max_tokens for models that think, as thinking counts. All of them allow it.
+_THINKING_TOKENS = 32_000
+# How the names of models with a trait go on after "claude-": platform.claude.com, "Troubleshooting thinking",
+# "Mid-conversation system messages" and the models' pages "What's new". On other platforms, names begin differently:
+# those models count as models without traits.
+_FROM_5_5 = r"(5-[5-9](?!\d)|[6-9])"
+_TRAITS = {
+    "thinks by default": rf"(opus|sonnet|fable|mythos)-[5-9]|haiku-{_FROM_5_5}",
+    "always thinks": rf"(opus|sonnet)-{_FROM_5_5}|(fable|mythos)-[5-9]",
+    "takes system messages": rf"(opus-4-[89](?!\d)|(opus|fable|mythos)-[5-9]|(sonnet|haiku)-{_FROM_5_5})",
+    "refuses sampling": rf"opus-4-[7-9](?!\d)|(opus|sonnet|fable|mythos)-[5-9]|haiku-{_FROM_5_5}",
+    "refuses a prefill": rf"(opus|sonnet)-(4-[6-9](?!\d)|[5-9])|(fable|mythos)-[5-9]|haiku-{_FROM_5_5}",
+    "refuses forced tools": rf"(opus|sonnet)-{_FROM_5_5}|(fable|mythos)-(5-[1-9](?!\d)|[6-9])",
+}
+# Steps of a thinking block's `after`; see `from_message`. All others are lengths of texts.
+_JSON_STEP, _CALL_STEP = "json_object", "call"
+# The API has no JSON mode without a schema.
+_JSON_TEXT = "Answer with one valid JSON object and nothing else: no other text and no code fence."
+_JSON_MODE = [{"role": "system", "content": _JSON_TEXT}]
 
 
 def _only(*values: Any) -> Form:
@@ -2651,9 +2670,83 @@ def _url(*kinds: str) -> Form:
 
 
 def _thinking_block(block: dict[str, Any]) -> dict[str, Any]:
-    """Return a thinking block without `index`, which streams add: the API refuses unknown fields."""
+    """Return a thinking block with `after` and without `index`, which streams add."""
     names = ("type", "thinking", "signature") if block["type"] == "thinking" else ("type", "data")
-    return {name: block[name] for name in names}
+    return {**{name: block[name] for name in names}, "after": [*(block.get("after") or ())]}
+
+
+def _arguments(value: str | dict[str, Any]) -> dict[str, Any]:
+    """Return the input of a call. A history may hold any text: max_tokens cuts arguments."""
+    try:
+        parsed = value if isinstance(value, dict) else json.loads(value or "{}", strict=False, parse_constant=str)
+    except (ValueError, RecursionError):
+        parsed = value
+    return parsed if isinstance(parsed, dict) else {} if parsed is None else {"arguments": value}
+
+
+# What structured outputs know, by platform.claude.com, "Structured outputs".
+_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid")
+_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+
+
+def _refuse_recursion(definitions: dict[str, Any]) -> None:
+    """Raise ValueError if a definition refers to itself, also by others."""
+    uses = {name: set(re.findall('"#/[^/"]+/([^"]*)"', json.dumps(part))) for name, part in definitions.items()}
+    while uses:
+        # Those that use no other are in no circle.
+        rest = {name: used for name, used in uses.items() if used & uses.keys()}
+        if len(rest) == len(uses):
+            raise ValueError("recursion")
+        uses = rest
+
+
+def _schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return `schema` in the subset of structured outputs. Raise ValueError, TypeError, AttributeError or LookupError.
+
+    It is rewritten as transform_schema of the anthropic-sdk-python package does: objects are closed, and what the
+    subset lacks moves to the description. An error is what has no type, and what this would change too much.
+    """
+    left: dict[str, Any] = dict(schema)
+    made: dict[str, Any] = {}
+    if len(left.get("allOf", ())) == 1:
+        # Older pydantic wraps references in this way.
+        return _schema({**left.pop("allOf")[0], **left})
+    for name in ("$defs", "definitions"):
+        if name in left:
+            made[name] = {key: _schema(part) for key, part in left.pop(name).items()}
+            _refuse_recursion(made[name])
+    if "$ref" in left:
+        if not left["$ref"].startswith(("#/$defs/", "#/definitions/")):
+            raise ValueError("a reference to something else than a definition")
+        return {**made, "$ref": left["$ref"]}
+    values = [left.pop("const")] if "const" in left else left.pop("enum", None)
+    if values is not None:
+        made["enum"] = values
+        kinds = sorted({_TYPES[type(value)] for value in values})
+        left.setdefault("type", kinds if len(kinds) > 1 else kinds[0])
+    choice = left.keys() & {"anyOf", "oneOf", "allOf"}
+    if choice:
+        (name,) = choice
+        made["allOf" if name == "allOf" else "anyOf"] = [_schema(part) for part in left.pop(name)]
+        if left.pop("type", None) == "object" or "properties" in left:
+            raise ValueError("properties beside a choice")
+    else:
+        made["type"] = left.pop("type")
+    if "object" in made.get("type", ()):
+        is_open = left.pop("additionalProperties", "properties" not in left) not in (False, None)
+        made["properties"] = {name: _schema(part) for name, part in left.pop("properties", {}).items()}
+        if is_open and not made["properties"]:
+            raise ValueError("an object with any keys")
+        made["additionalProperties"] = False
+    if "items" in left:
+        made["items"] = _schema(left.pop("items"))
+    kept = ["title", "description", "required"]
+    kept += ["format"] * (left.get("format") in _FORMATS) + ["minItems"] * (left.get("minItems") in (0, 1))
+    made.update({name: left.pop(name) for name in kept if name in left})
+    if left:
+        lost = "{" + ", ".join(f"{name}: {value}" for name, value in left.items()) + "}"
+        made["description"] = "\n\n".join(filter(None, [made.get("description"), lost]))
+    return made
 
 
 _IMAGE = _url("image/jpeg", "image/png", "image/gif", "image/webp")
@@ -2671,16 +2764,14 @@ def _content(*kinds: str) -> Form:
     return lambda value: _STRING if isinstance(value, str) else [("type", parts)]
 
 
-# The API accepts only these characters in a call's id; other vendors use more (functions.f:0).
-_CALL_ID: Form = (lambda value: re.sub(r"[^A-Za-z0-9_\-]", "_", value) or None, "must be a string that is not empty.")
+_CALL_ID: Form = (lambda value: value + "" or None, "must be a string that is not empty.")
 _CALL: Form = {
     "": ("id", "function"),
     "id": _CALL_ID,
     "function": {
         "": ("name",),
         "name": _STRING,
-        # Some clients send an empty string for a tool without arguments.
-        "arguments": (lambda value: {**json.loads(value or "{}")}, "must be the text of a JSON object."),
+        "arguments": (_arguments, "must be a string."),
         "parsed_arguments": None,  # added by `parse` and `stream` of the openai package, as is `parsed`
     },
     **dict.fromkeys(("type", "index", "extra_content")),  # `index` comes from streams, extra_content from Gemini
@@ -2702,16 +2793,19 @@ _MESSAGES: dict[str, Form] = {
     "tool": {"": ("tool_call_id",), "tool_call_id": _CALL_ID, "name": None, **_USER},
 }
 _FUNCTION: Form = {"": ("name",), "name": _STRING, "description": None, "parameters": _OBJECT, "strict": None}
+_STRICT: Form = (_schema, "must be a schema with types, without recursion and free keys, for Anthropic's Messages API.")
 _TOOL_NAME: Form = {"": ("function",), "function": {"": ("name",), "name": _STRING}}
 _TOOL_WORD: Form = (_TOOL_CHOICES.get, "must be none, auto, required or a function for Anthropic's Messages API.")
 _SCHEMA: Form = {
     "": ("json_schema",),
-    "json_schema": {"": ("schema",), "schema": _OBJECT, **dict.fromkeys(("name", "description", "strict"))},
+    "json_schema": {"": ("schema",), "schema": _STRICT, **dict.fromkeys(("name", "description", "strict"))},
 }
 # Copied unchanged: equal in both APIs, or Anthropic's own and sent by clients as extra fields.
-_COPIED = ("model", "stream", "top_k", "thinking", "cache_control")
+_COPIED = ("model", "stream", "thinking", "cache_control")
+# Such parameters exclude thinking, and newer models refuse them.
+_SAMPLING = ("temperature", "top_p", "top_k")
 _REQUEST: Form = {
-    **dict.fromkeys(_COPIED),
+    **dict.fromkeys((*_COPIED, *_SAMPLING)),
     "messages": [("role", _MESSAGES)],
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), _POSITIVE),
     "temperature": (lambda value: value if 0 <= value <= 2 else None, "must be a number from 0 to 2."),
@@ -2811,37 +2905,98 @@ def _blocks(content: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     return blocks
 
 
-def _conversation(messages: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _answer(message: dict[str, Any], calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the blocks of an assistant's message in the order in which the model made them: see `from_message`."""
+    content, thoughts = message.get("content") or "", message.get("thinking_blocks", ())
+    blocks: list[dict[str, Any]] = []
+    mark = None
+    if isinstance(content, list) and any(thought["after"] for thought in thoughts):
+        # Clients that set cache_control make parts of the text.
+        mark = content[-1].get("cache_control")
+        content = "".join([part[part["type"]] for part in content])
+    for thought in thoughts:
+        for step in thought.pop("after"):
+            if step == _CALL_STEP:
+                blocks += calls[:1]
+                calls = calls[1:]
+            elif isinstance(step, int):
+                blocks += _blocks(content[:step])
+                content = content[step:]
+        blocks.append(thought)
+    blocks += [*_blocks(content), *_blocks(message.get("refusal")), *calls]
+    if mark and blocks[-1]["type"] not in _THINKING_BLOCKS:
+        blocks[-1]["cache_control"] = mark
+    return blocks
+
+
+def _call_id(name: str, used: dict[str, int]) -> str:
+    """Return the id to send for a call: the API demands unique ids of few characters.
+
+    Other vendors use one id in each turn (call_0), or other characters (functions.f:0).
+    """
+    # Some platforms allow 64 characters.
+    base = unique = re.sub(r"[^A-Za-z0-9_\-]", "_", name)[:56]
+    while unique in used:
+        used[base] += 1
+        unique = f"{base}_{used[base]}"
+    used[unique] = 1
+    return unique
+
+
+def _add(turns: list[dict[str, Any]], role: str, blocks: list[dict[str, Any]]) -> None:
+    """Add blocks to the last turn, or as a new one. Messages without content are left out (nanobot PR 193)."""
+    if blocks and role == "user" and turns and turns[-1]["role"] == "system":
+        # The API refuses a system message before a user's turn: the text becomes part of it.
+        turns[-2]["content"] += turns[-1]["content"]
+        turns.pop()
+    if blocks and turns and turns[-1]["role"] == role:
+        content = turns[-1]["content"]
+        # The results of parallel calls must share one turn, and lead it.
+        results = [block["type"] for block in content].count("tool_result")
+        at = results if blocks[0]["type"] == "tool_result" else len(content)
+        content[at:at] = blocks
+    elif blocks:
+        turns.append({"role": role, "content": blocks})
+
+
+def _conversation(messages: Iterable[dict[str, Any]], takes_system: bool) -> dict[str, Any]:
     """Return the fields `messages` and `system`.
 
-    All system messages move to the top, as in the vendor's own endpoint for OpenAI's format. Messages without content
-    are left out (nanobot PR 193).
+    A signature binds thinking to all that stands before it. If a client only appends messages, nothing before a block
+    of an answer changes. So only the first system messages become `system`; later ones keep their place.
     """
     system: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []
+    used: dict[str, int] = {}
+    waiting: dict[str, list[str]] = {}  # by the client's id: calls of the last turn that have no result yet
     for message in messages:
         role, content = message["role"], message.get("content")
-        blocks = [*message.get("thinking_blocks", ()), *_blocks(content), *_blocks(message.get("refusal"))]
-        for call in message.get("tool_calls", ()):
-            function = call["function"]
-            arguments = function.get("arguments", {})
-            blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": arguments})
-        if role == "tool":  # OpenAI has no field for is_error
-            result = _set(content=content if isinstance(content, str) else blocks)
-            role, blocks = "user", [{"type": "tool_result", "tool_use_id": message["tool_call_id"], **result}]
-        if role in ("system", "developer"):
-            system += blocks
-        elif blocks and turns and turns[-1]["role"] == role:
-            # The results of parallel calls must share one turn.
-            turns[-1]["content"] += blocks
-        elif blocks:
-            turns.append({"role": role, "content": blocks})
+        before = turns[-1]["role"] if turns else ""
+        if role == "assistant":
+            if before != role:
+                waiting.clear()
+            calls = []
+            for call in message.get("tool_calls", ()):
+                function, name = call["function"], _call_id(call["id"], used)
+                waiting.setdefault(call["id"], []).append(name)
+                arguments = function.get("arguments", {})
+                calls.append({"type": "tool_use", "id": name, "name": function["name"], "input": arguments})
+            _add(turns, role, _answer(message, calls))
+        elif role == "tool":
+            # OpenAI has no field for is_error.
+            result = _set(content=content if isinstance(content, str) else _blocks(content))
+            name = message["tool_call_id"]
+            name = (waiting.get(name) or [_call_id(name, {})]).pop(0)
+            _add(turns, "user", [{"type": "tool_result", "tool_use_id": name, **result}])
+        elif role == "user":
+            _add(turns, role, _blocks(content))
+        elif not turns:
+            system += _blocks(content)
+        else:
+            # The API takes a system message only after a user's turn.
+            _add(turns, "system" if takes_system and before != "assistant" else "user", _blocks(content))
     if not turns:
         raise Untranslatable("messages", "must hold a user message with content.")
-    last = turns[-1]["content"][-1]
-    if turns[-1]["role"] == "assistant" and last["type"] == "text":
-        # The API refuses a beginning of its answer that ends in white space.
-        last["text"] = last["text"].rstrip()
     return {"messages": turns, **_set(system=system)}
 
 
@@ -2860,10 +3015,15 @@ def _tools(asked: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]
         # Refused beside "none".
         choice["disable_parallel_tool_use"] = True
     tools = []
-    for tool in given:
+    for index, tool in enumerate(given):
         function = tool["function"]
         # The API demands the schema of an object with properties, also for functions without parameters.
         schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
+        path = f"tools[{index}].function.parameters"
+        if schema.keys() & {"anyOf", "oneOf", "allOf"}:
+            raise Untranslatable(path, "must not be a choice for Anthropic's Messages API.")
+        if function.get("strict"):
+            schema = _convert_value(schema, _STRICT, path)
         # `strict: false`, the default, is left out: older models refuse the field.
         cache = tool.get("cache_control")
         optional = _set(description=function.get("description"), strict=function.get("strict"), cache_control=cache)
@@ -2871,11 +3031,12 @@ def _tools(asked: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]
     return _set(tools=tools, tool_choice=choice if choice != {"type": "auto"} else None)
 
 
-def _reasoning(level: int, sent: dict[str, Any], mode: str) -> dict[str, Any]:
+def _reasoning(level: int, sent: dict[str, Any], mode: str, excluded: bool) -> dict[str, Any]:
     """Return the fields `thinking` and `output_config` for a level of _EFFORTS; `sent` is the request so far.
 
     Generations of models differ in what they accept: effort alone, effort with thinking switched on, or a budget of
-    tokens. A model's name does not tell which; the configuration does (`mode`: `thinking` of `to_messages`).
+    tokens. The configuration tells which (`mode`: `thinking` of `to_messages`). Thinking is not switched on if another
+    parameter excludes it.
     """
     if level == 0:
         return {"thinking": {"type": "disabled"}}
@@ -2892,10 +3053,36 @@ def _reasoning(level: int, sent: dict[str, Any], mode: str) -> dict[str, Any]:
         first = [turn["content"][0]["type"] for turn in sent["messages"][-2:]]
         if first[-1] != "tool_result" or first[0] in _THINKING_BLOCKS:
             thinking = {"type": "enabled", "budget_tokens": budget}
-    if sent.get("tool_choice", {}).get("type") in ("any", "tool"):
-        # The API refuses thinking beside a forced tool.
-        thinking = {}
-    return _set(thinking=thinking, output_config=output)
+    return _set(thinking={} if excluded else thinking, output_config=output)
+
+
+def _thinking(asked: dict[str, Any], sent: dict[str, Any], mode: str, traits: set[str]) -> dict[str, Any]:
+    """Return the sampling parameters, and the fields for reasoning_effort; `sent` is the request so far.
+
+    The API refuses thinking beside sampling and forced tools (platform.claude.com, "Thinking"). The client's own
+    `thinking` counts: beside it, they are Untranslatable. With reasoning_effort, thinking is left out instead. A model
+    that always refuses sampling gets none if the client wants thinking; else sampling is Untranslatable.
+    """
+    level = asked.get("reasoning_effort")
+    own = first_object(sent.get("thinking")).get("type", "disabled") != "disabled"
+    # Newer models refuse temperature beside top_p, even with its default: 1, the default in both APIs, is not sent.
+    # Anthropic's scale ends at 1; its own endpoint for OpenAI's format lowers higher values to 1.
+    sampling = {name: asked[name] for name in _SAMPLING if name in asked and (name == "top_k" or asked[name] < 1)}
+    if sampling and "refuses sampling" in traits:
+        if not (own or level):
+            raise Untranslatable(min(sampling), "is refused by this model.")
+        sampling.clear()
+    forced = sent.get("tool_choice", {}).get("type") in ("any", "tool")
+    if forced and "refuses forced tools" in traits:
+        raise Untranslatable("tool_choice", "must not force a tool: this model refuses it.")
+    # With thinking, top_p may be 0.95 or more.
+    excluding = [name for name, value in sampling.items() if name != "top_p" or value < 0.95]
+    excluding += ["tool_choice"] * forced
+    if own and excluding:
+        raise Untranslatable(excluding[0], "cannot stand beside thinking in Anthropic's Messages API.")
+    if level == 0 and "always thinks" in traits:
+        raise Untranslatable("reasoning_effort", "must not be none: this model always thinks.")
+    return {**sampling, **({} if level is None else _reasoning(level, sent, mode, bool(excluding)))}
 
 
 def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thinking: str) -> dict[str, Any]:
@@ -2907,26 +3094,35 @@ def to_messages(data: dict[str, Any], drop: frozenset[str], max_tokens: int, thi
     """
     asked = _convert(data, _REQUEST, "", drop)
     sent = {name: asked[name] for name in _COPIED if name in asked}
-    # The API demands a limit. Thinking counts towards it, and could use up 4096 tokens before the answer begins.
-    thinks = "thinking" in asked or asked.get("reasoning_effort")
-    default = max(max_tokens, 16384) if thinks else max_tokens
-    sent["max_tokens"] = asked.get("max_completion_tokens") or asked.get("max_tokens") or default
-    # Newer models refuse temperature beside top_p, even with its default: 1, the default in both APIs, is not sent.
-    # Anthropic's scale ends at 1; its own endpoint for OpenAI's format lowers higher values to 1.
-    sent.update({name: asked[name] for name in ("temperature", "top_p") if asked.get(name, 1) < 1})
+    traits = {trait for trait, names in _TRAITS.items() if re.match(f"claude-({names})", str(asked.get("model")))}
+    # The API demands a limit.
+    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    if limit is None and ("thinks by default" in traits or "thinking" in asked or asked.get("reasoning_effort")):
+        budget = first_object(asked.get("thinking")).get("budget_tokens")
+        limit = max(_THINKING_TOKENS, max_tokens + (budget if isinstance(budget, int) else 0))
+    sent["max_tokens"] = limit or max_tokens
     user = asked.get("safety_identifier") or asked.get("user")
     sent.update(_set(stop_sequences=asked.get("stop"), metadata=user and {"user_id": user}))
-    sent.update(_conversation(asked.get("messages", ())))
-    sent.update(_tools(asked, sent["messages"]))
-    if "reasoning_effort" in asked:
-        # The client's own `thinking` counts.
-        sent = {**_reasoning(asked["reasoning_effort"], sent, thinking), **sent}
     wanted = asked.get("response_format", {"type": "text"})
-    if wanted["type"] == "json_object":
-        # The API has no JSON mode without a schema.
-        text = "Answer with one valid JSON object and nothing else: no other text and no code fence."
-        sent["system"] = [*sent.get("system", ()), {"type": "text", "text": text}]
-    elif wanted["type"] == "json_schema":
+    messages: list[dict[str, Any]] = []
+    for message in asked.get("messages", ()):
+        # The instruction for JSON mode stands again where it stood when the answer was made.
+        steps = [step for thought in message.get("thinking_blocks", ()) for step in thought["after"]]
+        messages += _JSON_MODE * (_JSON_STEP in steps) + [message]
+    prompt = messages + _JSON_MODE * (wanted["type"] == "json_object")
+    sent.update(_conversation(prompt, "takes system messages" in traits))
+    if sent["messages"][-1]["role"] == "assistant":
+        # Only the client's own prefill is one.
+        if messages[-1]["role"] != "assistant" or "refuses a prefill" in traits:
+            raise Untranslatable("messages", "must end with a message of the user or a tool that has content.")
+        last = sent["messages"][-1]["content"][-1]
+        if last["type"] == "text":
+            # The API refuses a prefill that ends in white space.
+            last["text"] = last["text"].rstrip()
+    sent.update(_tools(asked, sent["messages"]))
+    # The client's own `thinking` counts.
+    sent = {**_thinking(asked, sent, thinking, traits), **sent}
+    if wanted["type"] == "json_schema":
         # There, every schema is strict, and has the only place for the description.
         form = wanted["json_schema"]
         schema = {**_set(description=form.get("description")), **form["schema"]}
@@ -2968,18 +3164,27 @@ def messages_usage(usage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def from_message(reply: dict[str, Any], created: int) -> dict[str, Any]:
+def from_message(reply: dict[str, Any], created: int, json_mode: bool = False) -> dict[str, Any]:
     """Return the chat.completion for a whole Messages answer. Raise ValueError if it is not one.
 
     Thinking that leads to tool calls is given twice: as text, and signed in `thinking_blocks` (LiteLLM's name), which
-    the client sends back with the results.
+    the client sends back with the results. Each block's `after` lists what stands between it and the block before:
+    the lengths of texts, and a word for each call. The first list tells whether the request had JSON mode.
     """
     try:
         # Other types of blocks belong to tools that run at Anthropic; their results are in the text.
         blocks = reply["content"]
         text = "".join([block.get("text") or "" for block in blocks if block["type"] == "text"])
-        signed = [block for block in blocks if block["type"] in _THINKING_BLOCKS]
-        thinking = "".join([block.get("thinking") or "" for block in signed])
+        thinking = "".join([block.get("thinking") or "" for block in blocks if block["type"] == "thinking"])
+        signed, after = [], list[Any]([_JSON_STEP] * json_mode)
+        for block in blocks:
+            if block["type"] == "tool_use":
+                after.append(_CALL_STEP)
+            elif block["type"] == "text":
+                after.append(len(block.get("text") or ""))
+            elif block.get("signature") or block.get("data"):
+                signed.append({**block, **_set(after=after)})
+                after = []
         used = [block for block in blocks if block["type"] == "tool_use"]
         calls = [_tool_call(block, compact_json(block["input"]).decode()) for block in used]
         optional = _set(reasoning_content=thinking, tool_calls=calls, thinking_blocks=calls and signed)
@@ -3068,12 +3273,14 @@ class MessageStream:
     OpenAI's error event with the upstream's type as its code (overloaded_error), by which section 10 judges it.
     """
 
-    def __init__(self, created: int, include_usage: bool = False) -> None:
+    def __init__(self, created: int, include_usage: bool = False, json_mode: bool = False) -> None:
         self.created, self.include_usage = created, include_usage
         self.head = b""  # of every chunk, up to its choices
         # By block: the call's number, and its input unless it comes in deltas.
         self.calls: dict[int, tuple[int, dict[str, Any] | None]] = {}
         self.thoughts: dict[int, dict[str, Any]] = {}  # by block: thinking since the last call
+        self.after: list[Any] = [_JSON_STEP] * json_mode  # of the next thinking; see `from_message`
+        self.halves: dict[tuple[int, str], str] = {}  # by block and field: the first half of a surrogate pair
         self.usage: dict[str, Any] = {}  # usage and ending come in several events; the last value of a field counts
         self.ending: dict[str, Any] = {}
         self.role = {"role": "assistant"}  # empty once it was sent, in the first chunk
@@ -3099,6 +3306,12 @@ class MessageStream:
         self.failed = True
         return b"data: " + compact_json(_openai_error(error, 500)) + b"\n\n"
 
+    def _count(self, holder: dict[str, Any]) -> None:
+        """Note the usage of an event. Counts are cumulative: a lower one is a gateway's fault."""
+        for name, value in _set(**(holder.get("usage") or {})).items():
+            known = self.usage.get(name)
+            self.usage[name] = max(value, known) if isinstance(value, int) and isinstance(known, int) else value
+
     def _message_event(self, kind: str, event: dict[str, Any]) -> bytes:
         """Return the chunks for an event about the whole message, or for an error."""
         if kind == "error":
@@ -3109,14 +3322,14 @@ class MessageStream:
             return b": ping\n\n" if self.pings > 1 else b""
         if kind == "message_start":
             message = event["message"]
-            self.usage.update(_set(**(message.get("usage") or {})))
+            self._count(message)
             # There is a second one if another model takes over; the answer keeps its id.
             if not self.head:
                 fields = {"id": message["id"], "object": "chat.completion.chunk", "created": self.created}
                 self.head = b"data: " + compact_json({**fields, "model": message["model"]})[:-1] + b',"choices":'
         elif kind == "message_delta":
             # Some gateways send the cache's counts here (rust-genai PR 258).
-            self.usage.update(_set(**(event.get("usage") or {})))
+            self._count(event)
             self.ending.update(_set(**(event.get("delta") or {})))
         elif kind == "message_stop":
             reason, refusal = _ending(self.ending)
@@ -3130,7 +3343,10 @@ class MessageStream:
     def _block_event(self, kind: str, event: dict[str, Any]) -> bytes:
         """Return the chunk for the start of a block, for a piece of it or for its end. Citations have no equivalent."""
         index, piece = event["index"], event.get("content_block") or event.get("delta") or {}
-        block_type, arguments = piece.get("type"), piece.get("partial_json")
+        for name in ("text", "thinking", "partial_json"):
+            if piece.get(name):
+                piece[name] = self._whole(index, name, piece[name])
+        block_type, arguments, text = piece.get("type"), piece.get("partial_json"), piece.get("text") or ""
         if kind == "content_block_start" and block_type == "tool_use":
             # Clients join a call's pieces by this number; the upstream's index counts all blocks.
             number = len(self.calls)
@@ -3139,10 +3355,12 @@ class MessageStream:
             # The openai package joins such lists by their `index`.
             signed = [block for block in self.thoughts.values() if block.get("signature") or block.get("data")]
             self.thoughts.clear()
+            self.after.append(_CALL_STEP)
             call = {"index": number, **_tool_call(piece, "")}
             return self._chunk({"tool_calls": [call], **_set(thinking_blocks=signed)})
         if kind == "content_block_start" and block_type in _THINKING_BLOCKS:
-            self.thoughts[index] = {**piece, "index": index}
+            self.thoughts[index] = {**piece, "index": index, **_set(after=self.after)}
+            self.after = []
         elif index in self.thoughts:
             block = self.thoughts[index]
             pieces = {name: piece[name] for name in ("thinking", "signature") if piece.get(name)}
@@ -3154,9 +3372,20 @@ class MessageStream:
         if arguments and index in self.calls:
             self.calls[index] = number, None
             return self._chunk({"tool_calls": [{"index": number, "function": {"arguments": arguments}}]})
+        if block_type == "text":
+            self.after.append(0)
+        if text and self.after and isinstance(self.after[-1], int):
+            self.after[-1] += len(text)
         # Some gateways put the whole text into the start of its block. Most clients know DeepSeek's name for thinking.
-        delta = _set(content=piece.get("text"), reasoning_content=piece.get("thinking"))
+        delta = _set(content=text, reasoning_content=piece.get("thinking"))
         return self._chunk(delta) if delta else b""
+
+    def _whole(self, index: int, name: str, text: str) -> str:
+        """Return a piece of text without the first half of a surrogate pair at its end, which begins the next piece."""
+        half = self.halves.pop((index, name), "")
+        if "\ud800" <= text[-1] <= "\udbff":
+            self.halves[index, name], text = text[-1], text[:-1]
+        return (half + text).encode("utf-16", "surrogatepass").decode("utf-16", "replace") if half else text
 
     def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> bytes:
         """Return one chunk. With include_usage each has the field `usage`, null in all but the last."""
@@ -3632,8 +3861,8 @@ class MessagesExchange:
     Streams are translated event by event as they arrive, whole answers and errors when they are complete.
     """
 
-    def __init__(self, inner: Exchange, usage: bool) -> None:
-        self.inner, self.usage, self.first_byte_s = inner, usage, inner.first_byte_s
+    def __init__(self, inner: Exchange, usage: bool, json_mode: bool) -> None:
+        self.inner, self.usage, self.json_mode, self.first_byte_s = inner, usage, json_mode, inner.first_byte_s
         self.interrupt, self.finish, self.abort = inner.interrupt, inner.finish, inner.abort
         self.splitter = EventSplitter()
         self.stream: MessageStream | None = None
@@ -3652,12 +3881,12 @@ class MessagesExchange:
         elif compressed:
             raise BadReply("the upstream compressed its answer unasked, and it cannot be translated")
         elif head.index.get(b"content-type", b"")[:17].lower() == b"text/event-stream":
-            self.stream, kind = MessageStream(int(time.time()), self.usage), STREAM_TYPE
+            self.stream, kind = MessageStream(int(time.time()), self.usage, self.json_mode), STREAM_TYPE
         else:
             # Some gateways never stream.
             body = await read_all(self.inner, ANSWER_BYTES)
             try:
-                self.ready = compact_json(from_message(json.loads(body), int(time.time())))
+                self.ready = compact_json(from_message(json.loads(body), int(time.time()), self.json_mode))
             except (ValueError, RecursionError) as problem:
                 raise BadReply(f"the upstream's answer cannot be translated: {problem}") from None
         self.head = head_for(head, status, kind)
@@ -3711,7 +3940,9 @@ class AnthropicController(OpenAIController):
 
     def translated(self, exchange: Exchange, request: ApiRequest) -> Exchange:
         """See `OpenAIController`."""
-        return MessagesExchange(exchange, wants_usage(request) or not request.stream)
+        wanted = first_object(request.data.get("response_format")).get("type")
+        json_mode = wanted == "json_object" and "response_format" not in self.drop
+        return MessagesExchange(exchange, wants_usage(request) or not request.stream, json_mode)
 
     def body(self, request: ApiRequest) -> tuple[bytes | memoryview, ...]:
         """See `OpenAIController`. The fields of extra_body replace translated ones: they may be newer."""
@@ -3845,8 +4076,10 @@ CREDIT_CODES = (
 ).split()
 # Anthropic, OpenRouter, OpenCode; SiliconFlow, fal; xAI, Google, Fireworks.
 CREDIT_WORDS = (
-    f"^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance|Sorry, your account balance is insufficient"
-    "|User is locked. Reason: |(Your (team|project)|Account) .*(monthly spending (cap|limit)|credits))"
+    f"(?i)^({SPENT_WORDS}|Key limit exceeded|Insufficient (account )?balance"
+    "|Sorry, your account balance is insufficient|User is locked. Reason: "
+    "|(Your (newly created )?(team|project)|Account) .*(monthly spending (cap|limit)|credits)"
+    "|Your prepayment credits are|Your API access is blocked because a spend limit)"
 )
 # 1211 is Zhipu's, 5007 Cloudflare's, 20012 SiliconFlow's.
 MISSING_CODES = (
@@ -3855,13 +4088,19 @@ MISSING_CODES = (
 ).split()
 # DeepSeek, xAI; OpenAI, Mistral, LiteLLM; GitHub, MiniMax; OpenRouter; Groq; Codex; Bedrock; Together; Cloudflare.
 MISSING_WORDS = (
-    r"(?i)^(model (does )?not (exist|found)|invalid model( name| id)?( passed| ['\"]|[.:]|$)"
-    r"|(invalid params, )?unknown model(:| ['\"])|\S+ is not a valid model id"
-    r"|the (requested )?model \S+ (does not exist|was not found|has been (decommission|deprecat|retir)ed|is no longer)"
+    r"(?i)^(\S+: )?(model (\S+ )?((does )?not (exist|found)|is not supported\.?$|was removed|access denied)"
+    r"|invalid model( name| id| identifier)?( passed| ['\"]|[.:]|$)|no models loaded|not supported model "
+    r"|(invalid params, )?(unknown|unsupported) model(:| ['\"])|\S+ is not a valid model id"
+    r"|the (requested )?model (\S+ )?(does not exist|was not found|is not supported( by|\.?$)|is no longer"
+    r"|has been (decommission|deprecat|retir)ed)|your organization must be verified to"
+    r"|invocation of model id \S+ with on-demand"
     r"|the \S+ model is not supported|the provided model identifier is invalid|unable to access (\S+ )?model"
     r"|(aierror: )?no such model)"
 )
-AUTH_WORDS = "^(API [Kk]ey (not valid|expired|not found)|User location is not supported|Incorrect API key provided)"
+AUTH_WORDS = (
+    "(?i)^(API key (not valid|expired|not found)|User location is not supported|Incorrect API key provided"
+    "|Gemini API free tier is not available|Access to .{1,40} is not allowed from unsupported countries)"
+)
 
 
 # The API or its model does not take a parameter, a field of a message or a role: words of OpenAI, Azure, Anthropic,
@@ -3892,13 +4131,15 @@ RULES = (
     Rule(Outcome.RATE, (429, 498)),
     Rule(Outcome.RATE, (413,), ("rate_limit_exceeded",)),
     # Groq's code; Google's and xAI's words.
-    Rule(Outcome.AUTH, (400,), ("organization_restricted",), AUTH_WORDS),
+    Rule(Outcome.AUTH, (400,), ("organization_restricted", "invalid_api_key"), AUTH_WORDS),
+    # Gateways that stand in front of several accounts themselves: LiteLLM says 401, new-api 503.
+    Rule(Outcome.MISSING, range(400, 600), ("key_model_access_denied", "model_not_found", "ModelDeprecated")),
     Rule(Outcome.AUTH, (401,)),
     # No account would take this prompt: it is flagged (OpenRouter, xAI) or too long (Together).
     Rule(Outcome.CLIENT, (403,), (), "input was flagged|requires moderation|violates usage guidelines|context length"),
     Rule(Outcome.MISSING, (400, 403, 404), MISSING_CODES, MISSING_WORDS),
     # A project may lack one model, a key all of them: only the words differ. OpenRouter and NVIDIA name no model.
-    Rule(Outcome.MISSING, (403, 404), (), "model|[Nn]o endpoints|^Function '"),
+    Rule(Outcome.MISSING, (403, 404), (), "(?i)model|no endpoints|^Function '"),
     Rule(Outcome.FORBIDDEN, (403,)),
     # A timeout, a conflict inside the provider, a failed dependency: the same request may succeed elsewhere.
     Rule(Outcome.FAULT, (408, 409, 424)),
@@ -3925,7 +4166,10 @@ TOO_LONG_WORDS = re.compile(
     r"|prompt (is |tokens )?too long|too long for requested model|size limit exceeded by|max_new_tokens. must be"
     r"|inputs. must have less|token count .{0,40}exceeds the (limit|max)|maximum (prompt|model) length (is|of) \d"
     r"|model token limit|Range of input length should|Prompt exceeds max length|maximum allowed input length"
-    r"|reduce the length of the (input )?messages|^Request body too large for \S+ model",
+    r"|reduce the length of the (input )?messages|^Request body too large for \S+ model|max_seq_len"
+    r"|input (token count|length) (is )?\d+ (but model only supports|exceeds)|input tokens exceed"
+    r"|tokens in the prompt cannot exceed|^context length exceeded|input is too long: \d|(input length|prompt) too l"
+    r"|(length|tokens) \(?\d+\)? exceeds (the )?(maximum input|model's limit)",
     re.IGNORECASE,
 )
 # What a message quotes may be the client's text. An apostrophe inside a word begins no quotation.
@@ -4012,9 +4256,10 @@ def seconds_until(name: bytes, index: Index, wall_s: float) -> float | None:
     longest = None
     # Repeated fields were joined with commas. A date has a comma of its own, before the day.
     for text in re.split(r",(?!\s*\d\d?[ -][A-Za-z])\s*", index.get(name, b"").decode("latin-1")):
-        is_unix_time = len(text) in (10, 13) and text.isdecimal()
+        is_unix_time = re.fullmatch(r"\d{10}(\.\d{1,9})?|\d{13}", text, re.ASCII) is not None
         seconds = None if is_unix_time else parse_duration(text)
-        then = int(text.ljust(13, "0")) / 1e3 if is_unix_time else parse_date(text) if seconds is None else None
+        then = float(text) if is_unix_time else parse_date(text) if seconds is None else None
+        then = then / 1e3 if then and then >= 1e11 else then
         if then is not None:
             date_s = parse_date(index.get(b"date", b"").decode("latin-1"))
             seconds = then - (wall_s if date_s is None else date_s)
@@ -4037,7 +4282,9 @@ def read_waits(verdict: Verdict, index: Index, body: bytes, wall_s: float) -> No
         verdict.after_s = parse_duration(hint.group(1))
     if verdict.after_s is None and verdict.outcome is Outcome.RATE:
         for names in (*WINDOW_NAMES, *REQUEST_NAMES, *TOKEN_NAMES):
-            reset_s = seconds_until(names[2], index, wall_s) if index.get(names[1], b"0") == b"0" else None
+            # A request for many tokens is refused while some are left.
+            spent = index.get(names[1], b"0") == b"0" or (verdict.by_tokens and names in TOKEN_NAMES)
+            reset_s = seconds_until(names[2], index, wall_s) if spent else None
             if reset_s and names in WINDOW_NAMES:
                 verdict.after_s = reset_s
             elif reset_s:
@@ -4070,22 +4317,26 @@ def judge_error(status: int, index: Index, body: bytes, rate_codes: Collection[s
     if status < 300:
         numbers = [int(name) for name in names if re.fullmatch(r"[45]\d\d", name, re.ASCII)]
         status = [*numbers, *(ERROR_STATUSES[name] for name in names if name in ERROR_STATUSES), 502][0]
+    # LiteLLM puts the vendor's own error into its text. Elsewhere JSON in a text may be the client's.
+    start, end = message.find("{"), message.rfind("}") + 1
+    inner = find_error(parse_reply(message[start:end].encode())) if message.startswith(("litellm.", "{")) else {}
+    text = error_words(inner)[1] if inner else message
     for outcome, statuses, codes, words in RULES:
         has_code = any(name in codes and not (outcome is Outcome.QUOTA and name in rate_codes) for name in names)
-        if status in statuses and (has_code or (words and re.search(words, message)) or not (codes or words)):
+        if status in statuses and (has_code or (words and re.search(words, text)) or not (codes or words)):
             break
     # Another account with the same API would say the same.
     verdict = Verdict(outcome, status, message, of_kind=words is OPTION_WORDS)
     if outcome is Outcome.CLIENT:
         is_code = any(name in TOO_LONG_CODES for name in names)
-        verdict.too_long = is_code or TOO_LONG_WORDS.search(_QUOTED.sub("", message)) is not None
+        verdict.too_long = is_code or TOO_LONG_WORDS.search(_QUOTED.sub("", text)) is not None
     elif outcome in (Outcome.RATE, Outcome.FAULT):
         # OpenRouter repeats its header fields in the body: there they also reach the client of a stream.
         headers = first_object(first_object(error.get("metadata")).get("headers"))
         fields = {name.lower().encode(): str(value).encode() for name, value in headers.items()}
+        if outcome is Outcome.RATE:
+            read_rate_message(verdict, names)
         read_waits(verdict, {**fields, **index}, body, wall_s)
-    if outcome is Outcome.RATE:
-        read_rate_message(verdict, names)
     return verdict
 
 
@@ -4118,7 +4369,7 @@ _CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 _ERROR = re.compile(rb'"(?:error|success)"(?!\s*:\s*(?:null|true))')
 
 
-def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
+def judge_answer(body: bytes, index: Index, request: ApiRequest, rate_codes: Collection[str]) -> Verdict:
     """Return the verdict on `body`, a whole answer with status 200: some upstreams send errors with that status.
 
     A chat must have choices; any other answer may be anything but an error object. Only a suspicious body is parsed,
@@ -4135,24 +4386,24 @@ def judge_answer(body: bytes, request: ApiRequest, rate_codes: Collection[str]) 
     answer = first_object(value)
     # A stored response that failed is an object of the account: the client may read it again.
     if find_error(value) and not (request.stateful and answer.get("object") == "response"):
-        return judge_error(200, {}, text, rate_codes, time.time())
+        return judge_error(200, index, text, rate_codes, time.time())
     if not is_chat or first_object(answer.get("choices")):
         return OK
     problem = "is empty" if not text else "has no choices" if answer else "is no JSON object"
     return Verdict(Outcome.FAULT, 502, f"the upstream's answer {problem}")
 
 
-def judge_error_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
+def judge_error_event(event: bytes, index: Index, rate_codes: Collection[str]) -> Verdict:
     """Return the verdict on an error event: the same as on a reply with the status that belongs to the error.
 
     The status of the real reply is 200, so without this an account that refuses all streams would look healthy.
     """
-    return judge_error(200, {}, event_fields(event)[1], rate_codes, time.time())
+    return judge_error(200, index, event_fields(event)[1], rate_codes, time.time())
 
 
 def judge_late_event(event: bytes, rate_codes: Collection[str]) -> Verdict:
     """Return the verdict on an error in the middle of a stream: OK where the controller is not at fault."""
-    verdict = judge_error_event(event, rate_codes)
+    verdict = judge_error_event(event, {}, rate_codes)
     return OK if verdict.outcome in (Outcome.CLIENT, Outcome.LARGE, Outcome.MISSING, Outcome.UNFIT) else verdict
 
 
@@ -5175,8 +5426,13 @@ class UpstreamPool:
         return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
 
     def learn_models(self, upstream: Upstream, names: Iterable[str]) -> None:
-        """Learn the models that a controller itself lists. Waiting requests keep their candidates."""
-        upstream.listed = frozenset(names)
+        """Learn the models that a controller itself lists. Waiting requests keep their candidates.
+
+        Gemini lists `models/NAME`, and Ollama `NAME:latest`; clients ask for both by NAME.
+        """
+        upstream.listed = frozenset(
+            short for name in names for short in (name, name.removeprefix("models/"), name.removesuffix(":latest"))
+        )
         self.serving.clear()
 
     def candidates_for(self, request: ApiRequest, model: str) -> list[Candidate]:
@@ -5980,7 +6236,7 @@ class Relay:
         head, rate_codes = exchange.head, attempt.lease.upstream.controller.rate_codes
         if head.status < 300:
             is_known = attempt.whole and attempt.readable
-            verdict = judge_answer(attempt.held, request, rate_codes) if is_known else OK
+            verdict = judge_answer(attempt.held, head.index, request, rate_codes) if is_known else OK
             if verdict is not OK:
                 exchange.finish()
                 attempt.head = ResponseHead(verdict.status, 1, head.index, JSON_TYPE)
@@ -5993,7 +6249,7 @@ class Relay:
     def _refused_in_200(self, attempt: Attempt, event: bytes) -> Verdict:
         """Return the verdict of an error event in an answer's place; the attempt gets the status that fits it."""
         assert attempt.head is not None
-        verdict = judge_error_event(event, attempt.lease.upstream.controller.rate_codes)
+        verdict = judge_error_event(event, attempt.head.index, attempt.lease.upstream.controller.rate_codes)
         attempt.held = event_fields(event)[1]
         attempt.head = ResponseHead(verdict.status, 1, attempt.head.index, JSON_TYPE)
         return verdict
@@ -6991,7 +7247,10 @@ class ModelLists:
             exchange.abort()
         try:
             if exchange.head.status == 200:
-                listed = [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
+                value = json.loads(body)
+                # Together sends the array alone.
+                models = value if isinstance(value, list) else value["data"]
+                listed = [model for model in models if isinstance(model["id"], str)]
                 # Anthropic's models have a `type` and no `object`. What cannot be printed cannot be asked for.
                 named = [model for model in listed if model["id"].isprintable() and model["id"]]
                 return [{**model_object(model["id"]), **model, "object": "model"} for model in named]

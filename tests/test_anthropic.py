@@ -60,17 +60,20 @@ def test_requests(case: dict[str, Any]) -> None:
     assert sent == case["sent"] and json.dumps(case["asked"]) == before
     known = "model max_tokens messages system tools tool_choice temperature top_p top_k stop_sequences stream metadata"
     assert set(sent) <= set((known + " thinking output_config cache_control").split())
-    roles = [turn["role"] for turn in sent["messages"]]
+    every = [turn["role"] for turn in sent["messages"]]
+    # A system message follows a user's, and no user's follows it.
+    assert {before for before, role in zip(["", *every], every, strict=False) if role == "system"} <= {"user"}
+    roles = [role for role in every if role != "system"]
     assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2)
     blocks = [block for turn in sent["messages"] for block in turn["content"]] + sent.get("system", [])
     assert all(block["text"].strip() for block in blocks if block["type"] == "text")
     last = sent["messages"][-1]["content"][-1]
-    assert roles[-1] == "user" or last.get("text", "") == last.get("text", "").rstrip()
+    assert every[-1] != "assistant" or last.get("text", "") == last.get("text", "").rstrip()
     defined = {tool["name"] for tool in sent.get("tools", ())}
     assert {block["name"] for block in blocks if block["type"] == "tool_use"} <= defined
     assert defined or "tool_choice" not in sent
     calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
-    assert calls == [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
+    assert sorted(calls) == sorted({block["tool_use_id"] for block in blocks if block["type"] == "tool_result"})
 
 
 REFUSED = [line.split(" ", 1) for line in (GOLDEN / "refused.txt").read_text(encoding="utf-8").splitlines()[1:]]
@@ -139,6 +142,77 @@ def test_spoiled_answers_are_translated_or_refused() -> None:
                 event = spoiled(json.loads(line[6:]), chance) if chance.random() < 0.3 else json.loads(line[6:])
                 translation.feed(b"", json.dumps(event).encode())
         assert not (translation.done and translation.failed)
+
+
+def answered(sent: dict[str, Any], chance: random.Random, signed: dict[str, str], json_mode: bool) -> dict[str, Any]:
+    """Return a message with calls as the client gets it, whole or from a stream; `signed` learns its signatures."""
+    blocks: list[dict[str, Any]] = []
+    for _ in range(chance.randint(1, 5)):
+        number = f"{len(sent['messages'])}_{len(blocks)}"
+        kind = chance.choice(["thinking", "text", "tool_use"])
+        if kind == "thinking":
+            signature = f"signature {number}"
+            signed[signature] = prefix(sent, [*spread(sent), *(("assistant", block) for block in blocks)])
+            blocks.append({"type": kind, "thinking": "t" * chance.randint(0, 3), "signature": signature})
+        elif kind == "text":
+            blocks.append({"type": kind, "text": f"ü{number} "})
+        else:
+            blocks.append({"type": kind, "id": f"id{number}", "name": "f", "input": {}})
+    blocks.append({"type": "tool_use", "id": f"id{len(sent['messages'])}_last", "name": "f", "input": {}})
+    if chance.random() < 0.5:
+        reply = {"id": "m", "model": "m", "content": blocks, "stop_reason": "tool_use"}
+        found: dict[str, Any] = app.from_message(reply, CREATED, json_mode)["choices"][0]["message"]
+        return found
+    translation = app.MessageStream(CREATED, json_mode=json_mode)
+    events: list[dict[str, Any]] = [{"type": "message_start", "message": {"id": "m", "model": "m"}}]
+    for index, block in enumerate(blocks):
+        pieces = {"text": "text_delta", "thinking": "thinking_delta", "signature": "signature_delta"}
+        start = {**block, **{name: "" for name in pieces if name in block}}
+        events.append({"type": "content_block_start", "index": index, "content_block": start})
+        for name in [name for name in pieces if name in block]:
+            delta = {"type": pieces[name], name: block[name]}
+            events.append({"type": "content_block_delta", "index": index, "delta": delta})
+        events.append({"type": "content_block_stop", "index": index})
+    given = b"".join(translation.feed(b"", json.dumps(event).encode()) for event in [*events, {"type": "message_stop"}])
+    message: dict[str, Any] = {"role": "assistant", "content": "", "thinking_blocks": [], "tool_calls": []}
+    for delta in [chunk["choices"][0]["delta"] for chunk in chunks(given)]:
+        message["content"] += delta.get("content") or ""
+        message["thinking_blocks"] += delta.get("thinking_blocks", [])
+        message["tool_calls"] += [call for call in delta.get("tool_calls", ()) if "id" in call]
+    return message
+
+
+def spread(sent: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return all blocks of a request, each with its role."""
+    return [(turn["role"], block) for turn in sent["messages"] for block in turn["content"]]
+
+
+def prefix(sent: dict[str, Any], blocks: list[tuple[str, dict[str, Any]]]) -> str:
+    """Return what a signature is bound to."""
+    return json.dumps([sent.get("system"), sent.get("tools"), blocks])
+
+
+def test_nothing_changes_before_a_signed_block() -> None:
+    """While a client only appends, each block of thinking is sent with all that stood before it when it was made."""
+    chance = random.Random(7)
+    for _ in range(300):
+        signed: dict[str, str] = {}
+        count = 0
+        model = chance.choice(["claude-opus-5", "claude-opus-4-5", "other"])
+        messages: list[dict[str, Any]] = [{"role": "system", "content": "S"}, {"role": "user", "content": "go"}]
+        for _ in range(chance.randint(2, 5)):
+            json_mode = chance.random() < 0.5
+            asked = {"model": model, "messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}
+            sent = sent_for({**asked, **({"response_format": {"type": "json_object"}} if json_mode else {})})
+            for at, (_, block) in enumerate(spread(sent)):
+                if block["type"] == "thinking":
+                    assert signed[block["signature"]] == prefix(sent, spread(sent)[:at])
+                    count += 1
+            message = answered(sent, chance, signed, json_mode)
+            results = [{"role": "tool", "tool_call_id": call["id"], "content": "r"} for call in message["tool_calls"]]
+            more = [{"role": role, "content": role} for role in ("system", "developer", "user")]
+            messages = [*messages, message, *results, *chance.choices(more, k=chance.choice([0, 0, 1, 2]))]
+        assert count >= len(signed) - 6
 
 
 @pytest.mark.parametrize("case", cases("replies"))

@@ -47,8 +47,8 @@ def test_errors_of_vendors(outcome: str, status: str, body: str) -> None:
     if status == "200":
         asked, event = request(), b"data: %b\n\n" % body.encode()
         asked.path = app.CHAT_PATH
-        verdict = app.judge_answer(body.encode(), asked, ())
-        assert app.judge_error_event(event, ()).outcome is verdict.outcome
+        verdict = app.judge_answer(body.encode(), {}, asked, ())
+        assert app.judge_error_event(event, {}, ()).outcome is verdict.outcome
         late = app.judge_late_event(event, ()).outcome.value
         assert late == ("ok" if outcome in {"client", "long", "missing", "unfit"} else outcome)
     assert (verdict.outcome.value, verdict.too_long) == ("client" if long else outcome, long)
@@ -132,7 +132,7 @@ def test_answers_that_are_none(body: str, path: str, status: int) -> None:
     """A chat must have choices, any other answer may be anything but an error; what is neither is a fault."""
     asked = request(False)
     asked.path = path
-    verdict = app.judge_answer(body.encode(), asked, ())
+    verdict = app.judge_answer(body.encode(), {}, asked, ())
     assert (verdict.outcome.value, verdict.status) == ("ok" if status == 200 else "fault", status)
 
 

@@ -633,7 +633,7 @@ def test_an_error_after_the_answer_began_counts_as_its_status(kind: str, failure
     for made in [lease(one.candidate("m")) for _ in range(5)]:
         pool.answered(made, True, T0)
         event = b'data: {"error":{"message":"x","type":"%b","code":"%b"}}\n\n' % ((kind.encode(),) * 2)
-        pool.settle(made, app.judge_error_event(event, ()))
+        pool.settle(made, app.judge_error_event(event, {}, ()))
     state = app.describe_upstream(one, T0)
     assert (one.failures, one.in_flight, state["reason"]) == (failures, 0, reason)
     assert (state["state"] == "ok") is is_open(one.candidate("m")) is (kind in {"invalid_request_error", "authentication_error"})

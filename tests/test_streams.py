@@ -375,7 +375,6 @@ async def test_a_failure_names_its_controller() -> None:
             assert message.startswith("controller 'dead': no connection") and "127.0.0.1" not in message
 
 
-
 # -- answers in the form that was not asked for
 
 MESSAGE = {"role": "assistant", "content": "hé", "reasoning_content": "so", "tool_calls": [CALL]}
