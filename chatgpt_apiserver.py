@@ -217,8 +217,8 @@ VARIABLE = re.compile(r"\$(\{)?(\w+)(?(1)\})")  # $NAME, ${NAME}
 _BARE_KEY = {"auth_header": "api-key", "auth_scheme": ""}
 # For APIs that refuse or ignore the newer name.
 _OLD_LIMIT = {"max_completion_tokens": "max_tokens"}
-# Of messages: fields that other vendors refuse, in our own answers too, and a role that is `system` elsewhere. DeepSeek
-# and Moonshot need reasoning_content back with the results of tools (api-docs.deepseek.com, "Thinking Mode").
+# Messages of other vendors and of this server have fields that some APIs refuse. Some do not know the role `developer`.
+# DeepSeek and Moonshot need reasoning_content back with the results of tools (api-docs.deepseek.com, "Thinking Mode").
 _NO_FIELDS, _NO_ROLE = ["reasoning_content", "thinking_blocks"], ["developer"]
 _MISTRAL = {"rename_params": {**_OLD_LIMIT, "seed": "random_seed"}, "refuses": [*_NO_FIELDS, *_NO_ROLE]}
 # The code is a rate limit at DashScope (openclaw PR 148275); elsewhere it means that no credit is left.
@@ -669,7 +669,7 @@ class AccountConfig:
     thinking: Annotated[str, check_choice, ("effort", "adaptive", "budget")] = "effort"  # Anthropic only
     drop_params: Words = ()
     rename_params: Pairs = ()
-    # Of the messages of a chat: these fields are left out, and the role `developer` becomes `system`.
+    # Fields to leave out of a chat's messages. With `developer`, that role becomes `system`.
     refuses: Words = ()
     extra_body: Annotated[tuple[tuple[str, Any], ...], check_extra_body] = ()
     # A 429 with one of these is a rate limit; elsewhere it means no credit.
@@ -3749,7 +3749,10 @@ def head_for(head: ResponseHead, status: int, kind: bytes) -> ResponseHead:
 
 
 def to_events(answer: dict[str, Any], usage: bool) -> bytes:
-    """Return a whole chat completion as a stream of one chunk, and one for its usage. Raise LookupError and others."""
+    """Return a whole chat completion as a stream: one chunk with all of it, and one with its usage.
+
+    Raise LookupError, TypeError or AttributeError if `answer` is no chat completion.
+    """
     choices = []
     for place, choice in enumerate(answer["choices"]):
         delta = {name: value for name, value in choice["message"].items() if value is not None}
@@ -3826,13 +3829,16 @@ class AskedForm:
                 raise BadReply(f"the upstream sent an answer of more than {ANSWER_BYTES} bytes") from None
 
     async def _join(self) -> bytes:
-        """Return the body for a stream: the chat completion, or its error. Raise UpstreamError and others."""
+        """Return the body for a stream: the chat completion, or its error.
+
+        Raise UpstreamError. Raise LookupError, TypeError or AttributeError if the stream is no chat.
+        """
         splitter, end, answer, size, data = EventSplitter(), StreamEnd(is_response=False), dict[str, Any](), 0, b" "
         while data:
             data = await self.inner.read()
             size += len(data)
-            if size > STREAM_BYTES:
-                raise BadReply(f"the upstream sent a stream of more than {STREAM_BYTES} bytes")
+            if size > STREAM_BYTES or len(splitter.pending) > EVENT_BYTES:
+                raise BadReply(f"the upstream sent more than {STREAM_BYTES} bytes, or {EVENT_BYTES} in one event")
             end.feed(data)
             for event in splitter.feed(data or b"\n\n"):
                 kind, text = event_fields(event)
@@ -4106,15 +4112,14 @@ AUTH_WORDS = (
 )
 
 
-# The API, or its model, does not take a parameter or a field of a message: OpenAI; Azure; Anthropic; Mistral and vLLM;
-# Google and DeepSeek; Groq and Cerebras; xAI and Ollama; Moonshot; DashScope; LM Studio.
+# The API or its model does not take a parameter, a field of a message or a role: words of OpenAI, Azure, Anthropic,
+# Mistral, vLLM, Google, DeepSeek, Groq, Cerebras, xAI, Ollama, Moonshot, DashScope and LM Studio.
 OPTION_CODES = "unsupported_parameter unsupported_value unknown_parameter extra_forbidden".split()
 OPTION_WORDS = (
     r"(?i)^(unsupported|unknown) (parameter|value)|^unrecognized request argument|cannot both be specified"
     r"|extra inputs are not permitted|extra_forbidden|additional properties are not allowed"
     r"|unknown (name|variant|field) |property '[^']*' is unsupported|only \S+ is allowed for this model"
-    r"|(not supported|deprecated) (with|on|by|for|in) this model|^\w+ is not one of \[|'role' field that is in"
-    r"|does not support (the )?(parameter|response.format|assistant message|image|tool|function|reasoning|thinking)"
+    r"|\bnot support(ed)?\b|deprecated for this model|^\w+ is not one of \[|'role' field that is in"
 )
 
 
@@ -5817,7 +5822,7 @@ ACCOUNT_REFUSALS = {
 }
 # How errors name the parameter with which this server asks for usage.
 _USAGE_OPTION = re.compile(rb"stream_?options|include_usage", re.IGNORECASE)
-# What other vendors add to messages, where a refusal names it; see `refuses`.
+# What other vendors add to messages, as a refusal names it; see `refuses`.
 _LEFT_OUT = re.compile(r"\b(reasoning_content|thinking_blocks|developer)\b")
 
 
@@ -6184,7 +6189,7 @@ class Relay:
             is_refused = attempt.adds_usage and attempt.verdict is not OK and bool(_USAGE_OPTION.search(attempt.held))
             named = set(_LEFT_OUT.findall(attempt.verdict.message)) if attempt.verdict.of_kind else set()
             if is_refused or named - lease.candidate.refused:
-                # They are this server's or other vendors', not the client's. The account gets them no more.
+                # The client did not ask for any of these. The account does not get them any more.
                 lease.upstream.controller.reports_usage &= not is_refused
                 lease.candidate.refused |= named
                 attempt.whole = False

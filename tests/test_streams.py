@@ -445,10 +445,17 @@ TROUBLE = b'{"error":{"message":"no","type":"server_error","code":503}}'
         (False, sse_reply(event("a")), 502),
         (False, sse_reply(DONE), 502),
         (False, sse_reply(event("a"))[:-5], 502),
+        (True, json_reply(200, {**ANSWER, "x": "x" * 300_000}), 502),
+        (False, sse_reply(*[event("x" * 900)] * 300, DONE), 502),
+        (False, sse_reply(event("x" * 300_000), DONE), 502),
     ],
 )
-async def test_an_error_in_the_other_form(stream: bool, raw: bytes, status: int, alone: bool) -> None:
+async def test_an_error_in_the_other_form(
+    stream: bool, raw: bytes, status: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No byte has reached the client, so another controller answers; without one it gets an error with its status."""
+    for bound in ("ANSWER_BYTES", "STREAM_BYTES", "EVENT_BYTES"):
+        monkeypatch.setattr(f"chatgpt_apiserver.{bound}", 100_000)
 
     async def script(peer: Peer, _: Message) -> None:
         await peer.send(raw)
