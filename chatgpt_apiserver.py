@@ -1159,12 +1159,32 @@ class Redactor:
         return True
 
 
+class Usage(NamedTuple):
+    """The tokens of an answer. `cached` are those of the prompt that the account had in its cache."""
+
+    total: int
+    prompt: int
+    answer: int
+    cached: int
+
+
+class AttemptRecord(NamedTuple):
+    """What came of one attempt: `outcome` in one word, `status` of the reply (0: none came), `reason` if it failed."""
+
+    controller: str
+    outcome: str
+    seconds: float
+    model: str = ""  # as it was sent
+    status: int = 0
+    reason: str = ""
+
+
 @dataclass(slots=True)
 class AccessRecord:
-    """The facts about one request that the access log reports. Times are seconds of the loop's clock.
+    """The facts about one request, for the access log and the counts. Times are seconds of the loop's clock.
 
     `first_at`: when the first byte of the answer was sent, or 0. `mapped`: the header line that names the model that
-    answered in place of the requested one. `outcomes`: controller, outcome and seconds of each attempt.
+    answered in place of the requested one. `code`: that of an error answer. `usage`: None where the answer told none.
     """
 
     client: str
@@ -1175,13 +1195,17 @@ class AccessRecord:
     controller: str = ""
     key: str = ""
     request_id: str = ""
+    upstream_id: str = ""
+    code: str = ""
     mapped: bytes = b""
+    stream: bool = False
+    usage: Usage | None = None
     status: int = 0
     bytes: int = 0
     first_at: float = 0.0
     waited_s: float = 0.0
     until: float = 0.0
-    outcomes: list[tuple[str, str, float]] = field(default_factory=list)
+    attempts: list[AttemptRecord] = field(default_factory=list)
 
     def ms(self, at: float) -> float:
         """Return the milliseconds from the beginning to `at`, or to the end if that never came."""
@@ -1197,15 +1221,16 @@ def text_line(record: AccessRecord, stamp: str) -> str:
     """Return the access line for people, with `name=value` words that awk, grep and logfmt can read."""
     line = (
         f"{stamp} {record.client} {record.method} {plain(record.path)} {record.status}"
-        f" model={plain(record.model) or '-'} controller={record.controller or '-'} attempts={len(record.outcomes)}"
+        f" model={plain(record.model) or '-'} controller={record.controller or '-'} attempts={len(record.attempts)}"
         f" first_ms={record.ms(record.first_at):.1f} ms={record.ms(record.until):.1f} bytes={record.bytes}"
     )
     if record.key:
         line += f" key={plain(record.key)}"
     if record.waited_s:
         line += f" wait_ms={record.waited_s * 1e3:.0f}"
-    if len(record.outcomes) > 1 or any(word != "ok" for _, word, _ in record.outcomes):
-        line += " tried=" + ",".join([f"{name}:{word}:{s * 1e3:.0f}" for name, word, s in record.outcomes])
+    if len(record.attempts) > 1 or any(one.outcome != "ok" for one in record.attempts):
+        tried = [f"{one.controller}:{one.outcome}:{one.seconds * 1e3:.0f}" for one in record.attempts]
+        line += " tried=" + ",".join(tried)
     return line + "\n"
 
 
@@ -1220,7 +1245,8 @@ def json_line(record: AccessRecord, stamp: str) -> str:
         "ms": round(record.ms(record.until), 1),
         "wait_ms": round(record.waited_s * 1e3),
         "attempts": [
-            {"controller": name, "outcome": word, "ms": round(s * 1e3, 1)} for name, word, s in record.outcomes
+            {"controller": one.controller, "outcome": one.outcome, "ms": round(one.seconds * 1e3, 1)}
+            for one in record.attempts
         ],
     }
     return json.dumps(fields, separators=(",", ":")) + "\n"
@@ -4497,18 +4523,22 @@ _COUNT = re.compile(rb'"(total|prompt|completion|input|output|cached)_tokens"\s*
 USAGE_BYTES = 2048  # no usage is larger
 
 
-def used_tokens(body: bytes, cache_free: bool = False) -> tuple[int, int]:
-    """Return all tokens and the answer's tokens, by the last `usage` in an answer or in its end; 0, 0 without one.
+def read_usage(body: bytes) -> Usage | None:
+    """Return the last `usage` in an answer or in its end; None without one.
 
-    It searches, as the end of an answer is not JSON, and a whole answer may have megabytes. `cache_free`: tokens from
-    the prompt cache do not count.
+    It searches, as the end of an answer is not JSON, and a whole answer may have megabytes.
     """
-    start = max((usage.end() for usage in _USAGE.finditer(body)), default=len(body))
+    start = body.rfind(b'"usage"')
+    while start >= 0 and not _USAGE.match(body, start):
+        start = body.rfind(b'"usage"', 0, start)
+    if start < 0:
+        return None
     # Reversed, so that the first of equal names counts: later ones are details.
     counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + USAGE_BYTES))}
+    prompt = counts.get(b"prompt", 0) or counts.get(b"input", 0)
     answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
-    total = counts.get(b"total", 0) or counts.get(b"prompt", 0) + counts.get(b"input", 0) + answer
-    return total - (counts.get(b"cached", 0) if cache_free else 0), answer
+    total = counts.get(b"total", 0) or prompt + answer
+    return Usage(total, prompt or total - answer, answer, counts.get(b"cached", 0)) if total else None
 
 
 # The text in an answer, and in the events of a stream. The Responses API repeats the text of its deltas later.
@@ -4519,27 +4549,21 @@ _DELTA = re.compile(rb'"delta"\s*:\s*"((?:[^"\\]|\\.)*)"')
 class UsageMeter:
     """Counts the tokens of an answer that passes: by its usage, wherever that stands, else by its text."""
 
-    def __init__(self, request: ApiRequest, cache_free: bool) -> None:
+    def __init__(self, request: ApiRequest) -> None:
         self.pattern = _DELTA if request.stream and request.path == "/responses" else _TEXT
         self.splitter = EventSplitter() if request.stream else None
-        self.prompt, self.cache_free, self.tail = request.prompt_tokens, cache_free, b""
-        self.total = self.answer = self.text = 0
+        self.usage: Usage | None = None
+        self.tail, self.text = b"", 0
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes. A usage may come in two pieces."""
         window = self.tail + data
-        total, answer = used_tokens(window, self.cache_free)
-        if total:
-            self.total, self.answer = total, answer
+        self.usage = read_usage(window) or self.usage
         self.tail = window[-USAGE_BYTES:]
         for piece in (data,) if self.splitter is None else self.splitter.feed(data):
             self.text += sum(map(len, self.pattern.findall(piece)))
         if self.splitter is not None and len(self.splitter.pending) > EVENT_BYTES:
             self.splitter.pending = b""
-
-    def read(self) -> tuple[int, int]:
-        """Return all tokens, and the answer's tokens or 0. Without usage, four characters count as a token."""
-        return self.total or self.prompt + self.text // 4, self.answer
 
 
 # ==== 11. Quotas and health ====
@@ -5805,6 +5829,7 @@ def describe_pool(pool: UpstreamPool, now: float) -> dict[str, Any]:
 
 WHOLE_BYTES = 1_048_576  # a whole answer up to this size is collected before its head is sent, and can be replayed
 HOLD_S = 15.0  # the longest time for which the beginning of a stream is held back
+REASON_CHARS = 200  # of an upstream's message or id in the access record
 OBJECTS_KNOWN = 30_000  # objects whose controller is remembered; the oldest are forgotten
 # Ids of responses and of the items in them, and the beginning of an encrypted item, which no other item has.
 OBJECT_NAMES = re.compile(rb'"(?:id|item_id)"\s*:\s*"([\w\-]{4,128})"|"encrypted_content"\s*:\s*"([^"\\]{4,64})')
@@ -5965,10 +5990,10 @@ def retry_fields(after_s: float) -> bytes:
 def routing_headers(record: AccessRecord) -> bytes:
     """Return the x-apiserver-* header lines of an answer, and the x-request-id of the server itself."""
     lines = b"x-apiserver-request-id: %b\r\n" % record.request_id.encode()
-    if record.outcomes or record.waited_s:
+    if record.attempts or record.waited_s:
         if record.controller:
             lines += b"x-apiserver-controller: %b\r\n" % record.controller.encode()
-        waited = (len(record.outcomes), int(record.waited_s * 1e3))
+        waited = (len(record.attempts), int(record.waited_s * 1e3))
         lines += b"x-apiserver-attempts: %d\r\nx-apiserver-wait-ms: %d\r\n" % waited + record.mapped
     return lines
 
@@ -6269,7 +6294,11 @@ class Relay:
         verdict, lease = attempt.verdict, attempt.lease
         ended_at = attempt.at if verdict is OK else self.loop.time()
         word = word or ("stopped" if self.stopping and verdict is ABANDONED else verdict.outcome.value)
-        trip.record.outcomes.append((lease.upstream.name, word, ended_at - lease.since))
+        status, sent = attempt.head.status if attempt.head else 0, lease.candidate.mapped or attempt.model
+        reason = redactor.clean(verdict.message[:REASON_CHARS])
+        trip.record.attempts.append(
+            AttemptRecord(lease.upstream.name, word, ended_at - lease.since, sent[:MODEL_NAME_CHARS], status, reason)
+        )
         trip.request.was_sent |= lease.sent_at > 0
         self.pool.settle(lease, verdict)
 
@@ -6327,7 +6356,7 @@ class Relay:
         """Return the answer that a good attempt brings. No other attempt can follow."""
         record, request, lease = trip.record, trip.request, attempt.lease
         assert attempt.head is not None and attempt.exchange is not None
-        record.first_at = attempt.at
+        record.first_at, record.stream = attempt.at, attempt.stream
         trip.name(attempt)
         self.pool.answered(lease, True, attempt.at)
         if attempt.whole and not attempt.stream:
@@ -6337,7 +6366,7 @@ class Relay:
             meter = self._meter(attempt, request)
             if meter is not None:
                 meter.feed(attempt.held)
-                self._take_usage(attempt, request, meter)
+            self._take_usage(attempt, trip, read_usage(attempt.held) if meter is None else meter.usage, meter)
             self._settle(attempt, trip)
             return Answer(attempt.head.status, self._lines(attempt, trip), attempt.held, len(attempt.held))
         size = None if attempt.stream else attempt.head.index.get(b"content-length")
@@ -6345,9 +6374,9 @@ class Relay:
         # The generator runs from here on, so closing it ends the attempt.
         held = await rest.__anext__()
         # The headers count this attempt, too. `_rest` settles it later.
-        record.outcomes.append((lease.upstream.name, "ok", 0.0))
+        record.attempts.append(AttemptRecord(lease.upstream.name, "ok", 0.0))
         lines = self._lines(attempt, trip)
-        record.outcomes.pop()
+        record.attempts.pop()
         return Answer(attempt.head.status, lines, held, content_length(size) if size else None, rest)
 
     async def _rest(self, attempt: Attempt, exchange: Exchange, trip: Trip) -> AsyncGenerator[bytes, None]:
@@ -6409,19 +6438,25 @@ class Relay:
             if attempt.verdict is ABANDONED and has_end and end.is_whole():
                 # The SDKs leave after the last event; then the answer is whole.
                 attempt.verdict = OK
-            if meter is not None:
-                self._take_usage(attempt, request, meter)
+            usage = (read_usage(end.tail) if readable else None) if meter is None else meter.usage
+            self._take_usage(attempt, trip, usage, meter)
             self._settle(attempt, trip, word)
 
     def _meter(self, attempt: Attempt, request: ApiRequest) -> UsageMeter | None:
         """Return what counts the tokens of an answer; None where no limit needs it."""
         counts = request.on_usage is not None or attempt.lease.ledger.limited
-        return UsageMeter(request, attempt.lease.upstream.controller.cache_free) if counts else None
+        return UsageMeter(request) if counts else None
 
-    def _take_usage(self, attempt: Attempt, request: ApiRequest, meter: UsageMeter) -> None:
-        """Settle what an answer cost."""
-        total, answer = meter.read()
-        self.pool.used(attempt.lease, request.model, total, answer, attempt.tokens_known)
+    def _take_usage(self, attempt: Attempt, trip: Trip, usage: Usage | None, meter: UsageMeter | None) -> None:
+        """Note what an answer used, and settle it where a limit counts tokens."""
+        request, trip.record.usage = trip.request, usage
+        if meter is None:
+            return
+        # Without usage, four characters count as a token.
+        total = usage.total if usage else request.prompt_tokens + meter.text // 4
+        if usage and attempt.lease.upstream.controller.cache_free:
+            total -= usage.cached
+        self.pool.used(attempt.lease, request.model, total, usage.answer if usage else 0, attempt.tokens_known)
         if request.on_usage is not None:
             request.on_usage(total)
 
@@ -6430,8 +6465,9 @@ class Relay:
         head, record = attempt.head, trip.record
         assert head is not None
         lines = head.lines
+        record.upstream_id = head.index.get(b"x-request-id", b"").decode("latin-1")[:REASON_CHARS]
         # The upstream's retry headers say nothing about the pool.
-        if retry or record.waited_s or len(record.outcomes) > 1:
+        if retry or record.waited_s or len(record.attempts) > 1:
             lines = without(lines, RETRY_FIELDS)
         if b"x-request-id" not in head.index:
             lines += b"x-request-id: %b\r\n" % record.request_id.encode()
@@ -6456,7 +6492,7 @@ class Relay:
             # That 429 was waited out. What came then is the answer: the last refusal, or an error without a reply.
             best = trip.refusals[-1] if trip.verdict is trip.refusals[-1].verdict else None
         outcome = Outcome.RATE if best is None else best.verdict.outcome
-        retried = len(record.outcomes) > 1 or record.waited_s > 0
+        retried = len(record.attempts) > 1 or record.waited_s > 0
         retry = b""
         if trip.full is not None and outcome in (Outcome.RATE, Outcome.QUOTA):
             retry = retry_fields(trip.full.after_s)
@@ -6731,6 +6767,7 @@ def error_answer(error: ProxyError | UpstreamError, record: AccessRecord | None 
     """Return the answer that tells a client of an error."""
     lines = error.headers if isinstance(error, ProxyError) else b""
     if record is not None:
+        record.code = error.code or ""
         lines = b"x-request-id: %b\r\n" % record.request_id.encode() + routing_headers(record) + lines
     # A message may quote an upstream, or a proxy's URL.
     body = redactor.scrub(error_body(error))

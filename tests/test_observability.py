@@ -24,7 +24,7 @@ def record(model: str = "gpt", path: str = "/v1/x", key: str = "") -> app.Access
     made = app.AccessRecord("127.0.0.1", "POST", path, 10.0)
     made.model, made.key, made.controller, made.status, made.bytes = model, key, "a", 502, 7
     made.until, made.first_at, made.waited_s = 11.0, 10.5, 0.25
-    made.outcomes = [("a", "fault", 0.1), ("b", "rate", 0.2)]
+    made.attempts = [app.AttemptRecord("a", "fault", 0.1), app.AttemptRecord("b", "rate", 0.2)]
     return made
 
 
@@ -36,7 +36,7 @@ def test_text_line() -> None:
     )
     unknown = app.AccessRecord("::1", "-", "-", 1.0, until=1.0)
     assert app.text_line(unknown, "T") == "T ::1 - - 0 model=- controller=- attempts=0 first_ms=0.0 ms=0.0 bytes=0\n"
-    unknown.outcomes = [("a", "ok", 0.1)]
+    unknown.attempts = [app.AttemptRecord("a", "ok", 0.1)]
     assert app.text_line(unknown, "T").endswith(" attempts=1 first_ms=0.0 ms=0.0 bytes=0\n")
 
 

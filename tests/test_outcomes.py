@@ -308,23 +308,22 @@ def test_allowances(index: dict[bytes, bytes], expected: tuple[float, float, flo
 @pytest.mark.parametrize(
     ("tail", "expected"),
     [
-        (b'..."usage":{"prompt_tokens":5,"completion_tokens":7,"total_tokens":12}}', (12, 7)),
-        (b'"usage": {"input_tokens" : 5, "output_tokens" : 7}', (12, 7)),
-        (b'"usage":{"input_tokens":5,"output_tokens":7,"total_tokens":13}', (13, 7)),
-        (b'"usage":{"prompt_tokens":5,"total_tokens":5}', (5, 0)),
-        (b'"usage":null}\n\ndata: [DONE]\n\n', (0, 0)),
-        (b'"usage":null}\n\ndata: {"choices":[],"usage":{"completion_tokens":1,"total_tokens":2}}', (2, 1)),
-        (b"", (0, 0)),
-        (b'"usage":{"total_tokens":"many"}', (0, 0)),
-        (b'{"usage":{"prompt_tokens":5,"completion_tokens":7},"choices":["usage"' + b"x" * 9000, (12, 7)),
+        (b'..."usage":{"prompt_tokens":5,"completion_tokens":7,"total_tokens":12}}', (12, 5, 7, 0)),
+        (b'"usage": {"input_tokens" : 5, "output_tokens" : 7}', (12, 5, 7, 0)),
+        (b'"usage":{"input_tokens":5,"output_tokens":7,"total_tokens":13}', (13, 5, 7, 0)),
+        (b'"usage":{"prompt_tokens":5,"total_tokens":5}', (5, 5, 0, 0)),
+        (b'"usage":null}\n\ndata: [DONE]\n\n', None),
+        (b'"usage":null}\n\ndata: {"choices":[],"usage":{"completion_tokens":1,"total_tokens":2}}', (2, 1, 1, 0)),
+        (b'{"usage":{"completion_tokens":1,"total_tokens":2}} {"usage":null}', (2, 1, 1, 0)),
+        (b"", None),
+        (b'"usage":{"total_tokens":"many"}', None),
+        (b'{"usage":{"prompt_tokens":5,"completion_tokens":7},"choices":["usage"' + b"x" * 9000, (12, 5, 7, 0)),
+        (
+            b'"usage":{"completion_tokens":7,"total_tokens":107,"prompt_tokens_details":{"cached_tokens":90}}',
+            (107, 100, 7, 90),
+        ),
     ],
 )
-def test_used_tokens(tail: bytes, expected: tuple[int, int]) -> None:
+def test_read_usage(tail: bytes, expected: tuple[int, ...] | None) -> None:
     """The last usage in an answer counts, wherever it stands."""
-    assert app.used_tokens(tail) == expected
-
-
-def test_used_tokens_without_cached_ones() -> None:
-    """Tokens from the prompt cache do not count where the account gives them for free."""
-    tail = b'"usage":{"completion_tokens":7,"total_tokens":107,"prompt_tokens_details":{"cached_tokens":90}}'
-    assert app.used_tokens(tail) == (107, 7) and app.used_tokens(tail, cache_free=True) == (17, 7)
+    assert app.read_usage(tail) == expected

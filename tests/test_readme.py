@@ -348,7 +348,8 @@ def test_log_fields() -> None:
     """The table of the access log has the fields of both formats."""
     record = app.AccessRecord("127.0.0.1", "POST", "/v1/chat/completions", 1.0)
     record.model, record.controller, record.key, record.request_id = "m", "a", "alice", "req_1"
-    record.waited_s, record.outcomes = 1.0, [("a", "rate", 0.1), ("b", "ok", 0.2)]
+    record.waited_s = 1.0
+    record.attempts = [app.AttemptRecord("a", "rate", 0.1), app.AttemptRecord("b", "ok", 0.2)]
     rows = table(section("## Operation"), "text", "JSON", "meaning")
     text = [name for cell, _, _ in rows for name in ticked(cell)]
     assert sorted(text) == sorted(re.findall(r" (\w+)=", app.text_line(record, "now")))
