@@ -717,6 +717,8 @@ class ClientKey:
     name: str
     digest: bytes
     models: Words = ()
+    # It may read what operators read, and reload.
+    admin: Flag = False
     limits: QuotaLimits = QuotaLimits()
 
 
@@ -1323,7 +1325,6 @@ class AccessLog:
 
     def add(self, record: AccessRecord) -> None:
         """Take one finished request."""
-        record.until = self.loop.time()
         if not self.records:
             self.loop.call_later(FLUSH_S, self.flush)
         self.records.append(record)
@@ -6561,7 +6562,8 @@ LINGER_S, LINGER_BYTES = 2.0, 1_048_576  # how long, and how much, a client may 
 FLUSH_FIRST_S, FLUSH_MAX_S = 0.01, 1.0  # between two looks at whether a closing connection has sent all
 MODELS_EVERY_S = 600.0  # between two questions to a controller for its list of models
 MODELS_TIMEOUT_S = 10.0  # for an answer, and before a question is repeated at first
-MODELS_WAIT_S = 2.0  # how long a client waits for the first lists after the start
+MODELS_START_S = 0.5  # the start waits for the first lists, so that the first request goes to the right account
+MODELS_WAIT_S = 2.0  # how long a client that asks for the list waits for the first lists
 LIST_BYTES = 8_388_608  # one controller's model list
 ANSWER_EARLY_S = 2.0  # answer this long before the client's own read timeout
 SKIP_BYTES, SKIP_S = 65536, 1.0  # a body of a refused request is read to its end if it is this small and fast
@@ -6570,6 +6572,7 @@ LAST_BYTES_S = 1.0  # at a stop, for an error event to reach its client
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
 
 DATE = b"Date: %b\r\n"  # RFC 9110, 6.6.1
+FORWARDED_FIELDS = frozenset((b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"))  # a proxy adds one of them
 
 # Paths of inference, and the model used where the request names none (defaults of OpenAI's API reference).
 INFERENCE = {
@@ -6931,7 +6934,7 @@ class ClientConnection:
                 if call.record.status >= 400 and call.record.status not in (499, 504):
                     call.charge.used(0, self.loop.time())
                 call.charge.leave(call.request is not None and call.request.was_sent, self.loop.time())
-            self.server.access.add(call.record)
+            self.server.finished(call.record)
             self._release()
         # A client that never reads must not pile up answers.
         if self.protocol.full:
@@ -7270,13 +7273,16 @@ class ModelLists:
         failed_s = again_s if again_s < MODELS_EVERY_S else 0.0
         self.timers[name] = self.loop.call_later(again_s, self._ask_again, upstream, failed_s)
 
+    async def wait(self, timeout_s: float) -> None:
+        """Wait until the first question to each controller has ended, at most `timeout_s`."""
+        first = [task for name, task in self.tasks.items() if name not in self.answered]
+        if first:
+            await asyncio.wait(first, timeout=timeout_s)
+
     async def all(self) -> list[dict[str, Any]]:
         """Return all models and aliases by name. A controller that fails only shortens the list."""
         self._ask_all()
-        first = [task for name, task in self.tasks.items() if name not in self.answered]
-        # This server was started a moment ago.
-        if first:
-            await asyncio.wait(first, timeout=MODELS_WAIT_S)
+        await self.wait(MODELS_WAIT_S)
         models = {name: model_object(name) for name in self.pool.configured_models()}
         for upstream in self.pool.upstreams:
             for model in self.known.get(upstream.name, ()):
@@ -7413,13 +7419,21 @@ class Server:
     async def start(self) -> list[tuple[str, int]]:
         """Listen, and return the addresses. Raise OSError, ConfigError."""
         self.tls = server_tls(self.config) if self.config.tls.cert else None
+        # The port is bound now, so that a taken one is known at once. Clients can connect after `start_serving`.
         self.listener = await self.loop.create_server(
-            self._protocol, self.config.host, self.config.port, backlog=BACKLOG, reuse_address=True
+            self._protocol,
+            self.config.host,
+            self.config.port,
+            backlog=BACKLOG,
+            reuse_address=True,
+            start_serving=False,
         )
         # Accepted connections inherit the options.
         for listener in self.listener.sockets:
             watch_path(listener, self.config.limits.write_timeout)
         self.models.follow()
+        await self.models.wait(MODELS_START_S)
+        await self.listener.start_serving()
         return [listener.getsockname()[:2] for listener in self.listener.sockets]
 
     def _protocol(self) -> TimedProtocol:
@@ -7444,6 +7458,11 @@ class Server:
             return
         self.per_peer[peer] += 1
         self.connections.add(ClientConnection(self, protocol, peer))
+
+    def finished(self, record: AccessRecord) -> None:
+        """Report a request that has ended."""
+        record.until = self.loop.time()
+        self.access.add(record)
 
     def forget(self, client: ClientConnection) -> None:
         """Stop counting a connection that has ended."""
@@ -7554,6 +7573,19 @@ class Server:
             raise ProxyError(401, message, "invalid_api_key", headers=b"WWW-Authenticate: Bearer\r\n")
         return match
 
+    def _check_admin(self, call: Call) -> None:
+        """Raise ProxyError (401, 403) unless a client may see what operators see.
+
+        It needs a key with `admin`. Without client_keys it must be on this machine, and no proxy may stand between.
+        """
+        if self.config.client_keys:
+            if not self._check_key(call.head).admin:
+                message = "This key may not see the server's state; use a client key with admin: true."
+                raise ProxyError(403, message, "admin_required")
+        elif not is_loopback(call.record.client) or not FORWARDED_FIELDS.isdisjoint(call.head.index):
+            message = "The server's state is shown to this machine only; configure a client key with admin: true."
+            raise ProxyError(403, message, "admin_required")
+
     # -- handlers
 
     async def _options(self, call: Call) -> Answer:
@@ -7572,8 +7604,7 @@ class Server:
         """Return the server's status. Load balancers have no key; the verbose form needs one."""
         status: dict[str, Any] = {"status": "draining" if self.draining else "ok"}
         if "verbose=1" in call.query.split("&"):
-            if self.config.client_keys:
-                self._check_key(call.head)
+            self._check_admin(call)
             status.update(describe_pool(self.pool, self.loop.time()), connections=len(self.connections))
             status["upstream_connections"] = {"idle": self.links.idle_count, "active": len(self.links.active)}
         return json_answer(status, 503 if self.draining else 200)

@@ -38,12 +38,15 @@ async def test_a_client_key(stored: str) -> None:
 async def test_what_needs_a_key() -> None:
     """With client keys /status is open; its details and the API need a key, and a key with models lists no files."""
     message = "Your key may not use calls that name no model; it may use: gpt-*."
-    async with Running(client_keys=[{"key": KEY, "models": ["gpt-*"]}], endpoints=["objects"]) as server:
+    keys = [{"key": KEY, "models": ["gpt-*"]}, {"key": OTHER_KEY, "admin": True}]
+    async with Running(client_keys=keys, endpoints=["objects"]) as server:
+        refused = await server.ask("GET", "/status?verbose=1", b"", "api-key: " + KEY)
+        assert refused.status == 403 and refused.json()["error"]["code"] == "admin_required"
         for target, line, status in (
             ("/status", "X: 1", 200),
             ("/status?verbose=1", "X: 1", 401),
             ("/status?a=b&verbose=1", "api-key: x", 401),
-            ("/status?verbose=1", "api-key: " + KEY, 200),
+            ("/status?verbose=1", "api-key: " + OTHER_KEY, 200),
             ("/v1/models", "X: 1", 401),
             ("/v1/files", "api-key: " + KEY, 403),
         ):

@@ -212,3 +212,17 @@ async def test_a_model_is_named_as_the_client_named_it() -> None:
     async with Running(controller("a", "http://127.0.0.1:9/v1", models=["m"]), pool={"aliases": {"fast": "gone"}}) as server:
         answer = await server.post("fast")
         assert answer.status == 404 and "'fast'" in answer.json()["error"]["message"] and b"gone" not in answer.body
+
+
+async def test_the_first_request_after_a_start_goes_to_the_account_that_has_the_model() -> None:
+    """The listener opens when the lists are known, or half a second later."""
+
+    def listing(model: str) -> Script:
+        async def script(peer: Peer, message: Message) -> None:
+            await peer.send(json_reply(200, {"data": [{"id": model}]} if message.start.startswith("GET") else ANSWER))
+
+        return script
+
+    async with Upstream(listing("m-1")) as one, Upstream(listing("m-2")) as two:
+        async with Listing(controller("a", one.url), controller("b", two.url)) as server:
+            assert (await server.post("m-2")).headers["x-apiserver-controller"] == "b"

@@ -250,14 +250,14 @@ def run(*words: str, **more: Any) -> str:
 
 
 def test_what_is_named_exists() -> None:
-    """Paths and error codes of the README are those of the project; it has at most 450 lines and tells the program's size."""
+    """Paths and error codes of the README are those of the project; it has at most 640 lines and tells the program's size."""
     paths = set(re.findall(r"(?:tests|config|\.ci)/[\w./-]*\w", README))
     assert {"tests/run.py", ".ci/run"} <= paths and not [path for path in paths if not (ROOT / path).exists()]
     source = PROGRAM.read_text()
     for code in "model_not_found invalid_api_key host_not_allowed origin_not_allowed model_not_allowed upstream_account_refused".split():
         assert f"`{code}`" in README and f'"{code}"' in source
     told, lines = re.search(r"about ([\d,]+) lines long", README), source.count("\n")
-    assert told and README.count("\n") <= 450
+    assert told and README.count("\n") <= 640
     assert abs(int(told.group(1).replace(",", "")) - lines) <= 150, f"the file has {lines} lines"
 
 

@@ -134,7 +134,7 @@ async def test_sighup_under_load(tmp_path: Path) -> None:
             go.set()
             await asyncio.gather(*loads)
             assert set(statuses) == {200} and len(statuses) > 10
-            program.write(controller("a", up.url), client_keys=[bob])
+            program.write(controller("a", up.url), client_keys=[{**bob, "admin": True}])
             await program.reload("reload: client_keys: alice, bob -> bob")
             assert await held.reader.readuntil(DONE + b"\r\n0\r\n\r\n")
             held.close()
