@@ -9,7 +9,5 @@ USER apiserver
 ENV CHATGPT_APISERVER_HOST=0.0.0.0 CHATGPT_APISERVER_PORT=8080 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/app
 EXPOSE 8080
 STOPSIGNAL SIGTERM
-# http.client and not urllib: urllib would send this request to the http_proxy that is set for the accounts.
-HEALTHCHECK --interval=30s --timeout=5s --start-period=5s \
-  CMD ["python3", "-c", "from http.client import *; c = HTTPConnection('127.0.0.1', 8080, timeout=4); c.request('GET', '/status'); exit(c.getresponse().status != 200)"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=5s CMD ["python3", "-m", "chatgpt_apiserver", "--healthcheck"]
 ENTRYPOINT ["python3", "-m", "chatgpt_apiserver"]

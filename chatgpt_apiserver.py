@@ -900,6 +900,8 @@ class Config:
     allowed_hosts: Annotated[tuple[str, ...], check_list, check_host_name] = ()
     cors: CorsConfig = CorsConfig()
     tls: TlsFiles = TlsFiles()
+    # A new server can listen on the same port before the old one stops.
+    reuse_port: Flag = False
     limits: ServerLimits = ServerLimits()
     log: LogConfig = LogConfig()
     drain_delay: Seconds = 0.0
@@ -7350,6 +7352,12 @@ def load_certificate(context: ssl.SSLContext, config: Config) -> None:
         raise ConfigError(f"{config.source}: tls: certificate and key cannot be used: {error}") from error
 
 
+def address_of(listener: socket.socket) -> tuple[str, int]:
+    """Return the host and port of a listening socket; the path and 0 of a Unix socket."""
+    name = listener.getsockname()
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else (str(name), 0)
+
+
 def server_tls(config: Config) -> ssl.SSLContext:
     """Return the listener's TLS context, for TLS 1.2 or newer. Raise ConfigError."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -7375,7 +7383,7 @@ class Server:
         self.per_peer: Counter[str] = Counter()
         # The bytes of all request bodies under way.
         self.held_bytes = 0
-        self.listener: asyncio.Server | None = None
+        self.listeners: list[asyncio.Server] = []
         self.tls: ssl.SSLContext | None = None
         self.stopping = self.draining = False
         self.serial, self.id_prefix = 0, "req_" + secrets.token_hex(6)
@@ -7388,12 +7396,12 @@ class Server:
 
     def reconfigure(self, config: Config) -> None:
         """Use `config` from now on. Unchanged parts keep their state; answers under way go on. Raise ConfigError."""
-        if self.listener is not None and bool(self.tls) != bool(config.tls.cert):
+        if self.listeners and bool(self.tls) != bool(config.tls.cert):
             log.warning("tls: switching it on or off needs a restart")
         elif self.tls is not None:
             # This may raise, so it comes first.
             load_certificate(self.tls, config)
-        if self.listener is not None:  # it keeps its address
+        if self.listeners:  # they keep their address
             config = replace(config, host=self.config.host, port=self.config.port)
         self.config = config
         rebuild_pool(self.pool, config)
@@ -7408,7 +7416,7 @@ class Server:
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
         self.relay.shows_account = len(config.controllers) == 1 and not config.client_keys
-        if self.listener is not None:
+        if self.listeners:
             self.models.follow()
 
     def next_id(self) -> str:
@@ -7416,25 +7424,33 @@ class Server:
         self.serial += 1
         return f"{self.id_prefix}{self.serial:x}"
 
-    async def start(self) -> list[tuple[str, int]]:
-        """Listen, and return the addresses. Raise OSError, ConfigError."""
-        self.tls = server_tls(self.config) if self.config.tls.cert else None
-        # The port is bound now, so that a taken one is known at once. Clients can connect after `start_serving`.
-        self.listener = await self.loop.create_server(
-            self._protocol,
-            self.config.host,
-            self.config.port,
-            backlog=BACKLOG,
-            reuse_address=True,
-            start_serving=False,
-        )
+    async def start(self, inherited: Sequence[socket.socket] = ()) -> list[tuple[str, int]]:
+        """Listen on the configured address or on `inherited` sockets; return the addresses. Raise OSError, ConfigError.
+
+        A port that is taken is found here. Clients can connect only after `start_serving`.
+        """
+        config, listen = self.config, functools.partial(self.loop.create_server, self._protocol, backlog=BACKLOG)
+        self.tls = server_tls(config) if config.tls.cert else None
+        if inherited:
+            self.listeners = [await listen(sock=listener, start_serving=False) for listener in inherited]
+        else:
+            options = {"reuse_address": True, "reuse_port": config.reuse_port or None}
+            self.listeners = [await listen(config.host, config.port, start_serving=False, **options)]
+        sockets = [listener for server in self.listeners for listener in server.sockets]
         # Accepted connections inherit the options.
-        for listener in self.listener.sockets:
-            watch_path(listener, self.config.limits.write_timeout)
+        for listener in sockets:
+            watch_path(listener, config.limits.write_timeout)
         self.models.follow()
         await self.models.wait(MODELS_START_S)
-        await self.listener.start_serving()
-        return [listener.getsockname()[:2] for listener in self.listener.sockets]
+        for server in self.listeners:
+            await server.start_serving()
+        return [address_of(listener) for listener in sockets]
+
+    def _stop_listening(self) -> None:
+        """Take no more connections."""
+        self.stopping = True
+        for server in self.listeners:
+            server.close()
 
     def _protocol(self) -> TimedProtocol:
         """Return the protocol of a new connection."""
@@ -7479,9 +7495,7 @@ class Server:
         self.draining = True
         # Load balancers ask /status; until they know, new requests come.
         await asyncio.sleep(self.config.drain_delay)
-        self.stopping = True
-        if self.listener is not None:
-            self.listener.close()
+        self._stop_listening()
         tasks = [connection.task for connection in self.connections]
         if tasks and self.config.drain_delay < IDLE_GRACE_S:
             await asyncio.wait(tasks, timeout=IDLE_GRACE_S)
@@ -7492,9 +7506,8 @@ class Server:
 
     async def close(self) -> None:
         """Cut what is left, and close everything. Streams end with an error event."""
-        self.draining = self.stopping = self.relay.stopping = True
-        if self.listener is not None:
-            self.listener.close()
+        self.draining = self.relay.stopping = True
+        self._stop_listening()
         # The second time for clients that do not take their last bytes.
         for _ in range(2):
             tasks = [connection.task for connection in self.connections]
@@ -7725,6 +7738,8 @@ class Server:
 # Threads for DNS lookups. asyncio has 6 on a small machine; a dead resolver would hold each of them for up to 30 s, and
 # no other name could be looked up.
 LOOKUP_THREADS = 64
+FIRST_SOCKET = 3  # the number of the first file that systemd passes on (SD_LISTEN_FDS_START)
+HEALTH_TIMEOUT_S = 4.0  # for --healthcheck; Docker waits 5 s in the image
 FEW_OPEN_FILES = 1000  # below this limit a warning says how many clients can be served
 DEMO_BODY = '{"model": "echo", "stream": true, "messages": [{"role": "user", "content": "hello"}]}'
 
@@ -7739,6 +7754,7 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, str]:
     add("--config_path", "--config-path", metavar="DIR", default="", help="a folder to look for it in")
     add("--host", help="address to listen on (default: 127.0.0.1)")
     add("--port", help="port to listen on (default: 8080)")
+    add("--healthcheck", action="store_true", help="ask the running server for its status, exit 0 if it is well")
     add("--check", action="store_true", help="check the configuration, print a summary, exit")
     add("--demo", action="store_true", help="run without any key: two controllers that echo")
     add("--version", action="store_true", help="print the version, exit")
@@ -7778,6 +7794,49 @@ def exposure(config: Config) -> str:
     return f"EVERY CLIENT THAT REACHES {address} CAN USE THESE ACCOUNTS: no client_keys are configured"
 
 
+def inherited_sockets(env: Mapping[str, str]) -> list[socket.socket]:
+    """Return the listening sockets that systemd opened for this process (sd_listen_fds(3)). Raise ConfigError."""
+    if env.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    sockets = []
+    for number in range(FIRST_SOCKET, FIRST_SOCKET + int(env.get("LISTEN_FDS", "0"))):
+        try:
+            listener = socket.socket(fileno=number)
+            if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise OSError(errno.EINVAL, "it does not listen")
+        except OSError as error:
+            message = (
+                f"LISTEN_FDS: file {number} cannot be used: {reason_of(error)}; the socket unit needs ListenStream="
+            )
+            raise ConfigError(message) from error
+        # asyncio makes it non-blocking. Child processes must not inherit it.
+        listener.set_inheritable(False)
+        sockets.append(listener)
+    return sockets
+
+
+def notify_manager(env: Mapping[str, str], state: str) -> None:
+    """Tell systemd the state of this service (sd_notify(3)). Without systemd this does nothing."""
+    address = env.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    # A name that begins with @ is an abstract one.
+    address = "\0" + address[1:] if address[0] == "@" else address
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.setblocking(False)
+            manager.sendto(state.encode(), address)
+    except OSError as error:
+        log.warning("systemd cannot be told %r: %s", state, reason_of(error))
+
+
+def feed_watchdog(loop: asyncio.AbstractEventLoop, env: Mapping[str, str]) -> None:
+    """Tell systemd's watchdog, twice in its interval, that the event loop still runs."""
+    if env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) and env.get("WATCHDOG_USEC", "").isdigit():
+        notify_manager(env, "WATCHDOG=1")
+        loop.call_later(int(env["WATCHDOG_USEC"]) / 2e6, feed_watchdog, loop, env)
+
+
 def reload_config(server: Server, load: Callable[[], Config]) -> None:
     """Make `server` use the configuration that `load` finds now. It keeps the running one if the new one is wrong."""
     current = server.config
@@ -7806,7 +7865,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
+async def serve(config: Config, load: Callable[[], Config], inherited: Sequence[socket.socket]) -> NoReturn:
     """Run the server until a signal stops it; SIGHUP makes it `load` the configuration again."""
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS))
@@ -7818,16 +7877,23 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
         if drain:
             log.warning("second signal: closing now")
             drain[0].cancel()
+        notify_manager(os.environ, "STOPPING=1")
         stop.set()
+
+    def on_reload() -> None:
+        # systemd waits for READY and compares the time with that of its signal.
+        notify_manager(os.environ, f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        reload_config(server, load)
+        notify_manager(os.environ, "READY=1")
 
     # Before the listener: a supervisor may signal as soon as it can connect. What came earlier is handled now.
     loop.add_signal_handler(signal.SIGINT, on_stop)
     loop.add_signal_handler(signal.SIGTERM, on_stop)
-    loop.add_signal_handler(signal.SIGHUP, reload_config, server, load)
+    loop.add_signal_handler(signal.SIGHUP, on_reload)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     raise_open_files()
     try:
-        addresses = await server.start()
+        addresses = await server.start(inherited)
     except (OSError, UnicodeError) as error:
         # UnicodeError comes from a name that DNS cannot hold.
         in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
@@ -7835,9 +7901,11 @@ async def serve(config: Config, load: Callable[[], Config]) -> NoReturn:
         log.error("cannot listen on %s:%d: %s", mask_keys(config.host), config.port, reason)
         leave(1)
     for host, port in addresses:
-        log.info("listening on %s", url_of(config, host, port))
+        log.info("listening on %s", url_of(config, host, port) if port else host)
         if config.source == "--demo":
             log.info("try it: curl -N %s/v1/chat/completions -d '%s'", url_of(config, host, port), DEMO_BODY)
+    notify_manager(os.environ, "READY=1")
+    feed_watchdog(loop, os.environ)
     await stop.wait()
     open_count, wait_s = len(server.connections), server.config.drain_delay + server.config.drain_timeout
     log.info("stopping: %d connections open; waiting up to %g s, a second signal ends it now", open_count, wait_s)
@@ -7858,6 +7926,25 @@ def tell(text: str, status: int = 0) -> int:
     return status
 
 
+def check_health(config: Config) -> int:
+    """Ask the server of this configuration for its status; return the exit status, 0 if it answers with 200."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(config.host, config.host)
+    connection = http.client.HTTPConnection(host, config.port, timeout=HEALTH_TIMEOUT_S)
+    if config.tls.cert:
+        # The certificate has the outside name, and the question stays on this machine.
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(host, config.port, timeout=HEALTH_TIMEOUT_S, context=context)
+    try:
+        connection.request("GET", "/status")
+        reply = connection.getresponse()
+        return tell(reply.read().decode("utf-8", "replace"), 0 if reply.status == 200 else 1)
+    except (OSError, http.client.HTTPException) as error:
+        return tell(f"no answer from {url_of(config, host, config.port)}: {reason_of(error)}", 1)
+    finally:
+        connection.close()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status. Mistakes of the user are one message, never a traceback."""
     try:
@@ -7865,15 +7952,22 @@ def main(argv: list[str] | None = None) -> int:
         if flags.help or flags.version:
             return tell(usage if flags.help else "chatgpt_apiserver " + __version__)
 
+        inherited = inherited_sockets(os.environ)
+
         def load() -> Config:
             overrides = {"host": flags.host, "port": flags.port}
             config = load_config(flags.config_file, flags.config_path, overrides, os.environ, flags.demo)
+            if inherited and inherited[0].family != socket.AF_UNIX:
+                host, port = address_of(inherited[0])
+                config = replace(config, host=host, port=port)
             if config.tls.cert:
                 # A certificate may have been replaced, and its key not yet.
                 server_tls(config)
             return config
 
         config = load()
+        if flags.healthcheck:
+            return check_health(config)
         warning = exposure(config)
         if flags.check:
             lines = ["configuration OK", *describe(config), "address: " + url_of(config, config.host, config.port)]
@@ -7883,7 +7977,7 @@ def main(argv: list[str] | None = None) -> int:
             log.info("%s", line)
         if warning:
             log.warning("%s", warning)
-        asyncio.run(serve(config, load))
+        asyncio.run(serve(config, load, inherited))
     except ConfigError as error:
         return tell(str(error), 2)
 

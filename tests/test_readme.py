@@ -1,7 +1,6 @@
 """The README: its examples run, and its tables hold exactly the keys, defaults, fields and words of the program."""
 
 import ast
-import configparser
 import fnmatch
 import json
 import logging
@@ -265,49 +264,6 @@ def test_measured_cases() -> None:
     """The table of figures has a row for each case of the benchmark."""
     rows = table(section("## Measured"), "`--cases`", "unit", *bench.COLUMNS)
     assert [name for row in rows for name in ticked(row[0])] == [*bench.CASES, "memory", "start"]
-
-
-# -- deployment
-
-
-def test_the_systemd_unit() -> None:
-    """The unit starts the program with flags that it has, and the key is where systemd puts it."""
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read_string(next(block for block in blocks("", section("## Deployment")) if "[Service]" in block))
-    service = unit["Service"]
-    words = shlex.split(service["ExecStart"])
-    assert words[:3] == ["/usr/bin/python3", "-m", "chatgpt_apiserver"]
-    assert app.main(["--check", "--demo", words[3], str(ROOT / "config" / "demo.json")]) == 0
-    name = service["LoadCredential"].partition(":")[0]
-    assert f'"api_key": "file:/run/credentials/chatgpt-apiserver.service/{name}"' in README
-
-
-async def test_the_nginx_recipe_passes_the_doors() -> None:
-    """The Host of the recipe is accepted by a server on loopback; nginx's own is not."""
-    recipe = next(block for block in blocks("", section("## Deployment")) if "proxy_pass" in block)
-    host = re.search(r"proxy_set_header Host (\S+);", recipe)
-    assert host
-    async with Running() as server:
-        for name, status in ((host.group(1), 200), ("gateway", 403)):
-            client = await server.open()
-            await client.send(b"GET /v1/models HTTP/1.1\r\nHost: %b\r\n\r\n" % name.encode())
-            assert (await client.read()).status == status
-            client.close()
-
-
-def test_the_image_is_healthy_while_it_serves() -> None:
-    """The Dockerfile's health check asks the server itself, whatever proxy is set for the accounts."""
-    file = (ROOT / "Dockerfile").read_text()
-    check = json.loads(file.partition("HEALTHCHECK")[2].partition("CMD")[2].partition("\n")[0])
-    env = dict(os.environ, http_proxy="http://127.0.0.1:9")
-    with start(commands()[0]) as server:
-        port = port_of(server)
-        words = [sys.executable, *(word.replace("8080", port) for word in check[1:])]
-        serves = subprocess.run(words, stderr=subprocess.DEVNULL, env=env, timeout=30, check=False).returncode
-        stop(server)
-    ended = subprocess.run(words, stderr=subprocess.DEVNULL, env=env, timeout=30, check=False).returncode
-    assert (serves, ended) == (0, 1)
 
 
 # -- what clients and operators see
