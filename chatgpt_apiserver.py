@@ -44,7 +44,7 @@ if sys.version_info < (3, 11):  # before the imports that older versions do not 
 import signal
 
 # They wait from here on until `serve` handles them: SIGHUP would end a program that is still starting.
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
@@ -412,6 +412,7 @@ class Place:
 # returns the value that the server uses, or raises ConfigError.
 
 Check = Callable[..., Any]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def check_type(place: Place, value: Any, kind: type, allowed: str) -> Any:
@@ -530,6 +531,15 @@ def check_listen_host(place: Place, value: Any) -> str:
 def check_host_name(place: Place, value: Any) -> str:
     """Return a host as clients may name it, in lower case."""
     return check_text(place, value, r"\*|[^/*\s]+", 'a host with or without port, or "*" for all').lower()
+
+
+def check_network(place: Place, value: Any) -> Network:
+    """Return an address, or a network in CIDR form."""
+    text = check_text(place, value)
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        raise place.error(show(text), "an address, or a network such as 10.0.0.0/8 without host bits") from None
 
 
 def check_url(place: Place, url: str, scheme: str, forbidden: str, allowed: str) -> str:
@@ -761,8 +771,12 @@ class CorsConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """The format of the log, and the least level that is written."""
+    """The format of the log, the least level that is written, and which requests have a line."""
 
+    access: Annotated[str, check_choice, ("all", "errors", "off")] = "all"
+    # Whether calls of /status, /metrics, /usage and the page are logged, too.
+    monitoring: Flag = False
+    file: Text = ""
     format: Annotated[str, check_choice, ("text", "json")] = "text"
     level: Annotated[str, check_choice, ("debug", "info", "warning", "error")] = "info"
 
@@ -898,6 +912,7 @@ class Config:
     pool: PoolConfig = PoolConfig()
     endpoints: Annotated[tuple[str, ...], check_list, check_choice, ("inference", "objects", "*")] = ("inference",)
     allowed_hosts: Annotated[tuple[str, ...], check_list, check_host_name] = ()
+    trusted_proxies: Annotated[tuple[Network, ...], check_list, check_network] = ()
     cors: CorsConfig = CorsConfig()
     tls: TlsFiles = TlsFiles()
     # A new server can listen on the same port before the old one stops.
@@ -1072,7 +1087,9 @@ def settings_of(record: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]
 def show_setting(path: str, value: Any) -> str:
     """Return the value of a setting for the log and --check, without secrets."""
     if isinstance(value, tuple):  # a list, or pairs
-        pairs = (f"{item[0]} -> {show_setting('', item[1])}" if isinstance(item, tuple) else item for item in value)
+        pairs = (
+            f"{item[0]} -> {show_setting('', item[1])}" if isinstance(item, tuple) else str(item) for item in value
+        )
         return mask_keys(", ".join(pairs)) or "none"
     if path.endswith("config.proxy") and value:
         return str(urllib.parse.urlsplit(value.reveal()).netloc.rpartition("@")[2])
@@ -1199,9 +1216,11 @@ class AccessRecord:
     controller: str = ""
     key: str = ""
     request_id: str = ""
+    trace_id: str = ""
     upstream_id: str = ""
     code: str = ""
     mapped: bytes = b""
+    monitoring: bool = False
     stream: bool = False
     usage: Usage | None = None
     status: int = 0
@@ -1216,44 +1235,105 @@ class AccessRecord:
         return ((at or self.until) - self.since) * 1e3
 
 
+# The fields of an access line: their names in text, and in JSON. These are OpenTelemetry's where it has one (semantic
+# conventions for HTTP and for generative AI).
+ACCESS_FIELDS = (
+    ("client", "client.address"),
+    ("method", "http.request.method"),
+    ("path", "url.path"),
+    ("status", "http.response.status_code"),
+    ("code", "error.type"),
+    ("model", "gen_ai.request.model"),
+    ("sent", "model_sent"),
+    ("controller", "controller"),
+    ("key", "client_key"),
+    ("in", "gen_ai.usage.input_tokens"),
+    ("out", "gen_ai.usage.output_tokens"),
+    ("cached", "gen_ai.usage.cache_read.input_tokens"),
+    ("wait_ms", "wait_ms"),
+    ("first_ms", "first_ms"),
+    ("ms", "ms"),
+    ("bytes", "http.response.body.size"),
+    ("id", "request_id"),
+    ("upstream_id", "upstream_id"),
+    ("trace_id", "trace_id"),
+)
+TEXT_NAMES, JSON_NAMES = zip(*ACCESS_FIELDS, strict=True)
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+_NOT_PLAIN_TEXT = re.compile(r"[^!-\[\]-~]")
+
+
 def plain(text: str) -> str:
     """Return `text` as one word: all but visible ASCII is escaped, and the backslash, which begins an escape."""
-    return re.sub(r"[^!-\[\]-~]", lambda match: f"\\x{ord(match.group()):02x}", text)
+    if not _NOT_PLAIN_TEXT.search(text):
+        return text
+    return _NOT_PLAIN_TEXT.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
 
 
-def text_line(record: AccessRecord, stamp: str) -> str:
-    """Return the access line for people, with `name=value` words that awk, grep and logfmt can read."""
-    line = (
-        f"{stamp} {record.client} {record.method} {plain(record.path)} {record.status}"
-        f" model={plain(record.model) or '-'} controller={record.controller or '-'} attempts={len(record.attempts)}"
-        f" first_ms={record.ms(record.first_at):.1f} ms={record.ms(record.until):.1f} bytes={record.bytes}"
-    )
-    if record.key:
-        line += f" key={plain(record.key)}"
-    if record.waited_s:
-        line += f" wait_ms={record.waited_s * 1e3:.0f}"
-    if len(record.attempts) > 1 or any(one.outcome != "ok" for one in record.attempts):
-        tried = [f"{one.controller}:{one.outcome}:{one.seconds * 1e3:.0f}" for one in record.attempts]
-        line += " tried=" + ",".join(tried)
-    return line + "\n"
+class LineFormatter(logging.Formatter):
+    """Makes every line of the log, as text or as JSON. Times are in UTC with milliseconds."""
 
+    as_json = False
+    second, prefix = -1, ""  # the last second, and how it is written
 
-def json_line(record: AccessRecord, stamp: str) -> str:
-    """Return the access line for machines: every field, in one JSON object; unknown text is null."""
-    names = "client method path status model controller bytes key request_id".split()
-    values = {name: getattr(record, name) for name in names}
-    fields = {
-        "time": stamp,
-        **{name: None if value == "" else value for name, value in values.items()},
-        "first_ms": round(record.ms(record.first_at), 1),
-        "ms": round(record.ms(record.until), 1),
-        "wait_ms": round(record.waited_s * 1e3),
-        "attempts": [
-            {"controller": one.controller, "outcome": one.outcome, "ms": round(one.seconds * 1e3, 1)}
-            for one in record.attempts
-        ],
-    }
-    return json.dumps(fields, separators=(",", ":")) + "\n"
+    def stamp(self, at: float) -> str:
+        """Return how the Unix time `at` is written."""
+        second = int(at)
+        if second != self.second:
+            self.second, self.prefix = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self.prefix}.{int((at - second) * 1e3 + 1e-3):03d}Z"
+
+    def event(self, at: float, level: str, message: str, stack: str = "") -> str:
+        """Return the line of an event, with its line end. JSON has the names of OpenTelemetry's log data model."""
+        if self.as_json:
+            fields = {"timestamp": self.stamp(at), "severity_text": level, "body": message}
+            return _to_json({**fields, **({"exception.stacktrace": stack} if stack else {})}) + "\n"
+        return " ".join([self.stamp(at), level, message]) + ("\n" + stack if stack else "") + "\n"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a log record, without its end, which the handler adds."""
+        return self.event(record.created, record.levelname, record.getMessage(), record.exc_text or "")[:-1]
+
+    def access(self, record: AccessRecord, at: float) -> str:
+        """Return the line of a request that ended at the Unix time `at`. A text line leaves out what is unknown."""
+        usage, attempts = record.usage, record.attempts
+        values = (
+            *(record.client, record.method, record.path, record.status, record.code or None, record.model or None),
+            attempts[-1].model or None if attempts else None,
+            *(record.controller or None, record.key or None),
+            *((usage.prompt, usage.answer, usage.cached) if usage else (None, None, None)),
+            round(record.waited_s * 1e3) or None,
+            *(round(record.ms(record.first_at), 1), round(record.ms(record.until), 1), record.bytes),
+            *(record.request_id or None, record.upstream_id or None, record.trace_id or None),
+        )
+        if self.as_json:
+            fields: dict[str, Any] = {"timestamp": self.stamp(at), "severity_text": "INFO", "body": "request"}
+            fields.update(zip(JSON_NAMES, values, strict=True))
+            fields["attempts"] = [
+                {
+                    "controller": name,
+                    "outcome": outcome,
+                    "ms": round(s * 1e3, 1),
+                    "model": model,
+                    "status": status,
+                    "reason": reason,
+                }
+                for name, outcome, s, model, status, reason in attempts
+            ]
+            return _to_json(fields) + "\n"
+        words = [
+            f"{name}={plain(value) if isinstance(value, str) else value}"
+            for name, value in zip(TEXT_NAMES, values, strict=True)
+            if value is not None
+        ]
+        words.append(f"attempts={len(attempts)}")
+        if len(attempts) > 1 or any(one.outcome != "ok" for one in attempts):
+            tried = [f"{plain(name)}:{outcome}:{s * 1e3:.0f}" for name, outcome, s, *_ in attempts]
+            words.append("tried=" + ",".join(tried))
+        reasons = "; ".join([f"{name}: {reason}" for name, *_, reason in attempts if reason])
+        if reasons:
+            words.append("why=" + _to_json(reasons))
+        return f"{self.stamp(at)} INFO request {' '.join(words)}\n"
 
 
 class LogWriter:
@@ -1262,22 +1342,32 @@ class LogWriter:
     LOG_QUEUE_BYTES may wait. Lines that come while there is more are dropped, and a note with their number is written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, formatter: LineFormatter) -> None:
+        self.formatter = formatter
         # A line stays in it until it is written.
         self.waiting = bytearray()
         self.dropped = 0  # lines
-        self.opened = False
+        self.fd = -1
         self.changed = threading.Condition()
 
-    def open(self) -> None:
-        """Start the thread. Without a stderr that is an open file, log lines are discarded."""
+    def open(self, path: str = "") -> None:
+        """Write to the file at `path` from now on, or to stderr. Raise OSError.
+
+        Call it again after the file was renamed (logrotate). Without a stderr that is a file, lines are discarded.
+        """
         try:
-            fd = sys.stderr.fileno()
-        except (AttributeError, OSError, ValueError):
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640) if path else os.dup(sys.stderr.fileno())
+        except (AttributeError, ValueError):
+            # There is no stderr.
             return
-        if not self.opened:
-            self.opened = True
-            threading.Thread(target=self._run, args=(fd,), name="log", daemon=True).start()
+        except OSError:
+            if path:
+                raise
+            return
+        with self.changed:
+            started, self.fd = self.fd >= 0, fd
+        if not started:
+            threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def write(self, text: str) -> None:
         """Queue whole lines without waiting."""
@@ -1285,7 +1375,7 @@ class LogWriter:
         with self.changed:
             if self.dropped or (self.waiting and len(self.waiting) + len(data) > LOG_QUEUE_BYTES):
                 self.dropped += data.count(b"\n")
-            elif self.opened:
+            elif self.fd >= 0:
                 self.waiting += data
                 self.changed.notify_all()
 
@@ -1294,11 +1384,15 @@ class LogWriter:
         with self.changed:
             self.changed.wait_for(lambda: not self.waiting, wait_ms / 1e3)
 
-    def _run(self, fd: int) -> None:
+    def _run(self) -> None:
+        fd = self.fd
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting)
                 data = bytes(self.waiting)
+                if fd != self.fd:
+                    os.close(fd)
+                    fd = self.fd
             try:
                 # sys.stderr has a lock, which the end of the process would wait for.
                 written = os.write(fd, data)
@@ -1312,9 +1406,9 @@ class LogWriter:
             with self.changed:
                 del self.waiting[:written]
                 if self.dropped and not self.waiting:
-                    stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-                    note = f"{stamp} WARNING {self.dropped} log lines dropped: stderr was not read in time\n"
-                    self.waiting, self.dropped = bytearray(note.encode()), 0
+                    note = f"{self.dropped} log lines dropped: they were not read or stored in time"
+                    self.waiting += self.formatter.event(time.time(), "WARNING", note).encode()
+                    self.dropped = 0
                 self.changed.notify_all()
 
 
@@ -1322,25 +1416,33 @@ class AccessLog:
     """Collects access records and writes their lines in batches, after the answers were sent."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, write: Callable[[str], Any]) -> None:
-        self.loop, self.write, self.render = loop, write, text_line
+        self.loop, self.write, self.config = loop, write, LogConfig()
         self.records: list[AccessRecord] = []
 
     def add(self, record: AccessRecord) -> None:
-        """Take one finished request."""
+        """Take one finished request, if its kind is logged."""
+        wanted = self.config.access
+        if wanted == "off" or (record.monitoring and not self.config.monitoring):
+            return
+        failed = record.status >= 400 or any(one.outcome != "ok" for one in record.attempts)
+        if wanted == "errors" and not failed:
+            return
         if not self.records:
             self.loop.call_later(FLUSH_S, self.flush)
         self.records.append(record)
 
     def flush(self) -> None:
-        """Write the collected lines, all with the current time, to the second."""
+        """Write the collected lines."""
         records, self.records = self.records, []
         if records:
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            self.write("".join([self.render(record, stamp) for record in records]))
+            # Records have the loop's times.
+            offset_s = time.time() - self.loop.time()
+            self.write("".join([formatter.access(record, record.until + offset_s) for record in records]))
 
 
+formatter = LineFormatter()
 redactor = Redactor()
-log_writer = LogWriter()
+log_writer = LogWriter(formatter)
 
 
 def secrets_of(config: Config) -> Iterator[str]:
@@ -1357,17 +1459,30 @@ def secrets_of(config: Config) -> Iterator[str]:
             yield base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
 
 
+def open_log(config: Config) -> None:
+    """Open the file of the log, or open it again. Raise ConfigError."""
+    path = config.log.file and resolve_path(config.source, config.log.file)
+    try:
+        log_writer.open(path)
+    except OSError as error:
+        raise ConfigError(f"{config.source}: log.file: cannot open {path}: {reason_of(error)}") from error
+
+
 def set_up_logging(config: Config) -> None:
-    """Send the log records of this module and of asyncio to stderr, without the secrets of `config`."""
-    log_writer.open()
+    """Send the log records of this module and of asyncio to stderr or to the log's file, without secrets.
+
+    Raise ConfigError.
+    """
+    open_log(config)
     handler = logging.StreamHandler(log_writer)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    handler.setFormatter(formatter)
     redactor.watch(secrets_of(config))
     handler.addFilter(redactor)
     for logger in (log, logging.getLogger("asyncio")):
         logger.handlers[:] = [handler]
         logger.propagate = False
     log.setLevel(config.log.level.upper())
+    formatter.as_json = config.log.format == "json"
 
 
 # ==== 4. HTTP/1.1 on the wire ====
@@ -5504,12 +5619,37 @@ class UpstreamPool:
 
     def lease_at_once(self, request: ApiRequest, candidates: list[Candidate], tried: set[Upstream]) -> Lease | None:
         """Return the right to send to a candidate that is not in `tried` and has room, without waiting; else None."""
+        free = [candidate for candidate in candidates if candidate.upstream not in tried]
         # A candidate that a waiter could use is for the waiter. Mostly the first waiter could use all of them.
         for waiter in self.lines.get(request.model, ()):
-            candidates = [candidate for candidate in candidates if candidate not in waiter.candidates]
-            if not candidates:
-                return None
-        return self._grant(request, [candidate for candidate in candidates if candidate.upstream not in tried])
+            free = [candidate for candidate in free if candidate not in waiter.candidates]
+            if not free:
+                break
+        lease = self._grant(request, free)
+        if log.isEnabledFor(logging.DEBUG):
+            self._explain(request, candidates, tried, lease)
+        return lease
+
+    def _explain(
+        self, request: ApiRequest, candidates: list[Candidate], tried: set[Upstream], lease: Lease | None
+    ) -> None:
+        """Write to the log why a request went to its candidate, or why it went to none."""
+        now, reasons = self.timers.time(), []
+        for item in candidates:
+            gate = item.upstream.quota.gate if item.upstream.quota.gate.reason else item.upstream.gate
+            opens, well = item.room_at(request.need, now), item.well_at(now)
+            if lease is not None and lease.candidate is item:
+                reason = "chosen"
+            elif item.upstream in tried:
+                reason = "tried"
+            elif well:
+                reason = f"out ({gate.reason or 'lacks the model'})"
+            elif opens:
+                reason = "full" if opens == NEVER else f"full for {opens - now:.1f} s"
+            else:
+                reason = f"has room, {item.upstream.in_flight} in flight"
+            reasons.append(f"{item.upstream.name} {reason}")
+        log.debug("%s: %s by %s: %s", request.request_id, request.model, self.config.type, ", ".join(reasons))
 
     def _grant(self, request: ApiRequest, candidates: list[Candidate]) -> Lease | None:
         """Lease the candidate with room that the policy chooses; None when no candidate has room."""
@@ -6574,6 +6714,11 @@ LAST_BYTES_S = 1.0  # at a stop, for an error event to reach its client
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
 
 DATE = b"Date: %b\r\n"  # RFC 9110, 6.6.1
+# A client's own request id is kept if it is of this kind.
+REQUEST_ID = re.compile(rb"[0-9A-Za-z._:@/+=-]{1,128}")
+TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2
+# The answers about the server itself; see log.monitoring.
+MONITORING = ("_status", "_metrics", "_usage", "_page")
 FORWARDED_FIELDS = frozenset((b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"))  # a proxy adds one of them
 
 # Paths of inference, and the model used where the request names none (defaults of OpenAI's API reference).
@@ -6670,7 +6815,7 @@ class Call:
     """One request as the handlers get it.
 
     `key` is the client's key, and `origin` the web page that may read the answer. `charge` is what the limit of the
-    client key counts for this request. `request` is what the controllers get.
+    client key counts for this request. `request` is what the controllers get. `entered`: counted for its client.
     """
 
     head: RequestHead
@@ -6683,6 +6828,35 @@ class Call:
     body: bytes | mmap.mmap = b""
     charge: ClientCharge | None = None
     request: ApiRequest | None = None
+    entered: bool = False
+
+
+def is_trusted(address: str, trusted: Sequence[Network]) -> bool:
+    """Return whether a connection from `address` comes from a trusted proxy."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:  # a Unix socket has no address
+        return False
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return any(ip in network for network in trusted)
+
+
+def client_address(peer: str, forwarded: bytes, trusted: Sequence[Network]) -> str:
+    """Return the client's address: the last one in X-Forwarded-For that is no trusted proxy, else that of the peer.
+
+    Each proxy adds the address of its own client at the end, so a client can make up only what stands before its own.
+    """
+    address = peer
+    for entry in reversed(forwarded.decode("latin-1").split(",")):
+        # Some proxies add the port.
+        host = re.fullmatch(r"\s*(?:\[([^\]]+)\](?::\d+)?|([^:]+):\d+|(.+?))\s*", entry)
+        try:
+            if not host or not is_trusted(address, trusted):
+                break
+            address = str(ipaddress.ip_address(host[1] or host[2] or host[3]))
+        except ValueError:
+            break
+    return address
 
 
 def longest_wait(index: Index, most_s: float) -> float:
@@ -6915,10 +7089,11 @@ class ClientConnection:
         if head is None:
             return False
         call = Call(head, AccessRecord(self.peer, head.method, head.target, self.loop.time()))
-        call.record.request_id = self.server.next_id()
+        self._identify(call.record, head.index)
         try:
             try:
                 if error is None:
+                    self.server.enter(call, self.peer)
                     await self._read_call(call)
             except ProxyError as problem:
                 error = problem
@@ -6936,12 +7111,24 @@ class ClientConnection:
                 if call.record.status >= 400 and call.record.status not in (499, 504):
                     call.charge.used(0, self.loop.time())
                 call.charge.leave(call.request is not None and call.request.was_sent, self.loop.time())
+            if call.entered:
+                self.server.per_peer -= Counter((call.record.client,))
             self.server.finished(call.record)
             self._release()
         # A client that never reads must not pile up answers.
         if self.protocol.full:
             await self._drain()
         return self.keep
+
+    def _identify(self, record: AccessRecord, index: Index) -> None:
+        """Note the client's address, the id of its request, and the trace that it belongs to."""
+        trusted, forwarded = self.server.config.trusted_proxies, index.get(b"x-forwarded-for")
+        if trusted and forwarded:
+            record.client = client_address(self.peer, forwarded, trusted)
+        request_id = index.get(b"x-request-id", b"")
+        record.request_id = request_id.decode() if REQUEST_ID.fullmatch(request_id) else self.server.next_id()
+        trace = TRACE_PARENT.fullmatch(index.get(b"traceparent", b""))
+        record.trace_id = trace.group(1).decode() if trace else ""
 
     # -- reading
 
@@ -7410,7 +7597,7 @@ class Server:
             if key.limits != QuotaLimits():
                 quota = self.client_quotas[key.name] = known.get(key.name) or ClientQuota(key.name, key.limits)
                 quota.configure(key.limits)
-        self.access.render = json_line if config.log.format == "json" else text_line
+        self.access.config = config.log
         # A web page may point its own name at 127.0.0.1 (DNS rebinding), or send a simple request without asking. It
         # could spend the keys of a server on loopback. No page has a client key.
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
@@ -7462,7 +7649,9 @@ class Server:
         name = transport.get_extra_info("peername")
         peer = str(name[0]) if isinstance(name, tuple) else "local"
         limits = self.config.limits
-        full_peer = 0 < limits.connections_per_client <= self.per_peer[peer]
+        # A trusted proxy brings many clients; `enter` counts them.
+        most = 0 if is_trusted(peer, self.config.trusted_proxies) else limits.connections_per_client
+        full_peer = 0 < most <= self.per_peer[peer]
         if self.stopping or full_peer or len(self.connections) >= limits.connections:
             if not self.tls:
                 message = "All connections are in use; try again."
@@ -7474,6 +7663,19 @@ class Server:
             return
         self.per_peer[peer] += 1
         self.connections.add(ClientConnection(self, protocol, peer))
+
+    def enter(self, call: Call, peer: str) -> None:
+        """Count a request that a trusted proxy brought. Raise ProxyError (503) if its client has too many.
+
+        Other clients are counted by their connections.
+        """
+        client = call.record.client
+        if client != peer:
+            call.entered = True
+            self.per_peer[client] += 1
+            if 0 < self.config.limits.connections_per_client < self.per_peer[client]:
+                message = "Too many requests of this client are under way; try again."
+                raise ProxyError(503, message, "too_many_connections", headers=b"Retry-After: 1\r\n")
 
     def finished(self, record: AccessRecord) -> None:
         """Report a request that has ended."""
@@ -7532,6 +7734,7 @@ class Server:
             call.handler = "_options"
             return
         call.handler, call.path, call.query = find_route(head.method, head.target, self.config.endpoints)
+        call.record.monitoring = call.handler in MONITORING
         if self.config.client_keys and call.path != "/status":
             call.key = self._check_key(head)
             call.record.key = call.key.name
@@ -7842,12 +8045,15 @@ def reload_config(server: Server, load: Callable[[], Config]) -> None:
     current = server.config
     try:
         new = load()
+        if new.log.file != current.log.file:
+            open_log(new)
     except ConfigError as error:
         log.error("reload: keeping the running configuration: %s", error)
         return
     # Running requests may still show the old secrets.
     redactor.watch([*secrets_of(current), *secrets_of(new)])
     log.setLevel(new.log.level.upper())
+    formatter.as_json = new.log.format == "json"
     for line in diff_config(current, new) or ["nothing changed"]:
         log.info("reload: %s", line)
     # The listener stays as it is.
@@ -7855,6 +8061,14 @@ def reload_config(server: Server, load: Callable[[], Config]) -> None:
     if warning and current.client_keys:
         log.warning("%s", warning)
     server.reconfigure(new)
+
+
+def reopen_log(server: Server) -> None:
+    """Open the file of the log again, after it was renamed. The old file is kept if that fails."""
+    try:
+        open_log(server.config)
+    except ConfigError as error:
+        log.error("%s", error)
 
 
 def leave(status: int) -> NoReturn:
@@ -7890,6 +8104,7 @@ async def serve(config: Config, load: Callable[[], Config], inherited: Sequence[
     loop.add_signal_handler(signal.SIGINT, on_stop)
     loop.add_signal_handler(signal.SIGTERM, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_reload)
+    loop.add_signal_handler(signal.SIGUSR1, reopen_log, server)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     raise_open_files()
     try:

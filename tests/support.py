@@ -252,7 +252,7 @@ class Running:
     lists_models = False
 
     def __init__(self, *controllers: dict[str, Any], **more: Any) -> None:
-        data = {"port": 0, "controllers": list(controllers) or app.demo_controllers(), **more}
+        data = {"port": 0, "controllers": list(controllers) or app.demo_controllers(), "log": {"monitoring": True}, **more}
         self.config = app.parse_config(data, "test", {})
 
     async def __aenter__(self) -> "Running":

@@ -304,13 +304,16 @@ def test_log_fields() -> None:
     """The table of the access log has the fields of both formats."""
     record = app.AccessRecord("127.0.0.1", "POST", "/v1/chat/completions", 1.0)
     record.model, record.controller, record.key, record.request_id = "m", "a", "alice", "req_1"
+    record.code, record.upstream_id, record.trace_id, record.usage = "server_error", "up-1", "0af7", app.Usage(3, 1, 2, 0)
     record.waited_s = 1.0
-    record.attempts = [app.AttemptRecord("a", "rate", 0.1), app.AttemptRecord("b", "ok", 0.2)]
+    record.attempts = [app.AttemptRecord("a", "rate", 0.1, "m", 429, "no"), app.AttemptRecord("b", "ok", 0.2, "m", 200)]
     rows = table(section("## Operation"), "text", "JSON", "meaning")
+    formatter = app.LineFormatter()
     text = [name for cell, _, _ in rows for name in ticked(cell)]
-    assert sorted(text) == sorted(re.findall(r" (\w+)=", app.text_line(record, "now")))
+    assert sorted(text) == sorted(re.findall(r" (\w+)=", formatter.access(record, 1.0)))
+    formatter.as_json = True
     names = [name for _, cell, _ in rows for name in ticked(cell) if not cell.startswith("(in")]
-    assert sorted(names) == sorted(json.loads(app.json_line(record, "now")))
+    assert sorted(names) == sorted(json.loads(formatter.access(record, 1.0)))
 
 
 def test_outcomes() -> None:

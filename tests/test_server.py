@@ -187,7 +187,8 @@ async def test_an_access_line() -> None:
     async with Running() as server:
         await server.post("gpt-\n4 x")
         (line,) = server.access_lines()
-        assert " POST /v1/chat/completions 200 model=gpt-\\x0a4\\x20x controller=echo-a attempts=1 " in line
+        words = " method=POST path=/v1/chat/completions status=200 model=gpt-\\x0a4\\x20x sent=gpt-\\x0a4\\x20x controller=echo-a "
+        assert words in line and line.endswith(" attempts=1\n")
 
 
 # -- draining
@@ -250,7 +251,7 @@ async def test_a_client_that_leaves_within_its_body_is_logged() -> None:
         client.close()
         await until(server.access_lines)
         (line,) = server.access_lines()
-        assert " 499 " in line and "attempts=0" in line
+        assert " status=499 " in line and "attempts=0" in line
 
 
 async def test_a_slow_reader_is_told_of_the_stop() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -283,3 +284,33 @@ async def test_reload_warns_of_an_open_server(tmp_path: Path) -> None:
         program.write(echo, host="0.0.0.0", log={"level": "info"})
         await program.reload("reload: log.level: warning -> info")
         assert program.log.read_text().count("EVERY CLIENT") == 1
+
+
+async def test_a_log_file_of_json_lines(tmp_path: Path) -> None:
+    """Every line is JSON. After a rename SIGUSR1 makes a new file; where that cannot be made, the log stays where it is."""
+    program, path, old = Program(tmp_path), tmp_path / "logs" / "server.log", tmp_path / "old.log"
+    path.parent.mkdir()
+    program.write({"type": "echo", "name": "echo"}, log={"file": str(path), "format": "json"})
+    program.start()
+    stderr, program.log = program.log, path
+    try:
+        await until(path.exists)
+        program.port = int(re.findall(r"listening on .*:(\d+)", await program.logged("listening on "))[0])
+        await program.ask()
+        await program.logged('"body":"request"')
+        path.rename(old)
+        program.process.send_signal(signal.SIGUSR1)
+        await until(path.exists)
+        await program.ask()
+        await program.logged('"body":"request"')
+        path.parent.rename(tmp_path / "moved")
+        program.log = tmp_path / "moved" / "server.log"
+        program.process.send_signal(signal.SIGUSR1)
+        await program.logged("log.file: cannot open")
+        program.process.terminate()
+        assert await asyncio.to_thread(program.process.wait, 15) == 0
+    finally:
+        program.process.kill()
+    lines = [json.loads(line) for line in (old.read_text() + program.log.read_text()).splitlines()]
+    assert [line["body"] for line in lines].count("request") == 2 and lines[-1]["body"] == "stopped" and not stderr.read_text()
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["timestamp"]) for line in lines)
