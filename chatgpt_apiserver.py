@@ -9,7 +9,7 @@ Copy this file to a machine that has Python 3.11 or newer, start it, and point a
 
 The path of a request, with the sections of this file that it passes:
 
-    client --> Server: read the head and the body, check access, choose a route       (4, 6, 14)
+    client --> Server: read the head and the body, check access, choose a route       (4, 6, 15)
            --> Relay: make one attempt after another until a controller answers       (13)
                  --> Balancing: choose a controller that has room, or wait in line    (11, 12)
                  --> Controllers: build the request for this account's API            (8, 9)
@@ -32,8 +32,9 @@ Each section uses only the sections above it:
     11. Quotas and health
     12. Balancing
     13. Relay
-    14. Server
-    15. Command line
+    14. Metrics and usage
+    15. Server
+    16. Command line
 """
 
 import sys
@@ -51,6 +52,7 @@ if __name__ == "__main__":
 import argparse
 import asyncio
 import base64
+import bisect
 import datetime as dt
 import difflib
 import email.utils
@@ -61,6 +63,7 @@ import hashlib
 import hmac
 import http.client
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -4832,6 +4835,10 @@ class Bucket:
         """Return the amount that may be taken."""
         return min(self.level + (now - self.at) * self.rate, self.size)
 
+    def left_at(self, now: float) -> float | None:
+        """Return what is left; None while no reply has reported a limit."""
+        return max(0.0, self.level_at(now)) if self.limit else None
+
     def opens_at(self, amount: float, now: float) -> float:
         """Return when `amount` can be taken, 0 for now; a larger amount than the size goes when the bucket is full."""
         if not self.rate:
@@ -4944,6 +4951,11 @@ class Window:
         """What may be sent per second in the long run."""
         return self.limit / self.span_s
 
+    def left_at(self, now: float) -> float | None:
+        """Return what is left of the limit; None for a bound of bursts."""
+        self._forget(now)
+        return None if self.burst else max(0.0, self.limit - self.total)
+
     def opens_at(self, amount: float, now: float) -> float:
         """Return when `amount` fits, 0 for now; a larger amount than the limit goes when the window is empty."""
         self._forget(now)
@@ -5037,6 +5049,11 @@ class Ledger:
     def take(self, need: float, now: float) -> list[tuple[Bucket | Window, Receipt]]:
         """Charge one request of `need` tokens to every limit, first to the buckets."""
         return [(limit, limit.take(need if limit.by_tokens else 1.0, now)) for limit in self.limits]
+
+    def left_at(self, by_tokens: bool, now: float) -> float | None:
+        """Return how many requests, or tokens, all limits allow now; None while no limit is known."""
+        left = [limit.left_at(now) for limit in self.limits if limit.by_tokens is by_tokens]
+        return min((amount for amount in left if amount is not None), default=None)
 
     def rate(self, need: float) -> float:
         """Return how many such requests a second may go in the long run; NEVER while no limit is known."""
@@ -5514,6 +5531,8 @@ class UpstreamPool:
         # These are gone from the configuration, but have requests under way.
         self.leaving: list[Upstream] = []
         self.serving: dict[str, list[Candidate]] = {}
+        # The models that the configuration or a list names.
+        self.known_models: frozenset[str] = frozenset()
         # The waiting requests by model, without empty lines.
         self.lines: dict[str, deque[Waiter]] = {}
         # It rings at the soonest reopening for a waiter.
@@ -5533,7 +5552,7 @@ class UpstreamPool:
         self.aliases, self.fallbacks = dict(config.aliases), dict(config.fallbacks)
         self.context_fallbacks = dict(config.context_fallbacks)
         self.affine_above = AFFINE_TOKENS if config.affinity and config.type in AFFINE_POLICIES else NEVER
-        self.serving.clear()
+        self._forget_models()
         for waiter in [waiter for line in self.lines.values() for waiter in line if not waiter.future.done()]:
             try:
                 waiter.candidates = self.candidates_for(waiter.request, waiter.request.model)
@@ -5577,6 +5596,12 @@ class UpstreamPool:
         # Clients choose the names: long ones must not fill the memory.
         return recall(self.serving, model, find) if len(model) <= MODEL_NAME_CHARS else find(model)
 
+    def _forget_models(self) -> None:
+        """Find the candidates of each model anew."""
+        self.serving.clear()
+        listed = [name for upstream in self.upstreams for name in upstream.listed or ()]
+        self.known_models = frozenset((*self.configured_models(), *self.aliases, *listed))
+
     def learn_models(self, upstream: Upstream, names: Iterable[str]) -> None:
         """Learn the models that a controller itself lists. Waiting requests keep their candidates.
 
@@ -5585,7 +5610,7 @@ class UpstreamPool:
         upstream.listed = frozenset(
             short for name in names for short in (name, name.removeprefix("models/"), name.removesuffix(":latest"))
         )
-        self.serving.clear()
+        self._forget_models()
 
     def candidates_for(self, request: ApiRequest, model: str) -> list[Candidate]:
         """Return the candidates that serve `model` and can take the request. Raise ProxyError (404)."""
@@ -5958,7 +5983,7 @@ def describe_pool(pool: UpstreamPool, now: float) -> dict[str, Any]:
 
 
 # ==== 13. Relay ====
-# One request, attempt after attempt, until one controller answers. `Relay.run` returns an `Answer`, and section 14
+# One request, attempt after attempt, until one controller answers. `Relay.run` returns an `Answer`, and section 15
 # writes it. Until then every failure may move on to another controller. From the first byte to the client on, nothing
 # is retried, and a broken answer ends with an error event.
 #
@@ -6687,7 +6712,168 @@ class Relay:
         return Answer(status, lines, body, len(body))
 
 
-# ==== 14. Server ====
+# ==== 14. Metrics and usage ====
+# What an operator counts. Every ended request is added once, to plain numbers in memory; the rest is read when a scrape
+# asks for it. Labels come from the configuration and from the lists of models, never from a client's text.
+
+METRIC_PREFIX = "chatgpt_apiserver_"
+# Upper bounds in seconds: from a cached embedding to a long answer of a thinking model.
+SECONDS_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+OTHER_MODEL = "other"  # the label of models that no configuration and no list names
+METRICS_TYPE = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
+# Name: type, labels, help.
+METRICS = {
+    "requests_total": (
+        *("counter", "controller model status outcome"),
+        "Requests that ended; the outcome is the last attempt's, or none.",
+    ),
+    "attempts_total": (
+        *("counter", "controller outcome"),
+        "Requests to controllers, several for one request of a client.",
+    ),
+    "first_byte_seconds": ("histogram", "controller", "Time until an answer began."),
+    "request_seconds": ("histogram", "controller", "Time until an answer ended."),
+    "wait_seconds_total": ("counter", "", "Time that requests stood in line."),
+    "tokens_total": (
+        *("counter", "controller model kind"),
+        "Tokens by the usage of answers: input, cached (a part of input), output.",
+    ),
+    "rate_limits_seen_total": ("counter", "controller", "429 answers of controllers."),
+    "rate_limits_avoided_total": ("counter", "", "Requests that met a limit or waited for room, and were answered."),
+    "answer_bytes_total": ("counter", "", "Bytes of the bodies of answers."),
+    "waiting_requests": ("gauge", "", "Requests in line now."),
+    "in_flight_requests": ("gauge", "controller", "Requests under way at a controller."),
+    "controller_state": ("gauge", "controller state", "1 for the state that the controller has: ok, limited or out."),
+    "headroom_requests": ("gauge", "controller model", "Requests that the limits allow now."),
+    "headroom_tokens": ("gauge", "controller model", "Tokens that the limits allow now."),
+    "client_connections": ("gauge", "", "Open connections of clients."),
+    "upstream_connections": ("gauge", "state", "Open connections to controllers: active or idle."),
+    "build_info": ("gauge", "version python", "Always 1."),
+}
+# These have the names that Prometheus' own client libraries give them.
+PROCESS_METRICS = {
+    "process_cpu_seconds_total": ("counter", "", "CPU time of this process."),
+    "process_start_time_seconds": ("gauge", "", "Unix time of the start."),
+    "process_resident_memory_bytes": ("gauge", "", "Memory in use; only where the system has /proc."),
+    "process_open_fds": ("gauge", "", "Open files; only where the system has /proc."),
+    "process_max_fds": ("gauge", "", "Open files that are allowed."),
+}
+Labels = tuple[str, ...]
+
+
+class Metrics:
+    """Counts ended requests, and renders all metrics for Prometheus (text format 0.0.4)."""
+
+    def __init__(self) -> None:
+        self.started_at = time.time()
+        self.counters: dict[str, Counter[Labels]] = {name: Counter() for name in METRICS}
+        # Counts by bound, the last without one, and the sum.
+        self.histograms: dict[str, dict[Labels, list[float]]] = {"first_byte_seconds": {}, "request_seconds": {}}
+
+    def count(self, record: AccessRecord, known: Collection[str]) -> None:
+        """Count an ended request. `known`: the models that may be labels."""
+        controller, counters, failed = record.controller, self.counters, record.status >= 400
+        model = record.model if record.model in known else OTHER_MODEL if record.model else ""
+        last = record.attempts[-1].outcome if record.attempts else "none"
+        counters["requests_total"][controller, model, str(record.status), last] += 1
+        counters["answer_bytes_total"][()] += record.bytes
+        limited = record.waited_s > 0
+        if limited:
+            counters["wait_seconds_total"][()] += record.waited_s  # type: ignore[assignment]
+        for attempt in record.attempts:
+            counters["attempts_total"][attempt.controller, attempt.outcome] += 1
+            if attempt.outcome == Outcome.RATE.value:
+                limited = True
+                counters["rate_limits_seen_total"][attempt.controller,] += 1
+        if limited and not failed:
+            counters["rate_limits_avoided_total"][()] += 1
+        if record.usage is not None:
+            tokens = counters["tokens_total"]
+            tokens[controller, model, "input"] += record.usage.prompt
+            tokens[controller, model, "output"] += record.usage.answer
+            if record.usage.cached:
+                tokens[controller, model, "cached"] += record.usage.cached
+        if controller and not failed:
+            self._observe("first_byte_seconds", controller, record.first_at - record.since)
+            self._observe("request_seconds", controller, record.until - record.since)
+
+    def _observe(self, name: str, controller: str, seconds: float) -> None:
+        """Add an observation to a histogram."""
+        counts = self.histograms[name].setdefault((controller,), [0] * (len(SECONDS_BOUNDS) + 2))
+        counts[bisect.bisect_left(SECONDS_BOUNDS, seconds)] += 1
+        counts[-1] += seconds
+
+    def render(self, pool: UpstreamPool, links: ConnectionPool, clients: int) -> str:
+        """Return all metrics as text."""
+        lines: list[str] = []
+        gauges = self._gauges(pool, links, clients)
+        for name, (kind, labels, about) in {**METRICS, **PROCESS_METRICS}.items():
+            full = name if name in PROCESS_METRICS else METRIC_PREFIX + name
+            samples: dict[Labels, float] = gauges.get(name) or dict(self.counters.get(name, {}))
+            lines += [f"# HELP {full} {about}", f"# TYPE {full} {kind}"]
+            for values, counts in self.histograms.get(name, {}).items():
+                for bound, total in zip((*SECONDS_BOUNDS, "+Inf"), itertools.accumulate(counts[:-1]), strict=True):
+                    lines.append(f"{full}_bucket{show_labels(labels + ' le', (*values, str(bound)))} {total}")
+                lines.append(f"{full}_sum{show_labels(labels, values)} {counts[-1]:.6f}")
+                lines.append(f"{full}_count{show_labels(labels, values)} {sum(counts[:-1])}")
+            if not labels and kind == "counter":
+                samples = samples or {(): 0}
+            lines += [f"{full}{show_labels(labels, values)} {value:.15g}" for values, value in samples.items()]
+        return "\n".join(lines) + "\n"
+
+    def _gauges(self, pool: UpstreamPool, links: ConnectionPool, clients: int) -> dict[str, dict[Labels, float]]:
+        """Return what is read at the moment of a scrape."""
+        now, known = pool.timers.time(), pool.known_models
+        states = {upstream.name: describe_upstream(upstream, now)["state"] for upstream in pool.upstreams}
+        gauges: dict[str, dict[Labels, float]] = {
+            "waiting_requests": {(): pool.waiting},
+            "in_flight_requests": {(upstream.name,): upstream.in_flight for upstream in pool.upstreams},
+            "controller_state": {
+                (name, state): float(state == current)
+                for name, current in states.items()
+                for state in ("ok", "limited", "out")
+            },
+            "client_connections": {(): clients},
+            "upstream_connections": {("active",): len(links.active), ("idle",): links.idle_count},
+            "build_info": {(__version__, sys.version.split()[0]): 1},
+        }
+        for name, by_tokens in (("headroom_requests", False), ("headroom_tokens", True)):
+            gauges[name] = {
+                (upstream.name, model): left
+                for upstream in pool.upstreams
+                for model, ledger in upstream.quota.ledgers.items()
+                for left in [ledger.left_at(by_tokens, now)]
+                if model in known and left is not None
+            }
+        return {**gauges, **process_figures(self.started_at)}
+
+
+def show_labels(names: str, values: Labels) -> str:
+    """Return the labels of a sample, in braces; "" if it has none."""
+    escaped = [re.sub(r'[\\"]', r"\\\g<0>", value).replace("\n", "\\n") for value in values]
+    pairs = [f'{name}="{value}"' for name, value in zip(names.split(), escaped, strict=True)]
+    return f"{{{','.join(pairs)}}}" if pairs else ""
+
+
+def process_figures(started_at: float) -> dict[str, dict[Labels, float]]:
+    """Return the figures of this process; without /proc those that the system tells."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    figures = {
+        "process_cpu_seconds_total": used.ru_utime + used.ru_stime,
+        "process_start_time_seconds": started_at,
+        "process_max_fds": float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+    }
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            figures["process_resident_memory_bytes"] = float(file.read().split()[1]) * resource.getpagesize()
+        figures["process_open_fds"] = float(len(os.listdir("/proc/self/fd")))
+    except OSError:
+        # The system has no /proc.
+        pass
+    return {name: {(): value} for name, value in figures.items()}
+
+
+# ==== 15. Server ====
 # One task for each client connection: read a request, get its answer, write it, read the next. `ClientConnection._send`
 # is the only writer, and `ClientConnection._answer` the only place that turns an error into an answer. A client that
 # leaves cancels the task, and with it all that is under way upstream.
@@ -6748,6 +6934,7 @@ ROUTES = {
     "/models": ("GET, HEAD", "_list_models"),
     "/models/*": ("GET, HEAD", "_show_model"),
     "/status": ("GET, HEAD", "_status"),
+    "/metrics": ("GET, HEAD", "_metrics"),
 }
 
 
@@ -7576,7 +7763,7 @@ class Server:
         self.serial, self.id_prefix = 0, "req_" + secrets.token_hex(6)
         self.pool = UpstreamPool([], config.pool, loop)
         self.client_quotas: dict[str, ClientQuota] = {}
-        self.access = AccessLog(loop, log_writer.write)
+        self.access, self.metrics = AccessLog(loop, log_writer.write), Metrics()
         self.models = ModelLists(self.pool, self.links, loop)
         self.relay = Relay(self.pool, self.links, loop)
         self.reconfigure(config)
@@ -7681,6 +7868,8 @@ class Server:
         """Report a request that has ended."""
         record.until = self.loop.time()
         self.access.add(record)
+        if not record.monitoring:
+            self.metrics.count(record, self.pool.known_models)
 
     def forget(self, client: ClientConnection) -> None:
         """Stop counting a connection that has ended."""
@@ -7735,7 +7924,7 @@ class Server:
             return
         call.handler, call.path, call.query = find_route(head.method, head.target, self.config.endpoints)
         call.record.monitoring = call.handler in MONITORING
-        if self.config.client_keys and call.path != "/status":
+        if self.config.client_keys and not call.record.monitoring:
             call.key = self._check_key(head)
             call.record.key = call.key.name
         coding = head.index.get(b"content-encoding", b"identity")
@@ -7824,6 +8013,12 @@ class Server:
             status.update(describe_pool(self.pool, self.loop.time()), connections=len(self.connections))
             status["upstream_connections"] = {"idle": self.links.idle_count, "active": len(self.links.active)}
         return json_answer(status, 503 if self.draining else 200)
+
+    async def _metrics(self, call: Call) -> Answer:
+        """Return the metrics for Prometheus."""
+        self._check_admin(call)
+        text = self.metrics.render(self.pool, self.links, len(self.connections)).encode()
+        return Answer(200, DATE % http_date(time.time()) + METRICS_TYPE, text, len(text))
 
     def _request(self, call: Call) -> ApiRequest:
         """Return the request that controllers get for a call."""
@@ -7934,7 +8129,7 @@ class Server:
         return await self._relay(call, request)
 
 
-# ==== 15. Command line ====
+# ==== 16. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
 # cannot be listened on, for output that cannot be written, and after a second signal.
 

@@ -143,7 +143,7 @@ def test_configurations_pass_the_check(block: str, tmp_path: Path, monkeypatch: 
     assert "0123456789" not in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[cd]*.json")), ids=lambda path: path.name)
 def test_samples_pass_the_check_and_name_their_models(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files in config/ need OPENAI_API_KEY at most, and every controller in them names its models."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -314,6 +314,14 @@ def test_log_fields() -> None:
     formatter.as_json = True
     names = [name for _, cell, _ in rows for name in ticked(cell) if not cell.startswith("(in")]
     assert sorted(names) == sorted(json.loads(formatter.access(record, 1.0)))
+
+
+def test_metrics() -> None:
+    """The table of metrics is that of the program."""
+    rows = table(section("## Operation"), "metric", "type", "labels", "meaning")
+    known = {**{app.METRIC_PREFIX + name: row for name, row in app.METRICS.items()}, **app.PROCESS_METRICS}
+    told = {ticked(name)[0]: (kind, " ".join(ticked(labels)), meaning) for name, kind, labels, meaning in rows}
+    assert told == known
 
 
 def test_outcomes() -> None:
