@@ -53,6 +53,7 @@ import argparse
 import asyncio
 import base64
 import bisect
+import contextlib
 import datetime as dt
 import difflib
 import email.utils
@@ -75,6 +76,7 @@ import resource
 import secrets
 import select
 import socket
+import sqlite3
 import ssl
 import struct
 import tempfile
@@ -723,6 +725,39 @@ class PoolConfig:
     context_fallbacks: Fallbacks = ()
 
 
+class Usage(NamedTuple):
+    """The tokens of an answer. `cached` are those of the prompt that the account had in its cache."""
+
+    total: int
+    prompt: int
+    answer: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a million tokens cost. `cached` None: as much as other tokens of the prompt."""
+
+    input: Annotated[float, check_number, 0.0, 1e6] = 0.0
+    cached: Annotated[float | None, check_number, 0.0, 1e6] = None
+    output: Annotated[float, check_number, 0.0, 1e6] = 0.0
+
+    def __str__(self) -> str:
+        cached = "" if self.cached is None else f", cached {self.cached:g}"
+        return f"input {self.input:g}{cached}, output {self.output:g}"
+
+    def cost(self, usage: Usage) -> float:
+        """Return what an answer cost."""
+        cached = self.input if self.cached is None else self.cached
+        prompt = (usage.prompt - usage.cached) * self.input + usage.cached * cached
+        return (prompt + usage.answer * self.output) / 1e6
+
+
+def check_price(place: Place, value: Any) -> Price:
+    """Return the price of a model."""
+    return Price(**check_keys(place, value, Price))
+
+
 @dataclass(frozen=True)
 class ClientKey:
     """A client: the SHA-256 of its key, and what it may ask for. Empty `models` means all models."""
@@ -924,6 +959,15 @@ class Config:
     log: LogConfig = LogConfig()
     drain_delay: Seconds = 0.0
     drain_timeout: Seconds = 30.0
+    # SQLite; it keeps what a restart should not forget.
+    state_file: Text = ""
+    # The first pattern that matches a model counts.
+    prices: Annotated[tuple[tuple[str, Price], ...], check_pairs, check_text, check_price] = ()
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the tokens of every answer are wanted, and not only those that answers tell by themselves."""
+        return bool(self.prices or self.state_file)
 
 
 def note_keys(path: str, record: type) -> None:
@@ -1121,6 +1165,9 @@ def describe(config: Config) -> list[str]:
     return lines + changed_settings(replace(config, controllers=(), client_keys=()), ": ")
 
 
+RESTART_KEYS = ("host", "port", "reuse_port", "state_file")
+
+
 def diff_config(old: Config, new: Config) -> list[str]:
     """Return a line for each setting that differs in `new`, without secrets; [] when nothing does."""
     before = {path: value for path, value, _ in settings_of(old)}
@@ -1128,7 +1175,7 @@ def diff_config(old: Config, new: Config) -> list[str]:
     for path, value, _ in settings_of(new):
         if before.get(path, value) != value:
             # The listener is open already.
-            restart = " (needs a restart)" if path in ("host", "port") else ""
+            restart = " (needs a restart)" if path in RESTART_KEYS else ""
             lines.append(f"{path}: {show_setting(path, before[path])} -> {show_setting(path, value)}{restart}")
     return lines
 
@@ -1181,15 +1228,6 @@ class Redactor:
         if record.exc_info and record.exc_info[0]:
             record.exc_text = self.clean("".join(traceback.format_exception(*record.exc_info))).rstrip()
         return True
-
-
-class Usage(NamedTuple):
-    """The tokens of an answer. `cached` are those of the prompt that the account had in its cache."""
-
-    total: int
-    prompt: int
-    answer: int
-    cached: int
 
 
 class AttemptRecord(NamedTuple):
@@ -6166,11 +6204,6 @@ def routing_headers(record: AccessRecord) -> bytes:
     return lines
 
 
-def counts_tokens(lease: Lease, request: ApiRequest) -> bool:
-    """Return whether a configured limit counts the tokens of a request."""
-    return request.on_usage is not None or any(minute.by_tokens for minute in lease.ledger.minutes)
-
-
 def makes_objects(request: ApiRequest) -> bool:
     """Return whether an answer may name objects of its account. Stateless responses have items in them, too."""
     return request.stateful or request.path == "/responses"
@@ -6200,8 +6233,12 @@ class Relay:
         self.stopping = False
         # Whether clients may see an account's error about its own key.
         self.shows_account = True
+        # Whether the tokens of every answer are wanted.
+        self.counts_tokens = False
         # Object id -> name of the controller that made it. An id says nothing about its account.
         self.makers: dict[str, str] = {}
+        # Those that are not stored yet, where they are stored.
+        self.new_makers: dict[str, str] | None = None
 
     def remember(self, answer: bytes, controller: str) -> None:
         """Remember which controller made the objects in a part of an answer; the oldest are forgotten."""
@@ -6211,6 +6248,8 @@ class Relay:
             if len(self.makers) >= OBJECTS_KNOWN:
                 del self.makers[next(iter(self.makers))]
             self.makers[name] = controller
+            if self.new_makers is not None:
+                self.new_makers[name] = controller
 
     async def run(self, request: ApiRequest, record: AccessRecord) -> Answer:
         """Return the answer to `request`. Raise ProxyError or UpstreamError where no upstream's answer can be shown."""
@@ -6345,7 +6384,9 @@ class Relay:
         """Send the request, and read as much of the reply as decides. Raise UpstreamError, Untranslatable, Hedged."""
         request, lease, others = trip.request, attempt.lease, trip.has_others()
         # The usage of a stream comes on demand only. Where a limit counts it, this server asks in the client's place.
-        asks = request.stream and request.path in (CHAT_PATH, "/completions") and counts_tokens(lease, request)
+        counts = self.counts_tokens or request.on_usage is not None
+        counts = counts or any(minute.by_tokens for minute in lease.ledger.minutes)
+        asks = counts and request.stream and request.path in (CHAT_PATH, "/completions")
         # An earlier attempt may have set it.
         request.add_usage = False
         attempt.adds_usage = asks and lease.upstream.controller.reports_usage and not wants_usage(request)
@@ -6611,8 +6652,8 @@ class Relay:
             self._settle(attempt, trip, word)
 
     def _meter(self, attempt: Attempt, request: ApiRequest) -> UsageMeter | None:
-        """Return what counts the tokens of an answer; None where no limit needs it."""
-        counts = request.on_usage is not None or attempt.lease.ledger.limited
+        """Return what counts the tokens of an answer; None where nothing needs it."""
+        counts = self.counts_tokens or request.on_usage is not None or attempt.lease.ledger.limited
         return UsageMeter(request) if counts else None
 
     def _take_usage(self, attempt: Attempt, trip: Trip, usage: Usage | None, meter: UsageMeter | None) -> None:
@@ -6622,6 +6663,8 @@ class Relay:
             return
         # Without usage, four characters count as a token.
         total = usage.total if usage else request.prompt_tokens + meter.text // 4
+        if usage is None and self.counts_tokens and request.inference:
+            trip.record.usage = Usage(total, request.prompt_tokens, total - request.prompt_tokens, 0)
         if usage and attempt.lease.upstream.controller.cache_free:
             total -= usage.cached
         self.pool.used(attempt.lease, request.model, total, usage.answer if usage else 0, attempt.tokens_known)
@@ -6873,6 +6916,304 @@ def process_figures(started_at: float) -> dict[str, dict[Labels, float]]:
     return {name: {(): value} for name, value in figures.items()}
 
 
+# -- usage and cost
+
+USAGE_DAYS = 400  # the file keeps so many days: a year, and the month that it is compared with
+USAGE_ROWS = 10_000  # in memory; models beyond them count as OTHER_MODEL
+UsageRow = tuple[str, str, str, str]
+USAGE_COLUMNS = ("day", "key", "controller", "model")  # of a UsageRow; days are in UTC
+USAGE_SUMS = ("requests", "input", "cached", "output", "cost")
+
+
+def day_of(at: float) -> str:
+    """Return the day in UTC of a Unix time, as 2026-12-01."""
+    return dt.datetime.fromtimestamp(at, dt.UTC).date().isoformat()
+
+
+class UsageBook:
+    """The requests, tokens and cost of answers since the start, by day, client key, controller and model."""
+
+    def __init__(self) -> None:
+        self.prices: list[tuple[re.Pattern[str], Price]] = []
+        self.known_prices: dict[str, Price] = {}
+        self.day_number, self.day = 0, ""
+        self.rows: dict[UsageRow, list[float]] = {}
+        # The rows that have changed since they were stored, and what was stored of them.
+        self.changed: dict[UsageRow, None] = {}
+        self.stored: dict[UsageRow, list[float]] = {}
+
+    def configure(self, prices: Sequence[tuple[str, Price]]) -> None:
+        """Use these prices from now on."""
+        self.prices, self.known_prices = [(model_patterns([name]), price) for name, price in prices], {}
+
+    def price_of(self, model: str) -> Price:
+        """Return the price of a model; 0 where none is configured."""
+        return next((price for pattern, price in self.prices if pattern.fullmatch(model)), Price())
+
+    def count(self, record: AccessRecord, at: float) -> None:
+        """Count a request that ended at the Unix time `at`, if a controller answered it."""
+        usage = record.usage
+        if not record.attempts or (usage is None and record.status >= 400):
+            return
+        if int(at // 86400.0) != self.day_number:
+            self.day_number, self.day = int(at // 86400.0), day_of(at)
+        model = record.attempts[-1].model
+        row = (self.day, record.key, record.controller, model)
+        if row not in self.rows and len(self.rows) >= USAGE_ROWS:
+            row = (*row[:3], OTHER_MODEL)
+            if row not in self.rows:
+                # The oldest row, which is stored by now.
+                oldest = next(iter(self.rows))
+                del self.rows[oldest]
+                self.stored.pop(oldest, None)
+                self.changed.pop(oldest, None)
+        sums = self.rows.setdefault(row, [0, 0, 0, 0, 0.0])
+        sums[0] += 1
+        if usage is not None:
+            sums[1] += usage.prompt
+            sums[2] += usage.cached
+            sums[3] += usage.answer
+            if self.prices:
+                sums[4] += recall(self.known_prices, model, self.price_of).cost(usage)
+        self.changed[row] = None
+
+    def take_changes(self) -> dict[UsageRow, list[float]]:
+        """Return what was counted since the last call."""
+        changes = {}
+        for row in self.changed:
+            known = self.stored.get(row, [0, 0, 0, 0, 0.0])
+            # A client's model may have a lone surrogate, which the file cannot hold.
+            day, key, controller, model = row
+            name = day, key, controller, model.encode("utf-8", "replace").decode()
+            changes[name] = [new - old for new, old in zip(self.rows[row], known, strict=True)]
+            self.stored[row] = list(self.rows[row])
+        self.changed.clear()
+        return changes
+
+
+def group_usage(rows: Iterable[tuple[Any, ...]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the sums of usage rows for each value of `columns`, the largest cost and then the most tokens first.
+
+    A row has the values of USAGE_COLUMNS, then those of USAGE_SUMS.
+    """
+    groups: dict[tuple[str, ...], list[float]] = {}
+    places = [USAGE_COLUMNS.index(column) for column in columns]
+    for row in rows:
+        sums = groups.setdefault(tuple(row[place] for place in places), [0, 0, 0, 0, 0.0])
+        sums[:] = [old + more for old, more in zip(sums, row[len(USAGE_COLUMNS) :], strict=True)]
+    ordered = sorted(groups.items(), key=lambda item: (-item[1][4], -item[1][1] - item[1][3], item[0]))
+    return [
+        {
+            **dict(zip(columns, group, strict=True)),
+            **dict(zip(USAGE_SUMS, sums, strict=True)),
+            "cost": round(sums[4], 6),
+        }
+        for group, sums in ordered
+    ]
+
+
+def parse_usage_query(since: str, by: str, now: float) -> tuple[str, list[str]]:
+    """Return the first day, and the columns, of a question for usage: `7d` or a day; `key,model`. Raise ValueError."""
+    days = re.fullmatch(r"(\d{1,4})d", since)
+    first = day_of(now - (int(days[1]) - 1) * 86400.0) if days else dt.date.fromisoformat(since).isoformat()
+    columns = by.split(",")
+    if not set(columns) <= set(USAGE_COLUMNS):
+        raise ValueError(f"found {by!r}, allowed: " + ",".join(USAGE_COLUMNS))
+    return first, columns
+
+
+# -- what a restart should not forget
+
+SAVE_S = 1.0  # between two batches: a process that is killed loses so much
+SAVE_AGAIN_S = (1.0, 60.0)  # backoff after a batch that could not be written
+STATE_LOCK_S = 5.0  # how long a batch waits while another process writes
+# `at` is a Unix time. Names of `state` are JSON lists such as ["object", "resp_1"].
+STATE_SCHEMA = """
+CREATE TABLE IF NOT EXISTS usage (day TEXT, key TEXT, controller TEXT, model TEXT, requests INTEGER, input INTEGER,
+    cached INTEGER, output INTEGER, cost REAL, PRIMARY KEY (day, key, controller, model)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT, at REAL) WITHOUT ROWID;
+PRAGMA user_version = 1;
+"""
+ADD_USAGE = """
+INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
+    input = input + excluded.input, cached = cached + excluded.cached, output = output + excluded.output,
+    cost = cost + excluded.cost
+"""
+FORGET_OBJECTS = """
+DELETE FROM state WHERE name IN
+    (SELECT name FROM state WHERE name LIKE '["object"%' ORDER BY at DESC LIMIT -1 OFFSET ?)
+"""
+
+
+class StateFile:
+    """An SQLite file that a thread writes in batches. A broken or full disk never delays an answer.
+
+    What cannot be written stays in memory, where it is bounded by its names, and is tried again. Several processes may
+    use the same file: usage is added, not replaced.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.usage: dict[UsageRow, list[float]] = {}
+        self.values: dict[str, str | None] = {}
+        self.changed = threading.Condition()
+        self.is_closing = self.is_failing = self.is_writing = False
+        self.thread = threading.Thread(target=self._run, name="state", daemon=True)
+
+    def save(self, usage: Mapping[UsageRow, Sequence[float]], values: Mapping[str, str | None]) -> None:
+        """Queue a batch: usage to add, and values to store by name; None removes one."""
+        with self.changed:
+            for row, more in usage.items():
+                known = self.usage.get(row, [0.0] * len(more))
+                self.usage[row] = [old + new for old, new in zip(known, more, strict=True)]
+            for name in self.values.keys() & values.keys():
+                del self.values[name]
+            self.values.update(values)
+            while len(self.values) > OBJECTS_KNOWN:
+                del self.values[next(iter(self.values))]
+            self.changed.notify()
+
+    def close(self, wait_s: float) -> None:
+        """Write what is left, and wait for it for at most `wait_s`."""
+        with self.changed:
+            self.is_closing = True
+            self.changed.notify()
+        if self.thread.is_alive():
+            self.thread.join(wait_s)
+
+    def load(self) -> dict[str, str]:
+        """Return the stored values by name, the oldest first; none if the file cannot be read, which is logged."""
+        try:
+            with contextlib.closing(self._open()) as file:
+                return dict(file.execute("SELECT name, value FROM state ORDER BY at"))
+        except (sqlite3.Error, OSError) as error:
+            self._failed(error)
+            return {}
+
+    def read(self, first_day: str) -> list[tuple[Any, ...]]:
+        """Return the usage rows from a day on, after what is queued was written. Raise sqlite3.Error, OSError."""
+        with self.changed:
+            self.changed.wait_for(lambda: not (self.usage or self.is_writing), SAVE_S)
+        return read_usage_file(self.path, first_day)
+
+    def _open(self) -> sqlite3.Connection:
+        """Return a connection. Raise sqlite3.Error, OSError."""
+        # It tells what each client key did.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        file = sqlite3.connect(self.path, timeout=STATE_LOCK_S, isolation_level=None)
+        try:
+            version = file.execute("PRAGMA user_version").fetchone()[0]
+            if version > 1:
+                raise sqlite3.DatabaseError(f"it is of a newer version of this program (schema {version})")
+            # With WAL a commit needs no sync, and readers do not wait.
+            file.execute("PRAGMA journal_mode = WAL")
+            file.execute("PRAGMA synchronous = NORMAL")
+            file.executescript(STATE_SCHEMA)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _run(self) -> None:
+        """Write batches until `close`."""
+        wait_s = 0.0
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.usage or self.values or self.is_closing)
+                if wait_s:
+                    self.changed.wait_for(lambda: self.is_closing, wait_s)
+                usage, self.usage, values, self.values = self.usage, {}, self.values, {}
+                self.is_writing = True
+            try:
+                with contextlib.closing(self._open()) as file:
+                    self._write(file, usage, values)
+                wait_s = 0.0
+                if self.is_failing:
+                    self.is_failing = False
+                    log.info("state_file %s: written again", self.path)
+            except (sqlite3.Error, OSError) as error:
+                self._failed(error)
+                wait_s = next_backoff(wait_s, SAVE_AGAIN_S)
+                # What came since is newer.
+                self.save(usage, {name: value for name, value in values.items() if name not in self.values})
+                if self.is_closing:
+                    return
+            with self.changed:
+                self.is_writing = False
+                self.changed.notify_all()
+            if self.is_closing and not (self.usage or self.values):
+                return
+
+    def _write(
+        self, file: sqlite3.Connection, usage: dict[UsageRow, list[float]], values: dict[str, str | None]
+    ) -> None:
+        """Write one batch as one transaction. Raise sqlite3.Error."""
+        now = time.time()
+        file.execute("BEGIN IMMEDIATE")
+        file.executemany(ADD_USAGE, [(*row, *sums) for row, sums in usage.items()])
+        file.executemany(
+            "DELETE FROM state WHERE name = ?", [(name,) for name, value in values.items() if value is None]
+        )
+        stored = [(name, value, now) for name, value in values.items() if value is not None]
+        file.executemany("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", stored)
+        file.execute("DELETE FROM usage WHERE day < ?", (day_of(now - USAGE_DAYS * 86400.0),))
+        file.execute(FORGET_OBJECTS, (OBJECTS_KNOWN,))
+        file.execute("COMMIT")
+
+    def _failed(self, error: Exception) -> None:
+        """Log the first of several failures."""
+        if not self.is_failing:
+            self.is_failing = True
+            log.error("state_file %s: cannot be used: %s; counting goes on in memory", self.path, reason_of(error))
+
+
+def dump_pool(pool: UpstreamPool, wall_s: float, levels: bool) -> dict[str, str | None]:
+    """Return the state of the pool by name, for a restart: accounts that are out, and the limits that replies told.
+
+    `wall_s`: the Unix time of the loop's 0. `levels`: also what is left of the limits, which changes all the time.
+    """
+    now, values = pool.timers.time(), dict[str, Any]()
+    gates = {("quota", one.quota.name): one.quota.gate for one in pool.upstreams}
+    gates.update({("account", one.name): one.gate for one in pool.upstreams})
+    for place, gate in gates.items():
+        out = gate.reason in (REFUSED, NO_CREDIT, BUSY) and gate.until > now
+        values[compact_json(["out", *place]).decode()] = [gate.reason, round(gate.until + wall_s, 3)] if out else None
+    for quota in {one.quota.name: one.quota for one in pool.upstreams}.values():
+        for model, ledger in list(quota.ledgers.items()):
+            told = [[item.limit, item.rate, item.size] if item.limit else None for item in ledger.buckets]
+            if any(told):
+                level = [[item.level_at(now) for item in ledger.buckets], round(now + wall_s, 3)] if levels else None
+                values[compact_json(["limit", quota.name, model]).decode()] = [told, level]
+    return {name: None if value is None else compact_json(value).decode() for name, value in values.items()}
+
+
+def restore_pool(pool: UpstreamPool, values: Mapping[str, str], wall_s: float) -> None:
+    """Give the pool the state that `dump_pool` returned before. Controllers that are gone are left out."""
+    now, quotas = pool.timers.time(), {one.quota.name: one.quota for one in pool.upstreams}
+    gates = {("quota", name): quota.gate for name, quota in quotas.items()}
+    gates.update({("account", one.name): one.gate for one in pool.upstreams})
+    for name, text in values.items():
+        kind, *place = json.loads(name)
+        value = json.loads(text)
+        if kind == "out" and tuple(place) in gates and value[1] > now + wall_s:
+            gates[tuple(place)].shut(value[0], now, "so it was before the restart", value[1] - wall_s - now)
+        elif kind == "limit" and place[0] in quotas and len(quotas[place[0]].ledgers) < USAGE_ROWS:
+            told, level = value
+            for number, bucket in enumerate(quotas[place[0]].ledger(place[1]).buckets):
+                if told[number]:
+                    bucket.limit, bucket.rate, bucket.size = told[number]
+                    bucket.at = bucket.known_at = now
+                    left, at = (level[0][number], level[1]) if level else (bucket.size, now + wall_s)
+                    bucket.level = min(bucket.size, left + max(0.0, now + wall_s - at) * bucket.rate)
+
+
+def read_usage_file(path: str, first_day: str) -> list[tuple[Any, ...]]:
+    """Return the usage rows of a state_file from a day on; it may be in use. Raise sqlite3.Error."""
+    uri = f"file:{urllib.parse.quote(path)}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=STATE_LOCK_S)) as file:
+        return list(file.execute("SELECT * FROM usage WHERE day >= ?", (first_day,)))
+
+
 # ==== 15. Server ====
 # One task for each client connection: read a request, get its answer, write it, read the next. `ClientConnection._send`
 # is the only writer, and `ClientConnection._answer` the only place that turns an error into an answer. A client that
@@ -6935,6 +7276,7 @@ ROUTES = {
     "/models/*": ("GET, HEAD", "_show_model"),
     "/status": ("GET, HEAD", "_status"),
     "/metrics": ("GET, HEAD", "_metrics"),
+    "/usage": ("GET, HEAD", "_usage"),
 }
 
 
@@ -7763,7 +8105,11 @@ class Server:
         self.serial, self.id_prefix = 0, "req_" + secrets.token_hex(6)
         self.pool = UpstreamPool([], config.pool, loop)
         self.client_quotas: dict[str, ClientQuota] = {}
-        self.access, self.metrics = AccessLog(loop, log_writer.write), Metrics()
+        self.access, self.metrics, self.usage = AccessLog(loop, log_writer.write), Metrics(), UsageBook()
+        self.state = StateFile(resolve_path(config.source, config.state_file)) if config.state_file else None
+        # What the file has of the pool.
+        self.saved: dict[str, str | None] = {}
+        self.saver: asyncio.TimerHandle | None = None
         self.models = ModelLists(self.pool, self.links, loop)
         self.relay = Relay(self.pool, self.links, loop)
         self.reconfigure(config)
@@ -7785,6 +8131,8 @@ class Server:
                 quota = self.client_quotas[key.name] = known.get(key.name) or ClientQuota(key.name, key.limits)
                 quota.configure(key.limits)
         self.access.config = config.log
+        self.usage.configure(config.prices)
+        self.relay.counts_tokens = config.counts_tokens
         # A web page may point its own name at 127.0.0.1 (DNS rebinding), or send a simple request without asking. It
         # could spend the keys of a server on loopback. No page has a client key.
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
@@ -7814,11 +8162,39 @@ class Server:
         # Accepted connections inherit the options.
         for listener in sockets:
             watch_path(listener, config.limits.write_timeout)
+        if self.state is not None:
+            self._restore(self.state)
         self.models.follow()
         await self.models.wait(MODELS_START_S)
         for server in self.listeners:
             await server.start_serving()
         return [address_of(listener) for listener in sockets]
+
+    def _restore(self, state: StateFile) -> None:
+        """Load what the last run stored, and store from now on."""
+        values = state.load()
+        for name, text in values.items():
+            kind, *place = json.loads(name)
+            if kind == "object":
+                self.relay.makers[place[0]] = json.loads(text)
+        restore_pool(self.pool, values, time.time() - self.loop.time())
+        self.relay.new_makers = {}
+        state.thread.start()
+        self.saver = self.loop.call_later(SAVE_S, self._save)
+
+    def _save(self, levels: bool = False) -> None:
+        """Hand what has changed to the thread that writes the state_file; again each SAVE_S."""
+        assert self.state is not None and self.relay.new_makers is not None
+        values = dump_pool(self.pool, time.time() - self.loop.time(), levels)
+        changed = {name: value for name, value in values.items() if self.saved.get(name) != value}
+        self.saved.update(changed)
+        for name, controller in self.relay.new_makers.items():
+            changed[compact_json(["object", name]).decode()] = compact_json(controller).decode()
+        self.relay.new_makers.clear()
+        usage = self.usage.take_changes()
+        if usage or changed:
+            self.state.save(usage, changed)
+        self.saver = self.loop.call_later(SAVE_S, self._save)
 
     def _stop_listening(self) -> None:
         """Take no more connections."""
@@ -7870,6 +8246,7 @@ class Server:
         self.access.add(record)
         if not record.monitoring:
             self.metrics.count(record, self.pool.known_models)
+            self.usage.count(record, time.time())
 
     def forget(self, client: ClientConnection) -> None:
         """Stop counting a connection that has ended."""
@@ -7906,6 +8283,10 @@ class Server:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=LAST_BYTES_S)
+        if self.saver is not None and self.state is not None:
+            self._save(levels=True)
+            self.saver.cancel()
+            await self.loop.run_in_executor(None, self.state.close, LAST_BYTES_S)
         self.models.close()
         self.pool.close()
         self.links.close()
@@ -8019,6 +8400,24 @@ class Server:
         self._check_admin(call)
         text = self.metrics.render(self.pool, self.links, len(self.connections)).encode()
         return Answer(200, DATE % http_date(time.time()) + METRICS_TYPE, text, len(text))
+
+    async def _usage(self, call: Call) -> Answer:
+        """Return the usage since a day, by some columns. With a state_file it has the time before the start, too."""
+        self._check_admin(call)
+        query = dict(urllib.parse.parse_qsl(call.query))
+        try:
+            first_day, columns = parse_usage_query(query.get("since", "30d"), query.get("by", "key,model"), time.time())
+        except ValueError as error:
+            message = f"since is 7d or a day such as 2026-12-01, by is a list of columns: {error}"
+            raise ProxyError(400, message, "invalid_query") from None
+        rows: list[tuple[Any, ...]] = [(*row, *sums) for row, sums in self.usage.rows.items() if row[0] >= first_day]
+        if self.state is not None:
+            self.state.save(self.usage.take_changes(), {})
+            try:
+                rows = await self.loop.run_in_executor(None, self.state.read, first_day)
+            except (sqlite3.Error, OSError) as error:
+                log.warning("state_file %s: cannot be read: %s", self.state.path, reason_of(error))
+        return json_answer({"since": first_day, "by": columns, "data": group_usage(rows, columns)})
 
     def _request(self, call: Call) -> ApiRequest:
         """Return the request that controllers get for a call."""
@@ -8152,6 +8551,9 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, str]:
     add("--config_path", "--config-path", metavar="DIR", default="", help="a folder to look for it in")
     add("--host", help="address to listen on (default: 127.0.0.1)")
     add("--port", help="port to listen on (default: 8080)")
+    add("--usage", action="store_true", help="print the usage in the state_file; see --since and --by")
+    add("--since", metavar="7d", default="30d", help="for --usage: so many days, or the first day (default: 30d)")
+    add("--by", metavar="key,model", default="key,model", help="for --usage: columns of day, key, controller, model")
     add("--healthcheck", action="store_true", help="ask the running server for its status, exit 0 if it is well")
     add("--check", action="store_true", help="check the configuration, print a summary, exit")
     add("--demo", action="store_true", help="run without any key: two controllers that echo")
@@ -8355,6 +8757,36 @@ def check_health(config: Config) -> int:
         connection.close()
 
 
+def show_usage(config: Config, since: str, by: str) -> int:
+    """Print a table of the usage in the state_file; return the exit status."""
+    if not config.state_file:
+        return tell("--usage needs a state_file in the configuration; a running server without one has GET /usage", 2)
+    path = resolve_path(config.source, config.state_file)
+    try:
+        first_day, columns = parse_usage_query(since, by, time.time())
+        groups = group_usage(read_usage_file(path, first_day), columns)
+    except ValueError as error:
+        return tell(f"--since is 7d or a day such as 2026-12-01, --by is a list of columns: {error}", 2)
+    except sqlite3.Error as error:
+        return tell(f"state_file {path}: cannot be read: {error}", 1)
+    total = {**dict.fromkeys(columns, ""), columns[0]: "total"}
+    total.update({name: sum(group[name] for group in groups) for name in USAGE_SUMS})
+    rows = [[*columns, *USAGE_SUMS]]
+    for group in (*groups, total):
+        texts = [plain(group[name]) or "-" if group is not total else group[name] for name in columns]
+        rows.append([*texts, *[f"{group[name]:,}" for name in USAGE_SUMS[:-1]], f"{group['cost']:,.4f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts_to = len(columns)
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place < texts_to else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return tell("\n".join([f"since {first_day} (UTC)", *lines]))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status. Mistakes of the user are one message, never a traceback."""
     try:
@@ -8376,6 +8808,8 @@ def main(argv: list[str] | None = None) -> int:
             return config
 
         config = load()
+        if flags.usage:
+            return show_usage(config, flags.since, flags.by)
         if flags.healthcheck:
             return check_health(config)
         warning = exposure(config)
