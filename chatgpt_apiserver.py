@@ -87,6 +87,7 @@ import traceback
 import urllib.parse
 import urllib.request
 import zlib
+import zoneinfo
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +119,7 @@ class ProxyError(Exception):
     def type(self) -> str:
         """Return the `error.type` that OpenAI uses for this status; frameworks above the SDKs read it."""
         if self.status == 429:
-            return "rate_limit_error"
+            return self.code if self.code == "insufficient_quota" else "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
 
 
@@ -547,6 +548,24 @@ def check_network(place: Place, value: Any) -> Network:
         raise place.error(show(text), "an address, or a network such as 10.0.0.0/8 without host bits") from None
 
 
+def zone_of(name: str) -> dt.tzinfo:
+    """Return a time zone by its IANA name. Raise ValueError. UTC needs no time zone data."""
+    try:
+        return dt.UTC if name == "UTC" else zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, OSError) as error:
+        raise ValueError(f"no time zone {name!r}") from error
+
+
+def check_zone(place: Place, value: Any) -> str:
+    """Return the name of a time zone."""
+    name = check_text(place, value, "[A-Za-z0-9_+/-]+", "a time zone such as UTC or America/Los_Angeles")
+    try:
+        zone_of(name)
+    except ValueError:
+        raise place.error(show(name), "UTC, or an IANA time zone that this system knows (package tzdata)") from None
+    return name
+
+
 def check_url(place: Place, url: str, scheme: str, forbidden: str, allowed: str) -> str:
     """Return a URL that requests can be sent to; `scheme` and `forbidden` are patterns, `allowed` describes them."""
     # urllib alone would remove line ends and blanks from the URL before it looks at it.
@@ -651,13 +670,30 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class QuotaLimits:
-    """Requests and tokens in any sliding 60 s, requests at once, and how many seconds' worth at once; 0: no limit."""
+    """Requests and tokens in any sliding 60 s and in a day, requests at once, and how many seconds' worth at once.
+
+    0: no limit.
+    """
 
     rpm: Annotated[int, check_number, 0, 10_000_000] = 0
     tpm: Annotated[int, check_number, 0, 10**12] = 0
     concurrency: Annotated[int, check_number, 0, 1_000_000] = 0
     # Azure counts slices of 1 or 10 s of the minute.
     burst_s: Annotated[float, check_number, 0.1, 60.0] = 60.0
+    rpd: Annotated[int, check_number, 0, 10**9] = 0
+    tpd: Annotated[int, check_number, 0, 10**15] = 0
+    # The zone whose midnight begins a day.
+    day_starts: Annotated[str, check_zone] = "UTC"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a client key may use in a day and in a month of UTC; 0: no limit. Money is that of `prices`."""
+
+    tokens_per_day: Annotated[int, check_number, 0, 10**15] = 0
+    tokens_per_month: Annotated[int, check_number, 0, 10**15] = 0
+    cost_per_day: Annotated[float, check_number, 0.0, 1e9] = 0.0
+    cost_per_month: Annotated[float, check_number, 0.0, 1e9] = 0.0
 
 
 @dataclass(frozen=True)
@@ -768,6 +804,7 @@ class ClientKey:
     # It may read what operators read, and reload.
     admin: Flag = False
     limits: QuotaLimits = QuotaLimits()
+    budget: Budget = Budget()
 
 
 @dataclass(frozen=True)
@@ -926,6 +963,11 @@ def parse_controller(place: Place, data: Any, others: Sequence[ControllerConfig]
         config, config_place = read_file(path), Place(path, place.env, {})
     account = parse_account(config_place, check_object(config_place, {} if config is None else config), kind)
     controller = ControllerConfig(kind, name, account, **values)
+    # The day of Gemini's limits begins at midnight of Pacific time (ai.google.dev/gemini-api/docs/rate-limits).
+    limits, is_gemini = controller.limits, "generativelanguage.googleapis.com" in account.base_url
+    if is_gemini and (limits.rpd or limits.tpd) and "day_starts" not in data["limits"]:
+        zone = check_zone(place.inside("limits").inside("day_starts"), "America/Los_Angeles")
+        controller = replace(controller, limits=replace(limits, day_starts=zone))
     if controller.objects and kind in ("anthropic", "echo"):
         raise place.inside("objects").problem(f"must be false: type {kind} has no files, batches or vector stores")
     for other in others:
@@ -967,7 +1009,8 @@ class Config:
     @property
     def counts_tokens(self) -> bool:
         """Whether the tokens of every answer are wanted, and not only those that answers tell by themselves."""
-        return bool(self.prices or self.state_file)
+        budgets = any(key.budget != Budget() for key in self.client_keys)
+        return bool(self.prices or self.state_file or budgets)
 
 
 def note_keys(path: str, record: type) -> None:
@@ -5044,6 +5087,69 @@ class Window:
         return now + span_s
 
 
+def day_end(wall_s: float, zone: dt.tzinfo) -> float:
+    """Return the Unix time of the next midnight in `zone`. A day with a change of the clock has 23 or 25 hours."""
+    today = dt.datetime.fromtimestamp(wall_s, zone).date()
+    return dt.datetime.combine(today + dt.timedelta(days=1), dt.time(), zone).timestamp()
+
+
+class DayWindow(Window):
+    """A configured limit of a calendar day: all of it is free again at midnight of `zone`. `clock`: Unix time."""
+
+    def __init__(self, by_tokens: bool, limit: float, zone: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(by_tokens, limit, 86400.0)
+        self.zone, self.clock = zone_of(zone), clock
+        # When the day ends, in Unix time; how many days have ended; charges that are not sent yet.
+        self.ends, self.serial, self.unsent = day_end(clock(), self.zone), 0, 0.0
+
+    @property
+    def rate(self) -> float:
+        """No rate: nothing comes back before midnight, and until then the rest may go at once."""
+        return NEVER
+
+    def opens_at(self, amount: float, now: float) -> float:
+        """Return when `amount` fits, 0 for now; a larger amount than the limit goes when nothing was used."""
+        self._forget(now)
+        if self.total + min(amount, self.limit) <= self.limit + 1e-9:
+            return 0.0
+        return now + self.ends - self.clock()
+
+    def take(self, amount: float, now: float) -> Receipt:
+        """Count an amount that is about to be sent."""
+        self.total += amount
+        self.unsent += amount
+        return Receipt(amount)
+
+    def sent(self, receipt: Receipt, now: float) -> None:
+        """Let a charge count for this day."""
+        if receipt.sent_at == NEVER:
+            self.unsent -= receipt.amount
+            receipt.sent_at = self.serial
+
+    def correct(self, receipt: Receipt, amount: float, now: float) -> None:
+        """Count `amount` in place of the receipt's; of a charge of an earlier day only the excess counts."""
+        self._forget(now)
+        more = amount - receipt.amount
+        if receipt.sent_at == NEVER:
+            self.unsent += more
+        if receipt.sent_at in (NEVER, self.serial) or more > 0:
+            self.total += more
+        receipt.amount = amount
+
+    def _forget(self, now: float) -> None:
+        """Begin a new day at midnight."""
+        wall_s = self.clock()
+        if wall_s >= self.ends:
+            self.ends, self.total = day_end(wall_s, self.zone), self.unsent
+            self.serial += 1
+
+    def restore(self, ends: float, total: float) -> None:
+        """Count what was used of the same day before a restart."""
+        self._forget(0.0)
+        if ends == self.ends:
+            self.total += total
+
+
 class Ledger:
     """The limits of one quota for one model: by replies, by configuration and by the last 429s."""
 
@@ -5062,14 +5168,21 @@ class Ledger:
 
     def configure(self, limits: QuotaLimits) -> None:
         """Apply configured limits. Windows keep their charges, as the provider counts them too."""
-        known = {(limit.by_tokens, limit.burst): limit for limit in self.limits if isinstance(limit, Window)}
+        known = {(limit.by_tokens, limit.burst): limit for limit in self.limits if type(limit) is Window}
         windows: list[Window] = []
         for by_tokens, limit in ((False, limits.rpm), (True, limits.tpm)):
             most = max(1.0, limit * limits.burst_s / WINDOW_S)
             for burst, size, slack_s in ((False, limit, SLACK_S), (True, most, 0.0)) if limit else ():
                 windows.append(known.get((by_tokens, burst)) or Window(by_tokens, size, WINDOW_S, burst))
                 windows[-1].limit, windows[-1].span_s = size, size * WINDOW_S / limit + slack_s
-        self.configured, self.limits = limits, [*self.buckets, *windows]
+        days = {(day.by_tokens, day.zone): day for day in self.limits if isinstance(day, DayWindow)}
+        self.days: list[DayWindow] = []
+        for by_tokens, limit in ((False, limits.rpd), (True, limits.tpd)):
+            if limit:
+                day = days.get((by_tokens, zone_of(limits.day_starts)))
+                self.days.append(day or DayWindow(by_tokens, limit, limits.day_starts))
+                self.days[-1].limit = limit
+        self.configured, self.limits = limits, [*self.buckets, *windows, *self.days]
         self.minutes = [window for window in windows if not window.burst]
 
     @property
@@ -5957,7 +6070,7 @@ class ClientCharge:
 
 
 class ClientQuota(Quota):
-    """The quota of one client key: its own rpm, tpm and concurrency, over all models."""
+    """The quota of one client key: its own limits, over all models."""
 
     def enter(self, need: float, now: float) -> ClientCharge:
         """Charge a request that may be sent now. Raise NoRoom."""
@@ -5981,6 +6094,9 @@ def describe_ledger(ledger: Ledger, now: float) -> dict[str, Any]:
         if bucket.limit:
             left, per_s = round(bucket.level_at(now), 1), round(bucket.rate, 3)
             state["tokens" if bucket.by_tokens else "requests"] = {"limit": bucket.limit, "left": left, "per_s": per_s}
+    for day in ledger.days:
+        left_s = max(0.0, day.ends - day.clock())
+        state["tpd" if day.by_tokens else "rpd"] = {"limit": day.limit, "taken": day.total, "ends_in_s": round(left_s)}
     for minute in ledger.minutes:
         state["tpm" if minute.by_tokens else "rpm"] = {"limit": minute.limit, "taken": round(minute.total, 1)}
     return state
@@ -6385,7 +6501,7 @@ class Relay:
         request, lease, others = trip.request, attempt.lease, trip.has_others()
         # The usage of a stream comes on demand only. Where a limit counts it, this server asks in the client's place.
         counts = self.counts_tokens or request.on_usage is not None
-        counts = counts or any(minute.by_tokens for minute in lease.ledger.minutes)
+        counts = counts or any(window.by_tokens for window in (*lease.ledger.minutes, *lease.ledger.days))
         asks = counts and request.stream and request.path in (CHAT_PATH, "/completions")
         # An earlier attempt may have set it.
         request.add_usage = False
@@ -6941,6 +7057,8 @@ class UsageBook:
         # The rows that have changed since they were stored, and what was stored of them.
         self.changed: dict[UsageRow, None] = {}
         self.stored: dict[UsageRow, list[float]] = {}
+        # Tokens and cost by client key and by day or month, for budgets.
+        self.spent: dict[tuple[str, str], list[float]] = {}
 
     def configure(self, prices: Sequence[tuple[str, Price]]) -> None:
         """Use these prices from now on."""
@@ -6973,9 +7091,36 @@ class UsageBook:
             sums[1] += usage.prompt
             sums[2] += usage.cached
             sums[3] += usage.answer
-            if self.prices:
-                sums[4] += recall(self.known_prices, model, self.price_of).cost(usage)
+            cost = recall(self.known_prices, model, self.price_of).cost(usage) if self.prices else 0.0
+            sums[4] += cost
+            if record.key:
+                self.spend(record.key, self.day, usage.prompt + usage.answer, cost)
         self.changed[row] = None
+
+    def spend(self, key: str, day: str, tokens: float, cost: float) -> None:
+        """Count what a client key used on a day."""
+        for period in (day, day[:7]):
+            spent = self.spent.get((key, period))
+            if spent is None:
+                # Only the current day and month are asked for.
+                self.spent = {place: sums for place, sums in self.spent.items() if day.startswith(place[1])}
+                spent = self.spent[key, period] = [0.0, 0.0]
+            spent[0] += tokens
+            spent[1] += cost
+
+    def check_budget(self, key: ClientKey, at: float) -> None:
+        """Raise ProxyError (429) if a client key has used up its budget at the Unix time `at`."""
+        day = dt.datetime.fromtimestamp(at, dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        month_ends = (day.replace(day=1) + dt.timedelta(days=32)).replace(day=1)
+        periods = (("day", f"{day:%Y-%m-%d}", day + dt.timedelta(days=1)), ("month", f"{day:%Y-%m}", month_ends))
+        for period, name, ends in periods:
+            spent = self.spent.get((key.name, name), (0.0, 0.0))
+            for kind, used in zip(("tokens", "cost"), spent, strict=True):
+                most = getattr(key.budget, f"{kind}_per_{period}")
+                if 0 < most <= used:
+                    message = f"The client key {key.name!r} has used up its budget of {most:g} {kind} per {period}."
+                    fields = retry_fields(ends.timestamp() - at) + b"x-should-retry: false\r\n"
+                    raise ProxyError(429, message, "insufficient_quota", headers=fields)
 
     def take_changes(self) -> dict[UsageRow, list[float]]:
         """Return what was counted since the last call."""
@@ -7090,6 +7235,16 @@ class StateFile:
             self._failed(error)
             return {}
 
+    def load_spent(self, month: str) -> list[tuple[str, str, float, float]]:
+        """Return day, client key, tokens and cost of each day of a month; nothing if the file cannot be read."""
+        query = "SELECT day, key, sum(input + output), sum(cost) FROM usage WHERE day LIKE ? GROUP BY day, key"
+        try:
+            with contextlib.closing(self._open()) as file:
+                return list(file.execute(query, (month + "%",)))
+        except (sqlite3.Error, OSError) as error:
+            self._failed(error)
+            return []
+
     def read(self, first_day: str) -> list[tuple[Any, ...]]:
         """Return the usage rows from a day on, after what is queued was written. Raise sqlite3.Error, OSError."""
         with self.changed:
@@ -7167,8 +7322,19 @@ class StateFile:
             log.error("state_file %s: cannot be used: %s; counting goes on in memory", self.path, reason_of(error))
 
 
-def dump_pool(pool: UpstreamPool, wall_s: float, levels: bool) -> dict[str, str | None]:
-    """Return the state of the pool by name, for a restart: accounts that are out, and the limits that replies told.
+def dump_days(kind: str, quota: Quota) -> dict[str, Any]:
+    """Return what the current day has used of the daily limits of a quota, by name."""
+    return {
+        compact_json(["day", kind, quota.name, model, day.by_tokens]).decode(): [day.ends, day.total - day.unsent]
+        for model, ledger in list(quota.ledgers.items())
+        for day in ledger.days
+    }
+
+
+def dump_pool(
+    pool: UpstreamPool, keys: Mapping[str, ClientQuota], wall_s: float, levels: bool
+) -> dict[str, str | None]:
+    """Return state by name for a restart: accounts that are out, limits that replies told, and what a day has used.
 
     `wall_s`: the Unix time of the loop's 0. `levels`: also what is left of the limits, which changes all the time.
     """
@@ -7178,7 +7344,10 @@ def dump_pool(pool: UpstreamPool, wall_s: float, levels: bool) -> dict[str, str 
     for place, gate in gates.items():
         out = gate.reason in (REFUSED, NO_CREDIT, BUSY) and gate.until > now
         values[compact_json(["out", *place]).decode()] = [gate.reason, round(gate.until + wall_s, 3)] if out else None
+    for key_quota in keys.values():
+        values.update(dump_days("key", key_quota))
     for quota in {one.quota.name: one.quota for one in pool.upstreams}.values():
+        values.update(dump_days("account", quota))
         for model, ledger in list(quota.ledgers.items()):
             told = [[item.limit, item.rate, item.size] if item.limit else None for item in ledger.buckets]
             if any(told):
@@ -7187,7 +7356,7 @@ def dump_pool(pool: UpstreamPool, wall_s: float, levels: bool) -> dict[str, str 
     return {name: None if value is None else compact_json(value).decode() for name, value in values.items()}
 
 
-def restore_pool(pool: UpstreamPool, values: Mapping[str, str], wall_s: float) -> None:
+def restore_pool(pool: UpstreamPool, keys: Mapping[str, ClientQuota], values: Mapping[str, str], wall_s: float) -> None:
     """Give the pool the state that `dump_pool` returned before. Controllers that are gone are left out."""
     now, quotas = pool.timers.time(), {one.quota.name: one.quota for one in pool.upstreams}
     gates = {("quota", name): quota.gate for name, quota in quotas.items()}
@@ -7197,6 +7366,11 @@ def restore_pool(pool: UpstreamPool, values: Mapping[str, str], wall_s: float) -
         value = json.loads(text)
         if kind == "out" and tuple(place) in gates and value[1] > now + wall_s:
             gates[tuple(place)].shut(value[0], now, "so it was before the restart", value[1] - wall_s - now)
+        elif kind == "day":
+            quota = (keys if place[0] == "key" else quotas).get(place[1])
+            for day in quota.ledger(place[2]).days if quota is not None else ():
+                if day.by_tokens is place[3]:
+                    day.restore(*value)
         elif kind == "limit" and place[0] in quotas and len(quotas[place[0]].ledgers) < USAGE_ROWS:
             told, level = value
             for number, bucket in enumerate(quotas[place[0]].ledger(place[1]).buckets):
@@ -8177,7 +8351,9 @@ class Server:
             kind, *place = json.loads(name)
             if kind == "object":
                 self.relay.makers[place[0]] = json.loads(text)
-        restore_pool(self.pool, values, time.time() - self.loop.time())
+        restore_pool(self.pool, self.client_quotas, values, time.time() - self.loop.time())
+        for day, key, tokens, cost in state.load_spent(day_of(time.time())[:7]):
+            self.usage.spend(key, day, tokens, cost)
         self.relay.new_makers = {}
         state.thread.start()
         self.saver = self.loop.call_later(SAVE_S, self._save)
@@ -8185,7 +8361,7 @@ class Server:
     def _save(self, levels: bool = False) -> None:
         """Hand what has changed to the thread that writes the state_file; again each SAVE_S."""
         assert self.state is not None and self.relay.new_makers is not None
-        values = dump_pool(self.pool, time.time() - self.loop.time(), levels)
+        values = dump_pool(self.pool, self.client_quotas, time.time() - self.loop.time(), levels)
         changed = {name: value for name, value in values.items() if self.saved.get(name) != value}
         self.saved.update(changed)
         for name, controller in self.relay.new_makers.items():
@@ -8487,6 +8663,8 @@ class Server:
         request.wait_s = longest_wait(call.head.index, self.config.pool.max_wait)
         if call.key is not None:
             check_model_allowed(call.key, request)
+            if request.inference and call.key.budget != Budget():
+                self.usage.check_budget(call.key, time.time())
             request.key = call.key.name
             quota = self.client_quotas.get(call.key.name)
             if quota is not None:
@@ -8499,7 +8677,7 @@ class Server:
                     fields = retry_fields(full.after_s)
                     raise ProxyError(429, message, "rate_limit_exceeded", headers=fields) from None
                 call.request = request
-                if quota.limits.tpm and request.inference:
+                if (quota.limits.tpm or quota.limits.tpd) and request.inference:
                     request.on_usage = lambda total: charge.used(total, self.loop.time())
         return await self.relay.run(request, call.record)
 

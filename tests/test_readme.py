@@ -87,7 +87,7 @@ OBJECTS = {
     "top": ("### Top level", ["tls.", "cors.", "log."]),
     "pool": ("### `pool`", []),
     "controllers[]": ("### `controllers[]`", ["limits.", "timeouts."]),
-    "client_keys[]": ("### `client_keys[]`", ["limits."]),
+    "client_keys[]": ("### `client_keys[]`", ["limits.", "budget."]),
     "limits": ("### `limits`", []),
 }
 ACCOUNT_ROWS = table(section("### `controllers[].config`"), "key", "default", "types", "meaning")
