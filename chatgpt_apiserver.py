@@ -59,6 +59,7 @@ import difflib
 import email.utils
 import enum
 import errno
+import fnmatch
 import functools
 import hashlib
 import hmac
@@ -92,6 +93,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 
 __version__ = "1.0.0"
@@ -208,6 +210,7 @@ def error_body(error: ProxyError | UpstreamError) -> bytes:
 # function that checks it. Unknown keys are errors: a server that ignored one could run without a limit that it should
 # have. Every message names the file, the path in it, what was found and what is allowed.
 
+KEY_CHARS = 16  # shorter client keys can be guessed
 POOL_TYPES = ("balanced", "random", "least_busy", "fastest", "priority")
 FIXED_PARAMS = ("model", "messages", "stream")  # routing and relaying depend on them
 CONFIG_NAMES = ("chatgpt-apiserver.json", "chatgpt-apiserver.toml")
@@ -363,7 +366,11 @@ def read_file(path: str) -> Any:
         return tomllib.loads(text) if path.endswith(".toml") else json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         hint = "; is there a comma too many?" if error.doc[: error.pos].rstrip().endswith(",") else ""
-        hint = "; YAML is not supported, use JSON or TOML" if path.endswith((".yaml", ".yml")) else hint
+        # A line that begins with a name and a colon, or with a dash, is YAML.
+        yaml = path.endswith((".yaml", ".yml")) or re.match(r"\s*(#.*\s+)*(---|- |\w+:(\s|$))", error.doc)
+        hint = "; this is YAML, which is not supported: use JSON or TOML" if yaml else hint
+        comment = error.doc[error.pos : error.pos + 2] in ("//", "/*") or error.doc[error.pos : error.pos + 1] == "#"
+        hint = "; JSON has no comments: remove it, or write the file in TOML" if comment and not yaml else hint
         raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}{hint}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read: {reason_of(error)}") from error
@@ -402,8 +409,9 @@ class Place:
         return self.problem(f"found {found}, allowed: {allowed}")
 
     def refuse_unknown(self, data: Mapping[str, Any], known: Collection[str]) -> None:
-        """Raise ConfigError for a key that is not in `known`, with the nearest name or the key's right place."""
-        for key in data.keys() - set(known):
+        """Raise ConfigError for keys that are not in `known`, with the nearest name or the key's right place."""
+        mistakes = []
+        for key in [key for key in data if key not in known]:
             hint = suggest(key, known)
             # In a `config_file`, whose top level is a `config`, the path would mislead.
             if not hint and (self.path or "controllers" in known):
@@ -411,7 +419,22 @@ class Place:
                 hint = " or ".join(path for path in KEY_PATHS.get(key, ()) if path != here)
                 hint = hint and "its place is " + hint
             hint = hint or "allowed here: " + ", ".join(sorted(known))
-            raise self.inside(key).problem("unknown key; " + hint)
+            mistakes.append(str(self.inside(key).problem("unknown key; " + hint)))
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+
+
+def gather(*checks: Callable[[], Any]) -> list[Any]:
+    """Return the results of all checks. Raise ConfigError with the mistakes of those that failed, a line each."""
+    results, mistakes = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return results
 
 
 # -- checks: each takes a place, the value that stands there, and the arguments that the key's annotation adds. It
@@ -436,17 +459,19 @@ def check_object(place: Place, value: Any) -> dict[str, Any]:
 def check_list(place: Place, value: Any, check: Check, *args: Any) -> tuple[Any, ...]:
     """Return a list as a tuple of checked items."""
     items = check_type(place, value, list, "a list, [...]")
-    return tuple(check(place.inside(number), item, *args) for number, item in enumerate(items))
+    return tuple(gather(*[partial(check, place.inside(number), item, *args) for number, item in enumerate(items)]))
 
 
 def check_number(place: Place, value: Any, low: float, high: float, otherwise: str = "") -> float:
     """Return a number from `low` to `high`, a whole one if `low` is an int. The message ends with `otherwise`."""
     whole = isinstance(low, int)
+    # Templates, flags and variables have numbers as text.
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}" if whole else r"-?[0-9]{1,18}(\.[0-9]{1,9})?", value):
+        value = int(value) if whole else float(value)
     # Not isinstance: a bool is an int.
     if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:
         return value if whole else float(value)
-    quoted = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
-    raise place.error(show(value), f"a {'whole ' * whole}number from {low:.15g} to {high:.15g}{quoted}{otherwise}")
+    raise place.error(show(value), f"a {'whole ' * whole}number from {low:.15g} to {high:.15g}{otherwise}")
 
 
 def check_text(place: Place, value: Any, pattern: str = ".+", allowed: str = "a non-empty string") -> str:
@@ -480,7 +505,8 @@ def check_choice(place: Place, value: Any, names: Collection[str]) -> str:
 def check_pairs(place: Place, value: Any, check_name: Check, check: Check, *args: Any) -> tuple[tuple[str, Any], ...]:
     """Return an object as pairs of checked names and checked values."""
     members = [(place.inside(name), name, item) for name, item in check_object(place, value).items()]
-    return tuple((check_name(at, name), check(at, item, *args)) for at, name, item in members)
+    names = gather(*[partial(check_name, at, name) for at, name, _ in members])
+    return tuple(zip(names, gather(*[partial(check, at, item, *args) for at, _, item in members]), strict=True))
 
 
 def check_secret(place: Place, value: Any) -> Secret:
@@ -521,12 +547,6 @@ def check_file(place: Place, value: Any, certificates: bool = False) -> str:
     return path
 
 
-def check_port(place: Place, value: Any) -> float:
-    """Return a port number. The Go original's files write it as a string, and so do flags and variables."""
-    number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value) else value
-    return check_number(place, number, 0, 65535, " (0: any free port)")
-
-
 def check_listen_host(place: Place, value: Any) -> str:
     """Return the name or address to listen on: an IPv6 address may stand in brackets, and is returned without them."""
     pattern = r"[^/*\s\[\]:]*|(\[)?[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*(?:%[\w.-]+)?(?(1)\])"
@@ -564,6 +584,16 @@ def check_zone(place: Place, value: Any) -> str:
     except ValueError:
         raise place.error(show(name), "UTC, or an IANA time zone that this system knows (package tzdata)") from None
     return name
+
+
+def check_moment(place: Place, value: Any) -> dt.datetime:
+    """Return a time, or the beginning of a day in UTC, of RFC 3339. TOML has dates and times of its own."""
+    allowed = "a time such as 2027-01-31T12:00:00Z, or a day such as 2027-01-31"
+    try:
+        moment = dt.datetime.fromisoformat(str(value))
+    except ValueError:
+        raise place.error(show(value), allowed) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
 
 
 def check_url(place: Place, url: str, scheme: str, forbidden: str, allowed: str) -> str:
@@ -620,27 +650,32 @@ def checks_of(record: type) -> dict[str, Any]:
 
 def check_keys(place: Place, value: Any, record: type, *others: str) -> dict[str, Any]:
     """Return the checked values of an object that may have the keys of `record` and `others`. Null counts as absent."""
-    data, checks, values = check_object(place, value), checks_of(record), {}
-    place.refuse_unknown(data, [*others, *checks])
-    for key, check in checks.items():
-        if data.get(key) is None:
-            continue
+    data, checks = check_object(place, value), checks_of(record)
+
+    def check_key(key: str, check: Any) -> Any:
         if isinstance(check, type):
-            values[key] = check(**check_keys(place.inside(key), data[key], check))
-        else:
-            values[key] = check[0](place.inside(key), data[key], *check[1:])
-    return values
+            return check(**check_keys(place.inside(key), data[key], check))
+        return check[0](place.inside(key), data[key], *check[1:])
+
+    given = {key: check for key, check in checks.items() if data.get(key) is not None}
+    known = partial(place.refuse_unknown, data, [*others, *checks])
+    _, *values = gather(known, *[partial(check_key, key, check) for key, check in given.items()])
+    return dict(zip(given, values, strict=True))
 
 
 def check_members(place: Place, value: Any, parse: Callable[..., Any]) -> tuple[Any, ...]:
     """Return a list of records with different names. `parse` gets a place, an item and the records before it."""
     members: list[Any] = []
-    for number, item in enumerate(check_type(place, value, list, "a list, [...]")):
-        item_place = place.inside(number)
-        member = parse(item_place, item, members)
+
+    def check_member(number: int, item: Any) -> None:
+        member = parse(place.inside(number), item, members)
         if member.name in [other.name for other in members]:
-            raise item_place.inside("name").error(show(member.name), "a name that no other in this list has")
+            at = place.inside(number).inside("name")
+            raise at.error(show(member.name), "a name that no other in this list has")
         members.append(member)
+
+    items = check_type(place, value, list, "a list, [...]")
+    gather(*[partial(check_member, number, item) for number, item in enumerate(items)])
     return tuple(members)
 
 
@@ -744,6 +779,7 @@ class ControllerConfig:
     # Files, batches and vector stores live here.
     objects: Flag = False
     timeouts: Timeouts = Timeouts()
+    enabled: Flag = True
 
 
 @dataclass(frozen=True)
@@ -796,13 +832,18 @@ def check_price(place: Place, value: Any) -> Price:
 
 @dataclass(frozen=True)
 class ClientKey:
-    """A client: the SHA-256 of its key, and what it may ask for. Empty `models` means all models."""
+    """A client: the SHA-256 of its key, and what it may ask for. Empty `models` means all models.
+
+    `is_short`: the key can be guessed.
+    """
 
     name: str
     digest: bytes
+    is_short: bool
     models: Words = ()
     # It may read what operators read, and reload.
     admin: Flag = False
+    expires: Annotated[dt.datetime | None, check_moment] = None
     limits: QuotaLimits = QuotaLimits()
     budget: Budget = Budget()
 
@@ -872,7 +913,7 @@ def parse_client_key(place: Place, data: Any, others: Sequence[ClientKey]) -> Cl
     for other in others:
         if other.digest == digest:
             raise key_place.problem(f"is the same key as that of {other.name!r}")
-    return ClientKey(name, digest, **values)
+    return ClientKey(name, digest, not hashed and len(key) < KEY_CHARS, **values)
 
 
 _SHARED_KEYS = "api_key base_url proxy ca_file headers auth_header auth_scheme chat_path drop_params extra_body".split()
@@ -923,7 +964,7 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
     preset = dict(PRESETS[kind])
     own_url = bool(data.get("base_url")) and kind != "azure"
     words = [] if own_url else re.findall(r"\{(\w+)\}", preset.get("base_url", ""))
-    place.refuse_unknown(data, (*ACCOUNT_KEYS.get(kind, _OPENAI_KEYS), *words))
+    known = {*ACCOUNT_KEYS.get(kind, _OPENAI_KEYS), *words}
     for word in words:
         allowed = f"the {word} that is part of the URL: letters, digits, - and _"
         value = check_text(place.inside(word), data.get(word) or "", "[0-9A-Za-z_-]+", allowed)
@@ -933,7 +974,11 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
         preset.pop("auth_scheme", None)
     # Templates leave an empty string for a variable that is not set; where there is a preset it counts as absent.
     given = {name: value for name, value in data.items() if value is not None and (value != "" or name not in preset)}
-    account = AccountConfig(**check_keys(place, {**preset, **given}, AccountConfig, *words))
+    given = {name: value for name, value in {**preset, **given}.items() if name in known or name in preset}
+    _, values = gather(
+        partial(place.refuse_unknown, data, known), partial(check_keys, place, given, AccountConfig, *words)
+    )
+    account = AccountConfig(**values)
     check_account(place, account)
     if account.proxy and bypasses_proxy(account.base_url, place.env.get("no_proxy") or place.env.get("NO_PROXY", "")):
         account = replace(account, proxy=Secret())
@@ -951,7 +996,7 @@ def parse_account(place: Place, data: dict[str, Any], kind: str) -> AccountConfi
 
 def parse_controller(place: Place, data: Any, others: Sequence[ControllerConfig]) -> ControllerConfig:
     """Return the next of the `controllers`. Its `config` may stand in a file of its own, as the Go original's did."""
-    values = check_keys(place, data, ControllerConfig, "type", "name", "config", "config_file")
+    data = check_object(place, data)
     kind = check_choice(place.inside("type"), "openai" if data.get("type") is None else data["type"], PRESETS)
     name = check_text(place.inside("name"), data.get("name") or f"{kind}-{len(others) + 1}")
     config, config_place, file = data.get("config"), place.inside("config"), data.get("config_file")
@@ -961,7 +1006,10 @@ def parse_controller(place: Place, data: Any, others: Sequence[ControllerConfig]
         path = check_file(place.inside("config_file"), file)
         # Messages name that file.
         config, config_place = read_file(path), Place(path, place.env, {})
-    account = parse_account(config_place, check_object(config_place, {} if config is None else config), kind)
+    values, account = gather(
+        partial(check_keys, place, data, ControllerConfig, "type", "name", "config", "config_file"),
+        lambda: parse_account(config_place, check_object(config_place, {} if config is None else config), kind),
+    )
     controller = ControllerConfig(kind, name, account, **values)
     # The day of Gemini's limits begins at midnight of Pacific time (ai.google.dev/gemini-api/docs/rate-limits).
     limits, is_gemini = controller.limits, "generativelanguage.googleapis.com" in account.base_url
@@ -988,7 +1036,7 @@ class Config:
     client_keys: Annotated[tuple[ClientKey, ...], check_members, parse_client_key] = ()
     # A key in the environment does not mean that other machines may use it.
     host: Annotated[str, check_listen_host] = "127.0.0.1"
-    port: Annotated[int, check_port] = 8080
+    port: Annotated[int, check_number, 0, 65535, " (0: any free port)"] = 8080
     pool: PoolConfig = PoolConfig()
     endpoints: Annotated[tuple[str, ...], check_list, check_choice, ("inference", "objects", "*")] = ("inference",)
     allowed_hosts: Annotated[tuple[str, ...], check_list, check_host_name] = ()
@@ -1034,6 +1082,8 @@ def parse_config(data: Any, source: str, env: Mapping[str, str], setters: Mappin
     config = Config(source, **check_keys(top, data, Config))
     if not config.controllers:
         raise top.inside("controllers").error("nothing", "a list of at least one controller")
+    if not any(controller.enabled for controller in config.controllers):
+        raise top.inside("controllers").problem("all are disabled; at least one needs enabled: true")
     if bool(config.tls.cert) != bool(config.tls.key):
         raise top.inside("tls").error("one of cert and key", "both or none")
     return config
@@ -1049,7 +1099,9 @@ def find_file(config_file: str, config_path: str, env: Mapping[str, str]) -> str
         variables = [(variable, env.get(variable)) for variable in (ENV_PREFIX + name, name)]
         for setter, path in (("--" + name.lower(), flag), *variables):
             if path and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
-                raise ConfigError(f"{setter}: {path}: {'is not a' if os.path.exists(path) else 'no such'} {kind}")
+                other = "--config_path names a folder" if kind == "file" else "--config_file names a file"
+                what = f"is not a {kind}; {other}" if os.path.exists(path) else f"no such {kind}"
+                raise ConfigError(f"{setter}: {path}: {what}")
             if path and kind == "file":
                 return path
             folders += [path] if path else []
@@ -1069,7 +1121,7 @@ def environment_overrides(env: Mapping[str, str]) -> Iterator[tuple[str, str, An
     known.update(CONFIG_FILE="", CONFIG_PATH="")  # `find_file` reads these
     for variable, text in env.items():
         name = variable[len(ENV_PREFIX) :]
-        if not variable.startswith(ENV_PREFIX) or "://" in text or SERVICE_VARIABLE.match(name):
+        if not variable.startswith(ENV_PREFIX) or "://" in text or SERVICE_VARIABLE.match(name) or name == "ADMIN_KEY":
             continue
         if name not in known:
             hint = suggest(name, known)
@@ -1154,6 +1206,55 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def warnings_of(config: Config) -> list[str]:
+    """Return what is allowed in a configuration, but probably not meant."""
+    warnings: list[str] = []
+    active, pool = [controller for controller in config.controllers if controller.enabled], config.pool
+    # A controller without `models` may have any.
+    closed = all(controller.models for controller in active)
+    named = [name for controller in active for name in (*controller.models, *dict(controller.model_map))]
+    fallbacks = {**dict(pool.fallbacks), **dict(pool.context_fallbacks)}
+
+    def is_served(name: str) -> bool:
+        return not closed or name in dict(pool.fallbacks) or any(fnmatch.fnmatchcase(name, known) for known in named)
+
+    for alias, model in pool.aliases:
+        if model in dict(pool.aliases) and model != alias:
+            warnings.append(f"pool.aliases.{alias}: {model!r} is an alias, too; an alias is followed once")
+        elif not is_served(model):
+            warnings.append(f"pool.aliases.{alias}: no controller serves {model!r}")
+    for key in ("fallbacks", "context_fallbacks"):
+        for model, others in getattr(pool, key):
+            unserved = [name for name in others if not is_served(name)]
+            warnings += [f"pool.{key}.{model}: no controller serves {name!r}" for name in unserved]
+            circles = [name for name in others if name == model or model in fallbacks.get(name, ())]
+            warnings += [f"pool.{key}.{model}: {name!r} leads back to it" for name in circles]
+    members: Sequence[Any] = (*active, *config.client_keys)
+    for member in members:
+        where = f"{'client_keys' if isinstance(member, ClientKey) else 'controllers'}[{member.name}]"
+        regular = [name for name in member.models if re.search(r"\.\*|\.\+|[\^$|()\[\]\\]", name)]
+        hint = "looks like a regular expression; the wildcards are * and ?"
+        warnings += [f"{where}.models: {name!r} {hint}" for name in regular]
+    aliases = dict(pool.aliases)
+    for client in config.client_keys:
+        names = [name for name in client.models if {"*", "?"}.isdisjoint(name)]
+        lost = [name for name in names if not is_served(aliases.get(name, name))]
+        warnings += [f"client_keys[{client.name}].models: no controller serves {name!r}" for name in lost]
+        if client.is_short:
+            hint = f"has fewer than {KEY_CHARS} characters and can be guessed; --new-key makes a good one"
+            warnings.append(f"client_keys[{client.name}].key: {hint}")
+    folder, file = os.path.split(config.source)
+    others = [name for name in CONFIG_NAMES if name != file and os.path.isfile(os.path.join(folder, name))]
+    if file in CONFIG_NAMES and others:
+        warnings.append(f"{config.source} is used, and {others[0]} beside it is not")
+    # Not an error: in a container every address is public, and a proxy in front may ask for keys.
+    if not is_loopback(config.host) and not config.client_keys:
+        address = f"{config.host}:{config.port}"
+        hint = "no client_keys are configured"
+        warnings.append(f"EVERY CLIENT THAT REACHES {address} CAN USE THESE ACCOUNTS: {hint}")
+    return [mask_keys(warning) for warning in warnings]
+
+
 def url_of(config: Config, host: str, port: int) -> str:
     """Return the URL of a listener."""
     return f"http{'s' if config.tls.cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -1170,7 +1271,7 @@ def settings_of(record: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]
                 yield from settings_of(member, f"{path}[{member.name}].")
         elif is_dataclass(value) and not isinstance(value, Secret):
             yield from settings_of(value, path + ".")
-        elif item.name not in ("name", "source"):
+        elif item.name not in ("name", "source", "is_short"):
             yield path, value, item.default
 
 
@@ -1208,7 +1309,12 @@ def describe(config: Config) -> list[str]:
     return lines + changed_settings(replace(config, controllers=(), client_keys=()), ": ")
 
 
-RESTART_KEYS = ("host", "port", "reuse_port", "state_file")
+RESTART_KEYS = ("host", "port", "reuse_port", "state_file")  # the listener and the file are open already
+
+
+def needs_restart(path: str) -> str:
+    """Return the words for a setting that a reload does not change; "" for any other."""
+    return " (needs a restart)" if path in RESTART_KEYS else ""
 
 
 def diff_config(old: Config, new: Config) -> list[str]:
@@ -1217,9 +1323,9 @@ def diff_config(old: Config, new: Config) -> list[str]:
     lines = []
     for path, value, _ in settings_of(new):
         if before.get(path, value) != value:
-            # The listener is open already.
-            restart = " (needs a restart)" if path in RESTART_KEYS else ""
-            lines.append(f"{path}: {show_setting(path, before[path])} -> {show_setting(path, value)}{restart}")
+            lines.append(
+                f"{path}: {show_setting(path, before[path])} -> {show_setting(path, value)}{needs_restart(path)}"
+            )
     return lines
 
 
@@ -5374,7 +5480,7 @@ class Upstream:
 
     def candidate(self, model: str) -> Candidate:
         """Return what is known of this controller and `model`."""
-        return recall(self.candidates, model, functools.partial(Candidate, self))
+        return recall(self.candidates, model, partial(Candidate, self))
 
     def try_again(self, now: float) -> None:
         """Open all its gates and forget all failures: the operator has just acted."""
@@ -6300,13 +6406,18 @@ class Trip:
         self.tried &= {candidate.upstream for candidate in candidates}
 
 
+NO_RETRY = b"x-should-retry: false\r\n"  # for the official SDKs: to ask again soon is no use
+SDK_RETRY_S = 60.0  # the official SDKs ignore a longer Retry-After, and would come back after some seconds
+
+
 def retry_fields(after_s: float) -> bytes:
     """Return header lines that say when to retry, in seconds and, for the official SDKs, in milliseconds."""
     if after_s == NEVER:  # unknown
         return b"x-should-retry: true\r\n"
-    # The SDKs read 0 as no value and use their own backoff of 0.5 s.
+    # The SDKs read 0 as no value and use their own backoff of 0.5 s; so they do with more than a minute.
     after_s = max(after_s, 0.001)
-    return b"Retry-After: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(after_s), math.ceil(after_s * 1e3))
+    lines = b"Retry-After: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(after_s), math.ceil(after_s * 1e3))
+    return lines + (NO_RETRY if after_s > SDK_RETRY_S else b"")
 
 
 def routing_headers(record: AccessRecord) -> bytes:
@@ -6510,7 +6621,7 @@ class Relay:
         exchange = lease.upstream.controller.exchange(request, self.connections, lease.sent, lease.is_probe)
         attempt.exchange = exchange
         if others:
-            lease.stuck = functools.partial(self._hedge, trip, attempt)
+            lease.stuck = partial(self._hedge, trip, attempt)
         await exchange.start()
         attempt.head, attempt.at = exchange.head, self.loop.time()
         attempt.readable = not is_compressed(exchange.head)
@@ -6642,7 +6753,7 @@ class Relay:
         attempt = Attempt(lease, trip.request.model)
         task = self.loop.create_task(self._attempt(attempt, trip))
         trip.hedge = (attempt, task)
-        task.add_done_callback(functools.partial(self._end_hedge, trip, attempt, silent))
+        task.add_done_callback(partial(self._end_hedge, trip, attempt, silent))
         return True
 
     def _end_hedge(self, trip: Trip, attempt: Attempt, silent: Attempt, task: asyncio.Task[None]) -> None:
@@ -6827,7 +6938,7 @@ class Relay:
             candidates = trip.candidates
             retry = retry_fields(self.pool.reopens_after(candidates, request.need) if candidates else NEVER)
         elif outcome in LASTING and (retried or outcome is Outcome.LARGE):
-            retry = b"x-should-retry: false\r\n"
+            retry = NO_RETRY
         if best is not None:
             return self._show(best, trip, retry)
         if trip.full is not None and (trip.merely_full or trip.failure is None):
@@ -6836,7 +6947,7 @@ class Relay:
             if not trip.merely_full:
                 message = f"Every controller that serves {model} is out of service or of credit; see /status?verbose=1."
                 if not self.shows_account:
-                    raise ProxyError(502, message, "upstream_account_refused", headers=retry)
+                    raise ProxyError(502, message, "upstream_account_refused", headers=NO_RETRY)
             raise ProxyError(429, message, "rate_limit_exceeded", headers=retry)
         raise trip.failure or trip.unfit or ProxyError(503, "No controller could be asked.", "no_controller")
 
@@ -6849,10 +6960,11 @@ class Relay:
         trip.record.first_at = self.loop.time()
         # A client that follows its Location would send a key there.
         if 300 <= status < 400:
-            raise ProxyError(502, f"The upstream of {name!r} redirects; correct its base_url.", "upstream_redirects")
+            message = f"The upstream of {name!r} redirects; correct its base_url."
+            raise ProxyError(502, message, "upstream_redirects", headers=NO_RETRY)
         if outcome in ACCOUNT_REFUSALS and not self.shows_account:
             message = f"The account of controller {name!r} refused this server: {ACCOUNT_REFUSALS[outcome]}."
-            raise ProxyError(502, message, "upstream_account_refused", headers=retry)
+            raise ProxyError(502, message, "upstream_account_refused", headers=NO_RETRY)
         body, lines = redactor.scrub(attempt.held), self._lines(attempt, trip, retry)
         if (outcome is Outcome.AUTH and status == 401) or not is_error_object(body):
             message, code = redactor.clean(attempt.verdict.message), None
@@ -7119,7 +7231,8 @@ class UsageBook:
                 most = getattr(key.budget, f"{kind}_per_{period}")
                 if 0 < most <= used:
                     message = f"The client key {key.name!r} has used up its budget of {most:g} {kind} per {period}."
-                    fields = retry_fields(ends.timestamp() - at) + b"x-should-retry: false\r\n"
+                    fields = without(retry_fields(ends.timestamp() - at), (b"x-should-retry",))
+                    fields += NO_RETRY
                     raise ProxyError(429, message, "insufficient_quota", headers=fields)
 
     def take_changes(self) -> dict[UsageRow, list[float]]:
@@ -7419,7 +7532,7 @@ DATE = b"Date: %b\r\n"  # RFC 9110, 6.6.1
 REQUEST_ID = re.compile(rb"[0-9A-Za-z._:@/+=-]{1,128}")
 TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2
 # The answers about the server itself; see log.monitoring.
-MONITORING = ("_status", "_metrics", "_usage", "_page")
+MONITORING = ("_status", "_metrics", "_usage", "_reload", "_page")
 FORWARDED_FIELDS = frozenset((b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"))  # a proxy adds one of them
 
 # Paths of inference, and the model used where the request names none (defaults of OpenAI's API reference).
@@ -7451,6 +7564,7 @@ ROUTES = {
     "/status": ("GET, HEAD", "_status"),
     "/metrics": ("GET, HEAD", "_metrics"),
     "/usage": ("GET, HEAD", "_usage"),
+    "/reload": ("POST", "_reload"),
 }
 
 
@@ -8222,6 +8336,8 @@ def rebuild_pool(pool: UpstreamPool, config: Config) -> None:
     quotas = {(bool(one.config.quota_group), one.quota.name): one.quota for one in pool.upstreams}
     upstreams: list[Upstream] = []
     for controller in config.controllers:
+        if not controller.enabled:
+            continue
         upstream = known.get(controller.name)
         if upstream is not None and replace(upstream.config, limits=controller.limits) == controller:
             upstream.config = controller
@@ -8266,8 +8382,10 @@ class Server:
     by name. Tests pass another `dial`.
     """
 
-    def __init__(self, config: Config, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop, self.config = loop, config
+    def __init__(
+        self, config: Config, loop: asyncio.AbstractEventLoop, load: Callable[[], Config] | None = None
+    ) -> None:
+        self.loop, self.config, self.load = loop, config, load or (lambda: config)
         self.links = ConnectionPool()
         self.connections: set[ClientConnection] = set()
         self.per_peer: Counter[str] = Counter()
@@ -8311,9 +8429,34 @@ class Server:
         # could spend the keys of a server on loopback. No page has a client key.
         self.guards_host = is_loopback(config.host) and (not config.client_keys or bool(config.allowed_hosts))
         self.guards_origin = not config.client_keys or bool(config.cors.allow_origins)
-        self.relay.shows_account = len(config.controllers) == 1 and not config.client_keys
+        self.relay.shows_account = len(self.pool.upstreams) == 1 and not config.client_keys
         if self.listeners:
             self.models.follow()
+
+    def reload(self) -> list[str]:
+        """Use the configuration that `load` finds now; return the differences. Raise ConfigError and keep the old."""
+        current = self.config
+        try:
+            new = self.load()
+            if new.log.file != current.log.file:
+                open_log(new)
+        except ConfigError as error:
+            for mistake in str(error).splitlines():
+                log.error("reload: keeping the running configuration: %s", mistake)
+            raise
+        # Running requests may still show the old secrets.
+        redactor.watch([*secrets_of(current), *secrets_of(new)])
+        log.setLevel(new.log.level.upper())
+        formatter.as_json = new.log.format == "json"
+        # The listener stays as it is.
+        kept = replace(new, host=current.host, port=current.port)
+        differences = diff_config(current, new)
+        for line in differences or ["nothing changed"]:
+            log.info("reload: %s", line)
+        for warning in [text for text in warnings_of(kept) if text not in warnings_of(current)]:
+            log.warning("%s", warning)
+        self.reconfigure(new)
+        return differences
 
     def next_id(self) -> str:
         """Return a request id that no other request has."""
@@ -8325,7 +8468,7 @@ class Server:
 
         A port that is taken is found here. Clients can connect only after `start_serving`.
         """
-        config, listen = self.config, functools.partial(self.loop.create_server, self._protocol, backlog=BACKLOG)
+        config, listen = self.config, partial(self.loop.create_server, self._protocol, backlog=BACKLOG)
         self.tls = server_tls(config) if config.tls.cert else None
         if inherited:
             self.listeners = [await listen(sock=listener, start_serving=False) for listener in inherited]
@@ -8533,6 +8676,9 @@ class Server:
                 "Invalid API key: this gateway does not know it." if shown else "No API key was sent to this gateway."
             )
             raise ProxyError(401, message, "invalid_api_key", headers=b"WWW-Authenticate: Bearer\r\n")
+        if match.expires is not None and time.time() >= match.expires.timestamp():
+            message = f"The client key {match.name!r} expired at {match.expires.isoformat()}."
+            raise ProxyError(401, message, "expired_api_key", headers=b"WWW-Authenticate: Bearer\r\n")
         return match
 
     def _check_admin(self, call: Call) -> None:
@@ -8565,17 +8711,31 @@ class Server:
     async def _status(self, call: Call) -> Answer:
         """Return the server's status. Load balancers have no key; the verbose form needs one."""
         status: dict[str, Any] = {"status": "draining" if self.draining else "ok"}
-        if "verbose=1" in call.query.split("&"):
+        asked = call.query.split("&")
+        if "ready=1" in asked:
+            now = self.loop.time()
+            wells = [one.gate.opens_at(now) or one.quota.gate.opens_at(now) for one in self.pool.upstreams]
+            status["ready"] = not (self.draining or all(wells))
+        if "verbose=1" in asked:
             self._check_admin(call)
             status.update(describe_pool(self.pool, self.loop.time()), connections=len(self.connections))
+            status["settings"] = {path: show_setting(path, value) for path, value, _ in settings_of(self.config)}
             status["upstream_connections"] = {"idle": self.links.idle_count, "active": len(self.links.active)}
-        return json_answer(status, 503 if self.draining else 200)
+        return json_answer(status, 503 if self.draining or status.get("ready") is False else 200)
 
     async def _metrics(self, call: Call) -> Answer:
         """Return the metrics for Prometheus."""
         self._check_admin(call)
         text = self.metrics.render(self.pool, self.links, len(self.connections)).encode()
         return Answer(200, DATE % http_date(time.time()) + METRICS_TYPE, text, len(text))
+
+    async def _reload(self, call: Call) -> Answer:
+        """Read the configuration again; return what has changed."""
+        self._check_admin(call)
+        try:
+            return json_answer({"changed": self.reload()})
+        except ConfigError as error:
+            raise ProxyError(400, str(error), "invalid_configuration") from None
 
     async def _usage(self, call: Call) -> Answer:
         """Return the usage since a day, by some columns. With a state_file it has the time before the start, too."""
@@ -8714,6 +8874,38 @@ class Server:
 # no other name could be looked up.
 LOOKUP_THREADS = 64
 FIRST_SOCKET = 3  # the number of the first file that systemd passes on (SD_LISTEN_FDS_START)
+PROBE_TIMEOUT_S = 30.0
+EXAMPLE = """# chatgpt-apiserver.toml. Check it with: python3 chatgpt_apiserver.py -c chatgpt-apiserver.toml --check
+host = "127.0.0.1"            # "0.0.0.0" is every address; then client_keys should be set
+port = 8080
+# state_file = "state.sqlite" # usage, and what a restart should not forget
+
+[pool]
+type = "balanced"             # in turn by weight; or least_busy, fastest, priority, random
+max_wait = 30                 # how long a request may wait for room, in seconds
+# aliases = { fast = "gpt-4.1-mini" }
+# fallbacks = { "gpt-4.1" = ["gpt-4.1-mini"] }
+
+# Keys for your own users. Make one with: python3 chatgpt_apiserver.py --new-key alice
+# [[client_keys]]
+# name = "alice"
+# key = "sha256:..."
+# limits = { rpm = 60 }
+
+[[controllers]]
+name = "team-a"
+config = { api_key = "sk-replace-this-key-a" }  # or "$OPENAI_API_KEY", or "file:/run/secrets/openai"
+limits = { rpm = 500, tpm = 200_000 }           # leave them out to learn them from the answers
+
+[[controllers]]
+name = "team-b"
+config = { api_key = "sk-replace-this-key-b" }
+weight = 2                    # twice as many requests as team-a
+
+[[controllers]]
+name = "local"
+models = ["llama-*"]
+config = { base_url = "http://127.0.0.1:11434/v1" }"""
 HEALTH_TIMEOUT_S = 4.0  # for --healthcheck; Docker waits 5 s in the image
 FEW_OPEN_FILES = 1000  # below this limit a warning says how many clients can be served
 DEMO_BODY = '{"model": "echo", "stream": true, "messages": [{"role": "user", "content": "hello"}]}'
@@ -8734,6 +8926,10 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, str]:
     add("--by", metavar="key,model", default="key,model", help="for --usage: columns of day, key, controller, model")
     add("--healthcheck", action="store_true", help="ask the running server for its status, exit 0 if it is well")
     add("--check", action="store_true", help="check the configuration, print a summary, exit")
+    add("--diff", action="store_true", help="with --check: what a reload of the running server would change")
+    add("--probe", nargs="?", const="models", choices=("models", "chat"), help="ask every account, print a table")
+    add("--example", action="store_true", help="print a configuration with comments (TOML)")
+    add("--new-key", metavar="NAME", help="print a new client key, and its line for the configuration")
     add("--demo", action="store_true", help="run without any key: two controllers that echo")
     add("--version", action="store_true", help="print the version, exit")
     add("-h", "--help", action="store_true", help="print this, exit")
@@ -8761,15 +8957,6 @@ def raise_open_files() -> None:
         # Each client takes two files, its own and its upstream's.
         clients = max(soft - 40, 0) // 2
         log.warning("only %d open files are allowed, enough for about %d clients at once (ulimit -n)", soft, clients)
-
-
-def exposure(config: Config) -> str:
-    """Return the warning about a listener that is open to all; "" for any other."""
-    # Not an error: in a container every address is public, and a proxy in front may ask for keys.
-    if is_loopback(config.host) or config.client_keys:
-        return ""
-    address = f"{mask_keys(config.host)}:{config.port}"
-    return f"EVERY CLIENT THAT REACHES {address} CAN USE THESE ACCOUNTS: no client_keys are configured"
 
 
 def inherited_sockets(env: Mapping[str, str]) -> list[socket.socket]:
@@ -8815,29 +9002,6 @@ def feed_watchdog(loop: asyncio.AbstractEventLoop, env: Mapping[str, str]) -> No
         loop.call_later(int(env["WATCHDOG_USEC"]) / 2e6, feed_watchdog, loop, env)
 
 
-def reload_config(server: Server, load: Callable[[], Config]) -> None:
-    """Make `server` use the configuration that `load` finds now. It keeps the running one if the new one is wrong."""
-    current = server.config
-    try:
-        new = load()
-        if new.log.file != current.log.file:
-            open_log(new)
-    except ConfigError as error:
-        log.error("reload: keeping the running configuration: %s", error)
-        return
-    # Running requests may still show the old secrets.
-    redactor.watch([*secrets_of(current), *secrets_of(new)])
-    log.setLevel(new.log.level.upper())
-    formatter.as_json = new.log.format == "json"
-    for line in diff_config(current, new) or ["nothing changed"]:
-        log.info("reload: %s", line)
-    # The listener stays as it is.
-    warning = exposure(replace(new, host=current.host, port=current.port))
-    if warning and current.client_keys:
-        log.warning("%s", warning)
-    server.reconfigure(new)
-
-
 def reopen_log(server: Server) -> None:
     """Open the file of the log again, after it was renamed. The old file is kept if that fails."""
     try:
@@ -8858,7 +9022,7 @@ async def serve(config: Config, load: Callable[[], Config], inherited: Sequence[
     """Run the server until a signal stops it; SIGHUP makes it `load` the configuration again."""
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(LOOKUP_THREADS))
-    server = Server(config, loop)
+    server = Server(config, loop, load)
     stop = asyncio.Event()
     drain: list[asyncio.Task[None]] = []
 
@@ -8872,7 +9036,8 @@ async def serve(config: Config, load: Callable[[], Config], inherited: Sequence[
     def on_reload() -> None:
         # systemd waits for READY and compares the time with that of its signal.
         notify_manager(os.environ, f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        reload_config(server, load)
+        with contextlib.suppress(ConfigError):  # it was logged
+            server.reload()
         notify_manager(os.environ, "READY=1")
 
     # Before the listener: a supervisor may signal as soon as it can connect. What came earlier is handled now.
@@ -8916,8 +9081,15 @@ def tell(text: str, status: int = 0) -> int:
     return status
 
 
-def check_health(config: Config) -> int:
-    """Ask the server of this configuration for its status; return the exit status, 0 if it answers with 200."""
+def new_key(name: str) -> str:
+    """Return a new client key, and what the configuration needs of it."""
+    key = "sk-" + secrets.token_urlsafe(32)
+    member = {"name": name, "key": "sha256:" + hashlib.sha256(key.encode()).hexdigest()}
+    return f"{key}\nIt is shown only once. Into client_keys of the configuration:\n{json.dumps(member)}"
+
+
+def ask_running(config: Config, path: str) -> tuple[int, str]:
+    """Return status and body of a running server's answer to GET `path`. Raise OSError, http.client.HTTPException."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(config.host, config.host)
     connection = http.client.HTTPConnection(host, config.port, timeout=HEALTH_TIMEOUT_S)
     if config.tls.cert:
@@ -8925,14 +9097,93 @@ def check_health(config: Config) -> int:
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(host, config.port, timeout=HEALTH_TIMEOUT_S, context=context)
+    key = os.environ.get(ENV_PREFIX + "ADMIN_KEY")
     try:
-        connection.request("GET", "/status")
+        connection.request("GET", path, headers={"Authorization": "Bearer " + key} if key else {})
         reply = connection.getresponse()
-        return tell(reply.read().decode("utf-8", "replace"), 0 if reply.status == 200 else 1)
+        return reply.status, reply.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as error:
-        return tell(f"no answer from {url_of(config, host, config.port)}: {reason_of(error)}", 1)
+        raise ConfigError(f"no answer from {url_of(config, host, config.port)}: {reason_of(error)}") from error
     finally:
         connection.close()
+
+
+def check_health(config: Config) -> int:
+    """Ask the running server for its status; return the exit status, 0 if it answers with 200."""
+    try:
+        status, text = ask_running(config, "/status")
+    except ConfigError as error:
+        return tell(str(error), 1)
+    return tell(text, 0 if status == 200 else 1)
+
+
+def show_difference(config: Config) -> int:
+    """Print what a reload of the running server would change; return the exit status.
+
+    A secret that changes shows only if its last four characters change.
+    """
+    status, text = ask_running(config, "/status?verbose=1")
+    if status != 200:
+        hint = f"set {ENV_PREFIX}ADMIN_KEY to a client key with admin: true"
+        raise ConfigError(f"the running server does not show its settings (status {status}); {hint}")
+    running = json.loads(text)["settings"]
+    new = {path: show_setting(path, value) for path, value, _ in settings_of(config)}
+    lines = [
+        f"{path}: {running.get(path, 'none')} -> {new.get(path, 'none')}{needs_restart(path)}"
+        for path in {**running, **new}
+        if running.get(path) != new.get(path)
+    ]
+    return tell("\n".join(lines) or "a reload would change nothing")
+
+
+async def probe_one(upstream: Upstream, links: ConnectionPool, chat: bool) -> tuple[str, str, str, str]:
+    """Ask an account for its models, or for one token; return what came of it, limits, and models in words."""
+    models = [name for name in upstream.config.models if {"*", "?"}.isdisjoint(name)]
+    request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
+    if chat:
+        model = models[0] if models else "gpt-4.1-mini"
+        data = {"model": model, "messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 1}
+        request = ApiRequest("POST", CHAT_PATH, "", JSON_TYPE, compact_json(data))
+        request.data, request.model = data, model
+    since = time.monotonic()
+    result, limits, listed = "", "-", "-"
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            exchange = upstream.controller.exchange(request, links, ignore_write, True)
+            try:
+                await exchange.start()
+                body = await read_all(exchange, LIST_BYTES)
+            finally:
+                exchange.abort()
+        status, index = exchange.head.status, exchange.head.index
+        told = [allowance for allowance in read_allowances(index, time.time) if allowance is not None]
+        limits = ", ".join([f"{one.remaining:g} of {one.limit:g}" for one in told]) or "-"
+        verdict = judge_reply(status, index, body, request, frozenset(), time.time()) if status >= 300 else None
+        result = "ok" if verdict is None else f"{status} {verdict.outcome.value}: {verdict.message[:100]}"
+        if verdict is None and not chat:
+            value = json.loads(body)
+            listed = str(len(value if isinstance(value, list) else value["data"]))
+    except (UpstreamError, Untranslatable, TimeoutError) as error:
+        result = f"not reachable: {str(error) or 'no answer in time'}"
+    except (ValueError, KeyError, TypeError):
+        result = "no list of models"
+    return result, limits, listed, f"{(time.monotonic() - since) * 1e3:.0f} ms"
+
+
+async def probe_accounts(config: Config, chat: bool) -> int:
+    """Ask every account at once, and print a table; return the exit status, 0 if each has answered well."""
+    redactor.watch(secrets_of(config))
+    pool, links = UpstreamPool([], config.pool, asyncio.get_running_loop()), ConnectionPool()
+    rebuild_pool(pool, config)
+    results = await asyncio.gather(*[probe_one(upstream, links, chat) for upstream in pool.upstreams])
+    links.close()
+    pool.close()
+    rows = [("account", "time", "limits left", "models", "result")]
+    for upstream, (result, limits, listed, ms) in zip(pool.upstreams, results, strict=True):
+        rows.append((upstream.name, ms, limits, listed, redactor.clean(result)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=True)]).rstrip() for row in rows]
+    return tell("\n".join(table), 0 if all(result == "ok" for result, *_ in results) else 1)
 
 
 def show_usage(config: Config, since: str, by: str) -> int:
@@ -8971,6 +9222,10 @@ def main(argv: list[str] | None = None) -> int:
         flags, usage = parse_flags(sys.argv[1:] if argv is None else argv)
         if flags.help or flags.version:
             return tell(usage if flags.help else "chatgpt_apiserver " + __version__)
+        if flags.example:
+            return tell(EXAMPLE)
+        if flags.new_key is not None:
+            return tell(new_key(flags.new_key))
 
         inherited = inherited_sockets(os.environ)
 
@@ -8990,14 +9245,18 @@ def main(argv: list[str] | None = None) -> int:
             return show_usage(config, flags.since, flags.by)
         if flags.healthcheck:
             return check_health(config)
-        warning = exposure(config)
+        warnings = warnings_of(config)
+        if flags.diff:
+            return show_difference(config)
         if flags.check:
             lines = ["configuration OK", *describe(config), "address: " + url_of(config, config.host, config.port)]
-            return tell("\n".join(lines + (["warning: " + warning] if warning else [])))
+            return tell("\n".join([*lines, *["warning: " + warning for warning in warnings]]))
+        if flags.probe:
+            return asyncio.run(probe_accounts(config, flags.probe == "chat"))
         set_up_logging(config)
         for line in describe(config):
             log.info("%s", line)
-        if warning:
+        for warning in warnings:
             log.warning("%s", warning)
         asyncio.run(serve(config, load, inherited))
     except ConfigError as error:

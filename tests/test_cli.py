@@ -55,7 +55,7 @@ def test_check_shows_the_configuration_and_no_secrets(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.startswith("configuration OK\nconfiguration: ./chatgpt-apiserver.json\n")
     assert "controller team-a: type openai; config.api_key sk-…wxyz; config.base_url https://api.openai.com/v1" in ended.stdout
-    assert ended.stdout.endswith("address: http://127.0.0.1:8080\n")
+    assert "\naddress: http://127.0.0.1:8080\nwarning: client_keys[key-1].key: has fewer than 16 characters" in ended.stdout
     assert "Secret" not in ended.stdout and PASSWORD not in ended.stdout
     write(tmp_path, client_keys=[])
     ended = run(tmp_path, "--check", "--host", "0.0.0.0")

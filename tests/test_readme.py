@@ -161,7 +161,7 @@ def test_flags_and_files_are_those_of_the_program(capsys: pytest.CaptureFixture[
 
 def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The variables of the README are those that the program reads."""
-    told = set(re.findall(r"`CHATGPT_APISERVER_([A-Z_]+)`", README)) - {"CONFIG_FILE", "CONFIG_PATH"}
+    told = set(re.findall(r"`CHATGPT_APISERVER_([A-Z_]+)`", README)) - {"CONFIG_FILE", "CONFIG_PATH", "ADMIN_KEY"}
     pool = {f"POOL_{name.upper()}" for name in known_keys("pool") if not name.endswith(("aliases", "fallbacks"))}
     assert told == {"HOST", "PORT", "DRAIN_DELAY", "DRAIN_TIMEOUT"} | pool
     for name in told:
@@ -347,7 +347,7 @@ async def test_status(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monk
             await pause(31.0)
             assert (await server.post()).status == 200
             (state,) = (await server.status())["controllers"]
-    assert set(out) == {"status", "policy", "waiting", "connections", "upstream_connections", "controllers"}
+    assert set(out) == {"status", "policy", "waiting", "connections", "upstream_connections", "controllers", "settings"}
     assert all(f"`{name}`" in text for name in set(out) - {"status"})
     assert sorted(name for row in rows.values() for name in ticked(row[0])) == sorted(state)
     assert (out["controllers"][0]["state"], out["controllers"][0]["reason"]) == ("out", "refused")
