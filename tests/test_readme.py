@@ -347,7 +347,7 @@ async def test_status(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monk
             await pause(31.0)
             assert (await server.post()).status == 200
             (state,) = (await server.status())["controllers"]
-    assert set(out) == {"status", "policy", "waiting", "connections", "upstream_connections", "controllers", "settings"}
+    assert set(out) == {"status", "policy", "waiting", "connections", "upstream_connections", "controllers", "settings", "source"}
     assert all(f"`{name}`" in text for name in set(out) - {"status"})
     assert sorted(name for row in rows.values() for name in ticked(row[0])) == sorted(state)
     assert (out["controllers"][0]["state"], out["controllers"][0]["reason"]) == ("out", "refused")
