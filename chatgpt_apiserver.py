@@ -90,7 +90,7 @@ import urllib.parse
 import urllib.request
 import zlib
 import zoneinfo
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -4864,10 +4864,8 @@ def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance
     return allowances[0], allowances[1]
 
 
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_COUNT = re.compile(rb'"(total|prompt|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
-
-
+_USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_decode_json = json.JSONDecoder().raw_decode
 USAGE_BYTES = 2048  # no usage is larger
 
 
@@ -4877,16 +4875,28 @@ def read_usage(body: bytes) -> Usage | None:
     It searches, as the end of an answer is not JSON, and a whole answer may have megabytes.
     """
     start = body.rfind(b'"usage"')
-    while start >= 0 and not _USAGE.match(body, start):
+    while start >= 0:
+        found = _USAGE.match(body, start)
+        if found is not None:
+            return usage_of(body[found.end() : start + USAGE_BYTES].decode("utf-8", "replace"))
         start = body.rfind(b'"usage"', 0, start)
-    if start < 0:
+    return None
+
+
+def usage_of(text: str) -> Usage | None:
+    """Return the usage that a text begins with: in the names of chats, or of responses. None if it has no number."""
+    try:
+        values = _decode_json(text)[0]
+    except ValueError:  # it is cut off
         return None
-    # Reversed, so that the first of equal names counts: later ones are details.
-    counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + USAGE_BYTES))}
-    prompt = counts.get(b"prompt", 0) or counts.get(b"input", 0)
-    answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
-    total = counts.get(b"total", 0) or prompt + answer
-    return Usage(total, prompt or total - answer, answer, counts.get(b"cached", 0)) if total else None
+    counts = {name: value for name, value in values.items() if isinstance(value, int) and value >= 0}
+    prompt = counts.get("prompt_tokens") or counts.get("input_tokens", 0)
+    answer = counts.get("completion_tokens") or counts.get("output_tokens", 0)
+    total = counts.get("total_tokens") or prompt + answer
+    details = values.get("prompt_tokens_details") or values.get("input_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    cached = cached if isinstance(cached, int) else 0
+    return Usage(total, prompt or total - answer, answer, cached) if total else None
 
 
 # The text in an answer, and in the events of a stream. The Responses API repeats the text of its deltas later.
@@ -7034,44 +7044,54 @@ METRIC_PREFIX = "chatgpt_apiserver_"
 SECONDS_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 OTHER_MODEL = "other"  # the label of models that no configuration and no list names
 METRICS_TYPE = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
-# Name: type, labels, help.
+# Name, type, labels, help. Those of the process have the names that Prometheus' own client libraries give them.
+METRICS_TEXT = """
+requests_total counter controller,model,status,outcome Requests that ended; the outcome is the last attempt's, or none.
+attempts_total counter controller,outcome Requests to controllers, several for one request of a client.
+first_byte_seconds histogram controller Time until an answer began.
+request_seconds histogram controller Time until an answer ended.
+wait_seconds_total counter - Time that requests stood in line.
+tokens_total counter controller,model,kind Tokens by the usage of answers: input, cached (a part of input), output.
+rate_limits_seen_total counter controller 429 answers of controllers.
+rate_limits_avoided_total counter - Requests that met an account without room, and were answered.
+answer_bytes_total counter - Bytes of the bodies of answers.
+waiting_requests gauge - Requests in line now.
+in_flight_requests gauge controller Requests under way at a controller.
+controller_state gauge controller,state 1 for the state that the controller has: ok, limited or out.
+headroom_requests gauge controller,model Requests that the limits allow now.
+headroom_tokens gauge controller,model Tokens that the limits allow now.
+client_connections gauge - Open connections of clients.
+upstream_connections gauge state Open connections to controllers: active or idle.
+build_info gauge version,python Always 1.
+process_cpu_seconds_total counter - CPU time of this process.
+process_start_time_seconds gauge - Unix time of the start.
+process_resident_memory_bytes gauge - Memory in use; only where the system has /proc.
+process_open_fds gauge - Open files; only where the system has /proc.
+process_max_fds gauge - Open files that are allowed.
+"""
 METRICS = {
-    "requests_total": (
-        *("counter", "controller model status outcome"),
-        "Requests that ended; the outcome is the last attempt's, or none.",
-    ),
-    "attempts_total": (
-        *("counter", "controller outcome"),
-        "Requests to controllers, several for one request of a client.",
-    ),
-    "first_byte_seconds": ("histogram", "controller", "Time until an answer began."),
-    "request_seconds": ("histogram", "controller", "Time until an answer ended."),
-    "wait_seconds_total": ("counter", "", "Time that requests stood in line."),
-    "tokens_total": (
-        *("counter", "controller model kind"),
-        "Tokens by the usage of answers: input, cached (a part of input), output.",
-    ),
-    "rate_limits_seen_total": ("counter", "controller", "429 answers of controllers."),
-    "rate_limits_avoided_total": ("counter", "", "Requests that met an account without room, and were answered."),
-    "answer_bytes_total": ("counter", "", "Bytes of the bodies of answers."),
-    "waiting_requests": ("gauge", "", "Requests in line now."),
-    "in_flight_requests": ("gauge", "controller", "Requests under way at a controller."),
-    "controller_state": ("gauge", "controller state", "1 for the state that the controller has: ok, limited or out."),
-    "headroom_requests": ("gauge", "controller model", "Requests that the limits allow now."),
-    "headroom_tokens": ("gauge", "controller model", "Tokens that the limits allow now."),
-    "client_connections": ("gauge", "", "Open connections of clients."),
-    "upstream_connections": ("gauge", "state", "Open connections to controllers: active or idle."),
-    "build_info": ("gauge", "version python", "Always 1."),
-}
-# These have the names that Prometheus' own client libraries give them.
-PROCESS_METRICS = {
-    "process_cpu_seconds_total": ("counter", "", "CPU time of this process."),
-    "process_start_time_seconds": ("gauge", "", "Unix time of the start."),
-    "process_resident_memory_bytes": ("gauge", "", "Memory in use; only where the system has /proc."),
-    "process_open_fds": ("gauge", "", "Open files; only where the system has /proc."),
-    "process_max_fds": ("gauge", "", "Open files that are allowed."),
+    name if name.startswith("process_") else METRIC_PREFIX + name: (kind, labels.replace(",", " ").strip("-"), about)
+    for name, kind, labels, about in (line.split(" ", 3) for line in METRICS_TEXT.strip().splitlines())
 }
 Labels = tuple[str, ...]
+
+
+class MetricRow:
+    """What was counted of requests with the same labels."""
+
+    __slots__ = ("bytes", "first_byte", "limited", "requests", "seconds", "tokens", "waited_s")
+
+    def __init__(self) -> None:
+        self.requests = self.limited = self.bytes = 0
+        self.waited_s, self.tokens = 0.0, [0, 0, 0]
+        # Counts by bound, the last without one, and the sum.
+        self.first_byte, self.seconds = ([0.0] * (len(SECONDS_BOUNDS) + 2) for _ in range(2))
+
+
+def observe(histogram: list[float], seconds: float) -> None:
+    """Add an observation to a histogram."""
+    histogram[bisect.bisect_left(SECONDS_BOUNDS, seconds)] += 1
+    histogram[-1] += seconds
 
 
 class Metrics:
@@ -7079,54 +7099,73 @@ class Metrics:
 
     def __init__(self) -> None:
         self.started_at = time.time()
-        self.counters: dict[str, Counter[Labels]] = {name: Counter() for name in METRICS}
-        # Counts by bound, the last without one, and the sum.
-        self.histograms: dict[str, dict[Labels, list[float]]] = {"first_byte_seconds": {}, "request_seconds": {}}
+        # By controller, model, status and outcome.
+        self.rows: dict[Labels, MetricRow] = {}
+        self.attempts: Counter[Labels] = Counter()
 
     def count(self, record: AccessRecord, known: Collection[str]) -> None:
         """Count an ended request. `known`: the models that may be labels."""
-        controller, counters, failed = record.controller, self.counters, record.status >= 400
         model = record.model if record.model in known else OTHER_MODEL if record.model else ""
         last = record.attempts[-1].outcome if record.attempts else "none"
-        counters["requests_total"][controller, model, str(record.status), last] += 1
-        counters["answer_bytes_total"][()] += record.bytes
-        if record.waited_s:
-            counters["wait_seconds_total"][()] += record.waited_s  # type: ignore[assignment]
+        labels = (record.controller, model, str(record.status), last)
+        row = self.rows.get(labels)
+        if row is None:
+            row = self.rows[labels] = MetricRow()
+        row.requests += 1
+        row.bytes += record.bytes
+        row.waited_s += record.waited_s
+        row.limited += record.limited
         for attempt in record.attempts:
-            counters["attempts_total"][attempt.controller, attempt.outcome] += 1
-            if attempt.outcome == Outcome.RATE.value:
-                counters["rate_limits_seen_total"][attempt.controller,] += 1
-        if record.limited and not failed:
-            counters["rate_limits_avoided_total"][()] += 1
+            self.attempts[attempt.controller, attempt.outcome] += 1
         if record.usage is not None:
-            tokens = counters["tokens_total"]
-            tokens[controller, model, "input"] += record.usage.prompt
-            tokens[controller, model, "output"] += record.usage.answer
-            if record.usage.cached:
-                tokens[controller, model, "cached"] += record.usage.cached
-        if controller and not failed:
-            self._observe("first_byte_seconds", controller, record.first_at - record.since)
-            self._observe("request_seconds", controller, record.until - record.since)
+            row.tokens[0] += record.usage.prompt
+            row.tokens[1] += record.usage.answer
+            row.tokens[2] += record.usage.cached
+        if record.controller and record.status < 400:
+            observe(row.first_byte, record.first_at - record.since)
+            observe(row.seconds, record.until - record.since)
 
-    def _observe(self, name: str, controller: str, seconds: float) -> None:
-        """Add an observation to a histogram."""
-        counts = self.histograms[name].setdefault((controller,), [0] * (len(SECONDS_BOUNDS) + 2))
-        counts[bisect.bisect_left(SECONDS_BOUNDS, seconds)] += 1
-        counts[-1] += seconds
+    def _counters(self) -> dict[str, dict[Labels, float]]:
+        """Return the counters by name and labels."""
+        sums: dict[str, Counter[Labels]] = defaultdict(Counter)
+        for (controller, model, status, outcome), row in self.rows.items():
+            sums["requests_total"][controller, model, status, outcome] += row.requests
+            sums["answer_bytes_total"][()] += row.bytes
+            sums["wait_seconds_total"][()] += row.waited_s  # type: ignore[assignment]
+            sums["rate_limits_avoided_total"][()] += row.limited if int(status) < 400 else 0
+            for kind, tokens in zip(("input", "output", "cached"), row.tokens, strict=True):
+                if tokens:
+                    sums["tokens_total"][controller, model, kind] += tokens
+        for (controller, outcome), count in self.attempts.items():
+            sums["attempts_total"][controller, outcome] += count
+            if outcome == Outcome.RATE.value:
+                sums["rate_limits_seen_total"][controller,] += count
+        return {name: dict(counter) for name, counter in sums.items()}
+
+    def _histograms(self) -> dict[str, dict[Labels, list[float]]]:
+        """Return the histograms by name and labels."""
+        sums: dict[str, dict[Labels, list[float]]] = {"first_byte_seconds": {}, "request_seconds": {}}
+        for (controller, *_), row in self.rows.items():
+            for name, more in (("first_byte_seconds", row.first_byte), ("request_seconds", row.seconds)):
+                if any(more):
+                    known = sums[name].get((controller,), [0.0] * len(more))
+                    sums[name][controller,] = [old + new for old, new in zip(known, more, strict=True)]
+        return sums
 
     def render(self, pool: UpstreamPool, links: ConnectionPool, clients: int) -> str:
         """Return all metrics as text."""
         lines: list[str] = []
-        gauges = self._gauges(pool, links, clients)
-        for name, (kind, labels, about) in {**METRICS, **PROCESS_METRICS}.items():
-            full = name if name in PROCESS_METRICS else METRIC_PREFIX + name
-            samples: dict[Labels, float] = gauges.get(name) or dict(self.counters.get(name, {}))
+        values_of = {**self._counters(), **self._gauges(pool, links, clients)}
+        histograms = self._histograms()
+        for full, (kind, labels, about) in METRICS.items():
+            name = full.removeprefix(METRIC_PREFIX)
+            samples = values_of.get(name, {})
             lines += [f"# HELP {full} {about}", f"# TYPE {full} {kind}"]
-            for values, counts in self.histograms.get(name, {}).items():
+            for values, counts in histograms.get(name, {}).items():
                 for bound, total in zip((*SECONDS_BOUNDS, "+Inf"), itertools.accumulate(counts[:-1]), strict=True):
-                    lines.append(f"{full}_bucket{show_labels(labels + ' le', (*values, str(bound)))} {total}")
+                    lines.append(f"{full}_bucket{show_labels(labels + ' le', (*values, str(bound)))} {total:.15g}")
                 lines.append(f"{full}_sum{show_labels(labels, values)} {counts[-1]:.6f}")
-                lines.append(f"{full}_count{show_labels(labels, values)} {sum(counts[:-1])}")
+                lines.append(f"{full}_count{show_labels(labels, values)} {sum(counts[:-1]):.15g}")
             if not labels and kind == "counter":
                 samples = samples or {(): 0}
             lines += [f"{full}{show_labels(labels, values)} {value:.15g}" for values, value in samples.items()]
@@ -7191,11 +7230,26 @@ HISTORY_BUCKETS, BUCKET_S = 60, 10.0  # ten minutes
 HISTORY_TIMES = 500  # times to the first byte
 
 
+def describe_request(record: AccessRecord, at: float) -> dict[str, Any]:
+    """Return an ended request for the page."""
+    names = "model controller key status code".split()
+    return {
+        "id": record.request_id,
+        "at": round(at, 3),
+        **{name: getattr(record, name) for name in names},
+        "ms": round(record.ms(record.until), 1),
+        "first_ms": round(record.ms(record.first_at), 1),
+        "wait_ms": round(record.waited_s * 1e3),
+        "tokens": record.usage.total if record.usage else None,
+        "attempts": [{**one._asdict(), "seconds": round(one.seconds, 4)} for one in record.attempts],
+    }
+
+
 class History:
     """The last requests, and counts of the last ten minutes in buckets of ten seconds."""
 
     def __init__(self) -> None:
-        self.recent: deque[dict[str, Any]] = deque(maxlen=HISTORY_REQUESTS)
+        self.recent: deque[tuple[float, AccessRecord]] = deque(maxlen=HISTORY_REQUESTS)
         self.first_byte_s: deque[tuple[float, float]] = deque(maxlen=HISTORY_TIMES)
         # Number of a bucket -> what was counted, by name.
         self.buckets: deque[tuple[int, Counter[str]]] = deque(maxlen=HISTORY_BUCKETS)
@@ -7214,22 +7268,7 @@ class History:
         counts["avoided"] += record.limited and not failed
         if record.first_at and not failed:
             self.first_byte_s.append((at, record.first_at - record.since))
-        self.recent.append(
-            {
-                "id": record.request_id,
-                "at": round(at, 3),
-                "model": record.model,
-                "controller": record.controller,
-                "key": record.key,
-                "status": record.status,
-                "code": record.code,
-                "ms": round(record.ms(record.until), 1),
-                "first_ms": round(record.ms(record.first_at), 1),
-                "wait_ms": round(record.waited_s * 1e3),
-                "tokens": record.usage.total if record.usage else None,
-                "attempts": [{**one._asdict(), "seconds": round(one.seconds, 4)} for one in record.attempts],
-            }
-        )
+        self.recent.append((at, record))
 
     def describe(self, names: Sequence[str], at: float) -> dict[str, Any]:
         """Return the history for `/status?verbose=1&history=1`; `names` are those of the controllers."""
@@ -7248,7 +7287,7 @@ class History:
                 for name in names
             },
             "first_byte_ms": ms,
-            "recent": [*self.recent][::-1],
+            "recent": [describe_request(record, when) for when, record in reversed(self.recent)],
         }
 
 
