@@ -1,6 +1,6 @@
 # The image holds the one file and a small Python. Mount the configuration at /etc/chatgpt-apiserver, or pass OPENAI_API_KEY.
 FROM python:3.13-alpine
-RUN adduser -D -H -u 10001 apiserver
+RUN adduser -D -H -u 10001 apiserver && mkdir /var/lib/chatgpt-apiserver && chown apiserver /var/lib/chatgpt-apiserver
 COPY chatgpt_apiserver.py /app/chatgpt_apiserver.py
 # Compile the file once, so that every start is faster and needs less memory.
 RUN python3 -m py_compile /app/chatgpt_apiserver.py

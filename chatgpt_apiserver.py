@@ -9,7 +9,7 @@ Copy this file to a machine that has Python 3.11 or newer, start it, and point a
 
 The path of a request, with the sections of this file that it passes:
 
-    client --> Server: read the head and the body, check access, choose a route       (4, 6, 15)
+    client --> Server: read the head and the body, check access, choose a route       (4, 6, 16)
            --> Relay: make one attempt after another until a controller answers       (13)
                  --> Balancing: choose a controller that has room, or wait in line    (11, 12)
                  --> Controllers: build the request for this account's API            (8, 9)
@@ -33,8 +33,9 @@ Each section uses only the sections above it:
     12. Balancing
     13. Relay
     14. Metrics and usage
-    15. Server
-    16. Command line
+    15. Page
+    16. Server
+    17. Command line
 """
 
 import sys
@@ -89,7 +90,7 @@ import urllib.parse
 import urllib.request
 import zlib
 import zoneinfo
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -767,6 +768,9 @@ class AccountConfig:
     rate_codes: Words = ()
     delay: Annotated[float, check_number, 0.0, 600.0] = 0.0  # echo only
     first_delay: Seconds = 0.0  # echo only
+    # Echo only, to try what happens: answers in a minute, more get 429; and the share of requests that get 500.
+    refuse_above: Annotated[int, check_number, 0, 1_000_000] = 0
+    fail_share: Annotated[float, check_number, 0.0, 1.0] = 0.0
 
 
 @dataclass(frozen=True)
@@ -926,7 +930,7 @@ _OPENAI_KEYS = [*_SHARED_KEYS, "organization", "project", "rename_params", "refu
 ACCOUNT_KEYS = {  # by controller type, where it differs from openai's
     "azure": [*_OPENAI_KEYS, "api_version"],
     "anthropic": [*_SHARED_KEYS, "max_tokens", "thinking"],
-    "echo": ["delay", "first_delay"],
+    "echo": ["delay", "first_delay", "refuse_above", "fail_share"],
 }
 
 
@@ -1165,6 +1169,19 @@ NOTHING_TO_RUN = """chatgpt_apiserver: no configuration found. Three ways to sta
   without a key:  python3 chatgpt_apiserver.py --demo"""
 
 
+def storm_controllers() -> list[dict[str, Any]]:
+    """Return the controllers of --demo=storm: three accounts with small limits, of which one fails often."""
+    echo = {"type": "echo", "models": ["echo", "gpt-*"]}
+    account = {"first_delay": 0.12, "delay": 0.02}
+    # The limit of team-b is not configured, so that its 429s show.
+    return [
+        {**echo, "name": "team-a", "config": {**account, "refuse_above": 120}, "limits": {"rpm": 120, "tpm": 12_000}},
+        {**echo, "name": "team-b", "config": {**account, "refuse_above": 60, "first_delay": 0.2}},
+        {**echo, "name": "shaky", "config": {**account, "fail_share": 0.4}, "limits": {"rpm": 60}},
+        {**echo, "name": "reserve", "config": {**account, "refuse_above": 400}, "limits": {"rpm": 400, "burst_s": 5}},
+    ]
+
+
 def demo_controllers() -> list[dict[str, Any]]:
     """Return the controllers of --demo: two of them show balancing, their delay shows streaming."""
     echo = {"type": "echo", "models": ["echo", "gpt-*"], "config": {"delay": 0.03}}
@@ -1172,7 +1189,7 @@ def demo_controllers() -> list[dict[str, Any]]:
 
 
 def load_config(
-    config_file: str, config_path: str, flags: Mapping[str, Any], env: Mapping[str, str], demo: bool = False
+    config_file: str, config_path: str, flags: Mapping[str, Any], env: Mapping[str, str], demo: str = ""
 ) -> Config:
     """Return the configuration of this start: flags over environment over file over defaults. Raise ConfigError."""
     # A reload calls this again with the same arguments, so flags still override a file that has changed.
@@ -1183,6 +1200,9 @@ def load_config(
         data, source = read_file(path), path
     elif demo:
         data, source = {"controllers": demo_controllers()}, "--demo"
+        if demo == "storm":
+            source = "--demo=storm"
+            data = {"controllers": storm_controllers(), "prices": {"*": {"input": 2, "output": 8}}}
     elif env.get("OPENAI_API_KEY"):
         (data, setters), source = environment_config(env), "OPENAI_API_KEY"
     else:
@@ -1401,6 +1421,7 @@ class AccessRecord:
 
     `first_at`: when the first byte of the answer was sent, or 0. `mapped`: the header line that names the model that
     answered in place of the requested one. `code`: that of an error answer. `usage`: None where the answer told none.
+    `limited`: it met an account without room.
     """
 
     client: str
@@ -1417,6 +1438,7 @@ class AccessRecord:
     mapped: bytes = b""
     monitoring: bool = False
     stream: bool = False
+    limited: bool = False
     usage: Usage | None = None
     status: int = 0
     bytes: int = 0
@@ -3832,6 +3854,7 @@ class ApiRequest:
     asked: str = ""  # the model that the client asked for, if `model` is another one by now
     model_span: tuple[int, int] | None = None  # where the model's name stands in a form
     stream: bool = False
+    met_limit: bool = False  # the first choice of the pool had no room
     stateful: bool = False  # it stores something at the account: to repeat it may store it twice
     inference: bool = True  # it asks a model; False: it is about objects such as files
     pinned: str = ""  # the only controller that may answer: it has the object that the request refers to
@@ -4332,12 +4355,19 @@ def echo_pieces(request: ApiRequest) -> Iterator[bytes]:
 class EchoExchange:
     """An exchange that makes its reply up. See `Exchange`."""
 
-    def __init__(self, request: ApiRequest, account: AccountConfig, on_sent: Callable[[float], None]) -> None:
+    def __init__(
+        self, request: ApiRequest, account: AccountConfig, refusal: int, fields: Index, on_sent: Callable[[float], None]
+    ) -> None:
         self.pieces, self.on_sent, self.first_byte_s = echo_pieces(request), on_sent, math.inf
         self.first_delay_s, self.delay_s = account.first_delay, account.delay if request.stream else 0.0
         self.wait_s = 0.0  # before the next piece; none before the first
-        kind = STREAM_TYPE if request.stream else b"application/json"
-        self.head = ResponseHead(200, 1, {b"content-type": kind}, b"Content-Type: %b\r\n" % kind)
+        if refusal:
+            code = {429: "rate_limit_exceeded"}.get(refusal, "server_error")
+            self.pieces = iter([compact_json(error_object("The echo controller was told to refuse.", code, code))])
+        kind = STREAM_TYPE if request.stream and not refusal else b"application/json"
+        index = {b"content-type": kind, **fields}
+        lines = b"".join([b"%b: %b\r\n" % field for field in index.items()])
+        self.head = ResponseHead(refusal or 200, 1, index, lines)
 
     async def start(self) -> None:
         """See `Exchange`."""
@@ -4365,12 +4395,22 @@ class EchoController:
 
     def __init__(self, config: ControllerConfig) -> None:
         self.account = config.account
+        # When it answered in the last minute.
+        self.answered: deque[float] = deque()
 
     def exchange(
         self, request: ApiRequest, connections: ConnectionPool, on_sent: Callable[[float], None], fresh: bool = False
     ) -> Exchange:
         """See `Controller`."""
-        return EchoExchange(request, self.account, on_sent)
+        now, most, fields = asyncio.get_running_loop().time(), self.account.refuse_above, Index()
+        while self.answered and self.answered[0] <= now - 60.0:
+            self.answered.popleft()
+        refusal = 500 if random.random() < self.account.fail_share else 0
+        if not refusal and 0 < most <= len(self.answered):
+            refusal, fields = 429, {b"retry-after-ms": b"%d" % (1e3 * (self.answered[0] + 60.0 - now) + 1.0)}
+        elif not refusal and most:
+            self.answered.append(now)
+        return EchoExchange(request, self.account, refusal, fields, on_sent)
 
 
 CONTROLLERS: dict[str, Callable[[ControllerConfig], Controller]] = {
@@ -4829,10 +4869,8 @@ def read_allowances(index: Index, clock: Callable[[], float]) -> tuple[Allowance
     return allowances[0], allowances[1]
 
 
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_COUNT = re.compile(rb'"(total|prompt|completion|input|output|cached)_tokens"\s*:\s*(\d{1,12})')
-
-
+_USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_decode_json = json.JSONDecoder().raw_decode
 USAGE_BYTES = 2048  # no usage is larger
 
 
@@ -4842,16 +4880,28 @@ def read_usage(body: bytes) -> Usage | None:
     It searches, as the end of an answer is not JSON, and a whole answer may have megabytes.
     """
     start = body.rfind(b'"usage"')
-    while start >= 0 and not _USAGE.match(body, start):
+    while start >= 0:
+        found = _USAGE.match(body, start)
+        if found is not None:
+            return usage_of(body[found.end() : start + USAGE_BYTES].decode("utf-8", "replace"))
         start = body.rfind(b'"usage"', 0, start)
-    if start < 0:
+    return None
+
+
+def usage_of(text: str) -> Usage | None:
+    """Return the usage that a text begins with: in the names of chats, or of responses. None if it has no number."""
+    try:
+        values = _decode_json(text)[0]
+    except ValueError:  # it is cut off
         return None
-    # Reversed, so that the first of equal names counts: later ones are details.
-    counts = {name: int(number) for name, number in reversed(_COUNT.findall(body, start, start + USAGE_BYTES))}
-    prompt = counts.get(b"prompt", 0) or counts.get(b"input", 0)
-    answer = counts.get(b"completion", 0) or counts.get(b"output", 0)
-    total = counts.get(b"total", 0) or prompt + answer
-    return Usage(total, prompt or total - answer, answer, counts.get(b"cached", 0)) if total else None
+    counts = {name: value for name, value in values.items() if isinstance(value, int) and value >= 0}
+    prompt = counts.get("prompt_tokens") or counts.get("input_tokens", 0)
+    answer = counts.get("completion_tokens") or counts.get("output_tokens", 0)
+    total = counts.get("total_tokens") or prompt + answer
+    details = values.get("prompt_tokens_details") or values.get("input_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    cached = cached if isinstance(cached, int) else 0
+    return Usage(total, prompt or total - answer, answer, cached) if total else None
 
 
 # The text in an answer, and in the events of a stream. The Responses API repeats the text of its deltas later.
@@ -5956,6 +6006,7 @@ class UpstreamPool:
                     item.upstream.credit += item.upstream.weight
                     chosen.upstream.credit -= item.upstream.weight
                 return self._give(chosen, request, now)
+            request.met_limit = True
             ready.remove(chosen)
         return None
 
@@ -6248,7 +6299,7 @@ def describe_pool(pool: UpstreamPool, now: float) -> dict[str, Any]:
 
 
 # ==== 13. Relay ====
-# One request, attempt after attempt, until one controller answers. `Relay.run` returns an `Answer`, and section 15
+# One request, attempt after attempt, until one controller answers. `Relay.run` returns an `Answer`, and section 16
 # writes it. Until then every failure may move on to another controller. From the first byte to the client on, nothing
 # is retried, and a broken answer ends with an error event.
 #
@@ -6741,6 +6792,7 @@ class Relay:
             AttemptRecord(lease.upstream.name, word, ended_at - lease.since, sent[:MODEL_NAME_CHARS], status, reason)
         )
         trip.request.was_sent |= lease.sent_at > 0
+        trip.record.limited |= trip.request.met_limit or verdict.outcome is Outcome.RATE or trip.record.waited_s > 0
         self.pool.settle(lease, verdict)
 
     # -- hedges
@@ -6997,44 +7049,54 @@ METRIC_PREFIX = "chatgpt_apiserver_"
 SECONDS_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 OTHER_MODEL = "other"  # the label of models that no configuration and no list names
 METRICS_TYPE = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
-# Name: type, labels, help.
+# Name, type, labels, help. Those of the process have the names that Prometheus' own client libraries give them.
+METRICS_TEXT = """
+requests_total counter controller,model,status,outcome Requests that ended; the outcome is the last attempt's, or none.
+attempts_total counter controller,outcome Requests to controllers, several for one request of a client.
+first_byte_seconds histogram controller Time until an answer began.
+request_seconds histogram controller Time until an answer ended.
+wait_seconds_total counter - Time that requests stood in line.
+tokens_total counter controller,model,kind Tokens by the usage of answers: input, cached (a part of input), output.
+rate_limits_seen_total counter controller 429 answers of controllers.
+rate_limits_avoided_total counter - Requests that met an account without room, and were answered.
+answer_bytes_total counter - Bytes of the bodies of answers.
+waiting_requests gauge - Requests in line now.
+in_flight_requests gauge controller Requests under way at a controller.
+controller_state gauge controller,state 1 for the state that the controller has: ok, limited or out.
+headroom_requests gauge controller,model Requests that the limits allow now.
+headroom_tokens gauge controller,model Tokens that the limits allow now.
+client_connections gauge - Open connections of clients.
+upstream_connections gauge state Open connections to controllers: active or idle.
+build_info gauge version,python Always 1.
+process_cpu_seconds_total counter - CPU time of this process.
+process_start_time_seconds gauge - Unix time of the start.
+process_resident_memory_bytes gauge - Memory in use; only where the system has /proc.
+process_open_fds gauge - Open files; only where the system has /proc.
+process_max_fds gauge - Open files that are allowed.
+"""
 METRICS = {
-    "requests_total": (
-        *("counter", "controller model status outcome"),
-        "Requests that ended; the outcome is the last attempt's, or none.",
-    ),
-    "attempts_total": (
-        *("counter", "controller outcome"),
-        "Requests to controllers, several for one request of a client.",
-    ),
-    "first_byte_seconds": ("histogram", "controller", "Time until an answer began."),
-    "request_seconds": ("histogram", "controller", "Time until an answer ended."),
-    "wait_seconds_total": ("counter", "", "Time that requests stood in line."),
-    "tokens_total": (
-        *("counter", "controller model kind"),
-        "Tokens by the usage of answers: input, cached (a part of input), output.",
-    ),
-    "rate_limits_seen_total": ("counter", "controller", "429 answers of controllers."),
-    "rate_limits_avoided_total": ("counter", "", "Requests that met a limit or waited for room, and were answered."),
-    "answer_bytes_total": ("counter", "", "Bytes of the bodies of answers."),
-    "waiting_requests": ("gauge", "", "Requests in line now."),
-    "in_flight_requests": ("gauge", "controller", "Requests under way at a controller."),
-    "controller_state": ("gauge", "controller state", "1 for the state that the controller has: ok, limited or out."),
-    "headroom_requests": ("gauge", "controller model", "Requests that the limits allow now."),
-    "headroom_tokens": ("gauge", "controller model", "Tokens that the limits allow now."),
-    "client_connections": ("gauge", "", "Open connections of clients."),
-    "upstream_connections": ("gauge", "state", "Open connections to controllers: active or idle."),
-    "build_info": ("gauge", "version python", "Always 1."),
-}
-# These have the names that Prometheus' own client libraries give them.
-PROCESS_METRICS = {
-    "process_cpu_seconds_total": ("counter", "", "CPU time of this process."),
-    "process_start_time_seconds": ("gauge", "", "Unix time of the start."),
-    "process_resident_memory_bytes": ("gauge", "", "Memory in use; only where the system has /proc."),
-    "process_open_fds": ("gauge", "", "Open files; only where the system has /proc."),
-    "process_max_fds": ("gauge", "", "Open files that are allowed."),
+    name if name.startswith("process_") else METRIC_PREFIX + name: (kind, labels.replace(",", " ").strip("-"), about)
+    for name, kind, labels, about in (line.split(" ", 3) for line in METRICS_TEXT.strip().splitlines())
 }
 Labels = tuple[str, ...]
+
+
+class MetricRow:
+    """What was counted of requests with the same labels."""
+
+    __slots__ = ("bytes", "first_byte", "limited", "requests", "seconds", "tokens", "waited_s")
+
+    def __init__(self) -> None:
+        self.requests = self.limited = self.bytes = 0
+        self.waited_s, self.tokens = 0.0, [0, 0, 0]
+        # Counts by bound, the last without one, and the sum.
+        self.first_byte, self.seconds = ([0.0] * (len(SECONDS_BOUNDS) + 2) for _ in range(2))
+
+
+def observe(histogram: list[float], seconds: float) -> None:
+    """Add an observation to a histogram."""
+    histogram[bisect.bisect_left(SECONDS_BOUNDS, seconds)] += 1
+    histogram[-1] += seconds
 
 
 class Metrics:
@@ -7042,56 +7104,73 @@ class Metrics:
 
     def __init__(self) -> None:
         self.started_at = time.time()
-        self.counters: dict[str, Counter[Labels]] = {name: Counter() for name in METRICS}
-        # Counts by bound, the last without one, and the sum.
-        self.histograms: dict[str, dict[Labels, list[float]]] = {"first_byte_seconds": {}, "request_seconds": {}}
+        # By controller, model, status and outcome.
+        self.rows: dict[Labels, MetricRow] = {}
+        self.attempts: Counter[Labels] = Counter()
 
     def count(self, record: AccessRecord, known: Collection[str]) -> None:
         """Count an ended request. `known`: the models that may be labels."""
-        controller, counters, failed = record.controller, self.counters, record.status >= 400
         model = record.model if record.model in known else OTHER_MODEL if record.model else ""
         last = record.attempts[-1].outcome if record.attempts else "none"
-        counters["requests_total"][controller, model, str(record.status), last] += 1
-        counters["answer_bytes_total"][()] += record.bytes
-        limited = record.waited_s > 0
-        if limited:
-            counters["wait_seconds_total"][()] += record.waited_s  # type: ignore[assignment]
+        labels = (record.controller, model, str(record.status), last)
+        row = self.rows.get(labels)
+        if row is None:
+            row = self.rows[labels] = MetricRow()
+        row.requests += 1
+        row.bytes += record.bytes
+        row.waited_s += record.waited_s
+        row.limited += record.limited
         for attempt in record.attempts:
-            counters["attempts_total"][attempt.controller, attempt.outcome] += 1
-            if attempt.outcome == Outcome.RATE.value:
-                limited = True
-                counters["rate_limits_seen_total"][attempt.controller,] += 1
-        if limited and not failed:
-            counters["rate_limits_avoided_total"][()] += 1
+            self.attempts[attempt.controller, attempt.outcome] += 1
         if record.usage is not None:
-            tokens = counters["tokens_total"]
-            tokens[controller, model, "input"] += record.usage.prompt
-            tokens[controller, model, "output"] += record.usage.answer
-            if record.usage.cached:
-                tokens[controller, model, "cached"] += record.usage.cached
-        if controller and not failed:
-            self._observe("first_byte_seconds", controller, record.first_at - record.since)
-            self._observe("request_seconds", controller, record.until - record.since)
+            row.tokens[0] += record.usage.prompt
+            row.tokens[1] += record.usage.answer
+            row.tokens[2] += record.usage.cached
+        if record.controller and record.status < 400:
+            observe(row.first_byte, record.first_at - record.since)
+            observe(row.seconds, record.until - record.since)
 
-    def _observe(self, name: str, controller: str, seconds: float) -> None:
-        """Add an observation to a histogram."""
-        counts = self.histograms[name].setdefault((controller,), [0] * (len(SECONDS_BOUNDS) + 2))
-        counts[bisect.bisect_left(SECONDS_BOUNDS, seconds)] += 1
-        counts[-1] += seconds
+    def _counters(self) -> dict[str, dict[Labels, float]]:
+        """Return the counters by name and labels."""
+        sums: dict[str, Counter[Labels]] = defaultdict(Counter)
+        for (controller, model, status, outcome), row in self.rows.items():
+            sums["requests_total"][controller, model, status, outcome] += row.requests
+            sums["answer_bytes_total"][()] += row.bytes
+            sums["wait_seconds_total"][()] += row.waited_s  # type: ignore[assignment]
+            sums["rate_limits_avoided_total"][()] += row.limited if int(status) < 400 else 0
+            for kind, tokens in zip(("input", "output", "cached"), row.tokens, strict=True):
+                if tokens:
+                    sums["tokens_total"][controller, model, kind] += tokens
+        for (controller, outcome), count in self.attempts.items():
+            sums["attempts_total"][controller, outcome] += count
+            if outcome == Outcome.RATE.value:
+                sums["rate_limits_seen_total"][controller,] += count
+        return {name: dict(counter) for name, counter in sums.items()}
+
+    def _histograms(self) -> dict[str, dict[Labels, list[float]]]:
+        """Return the histograms by name and labels."""
+        sums: dict[str, dict[Labels, list[float]]] = {"first_byte_seconds": {}, "request_seconds": {}}
+        for (controller, *_), row in self.rows.items():
+            for name, more in (("first_byte_seconds", row.first_byte), ("request_seconds", row.seconds)):
+                if any(more):
+                    known = sums[name].get((controller,), [0.0] * len(more))
+                    sums[name][controller,] = [old + new for old, new in zip(known, more, strict=True)]
+        return sums
 
     def render(self, pool: UpstreamPool, links: ConnectionPool, clients: int) -> str:
         """Return all metrics as text."""
         lines: list[str] = []
-        gauges = self._gauges(pool, links, clients)
-        for name, (kind, labels, about) in {**METRICS, **PROCESS_METRICS}.items():
-            full = name if name in PROCESS_METRICS else METRIC_PREFIX + name
-            samples: dict[Labels, float] = gauges.get(name) or dict(self.counters.get(name, {}))
+        values_of = {**self._counters(), **self._gauges(pool, links, clients)}
+        histograms = self._histograms()
+        for full, (kind, labels, about) in METRICS.items():
+            name = full.removeprefix(METRIC_PREFIX)
+            samples = values_of.get(name, {})
             lines += [f"# HELP {full} {about}", f"# TYPE {full} {kind}"]
-            for values, counts in self.histograms.get(name, {}).items():
+            for values, counts in histograms.get(name, {}).items():
                 for bound, total in zip((*SECONDS_BOUNDS, "+Inf"), itertools.accumulate(counts[:-1]), strict=True):
-                    lines.append(f"{full}_bucket{show_labels(labels + ' le', (*values, str(bound)))} {total}")
+                    lines.append(f"{full}_bucket{show_labels(labels + ' le', (*values, str(bound)))} {total:.15g}")
                 lines.append(f"{full}_sum{show_labels(labels, values)} {counts[-1]:.6f}")
-                lines.append(f"{full}_count{show_labels(labels, values)} {sum(counts[:-1])}")
+                lines.append(f"{full}_count{show_labels(labels, values)} {sum(counts[:-1]):.15g}")
             if not labels and kind == "counter":
                 samples = samples or {(): 0}
             lines += [f"{full}{show_labels(labels, values)} {value:.15g}" for values, value in samples.items()]
@@ -7147,6 +7226,74 @@ def process_figures(started_at: float) -> dict[str, dict[Labels, float]]:
         # The system has no /proc.
         pass
     return {name: {(): value} for name, value in figures.items()}
+
+
+# -- the last minutes, for the page
+
+HISTORY_REQUESTS = 50  # the last requests, with their attempts
+HISTORY_BUCKETS, BUCKET_S = 60, 10.0  # ten minutes
+HISTORY_TIMES = 500  # times to the first byte
+
+
+def describe_request(record: AccessRecord, at: float) -> dict[str, Any]:
+    """Return an ended request for the page."""
+    names = "model controller key status code".split()
+    return {
+        "id": record.request_id,
+        "at": round(at, 3),
+        **{name: getattr(record, name) for name in names},
+        "ms": round(record.ms(record.until), 1),
+        "first_ms": round(record.ms(record.first_at), 1),
+        "wait_ms": round(record.waited_s * 1e3),
+        "tokens": record.usage.total if record.usage else None,
+        "attempts": [{**one._asdict(), "seconds": round(one.seconds, 4)} for one in record.attempts],
+    }
+
+
+class History:
+    """The last requests, and counts of the last ten minutes in buckets of ten seconds."""
+
+    def __init__(self) -> None:
+        self.recent: deque[tuple[float, AccessRecord]] = deque(maxlen=HISTORY_REQUESTS)
+        self.first_byte_s: deque[tuple[float, float]] = deque(maxlen=HISTORY_TIMES)
+        # Number of a bucket -> what was counted, by name.
+        self.buckets: deque[tuple[int, Counter[str]]] = deque(maxlen=HISTORY_BUCKETS)
+
+    def add(self, record: AccessRecord, at: float) -> None:
+        """Take a request that ended at the Unix time `at`."""
+        number = int(at // BUCKET_S)
+        if not self.buckets or self.buckets[-1][0] != number:
+            self.buckets.append((number, Counter()))
+        counts, failed = self.buckets[-1][1], record.status >= 400
+        counts["requests"] += 1
+        counts["failed"] += failed
+        counts["tokens"] += record.usage.total if record.usage else 0
+        for attempt in record.attempts:
+            counts[("ok:" if attempt.outcome == "ok" else "no:") + attempt.controller] += 1
+        counts["avoided"] += record.limited and not failed
+        if record.first_at and not failed:
+            self.first_byte_s.append((at, record.first_at - record.since))
+        self.recent.append((at, record))
+
+    def describe(self, names: Sequence[str], at: float) -> dict[str, Any]:
+        """Return the history for `/status?verbose=1&history=1`; `names` are those of the controllers."""
+        last, counted = int(at // BUCKET_S), dict(self.buckets)
+        buckets = [counted.get(number, Counter[str]()) for number in range(last - HISTORY_BUCKETS + 1, last + 1)]
+        times = sorted(seconds for when, seconds in self.first_byte_s if when > at - HISTORY_BUCKETS * BUCKET_S)
+        ms = {f"p{share}": round(times[len(times) * share // 100] * 1e3, 1) if times else None for share in (50, 95)}
+        return {
+            "bucket_s": BUCKET_S,
+            **{name: [bucket[name] for bucket in buckets] for name in ("requests", "failed", "tokens", "avoided")},
+            "controllers": {
+                name: {
+                    "answered": [one["ok:" + name] for one in buckets],
+                    "failed": [one["no:" + name] for one in buckets],
+                }
+                for name in names
+            },
+            "first_byte_ms": ms,
+            "recent": [describe_request(record, when) for when, record in reversed(self.recent)],
+        }
 
 
 # -- usage and cost
@@ -7506,7 +7653,281 @@ def read_usage_file(path: str, first_day: str) -> list[tuple[Any, ...]]:
         return list(file.execute("SELECT * FROM usage WHERE day >= ?", (first_day,)))
 
 
-# ==== 15. Server ====
+# ==== 15. Page ====
+# What `GET /` shows in a browser: one answer without outside assets. The page holds no data. Its script asks
+# `/status?verbose=1&history=1`, and puts all that it gets into text nodes, as models are named by clients.
+
+PAGE_STYLE = """
+:root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#14171f;--dim:#5b6472;--line:#e3e6ec;--accent:#2f6fed;
+--ok:#16815a;--warn:#a86500;--bad:#c62f3b;--soft:#eaf1ff}
+@media (prefers-color-scheme:dark){:root{--bg:#0d1017;--card:#161b25;--ink:#e8ecf3;--dim:#98a2b3;--line:#252c39;
+--accent:#6da0ff;--ok:#4cc38a;--warn:#e2a33b;--bad:#ff6b74;--soft:#1b2740}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+font-variant-numeric:tabular-nums}
+main,header{max-width:1120px;margin:0 auto;padding:0 20px}
+header{display:flex;align-items:center;gap:12px;padding-top:28px;padding-bottom:18px;flex-wrap:wrap}
+h1{font-size:20px;letter-spacing:-.01em;margin:0;font-weight:650}
+h2{font-size:13px;font-weight:600;color:var(--dim);margin:30px 0 10px;letter-spacing:.02em}
+#state{margin:0 0 0 auto;font-size:13px}
+.dot{display:inline-block;width:8px;height:8px;border-radius:50%;background:currentColor;margin-right:7px;
+vertical-align:1px}
+.ok{color:var(--ok)}.limited{color:var(--warn)}.out,.bad{color:var(--bad)}.dim{color:var(--dim)}
+.card{background:var(--card);border:1px solid var(--line);border-radius:14px}
+#now{display:grid;grid-template-columns:repeat(6,1fr);gap:12px;margin:0}
+#now .card{padding:14px 16px 10px;min-width:0;overflow:hidden}
+dt{color:var(--dim);font-size:12.5px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+dd{margin:2px 0 6px;font-size:25px;font-weight:620;letter-spacing:-.02em;white-space:nowrap}
+dd small{font-size:14px;font-weight:500;color:var(--dim);letter-spacing:0}
+svg{display:block;width:100%;height:28px;overflow:visible}
+.area{fill:var(--accent);opacity:.14}.wave{fill:none;stroke:var(--accent);stroke-width:1.6;
+vector-effect:non-scaling-stroke;stroke-linejoin:round}.fails{fill:none;stroke:var(--bad);stroke-width:1.4;
+vector-effect:non-scaling-stroke}
+ul,ol{list-style:none;margin:0;padding:0}
+#controllers{display:grid;gap:10px}
+#controllers li{display:grid;grid-template-columns:minmax(150px,1.3fr) 1.5fr 1.5fr minmax(140px,1.2fr);gap:8px 22px;
+padding:14px 18px;align-items:center}
+.name{font-weight:620;font-size:16px;overflow-wrap:anywhere}.why{font-size:13px}
+.meter{font-size:12.5px;color:var(--dim)}.meter b{color:var(--ink);font-weight:600}
+.bar{height:7px;border-radius:4px;background:var(--line);margin-top:5px;overflow:hidden}
+.bar i{display:block;height:100%;border-radius:4px;background:var(--ok);transition:width .6s ease}
+.bar i.low{background:var(--warn)}.bar i.none{background:var(--bad)}
+.error{grid-column:1/-1;font-size:12.5px;color:var(--dim);border-top:1px solid var(--line);padding-top:8px;
+overflow-wrap:anywhere}
+#recent .card,.wrap{border-radius:0;border-width:0 1px 1px}
+#recent li:first-child .card{border-radius:14px 14px 0 0;border-top-width:1px}
+#recent li:last-child .card{border-radius:0 0 14px 14px}
+summary{display:grid;grid-template-columns:76px 64px minmax(90px,1.2fr) minmax(90px,1fr) 1.4fr 92px;gap:14px;
+padding:9px 18px;cursor:pointer;font-size:13.5px;align-items:center;list-style:none}
+summary::-webkit-details-marker{display:none}
+summary>*{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+summary:hover{background:var(--soft)}
+.path i{display:inline-block;width:9px;height:9px;border-radius:3px;background:var(--bad);margin-right:3px}
+.path i.ok{background:var(--ok)}.path i.rate{background:var(--warn)}
+.num{text-align:right}
+details ol{padding:2px 18px 12px 94px;font-size:13px}
+details li{padding:2px 0;overflow-wrap:anywhere}
+table{width:100%;border-collapse:collapse;font-size:13.5px}
+th,td{padding:8px 18px;text-align:right;border-top:1px solid var(--line)}
+th{color:var(--dim);font-weight:500;border:0}td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere}
+form{max-width:420px;margin:60px auto;padding:24px}
+label{display:block;font-size:13.5px;color:var(--dim)}
+input,button{font:inherit;padding:9px 12px;border-radius:9px;border:1px solid var(--line);background:var(--bg);
+color:inherit;width:100%;margin-top:8px}
+button{background:var(--accent);border-color:var(--accent);color:#fff;font-weight:600;cursor:pointer}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+footer{max-width:1120px;margin:26px auto;padding:0 20px 24px;color:var(--dim);font-size:12.5px}
+@media (max-width:900px){#now{grid-template-columns:repeat(3,1fr)}
+#controllers li{grid-template-columns:1fr 1fr}}
+@media (max-width:560px){main,header,footer{padding-left:14px;padding-right:14px}
+#now{grid-template-columns:1fr 1fr;gap:9px}#controllers li{grid-template-columns:1fr;padding:13px 15px}
+summary{grid-template-columns:64px 1fr auto;gap:2px 12px;padding:9px 15px}
+summary .code{order:1}summary .account{order:2}summary .path{order:3}
+details ol{padding:2px 15px 12px 91px}th,td{padding:8px 10px}}
+@media (prefers-reduced-motion:reduce){.bar i{transition:none}}
+"""
+PAGE_SCRIPT = """
+"use strict"
+const $ = id => document.getElementById(id), rows = new Map(), seen = new Map(), NS = "http://www.w3.org/2000/svg"
+const WORDS = {ok: "answered", rate: "rate limit", quota: "no credit", auth: "key refused", fault: "failed",
+  cut: "cut", connect: "no connection", silent: "silent", lost: "another was faster", gone: "the client left",
+  client: "request refused", missing: "lacks the model", large: "too large", unfit: "cannot take it"}
+let wait = 2000
+const make = (tag, name, text) => {
+  const it = document.createElement(tag)
+  if (name) it.className = name
+  if (text !== undefined) it.textContent = text
+  return it
+}
+const put = (it, ...parts) => (it.replaceChildren(...parts), it)
+const short = n => n >= 1e6 ? (n / 1e6).toFixed(1) + "M" : n >= 1e4 ? Math.round(n / 1e3) + "k" :
+  n >= 100 || n % 1 === 0 ? String(Math.round(n)) : n.toFixed(1)
+const span = ms => ms === null ? "-" : ms >= 9950 ? Math.round(ms / 1e3) + " s" : ms >= 1000 ? (ms / 1e3).toFixed(1) +
+  " s" : Math.round(ms) + " ms"
+const sum = list => list.reduce((a, b) => a + b, 0)
+function wave(values, fails, label) {
+  const svg = document.createElementNS(NS, "svg"), top = Math.max(1, ...values, ...(fails || []))
+  const points = list => list.map((v, i) => `${i * 120 / (list.length - 1)},${27 - v / top * 25}`).join(" ")
+  const line = (kind, name, value) => {
+    const it = document.createElementNS(NS, kind)
+    it.setAttribute("class", name)
+    it.setAttribute("points", value)
+    svg.append(it)
+  }
+  svg.setAttribute("viewBox", "0 0 120 28")
+  svg.setAttribute("preserveAspectRatio", "none")
+  svg.setAttribute("role", "img")
+  svg.setAttribute("aria-label", label)
+  line("polygon", "area", `0,28 ${points(values)} 120,28`)
+  line("polyline", "wave", points(values))
+  if (fails && sum(fails)) line("polyline", "fails", points(fails))
+  return svg
+}
+function meter(what, left, limit, model) {
+  const it = make("div", "meter"), bar = make("div", "bar"), fill = make("i"), share = limit ? left / limit : 1
+  put(it, make("b", "", short(Math.max(0, left))), ` of ${short(limit)} ${what} left`, model ? ` (${model})` : "")
+  fill.style.width = Math.max(0, Math.min(100, share * 100)) + "%"
+  fill.className = share <= 0.02 ? "none" : share < 0.25 ? "low" : ""
+  bar.append(fill)
+  it.append(bar)
+  return it
+}
+function tightest(ledger, names) {
+  let best = null
+  for (const [model, state] of Object.entries(ledger)) for (const name of names) {
+    const it = state[name]
+    if (!it || !it.limit) continue
+    const left = it.left === undefined ? it.limit - it.taken : it.left
+    if (!best || left / it.limit < best.left / best.limit) best = {left, limit: it.limit, model}
+  }
+  return best
+}
+function showNow(status) {
+  const h = status.history, all = sum(h.requests), good = all - sum(h.failed)
+  const live = list => sum(list.slice(-4, -1)) / 30
+  const cards = [["Requests per second", short(live(h.requests)), wave(h.requests, h.failed, "requests, ten minutes")],
+    ["Tokens per second", short(live(h.tokens)), wave(h.tokens, null, "tokens, ten minutes")],
+    ["429s avoided", short(sum(h.avoided)), wave(h.avoided, null, "429s avoided, ten minutes")],
+    ["Answered", all ? (Math.floor(good / all * 1000) / 10) + " %" : "-", `${short(good)} of ${short(all)}`],
+    ["First byte", span(h.first_byte_ms.p50), `p95 ${span(h.first_byte_ms.p95)}`],
+    ["Waiting in line", String(status.waiting), `${status.connections} connections`]]
+  put($("now"), ...cards.map(([name, value, more]) => {
+    const card = make("div", "card"), dd = make("dd", "", value)
+    put(card, make("dt", "", name), dd, more instanceof Node ? more : make("span", "dim why", more))
+    return card
+  }))
+}
+function showControllers(status) {
+  const list = $("controllers"), names = new Set(status.controllers.map(c => c.name))
+  for (const [name, it] of rows) if (!names.has(name)) rows.delete(name), it.remove()
+  for (const c of status.controllers) {
+    if (!rows.has(c.name)) rows.set(c.name, list.appendChild(make("li", "card")))
+    const one = status.history.controllers[c.name] || {answered: [0, 0], failed: [0, 0]}
+    const title = make("div"), word = make("div", "why " + c.state), stats = make("div"), total = sum(one.answered)
+    const until = c.for_s ? ` for ${span(c.for_s * 1e3)}` : ""
+    const state = c.state === "out" ? `out: ${c.reason}${until}` : c.state === "ok" ? "ok" : c.state + until
+    put(word, make("span", "dot"), state)
+    put(title, make("div", "name", c.name), word)
+    const kinds = [["requests", ["requests", "rpm", "rpd"]], ["tokens", ["tokens", "tpm", "tpd"]]]
+    const parts = kinds.map(([what, keys]) => {
+      const found = tightest(c.ledger, keys)
+      return found ? meter(what, found.left, found.limit, found.model) : make("div", "meter", `${what}: no limit known`)
+    })
+    put(stats, wave(one.answered, one.failed, `${c.name}: answers and failures, ten minutes`),
+      make("div", "meter", `${short(total)} answered, ${short(sum(one.failed))} failed, ${c.in_flight} in flight`))
+    const error = c.last_error ? [make("div", "error", "Last error: " + c.last_error)] : []
+    put(rows.get(c.name), title, ...parts, stats, ...error)
+  }
+}
+function showRecent(status) {
+  const list = $("recent"), ids = new Set(status.history.recent.map(r => r.id + r.at))
+  for (const [id, it] of seen) if (!ids.has(id)) seen.delete(id), it.remove()
+  for (const r of [...status.history.recent].reverse()) {
+    if (seen.has(r.id + r.at)) continue
+    const item = make("li"), box = make("details", "card"), head = make("summary"), path = make("span", "path")
+    const tries = r.attempts.map(a => make("i", a.outcome === "ok" ? "ok" : a.outcome === "rate" ? "rate" : ""))
+    put(path, ...tries, ` ${r.attempts.length} attempt${r.attempts.length === 1 ? "" : "s"}`)
+    put(head, make("span", "dim time", new Date(r.at * 1e3).toLocaleTimeString([], {hour12: false})),
+      make("span", "code " + (r.status < 400 ? "ok" : "bad"), String(r.status)), make("span", "model", r.model || "-"),
+      make("span", "account dim", r.controller || r.code || "-"), path, make("span", "num", span(r.ms)))
+    const why = make("ol")
+    const line = (text, more) => why.append(put(make("li"), text, make("span", "dim", more)))
+    if (r.wait_ms) line(`waited in line for ${span(r.wait_ms)}`, "")
+    for (const a of r.attempts) {
+      const status = a.status && a.status !== 200 ? `, status ${a.status}` : ""
+      const reason = a.reason ? `: ${a.reason}` : ""
+      line(`${a.controller}: ${WORDS[a.outcome] || a.outcome}`, ` after ${span(a.seconds * 1e3)}${status}${reason}`)
+    }
+    const tokens = r.tokens && short(r.tokens) + " tokens"
+    line("", [r.id, r.key && "key " + r.key, tokens, "first byte " + span(r.first_ms)].filter(Boolean).join(", "))
+    box.append(head, why)
+    item.append(box)
+    list.prepend(item)
+    seen.set(r.id + r.at, item)
+  }
+}
+function showUsage(status) {
+  $("spent").hidden = !status.usage_today.length
+  const cells = (tag, list) => put(make("tr"), ...list.map(text => make(tag, "", text)))
+  const numbers = u => [u.requests, u.input, u.cached, u.output].map(short)
+  put($("usage"), cells("th", ["key", "requests", "input", "cached", "output", "cost"]),
+    ...status.usage_today.map(u => cells("td", [u.key || "-", ...numbers(u), u.cost.toFixed(4)])))
+}
+function tell(name, text) { put($("state"), make("span", "dot"), text), $("state").className = name }
+async function poll() {
+  try {
+    const key = sessionStorage.getItem("key"), headers = key ? {Authorization: "Bearer " + key} : {}
+    const reply = await fetch("status?verbose=1&history=1", {headers, cache: "no-store"})
+    const locked = reply.status === 401 || reply.status === 403, status = await reply.json()
+    $("login").hidden = !locked
+    $("main").hidden = locked
+    if (locked) {
+      tell("dim", "locked")
+      if (key) $("hint").textContent = status.error.message
+      return
+    }
+    $("demo").hidden = status.source !== "--demo=storm"
+    for (const show of [showNow, showControllers, showRecent, showUsage]) show(status)
+    tell(status.status === "ok" ? "ok" : "limited", status.status === "ok" ? "live" : status.status)
+    wait = 2000
+  } catch (error) {
+    tell("bad", "no answer from the server")
+    wait = Math.min(wait * 2, 30000)
+  }
+  setTimeout(function again() { document.hidden ? setTimeout(again, 1000) : poll() }, wait)
+}
+$("login").addEventListener("submit", event => {
+  event.preventDefault()
+  sessionStorage.setItem("key", $("key").value)
+  poll()
+})
+poll()
+"""
+PAGE = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>chatgpt_apiserver</title><link rel="icon" href="data:,"><style>{PAGE_STYLE}</style></head><body>
+<header><h1>chatgpt_apiserver</h1><p id="state" role="status" class="dim">connecting</p></header>
+<form id="login" class="card" hidden><label for="key">This server has client keys. Show one with admin rights; it stays
+in this tab.</label><input id="key" type="password" autocomplete="off" required><button>Open</button>
+<p id="hint" class="bad" role="alert"></p></form>
+<main id="main" hidden><dl id="now"></dl>
+<h2>Controllers</h2><ul id="controllers"></ul>
+<h2>Last requests: open one to see why it went where</h2><ol id="recent"></ol>
+<section id="spent" hidden><h2>Usage today (UTC)</h2><table id="usage" class="card"></table></section></main>
+<footer>chatgpt_apiserver {__version__}. Graphs show ten minutes, failures in red. For machines: /metrics, /usage.
+<span id="demo" hidden>This is a show: the accounts echo, and the server itself sends the load.</span></footer>
+<script>{PAGE_SCRIPT}</script></body></html>
+"""
+PAGE_TEXT = f"""chatgpt_apiserver {__version__}: several OpenAI-style accounts behind one address.
+Point an OpenAI client at the path /v1 of this address. Open this address in a browser to see what happens.
+/status  whether it is well          /status?verbose=1  every account
+/metrics for Prometheus              /usage             tokens and cost
+"""
+
+
+def page_headers() -> bytes:
+    """Return the header lines of the page: nothing from elsewhere runs or is loaded (CSP, level 3)."""
+    style, script = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (PAGE_STYLE, PAGE_SCRIPT)
+    )
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    fields = {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": policy,
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return "".join([f"{name}: {value}\r\n" for name, value in fields.items()]).encode()
+
+
+PAGE_HEADERS = page_headers()
+
+
+# ==== 16. Server ====
 # One task for each client connection: read a request, get its answer, write it, read the next. `ClientConnection._send`
 # is the only writer, and `ClientConnection._answer` the only place that turns an error into an answer. A client that
 # leaves cancels the task, and with it all that is under way upstream.
@@ -7571,6 +7992,7 @@ ROUTES = {
     "/metrics": ("GET, HEAD", "_metrics"),
     "/usage": ("GET, HEAD", "_usage"),
     "/reload": ("POST", "_reload"),
+    "": ("GET, HEAD", "_page"),
 }
 
 
@@ -8404,6 +8826,7 @@ class Server:
         self.pool = UpstreamPool([], config.pool, loop)
         self.client_quotas: dict[str, ClientQuota] = {}
         self.access, self.metrics, self.usage = AccessLog(loop, log_writer.write), Metrics(), UsageBook()
+        self.history = History()
         self.state = StateFile(path_beside(config.source, config.state_file)) if config.state_file else None
         # What the file has of the pool.
         self.saved: dict[str, str | None] = {}
@@ -8571,7 +8994,9 @@ class Server:
         self.access.add(record)
         if not record.monitoring:
             self.metrics.count(record, self.pool.known_models)
-            self.usage.count(record, time.time())
+            at = time.time()
+            self.usage.count(record, at)
+            self.history.add(record, at)
 
     def forget(self, client: ClientConnection) -> None:
         """Stop counting a connection that has ended."""
@@ -8730,6 +9155,12 @@ class Server:
         if "verbose=1" in asked:
             self._check_admin(call)
             status.update(describe_pool(self.pool, self.loop.time()), connections=len(self.connections))
+            if "history=1" in asked:
+                names, at = [upstream.name for upstream in self.pool.upstreams], time.time()
+                today = [(*row, *sums) for row, sums in self.usage.rows.items() if row[0] == day_of(at)]
+                status["history"] = self.history.describe(names, at)
+                status["usage_today"] = group_usage(today, ["key"])
+            status["source"] = self.config.source
             status["settings"] = {path: show_setting(path, value) for path, value, _ in settings_of(self.config)}
             status["upstream_connections"] = {"idle": self.links.idle_count, "active": len(self.links.active)}
         return json_answer(status, 503 if self.draining or status.get("ready") is False else 200)
@@ -8739,6 +9170,14 @@ class Server:
         self._check_admin(call)
         text = self.metrics.render(self.pool, self.links, len(self.connections)).encode()
         return Answer(200, DATE % http_date(time.time()) + METRICS_TYPE, text, len(text))
+
+    async def _page(self, call: Call) -> Answer:
+        """Return the page for browsers; a short text for curl. It holds no data, so it needs no key."""
+        if b"text/html" in call.head.index.get(b"accept", b""):
+            body, lines = PAGE.encode(), PAGE_HEADERS
+        else:
+            body, lines = PAGE_TEXT.encode(), b"Content-Type: text/plain; charset=utf-8\r\n"
+        return Answer(200, DATE % http_date(time.time()) + lines, body, len(body))
 
     async def _reload(self, call: Call) -> Answer:
         """Read the configuration again; return what has changed."""
@@ -8877,7 +9316,7 @@ class Server:
         return await self._relay(call, request)
 
 
-# ==== 16. Command line ====
+# ==== 17. Command line ====
 # Flags, start, signals, exit status: 0 after a drain, 2 for a configuration that cannot be used, 1 for an address that
 # cannot be listened on, for output that cannot be written, and after a second signal.
 
@@ -8886,6 +9325,7 @@ class Server:
 LOOKUP_THREADS = 64
 FIRST_SOCKET = 3  # the number of the first file that systemd passes on (SD_LISTEN_FDS_START)
 PROBE_TIMEOUT_S = 30.0
+STORM_CLIENTS = 12
 EXAMPLE = """# chatgpt-apiserver.toml. Check it with: python3 chatgpt_apiserver.py -c chatgpt-apiserver.toml --check
 host = "127.0.0.1"            # "0.0.0.0" is every address; then client_keys should be set
 port = 8080
@@ -8941,7 +9381,8 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, str]:
     add("--probe", nargs="?", const="models", choices=("models", "chat"), help="ask every account, print a table")
     add("--example", action="store_true", help="print a configuration with comments (TOML)")
     add("--new-key", metavar="NAME", help="print a new client key, and its line for the configuration")
-    add("--demo", action="store_true", help="run without any key: two controllers that echo")
+    about = "run without any key: two controllers that echo; storm: limited accounts under load, see the page"
+    add("--demo", nargs="?", const="echo", default="", choices=("echo", "storm"), help=about)
     add("--version", action="store_true", help="print the version, exit")
     add("-h", "--help", action="store_true", help="print this, exit")
     try:
@@ -9029,6 +9470,32 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+async def storm_client(host: str, port: int, number: int) -> None:
+    """Send one streamed chat after another, with pauses, until cancelled."""
+    words = "Ten rate-limited accounts behave like one that never says 429 while any of them has room.".split()
+    while True:
+        try:
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                text = " ".join(words[: random.randint(3, len(words))])
+                data = {"model": "gpt-demo", "stream": True, "messages": [{"role": "user", "content": text}]}
+                body = compact_json(data)
+                head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                writer.write(head + JSON_TYPE + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                await reader.read()
+            finally:
+                writer.close()
+        except OSError as error:
+            log.debug("storm: client %d: %s", number, reason_of(error))
+        await asyncio.sleep(random.uniform(0.2, 1.0))
+
+
+async def run_storm(host: str, port: int) -> None:
+    """Put the server under a load that its accounts can hardly bear."""
+    log.info("storm: %d clients send chats to three limited accounts and a failing one; Ctrl-C ends it", STORM_CLIENTS)
+    await asyncio.gather(*[storm_client(host, port, number) for number in range(STORM_CLIENTS)])
+
+
 async def serve(config: Config, load: Callable[[], Config], inherited: Sequence[socket.socket]) -> NoReturn:
     """Run the server until a signal stops it; SIGHUP makes it `load` the configuration again."""
     loop = asyncio.get_running_loop()
@@ -9068,10 +9535,15 @@ async def serve(config: Config, load: Callable[[], Config], inherited: Sequence[
         leave(1)
     for host, port in addresses:
         log.info("listening on %s", url_of(config, host, port) if port else host)
-        if config.source == "--demo":
+        if config.source.startswith("--demo"):
+            log.info("see it: %s/ in a browser", url_of(config, host, port))
             log.info("try it: curl -N %s/v1/chat/completions -d '%s'", url_of(config, host, port), DEMO_BODY)
     notify_manager(os.environ, "READY=1")
     feed_watchdog(loop, os.environ)
+    if config.source == "--demo=storm":
+        show = loop.create_task(run_storm(*addresses[0]))
+        await stop.wait()
+        show.cancel()
     await stop.wait()
     open_count, wait_s = len(server.connections), server.config.drain_delay + server.config.drain_timeout
     log.info("stopping: %d connections open; waiting up to %g s, a second signal ends it now", open_count, wait_s)

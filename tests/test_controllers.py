@@ -366,3 +366,14 @@ async def test_echo_stream(text: str, usage: bool) -> None:
     assert deltas[0] == {"role": "assistant", "content": ""}
     assert "".join(delta.get("content", "") for delta in deltas) == text
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+async def test_an_echo_controller_that_refuses() -> None:
+    """It answers so many requests in a minute, and fails the share of requests that it is told to."""
+    echo = {"type": "echo", "name": "e", "config": {"refuse_above": 2}}
+    async with Running(echo, pool={"max_wait": 0}) as server:
+        replies = [await server.post("m") for _ in range(3)]
+        assert [reply.status for reply in replies] == [200, 200, 429]
+        assert 58_000 < int(replies[2].headers["retry-after-ms"]) <= 60_001
+    async with Running({**echo, "config": {"fail_share": 1.0}}) as server:
+        assert (await server.post("m")).status == 500

@@ -70,7 +70,7 @@ async def test_the_sums_of_some_requests() -> None:
         ("tokens_total", (*good, ("kind", "output"))): 10,
         ("tokens_total", (*good, ("kind", "cached"))): 6,
     }
-    assert samples["rate_limits_seen_total", (("controller", "a"),)] == samples["rate_limits_avoided_total", ()] == 1
+    assert (samples["rate_limits_seen_total", (("controller", "a"),)], samples["rate_limits_avoided_total", ()]) == (1, 2)
     buckets = [value for (name, _), value in samples.items() if name == "request_seconds_bucket"]
     assert buckets == sorted(buckets) and buckets[-1] == samples["request_seconds_count", (("controller", "b"),)] == 2
     assert samples["answer_bytes_total", ()] > 400 and samples["wait_seconds_total", ()] == 0

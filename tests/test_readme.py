@@ -307,7 +307,7 @@ def test_log_fields() -> None:
     record.code, record.upstream_id, record.trace_id, record.usage = "server_error", "up-1", "0af7", app.Usage(3, 1, 2, 0)
     record.waited_s = 1.0
     record.attempts = [app.AttemptRecord("a", "rate", 0.1, "m", 429, "no"), app.AttemptRecord("b", "ok", 0.2, "m", 200)]
-    rows = table(section("## Operation"), "text", "JSON", "meaning")
+    rows = table(section("## Operate"), "text", "JSON", "meaning")
     formatter = app.LineFormatter()
     text = [name for cell, _, _ in rows for name in ticked(cell)]
     assert sorted(text) == sorted(re.findall(r" (\w+)=", formatter.access(record, 1.0)))
@@ -318,15 +318,14 @@ def test_log_fields() -> None:
 
 def test_metrics() -> None:
     """The table of metrics is that of the program."""
-    rows = table(section("## Operation"), "metric", "type", "labels", "meaning")
-    known = {**{app.METRIC_PREFIX + name: row for name, row in app.METRICS.items()}, **app.PROCESS_METRICS}
+    rows = table(section("## Operate"), "metric", "type", "labels", "meaning")
     told = {ticked(name)[0]: (kind, " ".join(ticked(labels)), meaning) for name, kind, labels, meaning in rows}
-    assert told == known
+    assert told == app.METRICS
 
 
 def test_outcomes() -> None:
     """The table has every outcome that the access log may show."""
-    rows = table(section("## Operation"), *["outcome", "meaning"] * 3)
+    rows = table(section("## Operate"), *["outcome", "meaning"] * 3)
     told = [name for row in rows for name in ticked("".join(row[::2]))]
     assert sorted(told) == sorted([*(outcome.value for outcome in app.Outcome), "error", "stopped"])
 
@@ -334,7 +333,7 @@ def test_outcomes() -> None:
 @pytest.mark.virtual_time
 async def test_status(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of /status has its fields, its states and reasons are the program's, and so are the lines of the log."""
-    text = section("## Operation")
+    text = section("## Operate")
     rows = {ticked(row[0])[0]: row for row in table(text, "field", "meaning")}
     monkeypatch.setattr(logging.getLogger("chatgpt_apiserver"), "propagate", True)
     caplog.set_level(logging.INFO, "chatgpt_apiserver")
@@ -347,7 +346,7 @@ async def test_status(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monk
             await pause(31.0)
             assert (await server.post()).status == 200
             (state,) = (await server.status())["controllers"]
-    assert set(out) == {"status", "policy", "waiting", "connections", "upstream_connections", "controllers", "settings"}
+    assert set(out) == {"status", "policy", "waiting", "connections", "upstream_connections", "controllers", "settings", "source"}
     assert all(f"`{name}`" in text for name in set(out) - {"status"})
     assert sorted(name for row in rows.values() for name in ticked(row[0])) == sorted(state)
     assert (out["controllers"][0]["state"], out["controllers"][0]["reason"]) == ("out", "refused")

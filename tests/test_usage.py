@@ -1,6 +1,7 @@
 """Usage and cost: what is counted, where it is stored, and what a restart remembers."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import sqlite3
@@ -129,7 +130,7 @@ async def test_a_restart_remembers(tmp_path: Path) -> None:
                 else:
                     for _ in range(2):
                         await server.ask("POST", "/v1/responses", {"model": "m", "input": "x"})
-    with sqlite3.connect(file["state_file"]) as stored:
+    with contextlib.closing(sqlite3.connect(str(file["state_file"]))) as stored:
         assert stored.execute("SELECT sum(requests) FROM usage").fetchone() == (3,)
     assert (tmp_path / "state.sqlite").stat().st_mode & 0o777 == 0o600
 
@@ -173,7 +174,7 @@ async def test_a_broken_file_stops_no_answer(kind: str, tmp_path: Path, caplog: 
     elif kind == "missing":
         path = tmp_path / "none" / "state.sqlite"
     else:
-        with sqlite3.connect(path) as file:
+        with contextlib.closing(sqlite3.connect(path)) as file:
             file.execute("PRAGMA user_version = 7")
     with caplog.at_level(logging.INFO, "chatgpt_apiserver"):
         async with Upstream(answers(GOOD)) as up, Running(controller("a", up.url), state_file=str(path)) as server:
