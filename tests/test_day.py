@@ -49,8 +49,9 @@ from .test_metrics import Samples, parse
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGHUP")
 FOREIGN = [str(Path(CERT).parent / name) for name in ("foreign.pem", "foreign.key")]
 KEYS = {"alice": "client-key-of-alice-1", "bob": "client-key-of-bob-22", "boss": "client-key-of-the-boss"}
-PER_SECOND = 15  # answers of one account
-STORM_CLIENTS, STORM_REQUESTS = 20, 3
+PER_SECOND = 25  # answers of one account
+ID_PREFIX = 16  # characters of a request id that are those of its process
+STORM_CLIENTS, STORM_REQUESTS = 24, 4
 
 
 class Account:
@@ -58,7 +59,7 @@ class Account:
 
     def __init__(self) -> None:
         self.recent: deque[float] = deque()
-        self.held: list[Message] = []
+        self.held: list[str] = []
         self.go = asyncio.Event()
         self.dead = False
         self.limited = self.refused = 0
@@ -81,7 +82,7 @@ class Account:
         self.recent.append(now())
         data, hold = message.json(), message.headers.get("x-hold")
         if hold:
-            self.held.append(message)
+            self.held.append(hold)
         if hold == "killed":
             await peer.gone()
             return
@@ -150,13 +151,14 @@ class Day:
         return self.process
 
     def log(self) -> list[dict[str, Any]]:
-        """Return the lines of the log, old files first; each of them has to be JSON."""
+        """Return the lines of the log, the old file first; each of them has to be JSON."""
         text = "".join(path.read_text() for path in sorted(self.folder.glob("day.log*"), reverse=True))
-        return [json.loads(line) for line in text.splitlines()]
+        # What stands behind the last line end is still being written.
+        return [json.loads(line) for line in text.split("\n")[:-1]]
 
-    async def logged(self, words: str, times: int = 1) -> None:
-        """Wait until that many lines of the log have `words`."""
-        await until(lambda: sum(words in line["body"] for line in self.log()) >= times)
+    async def logged(self, *words: str, times: int = 1) -> None:
+        """Wait until that many lines of the log have all of `words`."""
+        await until(lambda: sum(all(word in line["body"] for word in words) for line in self.log()) >= times)
 
     def stored(self, column: str) -> dict[str, list[int]]:
         """Return requests and tokens in the state_file, by the values of a column."""
@@ -181,30 +183,25 @@ class Day:
         self.certificates.add(shown)
         return client
 
-    def take(self, reply: Message, name: str, stream: bool) -> None:
-        """Check an answer, whole or a stream, and count it."""
-        assert reply.status == 200, reply
-        assert b"usage" not in reply.body and reply.body.endswith(DONE) if stream else reply.json()["usage"], reply
-        self.answered[name] += 1
-        self.processes.add(reply.headers["x-request-id"][:16])
-
     async def visit(self, name: str, over: Callable[[int], bool], keeps: bool) -> None:
         """Ask until it is over; `keeps`: on one connection as long as the server lets it, else a new one each time.
 
         There are no second tries: a connection that ends without its answer fails the test.
         """
-        client, number = await self.open(), 0
+        client, number, closes = await self.open(), 0, False
         while not over(number):
-            if number and (not keeps or client.reader.at_eof()):
+            if closes or client.reader.at_eof() or (number and not keeps):
                 client.close()
                 client = await self.open()
             number, stream = number + 1, number % 2 == 1
             await client.post("m", "api-key: " + KEYS[name], stream=stream)
             reply = await client.read()
-            self.take(reply, name, stream)
-            if reply.headers.get("connection") == "close":
-                assert not await client.closed()
-                client.reader.feed_eof()
+            assert reply.status == 200, reply
+            if stream:
+                assert b"usage" not in reply.body and reply.body.endswith(DONE)
+            self.answered[name] += 1
+            self.processes.add(reply.headers["x-request-id"][:ID_PREFIX])
+            closes = reply.headers.get("connection") == "close"
         client.close()
 
     @asynccontextmanager
@@ -225,10 +222,9 @@ class Day:
 
     async def operate(self, method: str, target: str) -> Message:
         """Ask as the operator."""
-        client = await self.open()
-        await client.send(request(b"", "api-key: " + KEYS["boss"], target=target, method=method))
-        reply = await client.read()
-        client.close()
+        with closing(await self.open()) as client:
+            await client.send(request(b"", "api-key: " + KEYS["boss"], target=target, method=method))
+            reply = await client.read()
         assert reply.status == 200, reply
         return reply
 
@@ -236,23 +232,28 @@ class Day:
         """Return the lines of ended requests in the log."""
         return [line for line in self.log() if line["body"] == "request"]
 
-    async def in_the_evening(self) -> Samples:
-        """Wait for quiet; check log, metrics and status of the running process; return the metrics."""
+    async def compare(self) -> Samples:
+        """Wait until all is written; compare log, metrics, page and books with the accounts; return the metrics."""
         await until(lambda: len(self.requests()) == self.answered.total())
         lines = self.requests()
         assert Counter(line["client_key"] for line in lines) == self.answered
         assert {line["http.response.status_code"] for line in lines} == {200}
-        attempts = [attempt for line in lines for attempt in line["attempts"]]
-        outcomes = Counter((attempt["controller"], attempt["outcome"]) for attempt in attempts)
+        outcomes = Counter((one["controller"], one["outcome"]) for line in lines for one in line["attempts"])
         for name, account in self.accounts.items():
-            assert outcomes[name, "ok"] == account.sums[0] and outcomes[name, "rate"] == account.limited
-        samples = parse((await self.operate("GET", "/metrics")).body.decode())[1]
+            assert (outcomes[name, "ok"], outcomes[name, "rate"]) == (account.sums[0], account.limited)
+        # The books have all processes, metrics and page only the running one.
+        books = (await self.operate("GET", "/usage?by=controller")).json()["data"]
+        assert {row["controller"]: [row[name] for name in app.USAGE_SUMS[:4]] for row in books} == self.counted()
         own = [line for line in lines if line["request_id"].startswith(self.newest)]
-        for name, field in (("input", "input_tokens"), ("output", "output_tokens")):
-            told = sum(line["gen_ai.usage." + field] for line in own)
-            assert self.total(samples, "tokens_total", ("kind", name)) == told
-        assert self.total(samples, "requests_total", ("status", "200")) == len(own)
-        assert self.total(samples, "requests_total") == len(own)
+        samples = parse((await self.operate("GET", "/metrics")).body.decode())[1]
+        assert self.total(samples, "requests_total") == self.total(samples, "requests_total", ("status", "200")) == len(own)
+        for kind, name in (("input", "input"), ("output", "output"), ("cached", "cache_read.input")):
+            told = sum(line[f"gen_ai.usage.{name}_tokens"] for line in own)
+            assert self.total(samples, "tokens_total", ("kind", kind)) == told
+        history = (await self.operate("GET", "/status?verbose=1&history=1")).json()["history"]
+        assert sum(history["requests"]) == len(own) and not sum(history["failed"])
+        shown = {one["id"]: len(one["attempts"]) for one in history["recent"]}
+        assert shown == {line["request_id"]: len(line["attempts"]) for line in own[-app.HISTORY_REQUESTS :]}
         return samples
 
     @staticmethod
@@ -260,6 +261,118 @@ class Day:
         """Return the sum of a metric's samples that have these labels."""
         full = "chatgpt_apiserver_" + name
         return sum(value for (found, has), value in samples.items() if found == full and {*labels} <= {*has})
+
+
+async def storm(day: Day) -> None:
+    """Many clients come at once, several times what the accounts answer in a second. None of them sees a 429."""
+    enough = STORM_REQUESTS.__le__
+    clients = [day.visit(name, enough, bool(n % 3)) for n, name in zip(range(STORM_CLIENTS), itertools.cycle(KEYS))]
+    await asyncio.gather(*clients)
+    assert day.answered.total() == STORM_CLIENTS * STORM_REQUESTS
+    limited = sum(account.limited for account in day.accounts.values())
+    samples = await day.compare()
+    assert 0 < limited == day.total(samples, "rate_limits_seen_total")
+    assert day.total(samples, "rate_limits_avoided_total") > 0 and day.total(samples, "wait_seconds_total") > 0
+
+
+async def death(day: Day) -> None:
+    """West is closed: what is under way there is cut, the rest is refused. East answers all of it."""
+    async with day.load():
+        await day.more()
+        day.accounts["west"].dead = True
+        await day.logged("account west: disabled", "401")
+    samples = await day.compare()
+    assert day.total(samples, "controller_state", ("controller", "west"), ("state", "out")) == 1
+    status = (await day.operate("GET", "/status?verbose=1")).json()
+    assert {one["name"]: one["state"] == "out" for one in status["controllers"]} == {"east": False, "west": True}
+
+
+async def growth(day: Day) -> None:
+    """A reload adds south, which takes part at once."""
+    async with day.load():
+        changed = (await day.operate("POST", "/reload")).json()["changed"]
+        assert changed[0] == "controllers: east, west -> east, west, south", changed
+        await until(lambda: day.accounts["south"].sums[0] > 5)
+        await day.logged("account west: disabled", "401", times=2)
+
+
+async def renewal(day: Day) -> None:
+    """A new certificate is used for new connections; old ones go on."""
+    assert len(day.certificates) == 1
+    async with day.load():
+        for source, target in zip(FOREIGN, ("server.pem", "server.key"), strict=True):
+            copy(source, day.folder / target)
+        day.process.send_signal(signal.SIGHUP)
+        await until(lambda: len(day.certificates) == 2)
+        # Each reload tries west once more.
+        await day.logged("account west: disabled", "401", times=3)
+    await day.logged("reload: nothing changed")
+
+
+async def rotation(day: Day) -> None:
+    """The log's file is renamed, and made again at SIGUSR1."""
+    async with day.load():
+        (day.folder / "day.log").rename(day.folder / "day.log.1")
+        day.process.send_signal(signal.SIGUSR1)
+        await until((day.folder / "day.log").exists)
+
+
+async def replacement(day: Day, old: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
+    """A new process serves beside the old one, which then ends its answers. It knows that west is closed."""
+    await day.compare()
+    await until(lambda: day.stored("controller") == day.counted())
+    held = await day.open()
+    await held.post("m", "X-Hold: replaced", "api-key: " + KEYS["bob"], stream=True)
+    await held.reader.readuntil(event("a"))
+    async with day.load():
+        refused, seen = day.accounts["west"].refused, set(day.processes)
+        new = await day.start()
+        await until(lambda: len(day.processes) == 2)
+        old.terminate()
+        await day.more()
+        for account in day.accounts.values():
+            account.go.set()
+        rest = await held.reader.readuntil(DONE + b"\r\n0\r\n\r\n")
+        day.answered["bob"] += 1
+        held.close()
+        assert event("b") in rest and await asyncio.to_thread(old.wait, 15) == 0
+    (day.newest,) = day.processes - seen
+    assert day.accounts["west"].refused == refused
+    await day.compare()
+    return new
+
+
+async def crash(day: Day, old: "subprocess.Popen[bytes]") -> None:
+    """kill -9 takes one answer that was under way. What comes before the next process runs is answered by that one."""
+    await until(lambda: day.stored("controller") == day.counted())
+    doomed = await day.open()
+    await doomed.post("m", "X-Hold: killed", "api-key: " + KEYS["bob"])
+    await until(lambda: any("killed" in account.held for account in day.accounts.values()))
+    old.kill()
+    assert await doomed.closed() == b""
+    doomed.close()
+    early = [asyncio.ensure_future(day.visit("bob", (1).__le__, False)) for _ in range(3)]
+    seen = set(day.processes)
+    await day.start()
+    await asyncio.gather(*early)
+    (day.newest,) = day.processes - seen
+    async with day.load():
+        await day.more()
+
+
+async def sums(day: Day) -> None:
+    """What the accounts have counted is what log, metrics and state_file say; nothing secret is in the log."""
+    samples = await day.compare()
+    assert day.total(samples, "controller_state", ("controller", "west"), ("state", "out")) == 1
+    await until(lambda: day.stored("controller") == day.counted())
+    assert {name: row[0] for name, row in day.stored("key").items()} == day.answered
+    day.process.terminate()
+    assert await asyncio.to_thread(day.process.wait, 15) == 0
+    await day.logged("stopped", times=2)
+    assert day.stored("controller") == day.counted()
+    text = str(day.log())
+    assert not any(secret in text for secret in (*KEYS.values(), "sk-secret", "hello"))
+    assert [line["body"].partition(" on ")[0] for line in day.log()].count("listening") == 3
 
 
 async def test_a_day(tmp_path: Path) -> None:
@@ -282,112 +395,3 @@ async def test_a_day(tmp_path: Path) -> None:
             second = await replacement(day, first)
             await crash(day, second)
             await sums(day)
-
-
-async def storm(day: Day) -> None:
-    """Many clients come at once, several times what the accounts answer in a second. None of them sees a 429."""
-    enough = STORM_REQUESTS.__le__
-    clients = [day.visit(name, enough, bool(n % 3)) for n, name in zip(range(STORM_CLIENTS), itertools.cycle(KEYS))]
-    await asyncio.gather(*clients)
-    assert day.answered.total() == STORM_CLIENTS * STORM_REQUESTS
-    limited = sum(account.limited for account in day.accounts.values())
-    samples = await day.in_the_evening()
-    assert 0 < limited == day.total(samples, "rate_limits_seen_total")
-    assert day.total(samples, "rate_limits_avoided_total") > 0 and day.total(samples, "wait_seconds_total") > 0
-
-
-async def death(day: Day) -> None:
-    """West is closed: what is under way there is cut, the rest is refused. East answers all of it."""
-    async with day.load():
-        await day.more()
-        day.accounts["west"].dead = True
-        await day.logged("account west: ")
-    samples = await day.in_the_evening()
-    assert day.total(samples, "controller_state", ("controller", "west"), ("state", "out")) == 1
-    status = (await day.operate("GET", "/status?verbose=1")).json()
-    assert [one["state"] for one in status["controllers"] if one["name"] == "west"] == ["out"]
-
-
-async def growth(day: Day) -> None:
-    """A reload adds south, which takes part at once."""
-    async with day.load():
-        changed = (await day.operate("POST", "/reload")).json()["changed"]
-        assert changed[0] == "controllers: east, west -> east, west, south", changed
-        await until(lambda: day.accounts["south"].sums[0] > 5)
-
-
-async def renewal(day: Day) -> None:
-    """A new certificate is used for new connections; old ones go on."""
-    assert len(day.certificates) == 1
-    async with day.load():
-        for source, target in zip(FOREIGN, ("server.pem", "server.key"), strict=True):
-            copy(source, day.folder / target)
-        day.process.send_signal(signal.SIGHUP)
-        await until(lambda: len(day.certificates) == 2)
-    await day.logged("reload: nothing changed")
-
-
-async def rotation(day: Day) -> None:
-    """The log's file is renamed, and made again at SIGUSR1."""
-    async with day.load():
-        (day.folder / "day.log").rename(day.folder / "day.log.1")
-        day.process.send_signal(signal.SIGUSR1)
-        await until((day.folder / "day.log").exists)
-
-
-async def replacement(day: Day, old: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
-    """A new process serves beside the old one, which then ends its answers. It knows that west is closed."""
-    await day.in_the_evening()
-    await until(lambda: day.stored("controller") == day.counted())
-    held = await day.open()
-    await held.post("m", "X-Hold: replaced", "api-key: " + KEYS["bob"], stream=True)
-    await held.reader.readuntil(event("a"))
-    async with day.load():
-        refused, seen = day.accounts["west"].refused, set(day.processes)
-        new = await day.start()
-        await until(lambda: len(day.processes) == 2)
-        old.terminate()
-        await day.more()
-        for account in day.accounts.values():
-            account.go.set()
-        rest = await held.reader.readuntil(DONE + b"\r\n0\r\n\r\n")
-        day.answered["bob"] += 1
-        held.close()
-        assert event("b") in rest and await asyncio.to_thread(old.wait, 15) == 0
-    (day.newest,) = day.processes - seen
-    assert day.accounts["west"].refused == refused
-    await day.in_the_evening()
-    return new
-
-
-async def crash(day: Day, old: "subprocess.Popen[bytes]") -> None:
-    """kill -9 takes one answer that was under way. What comes before the next process runs is answered by that one."""
-    await until(lambda: day.stored("controller") == day.counted())
-    doomed = await day.open()
-    await doomed.post("m", "X-Hold: killed", "api-key: " + KEYS["bob"])
-    await until(lambda: any(message.headers["x-hold"] == "killed" for account in day.accounts.values() for message in account.held))
-    old.kill()
-    assert await doomed.closed() == b""
-    doomed.close()
-    early = [asyncio.ensure_future(day.visit("bob", (1).__le__, False)) for _ in range(3)]
-    seen = set(day.processes)
-    await day.start()
-    await asyncio.gather(*early)
-    (day.newest,) = day.processes - seen
-    async with day.load():
-        await day.more()
-
-
-async def sums(day: Day) -> None:
-    """What the accounts have counted is what log, metrics and state_file say; nothing secret is in the log."""
-    samples = await day.in_the_evening()
-    assert day.total(samples, "controller_state", ("controller", "west"), ("state", "out")) == 1
-    await until(lambda: day.stored("controller") == day.counted())
-    assert {name: row[0] for name, row in day.stored("key").items()} == day.answered
-    day.process.terminate()
-    assert await asyncio.to_thread(day.process.wait, 15) == 0
-    await day.logged("stopped", 2)
-    assert day.stored("controller") == day.counted()
-    text = str(day.log())
-    assert not any(secret in text for secret in (*KEYS.values(), "sk-secret", "hello"))
-    assert [line["body"].partition(" on ")[0] for line in day.log()].count("listening") == 3
