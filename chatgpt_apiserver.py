@@ -1548,6 +1548,9 @@ class LineFormatter(logging.Formatter):
         return f"{self.stamp(at)} INFO request {' '.join(words)}\n"
 
 
+formatter = LineFormatter()
+
+
 class LogWriter:
     """Writes log lines to stderr in a thread, so that a full pipe or a stalled disk never delays an answer.
 
@@ -1652,7 +1655,6 @@ class AccessLog:
             self.write("".join([formatter.access(record, record.until + offset_s) for record in records]))
 
 
-formatter = LineFormatter()
 redactor = Redactor()
 log_writer = LogWriter(formatter)
 
@@ -3933,6 +3935,146 @@ class Controller(Protocol):
         """
 
 
+def wants_usage(request: ApiRequest) -> bool:
+    """Return whether a stream must report its usage: the client asked for it, or a limit counts tokens."""
+    options = request.data.get("stream_options")
+    return request.add_usage or (isinstance(options, dict) and options.get("include_usage") is True)
+
+
+async def read_all(exchange: Exchange, most: int) -> bytes:
+    """Return the upstream's whole body, or more than `most` bytes of a larger one. Raise UpstreamError."""
+    body = data = await exchange.read()
+    while data and len(body) <= most:
+        data = await exchange.read()
+        body += data
+    return body
+
+
+def is_compressed(head: ResponseHead) -> bool:
+    """Return whether a body is compressed: some proxies do that although only identity was asked for."""
+    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
+
+
+def head_for(head: ResponseHead, status: int, kind: bytes) -> ResponseHead:
+    """Return a reply's head for another body, of type `kind`."""
+    replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
+    index = {name: value for name, value in head.index.items() if name not in replaced}
+    lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
+    return ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
+
+
+def to_events(answer: dict[str, Any], usage: bool) -> bytes:
+    """Return a whole chat completion as a stream: one chunk with all of it, and one with its usage.
+
+    Raise LookupError, TypeError or AttributeError if `answer` is no chat completion.
+    """
+    choices = []
+    for place, choice in enumerate(answer["choices"]):
+        delta = {name: value for name, value in choice["message"].items() if value is not None}
+        # Clients join the pieces of these lists by a number.
+        for name in {"tool_calls", "thinking_blocks"} & delta.keys():
+            delta[name] = [{"index": number, **item} for number, item in enumerate(delta[name])]
+        rest = {name: value for name, value in choice.items() if name != "message"}
+        choices.append({"index": place, **rest, "delta": delta})
+    chunk = {**answer, "object": "chat.completion.chunk", "choices": choices, "usage": None}
+    chunks = [chunk, {**chunk, "choices": [], "usage": answer.get("usage")}][: 2 if usage and "usage" in answer else 1]
+    return b"".join([b"data: %b\n\n" % compact_json(chunk) for chunk in chunks]) + b"data: [DONE]\n\n"
+
+
+# Texts that come in pieces. Other values come whole, and some vendors repeat them.
+_GROWING = frozenset("content reasoning_content reasoning refusal arguments text thinking data transcript".split())
+
+
+def join_chunk(whole: dict[str, Any], chunk: dict[str, Any]) -> None:
+    """Add a chunk to those before it: texts grow, lists are joined by `index`, all else is replaced."""
+    for name, value in chunk.items():
+        before = whole.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            join_chunk(before, value)
+        elif isinstance(value, list) and isinstance(before, list):
+            for item in value:
+                index = first_object(item).get("index")
+                same = [old for old in before if index is not None and first_object(old).get("index") == index]
+                if same:
+                    join_chunk(same[0], item)
+                else:
+                    before.append(item)
+        elif name in _GROWING and isinstance(value, str) and isinstance(before, str):
+            whole[name] = before + value
+        elif value not in (None, "") or name not in whole:
+            whole[name] = value
+
+
+class AskedForm:
+    """An exchange for a chat, whose answer gets the form that the client asked for: a stream, or one JSON object.
+
+    Some servers never stream, others always do. SDKs find nothing in the wrong form, and report no error. Answers in
+    the right form pass unchanged. So do errors, which section 13 judges.
+    """
+
+    def __init__(self, inner: Exchange, request: ApiRequest) -> None:
+        self.inner, self.first_byte_s = inner, inner.first_byte_s
+        self.read, self.interrupt, self.finish, self.abort = inner.read, inner.interrupt, inner.finish, inner.abort
+        self.stream, self.usage = request.stream, wants_usage(request)
+        self.head: ResponseHead
+        self.body = b""
+
+    async def start(self) -> None:
+        """See `Exchange`. An answer in the wrong form is read to its end."""
+        await self.inner.start()
+        head = self.head = self.inner.head
+        kind = head.index.get(b"content-type", b"").lower()
+        is_stream = kind.startswith(b"text/event-stream")
+        if head.status >= 300 or is_stream == self.stream or not (is_stream or b"json" in kind) or is_compressed(head):
+            return
+        self.read = self._read
+        try:
+            if is_stream:
+                self.head = head_for(head, head.status, b"application/json")
+                self.body = await self._join()
+            else:
+                self.body = await read_all(self.inner, ANSWER_BYTES)
+                answer = json.loads(self.body)
+                if answer["choices"] and not find_error(answer):
+                    self.body = to_events(answer, self.usage)
+                    self.head = head_for(head, head.status, STREAM_TYPE)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            # This is no chat completion.
+            if len(self.body) > ANSWER_BYTES:
+                raise BadReply(f"the upstream sent an answer of more than {ANSWER_BYTES} bytes") from None
+
+    async def _join(self) -> bytes:
+        """Return the body for a stream: the chat completion, or its error.
+
+        Raise UpstreamError. Raise LookupError, TypeError or AttributeError if the stream is no chat.
+        """
+        splitter, end, answer, size, data = EventSplitter(), StreamEnd(is_response=False), dict[str, Any](), 0, b" "
+        while data:
+            data = await self.inner.read()
+            size += len(data)
+            if size > STREAM_BYTES or len(splitter.pending) > EVENT_BYTES:
+                raise BadReply(f"the upstream sent more than {STREAM_BYTES} bytes, or {EVENT_BYTES} in one event")
+            end.feed(data)
+            for event in splitter.feed(data or b"\n\n"):
+                kind, text = event_fields(event)
+                chunk = event_object(text)
+                if kind == b"error" or find_error(chunk):
+                    return text
+                join_chunk(answer, chunk)
+        if not end.is_whole():
+            raise UpstreamClosed("the upstream ended its stream before the last event")
+        for choice in answer["choices"]:
+            message = choice["message"] = {"role": "assistant", "content": None, **choice.pop("delta")}
+            for item in (*(message.get("tool_calls") or ()), *(message.get("thinking_blocks") or ())):
+                item.pop("index", None)
+        return compact_json({**answer, "object": "chat.completion"})
+
+    async def _read(self) -> bytes:
+        """See `Exchange`."""
+        data, self.body = self.body, b""
+        return data
+
+
 class OpenAIController:
     """An account that speaks OpenAI's API, at any base URL.
 
@@ -4075,146 +4217,6 @@ class AzureController(OpenAIController):
         if self.api_version:
             parts.append("api-version=" + self.api_version)
         return super().target(path, "&".join(parts), model)
-
-
-def wants_usage(request: ApiRequest) -> bool:
-    """Return whether a stream must report its usage: the client asked for it, or a limit counts tokens."""
-    options = request.data.get("stream_options")
-    return request.add_usage or (isinstance(options, dict) and options.get("include_usage") is True)
-
-
-async def read_all(exchange: Exchange, most: int) -> bytes:
-    """Return the upstream's whole body, or more than `most` bytes of a larger one. Raise UpstreamError."""
-    body = data = await exchange.read()
-    while data and len(body) <= most:
-        data = await exchange.read()
-        body += data
-    return body
-
-
-def is_compressed(head: ResponseHead) -> bool:
-    """Return whether a body is compressed: some proxies do that although only identity was asked for."""
-    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
-
-
-def head_for(head: ResponseHead, status: int, kind: bytes) -> ResponseHead:
-    """Return a reply's head for another body, of type `kind`."""
-    replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
-    index = {name: value for name, value in head.index.items() if name not in replaced}
-    lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
-    return ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
-
-
-def to_events(answer: dict[str, Any], usage: bool) -> bytes:
-    """Return a whole chat completion as a stream: one chunk with all of it, and one with its usage.
-
-    Raise LookupError, TypeError or AttributeError if `answer` is no chat completion.
-    """
-    choices = []
-    for place, choice in enumerate(answer["choices"]):
-        delta = {name: value for name, value in choice["message"].items() if value is not None}
-        # Clients join the pieces of these lists by a number.
-        for name in {"tool_calls", "thinking_blocks"} & delta.keys():
-            delta[name] = [{"index": number, **item} for number, item in enumerate(delta[name])]
-        rest = {name: value for name, value in choice.items() if name != "message"}
-        choices.append({"index": place, **rest, "delta": delta})
-    chunk = {**answer, "object": "chat.completion.chunk", "choices": choices, "usage": None}
-    chunks = [chunk, {**chunk, "choices": [], "usage": answer.get("usage")}][: 2 if usage and "usage" in answer else 1]
-    return b"".join([b"data: %b\n\n" % compact_json(chunk) for chunk in chunks]) + b"data: [DONE]\n\n"
-
-
-# Texts that come in pieces. Other values come whole, and some vendors repeat them.
-_GROWING = frozenset("content reasoning_content reasoning refusal arguments text thinking data transcript".split())
-
-
-def join_chunk(whole: dict[str, Any], chunk: dict[str, Any]) -> None:
-    """Add a chunk to those before it: texts grow, lists are joined by `index`, all else is replaced."""
-    for name, value in chunk.items():
-        before = whole.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            join_chunk(before, value)
-        elif isinstance(value, list) and isinstance(before, list):
-            for item in value:
-                index = first_object(item).get("index")
-                same = [old for old in before if index is not None and first_object(old).get("index") == index]
-                if same:
-                    join_chunk(same[0], item)
-                else:
-                    before.append(item)
-        elif name in _GROWING and isinstance(value, str) and isinstance(before, str):
-            whole[name] = before + value
-        elif value not in (None, "") or name not in whole:
-            whole[name] = value
-
-
-class AskedForm:
-    """An exchange for a chat, whose answer gets the form that the client asked for: a stream, or one JSON object.
-
-    Some servers never stream, others always do. SDKs find nothing in the wrong form, and report no error. Answers in
-    the right form pass unchanged. So do errors, which section 13 judges.
-    """
-
-    def __init__(self, inner: Exchange, request: ApiRequest) -> None:
-        self.inner, self.first_byte_s = inner, inner.first_byte_s
-        self.read, self.interrupt, self.finish, self.abort = inner.read, inner.interrupt, inner.finish, inner.abort
-        self.stream, self.usage = request.stream, wants_usage(request)
-        self.head: ResponseHead
-        self.body = b""
-
-    async def start(self) -> None:
-        """See `Exchange`. An answer in the wrong form is read to its end."""
-        await self.inner.start()
-        head = self.head = self.inner.head
-        kind = head.index.get(b"content-type", b"").lower()
-        is_stream = kind.startswith(b"text/event-stream")
-        if head.status >= 300 or is_stream == self.stream or not (is_stream or b"json" in kind) or is_compressed(head):
-            return
-        self.read = self._read
-        try:
-            if is_stream:
-                self.head = head_for(head, head.status, b"application/json")
-                self.body = await self._join()
-            else:
-                self.body = await read_all(self.inner, ANSWER_BYTES)
-                answer = json.loads(self.body)
-                if answer["choices"] and not find_error(answer):
-                    self.body = to_events(answer, self.usage)
-                    self.head = head_for(head, head.status, STREAM_TYPE)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            # This is no chat completion.
-            if len(self.body) > ANSWER_BYTES:
-                raise BadReply(f"the upstream sent an answer of more than {ANSWER_BYTES} bytes") from None
-
-    async def _join(self) -> bytes:
-        """Return the body for a stream: the chat completion, or its error.
-
-        Raise UpstreamError. Raise LookupError, TypeError or AttributeError if the stream is no chat.
-        """
-        splitter, end, answer, size, data = EventSplitter(), StreamEnd(is_response=False), dict[str, Any](), 0, b" "
-        while data:
-            data = await self.inner.read()
-            size += len(data)
-            if size > STREAM_BYTES or len(splitter.pending) > EVENT_BYTES:
-                raise BadReply(f"the upstream sent more than {STREAM_BYTES} bytes, or {EVENT_BYTES} in one event")
-            end.feed(data)
-            for event in splitter.feed(data or b"\n\n"):
-                kind, text = event_fields(event)
-                chunk = event_object(text)
-                if kind == b"error" or find_error(chunk):
-                    return text
-                join_chunk(answer, chunk)
-        if not end.is_whole():
-            raise UpstreamClosed("the upstream ended its stream before the last event")
-        for choice in answer["choices"]:
-            message = choice["message"] = {"role": "assistant", "content": None, **choice.pop("delta")}
-            for item in (*(message.get("tool_calls") or ()), *(message.get("thinking_blocks") or ())):
-                item.pop("index", None)
-        return compact_json({**answer, "object": "chat.completion"})
-
-    async def _read(self) -> bytes:
-        """See `Exchange`."""
-        data, self.body = self.body, b""
-        return data
 
 
 class MessagesExchange:
@@ -4869,20 +4871,6 @@ _decode_json = json.JSONDecoder().raw_decode
 USAGE_BYTES = 2048  # no usage is larger
 
 
-def read_usage(body: bytes) -> Usage | None:
-    """Return the last `usage` in an answer or in its end; None without one.
-
-    It searches, as the end of an answer is not JSON, and a whole answer may have megabytes.
-    """
-    start = body.rfind(b'"usage"')
-    while start >= 0:
-        found = _USAGE.match(body, start)
-        if found is not None:
-            return usage_of(body[found.end() : start + USAGE_BYTES].decode("utf-8", "replace"))
-        start = body.rfind(b'"usage"', 0, start)
-    return None
-
-
 def usage_of(text: str) -> Usage | None:
     """Return the usage that a text begins with: in the names of chats, or of responses. None if it has no number."""
     try:
@@ -4897,6 +4885,20 @@ def usage_of(text: str) -> Usage | None:
     cached = details.get("cached_tokens") if isinstance(details, dict) else 0
     cached = cached if isinstance(cached, int) else 0
     return Usage(total, prompt or total - answer, answer, cached) if total else None
+
+
+def read_usage(body: bytes) -> Usage | None:
+    """Return the last `usage` in an answer or in its end; None without one.
+
+    It searches, as the end of an answer is not JSON, and a whole answer may have megabytes.
+    """
+    start = body.rfind(b'"usage"')
+    while start >= 0:
+        found = _USAGE.match(body, start)
+        if found is not None:
+            return usage_of(body[found.end() : start + USAGE_BYTES].decode("utf-8", "replace"))
+        start = body.rfind(b'"usage"', 0, start)
+    return None
 
 
 # The text in an answer, and in the events of a stream. The Responses API repeats the text of its deltas later.
@@ -7076,6 +7078,31 @@ METRICS = {
 Labels = tuple[str, ...]
 
 
+def show_labels(names: str, values: Labels) -> str:
+    """Return the labels of a sample, in braces; "" if it has none."""
+    escaped = [re.sub(r'[\\"]', r"\\\g<0>", value).replace("\n", "\\n") for value in values]
+    pairs = [f'{name}="{value}"' for name, value in zip(names.split(), escaped, strict=True)]
+    return f"{{{','.join(pairs)}}}" if pairs else ""
+
+
+def process_figures(started_at: float) -> dict[str, dict[Labels, float]]:
+    """Return the figures of this process; without /proc those that the system tells."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    figures = {
+        "process_cpu_seconds_total": used.ru_utime + used.ru_stime,
+        "process_start_time_seconds": started_at,
+        "process_max_fds": float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+    }
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            figures["process_resident_memory_bytes"] = float(file.read().split()[1]) * resource.getpagesize()
+        figures["process_open_fds"] = float(len(os.listdir("/proc/self/fd")))
+    except OSError:
+        # The system has no /proc.
+        pass
+    return {name: {(): value} for name, value in figures.items()}
+
+
 class MetricRow:
     """What was counted of requests with the same labels."""
 
@@ -7196,31 +7223,6 @@ class Metrics:
                 if model in known and left is not None
             }
         return {**gauges, **process_figures(self.started_at)}
-
-
-def show_labels(names: str, values: Labels) -> str:
-    """Return the labels of a sample, in braces; "" if it has none."""
-    escaped = [re.sub(r'[\\"]', r"\\\g<0>", value).replace("\n", "\\n") for value in values]
-    pairs = [f'{name}="{value}"' for name, value in zip(names.split(), escaped, strict=True)]
-    return f"{{{','.join(pairs)}}}" if pairs else ""
-
-
-def process_figures(started_at: float) -> dict[str, dict[Labels, float]]:
-    """Return the figures of this process; without /proc those that the system tells."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    figures = {
-        "process_cpu_seconds_total": used.ru_utime + used.ru_stime,
-        "process_start_time_seconds": started_at,
-        "process_max_fds": float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-    }
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            figures["process_resident_memory_bytes"] = float(file.read().split()[1]) * resource.getpagesize()
-        figures["process_open_fds"] = float(len(os.listdir("/proc/self/fd")))
-    except OSError:
-        # The system has no /proc.
-        pass
-    return {name: {(): value} for name, value in figures.items()}
 
 
 # -- the last minutes, for the page
@@ -7450,6 +7452,13 @@ DELETE FROM state WHERE name IN
 """
 
 
+def read_usage_file(path: str, first_day: str) -> list[tuple[Any, ...]]:
+    """Return the usage rows of a state_file from a day on; it may be in use. Raise sqlite3.Error."""
+    uri = f"file:{urllib.parse.quote(path)}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=STATE_LOCK_S)) as file:
+        return list(file.execute("SELECT * FROM usage WHERE day >= ?", (first_day,)))
+
+
 class StateFile:
     """An SQLite file that a thread writes in batches. A broken or full disk never delays an answer.
 
@@ -7639,13 +7648,6 @@ def restore_pool(pool: UpstreamPool, keys: Mapping[str, ClientQuota], values: Ma
                     bucket.at = bucket.known_at = now
                     left, at = (level[0][number], level[1]) if level else (bucket.size, now + wall_s)
                     bucket.level = min(bucket.size, left + max(0.0, now + wall_s - at) * bucket.rate)
-
-
-def read_usage_file(path: str, first_day: str) -> list[tuple[Any, ...]]:
-    """Return the usage rows of a state_file from a day on; it may be in use. Raise sqlite3.Error."""
-    uri = f"file:{urllib.parse.quote(path)}?mode=ro"
-    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=STATE_LOCK_S)) as file:
-        return list(file.execute("SELECT * FROM usage WHERE day >= ?", (first_day,)))
 
 
 # ==== 15. Page ====
