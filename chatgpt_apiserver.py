@@ -344,9 +344,14 @@ def suggest(word: str, known: Collection[str]) -> str:
     return f"did you mean {names[close[0]]!r}?" if close else ""
 
 
+def path_beside(source: str, name: str) -> str:
+    """Return the path of a file that this server makes: in the folder of `source`, or where an absolute name says."""
+    return os.path.join(os.path.dirname(source), name)
+
+
 def resolve_path(source: str, name: str) -> str:
     """Return the path of a file that `source` names: beside `source` if it exists there, else as it is."""
-    near = os.path.join(os.path.dirname(source), name)
+    near = path_beside(source, name)
     return near if os.path.exists(near) else name
 
 
@@ -1675,7 +1680,7 @@ def secrets_of(config: Config) -> Iterator[str]:
 
 def open_log(config: Config) -> None:
     """Open the file of the log, or open it again. Raise ConfigError."""
-    path = config.log.file and resolve_path(config.source, config.log.file)
+    path = config.log.file and path_beside(config.source, config.log.file)
     try:
         log_writer.open(path)
     except OSError as error:
@@ -7948,6 +7953,7 @@ ANSWER_EARLY_S = 2.0  # answer this long before the client's own read timeout
 SKIP_BYTES, SKIP_S = 65536, 1.0  # a body of a refused request is read to its end if it is this small and fast
 IDLE_GRACE_S = 1.0  # at a stop, for a request that crosses the end of its idle connection
 LAST_BYTES_S = 1.0  # at a stop, for an error event to reach its client
+ACCEPTED_S = 0.05  # at a stop, for the connections that the kernel has just handed over
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
 
 DATE = b"Date: %b\r\n"  # RFC 9110, 6.6.1
@@ -8802,7 +8808,7 @@ def server_tls(config: Config) -> ssl.SSLContext:
 class Server:
     """The listener, the checks at its door, the handlers, and the way it stops.
 
-    `draining`: /status says so. `stopping`: no new connection is taken. `client_quotas` are the limits of client keys
+    `draining`: /status says so. `stopping`: the listener is closed. `client_quotas` are the limits of client keys
     by name. Tests pass another `dial`.
     """
 
@@ -8823,7 +8829,7 @@ class Server:
         self.client_quotas: dict[str, ClientQuota] = {}
         self.access, self.metrics, self.usage = AccessLog(loop, log_writer.write), Metrics(), UsageBook()
         self.history = History()
-        self.state = StateFile(resolve_path(config.source, config.state_file)) if config.state_file else None
+        self.state = StateFile(path_beside(config.source, config.state_file)) if config.state_file else None
         # What the file has of the pool.
         self.saved: dict[str, str | None] = {}
         self.saver: asyncio.TimerHandle | None = None
@@ -8959,7 +8965,7 @@ class Server:
         # A trusted proxy brings many clients; `enter` counts them.
         most = 0 if is_trusted(peer, self.config.trusted_proxies) else limits.connections_per_client
         full_peer = 0 < most <= self.per_peer[peer]
-        if self.stopping or full_peer or len(self.connections) >= limits.connections:
+        if self.relay.stopping or full_peer or len(self.connections) >= limits.connections:
             if not self.tls:
                 message = "All connections are in use; try again."
                 error = ProxyError(503, message, "too_many_connections", headers=b"Retry-After: 1\r\n")
@@ -9009,7 +9015,12 @@ class Server:
         self.draining = True
         # Load balancers ask /status; until they know, new requests come.
         await asyncio.sleep(self.config.drain_delay)
+        for listener in [listener for server in self.listeners for listener in server.sockets]:
+            self.loop.remove_reader(listener)
+        # asyncio drops a connection that it accepts in the turn before its server closes.
+        await asyncio.sleep(0)
         self._stop_listening()
+        await asyncio.sleep(ACCEPTED_S)
         tasks = [connection.task for connection in self.connections]
         if tasks and self.config.drain_delay < IDLE_GRACE_S:
             await asyncio.wait(tasks, timeout=IDLE_GRACE_S)
@@ -9655,16 +9666,22 @@ async def probe_accounts(config: Config, chat: bool) -> int:
     rows = [("account", "time", "limits left", "models", "result")]
     for upstream, (result, limits, listed, ms) in zip(pool.upstreams, results, strict=True):
         rows.append((upstream.name, ms, limits, listed, redactor.clean(result)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=True)]).rstrip() for row in rows]
+    table = format_table(rows, len(rows[0]))
     return tell("\n".join(table), 0 if all(result == "ok" for result, *_ in results) else 1)
+
+
+def format_table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
+    """Return lines with aligned columns: the first `texts` to the left, the others, which are numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [[f"{cell:{'<' if n < texts else '>'}{widths[n]}}" for n, cell in enumerate(row)] for row in rows]
+    return ["  ".join(row).rstrip() for row in aligned]
 
 
 def show_usage(config: Config, since: str, by: str) -> int:
     """Print a table of the usage in the state_file; return the exit status."""
     if not config.state_file:
         return tell("--usage needs a state_file in the configuration; a running server without one has GET /usage", 2)
-    path = resolve_path(config.source, config.state_file)
+    path = path_beside(config.source, config.state_file)
     try:
         first_day, columns = parse_usage_query(since, by, time.time())
         groups = group_usage(read_usage_file(path, first_day), columns)
@@ -9678,15 +9695,7 @@ def show_usage(config: Config, since: str, by: str) -> int:
     for group in (*groups, total):
         texts = [plain(group[name]) or "-" if group is not total else group[name] for name in columns]
         rows.append([*texts, *[f"{group[name]:,}" for name in USAGE_SUMS[:-1]], f"{group['cost']:,.4f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts_to = len(columns)
-    lines = [
-        "  ".join(
-            cell.ljust(width) if place < texts_to else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = format_table(rows, len(columns))
     return tell("\n".join([f"since {first_day} (UTC)", *lines]))
 
 

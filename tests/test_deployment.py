@@ -52,9 +52,9 @@ class Manager:
         self.states.settimeout(15)
 
     def start(self, *flags: str, **env: str) -> subprocess.Popen[bytes]:
-        """Start the program with the socket as file 3, as sd_listen_fds(3) describes it."""
+        """Start the program with the socket as file 3, as sd_listen_fds(3) describes it; as a demo without flags."""
         number = self.listener.fileno()
-        command = [*WITH_FILE_3, str(number), str(PROGRAM), "--demo", *flags]
+        command = [*WITH_FILE_3, str(number), str(PROGRAM), *(flags or ["--demo"])]
         env = {**os.environ, "NOTIFY_SOCKET": self.address, "LISTEN_FDS": "1", **env}
         return subprocess.Popen(command, env=env, pass_fds=[number], stderr=subprocess.DEVNULL)
 
@@ -84,7 +84,7 @@ def managed(folder: Path) -> Iterator[Manager]:
 
 def test_socket_activation_and_states(tmp_path: Path) -> None:
     """The service uses the manager's socket and tells READY, RELOADING, STOPPING and WATCHDOG."""
-    with managed(tmp_path) as manager, manager.start("--port", "1", WATCHDOG_USEC="100000") as process:
+    with managed(tmp_path) as manager, manager.start("--demo", "--port", "1", WATCHDOG_USEC="100000") as process:
         try:
             manager.told("READY=1")
             assert manager.get().startswith(b"HTTP/1.1 200 ")

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import ssl
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -11,8 +13,11 @@ import chatgpt_apiserver as app
 
 from .support import (
     ANSWER,
+    CERT,
+    KEY,
     MESSAGES,
     SSE_HEAD,
+    Client,
     Message,
     Peer,
     Running,
@@ -240,6 +245,23 @@ async def test_an_idle_connection_is_closed_after_a_grace() -> None:
         await stopping
         used.close()
         idle.close()
+
+
+@pytest.mark.parametrize("tls", [{}, {"cert": CERT, "key": KEY}])
+async def test_connections_accepted_as_the_stop_begins_are_served(tls: dict[str, str]) -> None:
+    """What the kernel hands over in the turn before the listener closes is answered, as what came earlier."""
+    async with Running({"type": "echo"}, tls=tls) as server:
+        sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
+        stopping = asyncio.ensure_future(server.server.drain())
+        context = ssl.create_default_context(cafile=CERT) if tls else None
+        for raw in sockets:
+            named = {"ssl": context, "server_hostname": "localhost"} if context else {}
+            client = Client(*await asyncio.open_connection(sock=raw, **named))
+            await client.send(request(CHAT))
+            answer = await client.read()
+            assert answer.status == 200 and answer.headers["connection"] == "close"
+            client.close()
+        await stopping
 
 
 async def test_a_client_that_leaves_within_its_body_is_logged() -> None:
