@@ -7266,7 +7266,8 @@ class History:
         number = int(at // BUCKET_S)
         if not self.buckets or self.buckets[-1][0] != number:
             self.buckets.append((number, Counter()))
-        counts, failed = self.buckets[-1][1], record.status >= 400
+        # A client's own mistake is no failure of the server.
+        counts, failed = self.buckets[-1][1], record.status >= 500 or record.status == 429
         counts["requests"] += 1
         counts["failed"] += failed
         counts["tokens"] += record.usage.total if record.usage else 0
@@ -7690,7 +7691,7 @@ ul,ol{list-style:none;margin:0;padding:0}
 #controllers li{display:grid;grid-template-columns:minmax(150px,1.3fr) 1.5fr 1.5fr minmax(140px,1.2fr);gap:8px 22px;
 padding:14px 18px;align-items:center}
 .name{font-weight:620;font-size:16px;overflow-wrap:anywhere}.why{font-size:13px}
-.meter{font-size:12.5px;color:var(--dim)}.meter b{color:var(--ink);font-weight:600}
+.meter{font-size:12.5px;color:var(--dim);padding-top:3px}.meter b{color:var(--ink);font-weight:600}
 .bar{height:7px;border-radius:4px;background:var(--line);margin-top:5px;overflow:hidden}
 .bar i{display:block;height:100%;border-radius:4px;background:var(--ok);transition:width .6s ease}
 .bar i.low{background:var(--warn)}.bar i.none{background:var(--bad)}
@@ -7712,7 +7713,7 @@ details li{padding:2px 0;overflow-wrap:anywhere}
 table{width:100%;border-collapse:collapse;font-size:13.5px}
 th,td{padding:8px 18px;text-align:right;border-top:1px solid var(--line)}
 th{color:var(--dim);font-weight:500;border:0}td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere}
-form{max-width:420px;margin:60px auto;padding:24px}
+form{width:min(420px,100% - 28px);margin:60px auto;padding:24px}
 label{display:block;font-size:13.5px;color:var(--dim)}
 input,button{font:inherit;padding:9px 12px;border-radius:9px;border:1px solid var(--line);background:var(--bg);
 color:inherit;width:100%;margin-top:8px}
@@ -7787,8 +7788,8 @@ function tightest(ledger, names) {
 function showNow(status) {
   const h = status.history, all = sum(h.requests), good = all - sum(h.failed)
   const live = list => sum(list.slice(-4, -1)) / 30
-  const cards = [["Requests per second", short(live(h.requests)), wave(h.requests, h.failed, "requests, ten minutes")],
-    ["Tokens per second", short(live(h.tokens)), wave(h.tokens, null, "tokens, ten minutes")],
+  const cards = [["Requests / s", short(live(h.requests)), wave(h.requests, h.failed, "requests, ten minutes")],
+    ["Tokens / s", short(live(h.tokens)), wave(h.tokens, null, "tokens, ten minutes")],
     ["429s avoided", short(sum(h.avoided)), wave(h.avoided, null, "429s avoided, ten minutes")],
     ["Answered", all ? (Math.floor(good / all * 1000) / 10) + " %" : "-", `${short(good)} of ${short(all)}`],
     ["First byte", span(h.first_byte_ms.p50), `p95 ${span(h.first_byte_ms.p95)}`],
