@@ -6789,7 +6789,8 @@ class Relay:
         ended_at = attempt.at if verdict is OK else self.loop.time()
         word = word or ("stopped" if self.stopping and verdict is ABANDONED else verdict.outcome.value)
         status, sent = attempt.head.status if attempt.head else 0, lease.candidate.mapped or attempt.model
-        reason = redactor.clean(verdict.message[:REASON_CHARS])
+        # What an account says of the request may quote the prompt, which is never logged.
+        reason = "" if verdict.outcome is Outcome.CLIENT else redactor.clean(verdict.message[:REASON_CHARS])
         trip.record.attempts.append(
             AttemptRecord(lease.upstream.name, word, ended_at - lease.since, sent[:MODEL_NAME_CHARS], status, reason)
         )
