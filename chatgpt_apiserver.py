@@ -7469,8 +7469,8 @@ def read_usage_file(path: str, first_day: str) -> list[tuple[Any, ...]]:
 class StateFile:
     """An SQLite file that a thread writes in batches. A broken or full disk never delays an answer.
 
-    What cannot be written stays in memory, where it is bounded by its names, and is tried again. Several processes may
-    use the same file: usage is added, not replaced.
+    What cannot be written stays in memory, the newest USAGE_ROWS and OBJECTS_KNOWN of it, and is tried again. Several
+    processes may use the same file: usage is added, not replaced.
     """
 
     def __init__(self, path: str) -> None:
@@ -7490,6 +7490,8 @@ class StateFile:
             for name in self.values.keys() & values.keys():
                 del self.values[name]
             self.values.update(values)
+            while len(self.usage) > USAGE_ROWS:
+                del self.usage[next(iter(self.usage))]
             while len(self.values) > OBJECTS_KNOWN:
                 del self.values[next(iter(self.values))]
             self.changed.notify()
@@ -8923,11 +8925,15 @@ class Server:
     def _restore(self, state: StateFile) -> None:
         """Load what the last run stored, and store from now on."""
         values = state.load()
-        for name, text in values.items():
-            kind, *place = json.loads(name)
-            if kind == "object":
-                self.relay.makers[place[0]] = json.loads(text)
-        restore_pool(self.pool, self.client_quotas, values, time.time() - self.loop.time())
+        try:
+            for name, text in values.items():
+                kind, *place = json.loads(name)
+                if kind == "object":
+                    self.relay.makers[place[0]] = json.loads(text)
+            restore_pool(self.pool, self.client_quotas, values, time.time() - self.loop.time())
+        except (ValueError, TypeError, LookupError) as error:
+            # Something else has written into the file.
+            log.error("state_file %s: a part of it is not understood: %s", state.path, error)
         for day, key, tokens, cost in state.load_spent(day_of(time.time())[:7]):
             self.usage.spend(key, day, tokens, cost)
         self.relay.new_makers = {}
