@@ -1553,6 +1553,9 @@ class LineFormatter(logging.Formatter):
         return f"{self.stamp(at)} INFO request {' '.join(words)}\n"
 
 
+formatter = LineFormatter()
+
+
 class LogWriter:
     """Writes log lines to stderr in a thread, so that a full pipe or a stalled disk never delays an answer.
 
@@ -1657,7 +1660,6 @@ class AccessLog:
             self.write("".join([formatter.access(record, record.until + offset_s) for record in records]))
 
 
-formatter = LineFormatter()
 redactor = Redactor()
 log_writer = LogWriter(formatter)
 
@@ -3938,6 +3940,146 @@ class Controller(Protocol):
         """
 
 
+def wants_usage(request: ApiRequest) -> bool:
+    """Return whether a stream must report its usage: the client asked for it, or a limit counts tokens."""
+    options = request.data.get("stream_options")
+    return request.add_usage or (isinstance(options, dict) and options.get("include_usage") is True)
+
+
+async def read_all(exchange: Exchange, most: int) -> bytes:
+    """Return the upstream's whole body, or more than `most` bytes of a larger one. Raise UpstreamError."""
+    body = data = await exchange.read()
+    while data and len(body) <= most:
+        data = await exchange.read()
+        body += data
+    return body
+
+
+def is_compressed(head: ResponseHead) -> bool:
+    """Return whether a body is compressed: some proxies do that although only identity was asked for."""
+    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
+
+
+def head_for(head: ResponseHead, status: int, kind: bytes) -> ResponseHead:
+    """Return a reply's head for another body, of type `kind`."""
+    replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
+    index = {name: value for name, value in head.index.items() if name not in replaced}
+    lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
+    return ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
+
+
+def to_events(answer: dict[str, Any], usage: bool) -> bytes:
+    """Return a whole chat completion as a stream: one chunk with all of it, and one with its usage.
+
+    Raise LookupError, TypeError or AttributeError if `answer` is no chat completion.
+    """
+    choices = []
+    for place, choice in enumerate(answer["choices"]):
+        delta = {name: value for name, value in choice["message"].items() if value is not None}
+        # Clients join the pieces of these lists by a number.
+        for name in {"tool_calls", "thinking_blocks"} & delta.keys():
+            delta[name] = [{"index": number, **item} for number, item in enumerate(delta[name])]
+        rest = {name: value for name, value in choice.items() if name != "message"}
+        choices.append({"index": place, **rest, "delta": delta})
+    chunk = {**answer, "object": "chat.completion.chunk", "choices": choices, "usage": None}
+    chunks = [chunk, {**chunk, "choices": [], "usage": answer.get("usage")}][: 2 if usage and "usage" in answer else 1]
+    return b"".join([b"data: %b\n\n" % compact_json(chunk) for chunk in chunks]) + b"data: [DONE]\n\n"
+
+
+# Texts that come in pieces. Other values come whole, and some vendors repeat them.
+_GROWING = frozenset("content reasoning_content reasoning refusal arguments text thinking data transcript".split())
+
+
+def join_chunk(whole: dict[str, Any], chunk: dict[str, Any]) -> None:
+    """Add a chunk to those before it: texts grow, lists are joined by `index`, all else is replaced."""
+    for name, value in chunk.items():
+        before = whole.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            join_chunk(before, value)
+        elif isinstance(value, list) and isinstance(before, list):
+            for item in value:
+                index = first_object(item).get("index")
+                same = [old for old in before if index is not None and first_object(old).get("index") == index]
+                if same:
+                    join_chunk(same[0], item)
+                else:
+                    before.append(item)
+        elif name in _GROWING and isinstance(value, str) and isinstance(before, str):
+            whole[name] = before + value
+        elif value not in (None, "") or name not in whole:
+            whole[name] = value
+
+
+class AskedForm:
+    """An exchange for a chat, whose answer gets the form that the client asked for: a stream, or one JSON object.
+
+    Some servers never stream, others always do. SDKs find nothing in the wrong form, and report no error. Answers in
+    the right form pass unchanged. So do errors, which section 13 judges.
+    """
+
+    def __init__(self, inner: Exchange, request: ApiRequest) -> None:
+        self.inner, self.first_byte_s = inner, inner.first_byte_s
+        self.read, self.interrupt, self.finish, self.abort = inner.read, inner.interrupt, inner.finish, inner.abort
+        self.stream, self.usage = request.stream, wants_usage(request)
+        self.head: ResponseHead
+        self.body = b""
+
+    async def start(self) -> None:
+        """See `Exchange`. An answer in the wrong form is read to its end."""
+        await self.inner.start()
+        head = self.head = self.inner.head
+        kind = head.index.get(b"content-type", b"").lower()
+        is_stream = kind.startswith(b"text/event-stream")
+        if head.status >= 300 or is_stream == self.stream or not (is_stream or b"json" in kind) or is_compressed(head):
+            return
+        self.read = self._read
+        try:
+            if is_stream:
+                self.head = head_for(head, head.status, b"application/json")
+                self.body = await self._join()
+            else:
+                self.body = await read_all(self.inner, ANSWER_BYTES)
+                answer = json.loads(self.body)
+                if answer["choices"] and not find_error(answer):
+                    self.body = to_events(answer, self.usage)
+                    self.head = head_for(head, head.status, STREAM_TYPE)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            # This is no chat completion.
+            if len(self.body) > ANSWER_BYTES:
+                raise BadReply(f"the upstream sent an answer of more than {ANSWER_BYTES} bytes") from None
+
+    async def _join(self) -> bytes:
+        """Return the body for a stream: the chat completion, or its error.
+
+        Raise UpstreamError. Raise LookupError, TypeError or AttributeError if the stream is no chat.
+        """
+        splitter, end, answer, size, data = EventSplitter(), StreamEnd(is_response=False), dict[str, Any](), 0, b" "
+        while data:
+            data = await self.inner.read()
+            size += len(data)
+            if size > STREAM_BYTES or len(splitter.pending) > EVENT_BYTES:
+                raise BadReply(f"the upstream sent more than {STREAM_BYTES} bytes, or {EVENT_BYTES} in one event")
+            end.feed(data)
+            for event in splitter.feed(data or b"\n\n"):
+                kind, text = event_fields(event)
+                chunk = event_object(text)
+                if kind == b"error" or find_error(chunk):
+                    return text
+                join_chunk(answer, chunk)
+        if not end.is_whole():
+            raise UpstreamClosed("the upstream ended its stream before the last event")
+        for choice in answer["choices"]:
+            message = choice["message"] = {"role": "assistant", "content": None, **choice.pop("delta")}
+            for item in (*(message.get("tool_calls") or ()), *(message.get("thinking_blocks") or ())):
+                item.pop("index", None)
+        return compact_json({**answer, "object": "chat.completion"})
+
+    async def _read(self) -> bytes:
+        """See `Exchange`."""
+        data, self.body = self.body, b""
+        return data
+
+
 class OpenAIController:
     """An account that speaks OpenAI's API, at any base URL.
 
@@ -4080,146 +4222,6 @@ class AzureController(OpenAIController):
         if self.api_version:
             parts.append("api-version=" + self.api_version)
         return super().target(path, "&".join(parts), model)
-
-
-def wants_usage(request: ApiRequest) -> bool:
-    """Return whether a stream must report its usage: the client asked for it, or a limit counts tokens."""
-    options = request.data.get("stream_options")
-    return request.add_usage or (isinstance(options, dict) and options.get("include_usage") is True)
-
-
-async def read_all(exchange: Exchange, most: int) -> bytes:
-    """Return the upstream's whole body, or more than `most` bytes of a larger one. Raise UpstreamError."""
-    body = data = await exchange.read()
-    while data and len(body) <= most:
-        data = await exchange.read()
-        body += data
-    return body
-
-
-def is_compressed(head: ResponseHead) -> bool:
-    """Return whether a body is compressed: some proxies do that although only identity was asked for."""
-    return head.index.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b"")
-
-
-def head_for(head: ResponseHead, status: int, kind: bytes) -> ResponseHead:
-    """Return a reply's head for another body, of type `kind`."""
-    replaced = (b"content-length", b"transfer-encoding", b"content-encoding", b"content-type")
-    index = {name: value for name, value in head.index.items() if name not in replaced}
-    lines = without(head.lines, replaced) + b"Content-Type: %b\r\n" % kind
-    return ResponseHead(status, 1, {**index, b"content-type": kind}, lines)
-
-
-def to_events(answer: dict[str, Any], usage: bool) -> bytes:
-    """Return a whole chat completion as a stream: one chunk with all of it, and one with its usage.
-
-    Raise LookupError, TypeError or AttributeError if `answer` is no chat completion.
-    """
-    choices = []
-    for place, choice in enumerate(answer["choices"]):
-        delta = {name: value for name, value in choice["message"].items() if value is not None}
-        # Clients join the pieces of these lists by a number.
-        for name in {"tool_calls", "thinking_blocks"} & delta.keys():
-            delta[name] = [{"index": number, **item} for number, item in enumerate(delta[name])]
-        rest = {name: value for name, value in choice.items() if name != "message"}
-        choices.append({"index": place, **rest, "delta": delta})
-    chunk = {**answer, "object": "chat.completion.chunk", "choices": choices, "usage": None}
-    chunks = [chunk, {**chunk, "choices": [], "usage": answer.get("usage")}][: 2 if usage and "usage" in answer else 1]
-    return b"".join([b"data: %b\n\n" % compact_json(chunk) for chunk in chunks]) + b"data: [DONE]\n\n"
-
-
-# Texts that come in pieces. Other values come whole, and some vendors repeat them.
-_GROWING = frozenset("content reasoning_content reasoning refusal arguments text thinking data transcript".split())
-
-
-def join_chunk(whole: dict[str, Any], chunk: dict[str, Any]) -> None:
-    """Add a chunk to those before it: texts grow, lists are joined by `index`, all else is replaced."""
-    for name, value in chunk.items():
-        before = whole.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            join_chunk(before, value)
-        elif isinstance(value, list) and isinstance(before, list):
-            for item in value:
-                index = first_object(item).get("index")
-                same = [old for old in before if index is not None and first_object(old).get("index") == index]
-                if same:
-                    join_chunk(same[0], item)
-                else:
-                    before.append(item)
-        elif name in _GROWING and isinstance(value, str) and isinstance(before, str):
-            whole[name] = before + value
-        elif value not in (None, "") or name not in whole:
-            whole[name] = value
-
-
-class AskedForm:
-    """An exchange for a chat, whose answer gets the form that the client asked for: a stream, or one JSON object.
-
-    Some servers never stream, others always do. SDKs find nothing in the wrong form, and report no error. Answers in
-    the right form pass unchanged. So do errors, which section 13 judges.
-    """
-
-    def __init__(self, inner: Exchange, request: ApiRequest) -> None:
-        self.inner, self.first_byte_s = inner, inner.first_byte_s
-        self.read, self.interrupt, self.finish, self.abort = inner.read, inner.interrupt, inner.finish, inner.abort
-        self.stream, self.usage = request.stream, wants_usage(request)
-        self.head: ResponseHead
-        self.body = b""
-
-    async def start(self) -> None:
-        """See `Exchange`. An answer in the wrong form is read to its end."""
-        await self.inner.start()
-        head = self.head = self.inner.head
-        kind = head.index.get(b"content-type", b"").lower()
-        is_stream = kind.startswith(b"text/event-stream")
-        if head.status >= 300 or is_stream == self.stream or not (is_stream or b"json" in kind) or is_compressed(head):
-            return
-        self.read = self._read
-        try:
-            if is_stream:
-                self.head = head_for(head, head.status, b"application/json")
-                self.body = await self._join()
-            else:
-                self.body = await read_all(self.inner, ANSWER_BYTES)
-                answer = json.loads(self.body)
-                if answer["choices"] and not find_error(answer):
-                    self.body = to_events(answer, self.usage)
-                    self.head = head_for(head, head.status, STREAM_TYPE)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            # This is no chat completion.
-            if len(self.body) > ANSWER_BYTES:
-                raise BadReply(f"the upstream sent an answer of more than {ANSWER_BYTES} bytes") from None
-
-    async def _join(self) -> bytes:
-        """Return the body for a stream: the chat completion, or its error.
-
-        Raise UpstreamError. Raise LookupError, TypeError or AttributeError if the stream is no chat.
-        """
-        splitter, end, answer, size, data = EventSplitter(), StreamEnd(is_response=False), dict[str, Any](), 0, b" "
-        while data:
-            data = await self.inner.read()
-            size += len(data)
-            if size > STREAM_BYTES or len(splitter.pending) > EVENT_BYTES:
-                raise BadReply(f"the upstream sent more than {STREAM_BYTES} bytes, or {EVENT_BYTES} in one event")
-            end.feed(data)
-            for event in splitter.feed(data or b"\n\n"):
-                kind, text = event_fields(event)
-                chunk = event_object(text)
-                if kind == b"error" or find_error(chunk):
-                    return text
-                join_chunk(answer, chunk)
-        if not end.is_whole():
-            raise UpstreamClosed("the upstream ended its stream before the last event")
-        for choice in answer["choices"]:
-            message = choice["message"] = {"role": "assistant", "content": None, **choice.pop("delta")}
-            for item in (*(message.get("tool_calls") or ()), *(message.get("thinking_blocks") or ())):
-                item.pop("index", None)
-        return compact_json({**answer, "object": "chat.completion"})
-
-    async def _read(self) -> bytes:
-        """See `Exchange`."""
-        data, self.body = self.body, b""
-        return data
 
 
 class MessagesExchange:
@@ -4874,20 +4876,6 @@ _decode_json = json.JSONDecoder().raw_decode
 USAGE_BYTES = 2048  # no usage is larger
 
 
-def read_usage(body: bytes) -> Usage | None:
-    """Return the last `usage` in an answer or in its end; None without one.
-
-    It searches, as the end of an answer is not JSON, and a whole answer may have megabytes.
-    """
-    start = body.rfind(b'"usage"')
-    while start >= 0:
-        found = _USAGE.match(body, start)
-        if found is not None:
-            return usage_of(body[found.end() : start + USAGE_BYTES].decode("utf-8", "replace"))
-        start = body.rfind(b'"usage"', 0, start)
-    return None
-
-
 def usage_of(text: str) -> Usage | None:
     """Return the usage that a text begins with: in the names of chats, or of responses. None if it has no number."""
     try:
@@ -4902,6 +4890,20 @@ def usage_of(text: str) -> Usage | None:
     cached = details.get("cached_tokens") if isinstance(details, dict) else 0
     cached = cached if isinstance(cached, int) else 0
     return Usage(total, prompt or total - answer, answer, cached) if total else None
+
+
+def read_usage(body: bytes) -> Usage | None:
+    """Return the last `usage` in an answer or in its end; None without one.
+
+    It searches, as the end of an answer is not JSON, and a whole answer may have megabytes.
+    """
+    start = body.rfind(b'"usage"')
+    while start >= 0:
+        found = _USAGE.match(body, start)
+        if found is not None:
+            return usage_of(body[found.end() : start + USAGE_BYTES].decode("utf-8", "replace"))
+        start = body.rfind(b'"usage"', 0, start)
+    return None
 
 
 # The text in an answer, and in the events of a stream. The Responses API repeats the text of its deltas later.
@@ -6787,7 +6789,8 @@ class Relay:
         ended_at = attempt.at if verdict is OK else self.loop.time()
         word = word or ("stopped" if self.stopping and verdict is ABANDONED else verdict.outcome.value)
         status, sent = attempt.head.status if attempt.head else 0, lease.candidate.mapped or attempt.model
-        reason = redactor.clean(verdict.message[:REASON_CHARS])
+        # What an account says of the request may quote the prompt, which is never logged.
+        reason = "" if verdict.outcome is Outcome.CLIENT else redactor.clean(verdict.message[:REASON_CHARS])
         trip.record.attempts.append(
             AttemptRecord(lease.upstream.name, word, ended_at - lease.since, sent[:MODEL_NAME_CHARS], status, reason)
         )
@@ -7081,6 +7084,31 @@ METRICS = {
 Labels = tuple[str, ...]
 
 
+def show_labels(names: str, values: Labels) -> str:
+    """Return the labels of a sample, in braces; "" if it has none."""
+    escaped = [re.sub(r'[\\"]', r"\\\g<0>", value).replace("\n", "\\n") for value in values]
+    pairs = [f'{name}="{value}"' for name, value in zip(names.split(), escaped, strict=True)]
+    return f"{{{','.join(pairs)}}}" if pairs else ""
+
+
+def process_figures(started_at: float) -> dict[str, dict[Labels, float]]:
+    """Return the figures of this process; without /proc those that the system tells."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    figures = {
+        "process_cpu_seconds_total": used.ru_utime + used.ru_stime,
+        "process_start_time_seconds": started_at,
+        "process_max_fds": float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+    }
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            figures["process_resident_memory_bytes"] = float(file.read().split()[1]) * resource.getpagesize()
+        figures["process_open_fds"] = float(len(os.listdir("/proc/self/fd")))
+    except OSError:
+        # The system has no /proc.
+        pass
+    return {name: {(): value} for name, value in figures.items()}
+
+
 class MetricRow:
     """What was counted of requests with the same labels."""
 
@@ -7203,31 +7231,6 @@ class Metrics:
         return {**gauges, **process_figures(self.started_at)}
 
 
-def show_labels(names: str, values: Labels) -> str:
-    """Return the labels of a sample, in braces; "" if it has none."""
-    escaped = [re.sub(r'[\\"]', r"\\\g<0>", value).replace("\n", "\\n") for value in values]
-    pairs = [f'{name}="{value}"' for name, value in zip(names.split(), escaped, strict=True)]
-    return f"{{{','.join(pairs)}}}" if pairs else ""
-
-
-def process_figures(started_at: float) -> dict[str, dict[Labels, float]]:
-    """Return the figures of this process; without /proc those that the system tells."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    figures = {
-        "process_cpu_seconds_total": used.ru_utime + used.ru_stime,
-        "process_start_time_seconds": started_at,
-        "process_max_fds": float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-    }
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            figures["process_resident_memory_bytes"] = float(file.read().split()[1]) * resource.getpagesize()
-        figures["process_open_fds"] = float(len(os.listdir("/proc/self/fd")))
-    except OSError:
-        # The system has no /proc.
-        pass
-    return {name: {(): value} for name, value in figures.items()}
-
-
 # -- the last minutes, for the page
 
 HISTORY_REQUESTS = 50  # the last requests, with their attempts
@@ -7264,7 +7267,8 @@ class History:
         number = int(at // BUCKET_S)
         if not self.buckets or self.buckets[-1][0] != number:
             self.buckets.append((number, Counter()))
-        counts, failed = self.buckets[-1][1], record.status >= 400
+        # A client's own mistake is no failure of the server.
+        counts, failed = self.buckets[-1][1], record.status >= 500 or record.status == 429
         counts["requests"] += 1
         counts["failed"] += failed
         counts["tokens"] += record.usage.total if record.usage else 0
@@ -7455,11 +7459,18 @@ DELETE FROM state WHERE name IN
 """
 
 
+def read_usage_file(path: str, first_day: str) -> list[tuple[Any, ...]]:
+    """Return the usage rows of a state_file from a day on; it may be in use. Raise sqlite3.Error."""
+    uri = f"file:{urllib.parse.quote(path)}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=STATE_LOCK_S)) as file:
+        return list(file.execute("SELECT * FROM usage WHERE day >= ?", (first_day,)))
+
+
 class StateFile:
     """An SQLite file that a thread writes in batches. A broken or full disk never delays an answer.
 
-    What cannot be written stays in memory, where it is bounded by its names, and is tried again. Several processes may
-    use the same file: usage is added, not replaced.
+    What cannot be written stays in memory, the newest USAGE_ROWS and OBJECTS_KNOWN of it, and is tried again. Several
+    processes may use the same file: usage is added, not replaced.
     """
 
     def __init__(self, path: str) -> None:
@@ -7479,6 +7490,8 @@ class StateFile:
             for name in self.values.keys() & values.keys():
                 del self.values[name]
             self.values.update(values)
+            while len(self.usage) > USAGE_ROWS:
+                del self.usage[next(iter(self.usage))]
             while len(self.values) > OBJECTS_KNOWN:
                 del self.values[next(iter(self.values))]
             self.changed.notify()
@@ -7646,13 +7659,6 @@ def restore_pool(pool: UpstreamPool, keys: Mapping[str, ClientQuota], values: Ma
                     bucket.level = min(bucket.size, left + max(0.0, now + wall_s - at) * bucket.rate)
 
 
-def read_usage_file(path: str, first_day: str) -> list[tuple[Any, ...]]:
-    """Return the usage rows of a state_file from a day on; it may be in use. Raise sqlite3.Error."""
-    uri = f"file:{urllib.parse.quote(path)}?mode=ro"
-    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=STATE_LOCK_S)) as file:
-        return list(file.execute("SELECT * FROM usage WHERE day >= ?", (first_day,)))
-
-
 # ==== 15. Page ====
 # What `GET /` shows in a browser: one answer without outside assets. The page holds no data. Its script asks
 # `/status?verbose=1&history=1`, and puts all that it gets into text nodes, as models are named by clients.
@@ -7688,7 +7694,7 @@ ul,ol{list-style:none;margin:0;padding:0}
 #controllers li{display:grid;grid-template-columns:minmax(150px,1.3fr) 1.5fr 1.5fr minmax(140px,1.2fr);gap:8px 22px;
 padding:14px 18px;align-items:center}
 .name{font-weight:620;font-size:16px;overflow-wrap:anywhere}.why{font-size:13px}
-.meter{font-size:12.5px;color:var(--dim)}.meter b{color:var(--ink);font-weight:600}
+.meter{font-size:12.5px;color:var(--dim);padding-top:3px}.meter b{color:var(--ink);font-weight:600}
 .bar{height:7px;border-radius:4px;background:var(--line);margin-top:5px;overflow:hidden}
 .bar i{display:block;height:100%;border-radius:4px;background:var(--ok);transition:width .6s ease}
 .bar i.low{background:var(--warn)}.bar i.none{background:var(--bad)}
@@ -7710,7 +7716,7 @@ details li{padding:2px 0;overflow-wrap:anywhere}
 table{width:100%;border-collapse:collapse;font-size:13.5px}
 th,td{padding:8px 18px;text-align:right;border-top:1px solid var(--line)}
 th{color:var(--dim);font-weight:500;border:0}td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere}
-form{max-width:420px;margin:60px auto;padding:24px}
+form{width:min(420px,100% - 28px);margin:60px auto;padding:24px}
 label{display:block;font-size:13.5px;color:var(--dim)}
 input,button{font:inherit;padding:9px 12px;border-radius:9px;border:1px solid var(--line);background:var(--bg);
 color:inherit;width:100%;margin-top:8px}
@@ -7785,8 +7791,8 @@ function tightest(ledger, names) {
 function showNow(status) {
   const h = status.history, all = sum(h.requests), good = all - sum(h.failed)
   const live = list => sum(list.slice(-4, -1)) / 30
-  const cards = [["Requests per second", short(live(h.requests)), wave(h.requests, h.failed, "requests, ten minutes")],
-    ["Tokens per second", short(live(h.tokens)), wave(h.tokens, null, "tokens, ten minutes")],
+  const cards = [["Requests / s", short(live(h.requests)), wave(h.requests, h.failed, "requests, ten minutes")],
+    ["Tokens / s", short(live(h.tokens)), wave(h.tokens, null, "tokens, ten minutes")],
     ["429s avoided", short(sum(h.avoided)), wave(h.avoided, null, "429s avoided, ten minutes")],
     ["Answered", all ? (Math.floor(good / all * 1000) / 10) + " %" : "-", `${short(good)} of ${short(all)}`],
     ["First byte", span(h.first_byte_ms.p50), `p95 ${span(h.first_byte_ms.p95)}`],
@@ -8919,11 +8925,15 @@ class Server:
     def _restore(self, state: StateFile) -> None:
         """Load what the last run stored, and store from now on."""
         values = state.load()
-        for name, text in values.items():
-            kind, *place = json.loads(name)
-            if kind == "object":
-                self.relay.makers[place[0]] = json.loads(text)
-        restore_pool(self.pool, self.client_quotas, values, time.time() - self.loop.time())
+        try:
+            for name, text in values.items():
+                kind, *place = json.loads(name)
+                if kind == "object":
+                    self.relay.makers[place[0]] = json.loads(text)
+            restore_pool(self.pool, self.client_quotas, values, time.time() - self.loop.time())
+        except (ValueError, TypeError, LookupError) as error:
+            # Something else has written into the file.
+            log.error("state_file %s: a part of it is not understood: %s", state.path, error)
         for day, key, tokens, cost in state.load_spent(day_of(time.time())[:7]):
             self.usage.spend(key, day, tokens, cost)
         self.relay.new_makers = {}
@@ -9664,9 +9674,15 @@ async def probe_accounts(config: Config, chat: bool) -> int:
     rows = [("account", "time", "limits left", "models", "result")]
     for upstream, (result, limits, listed, ms) in zip(pool.upstreams, results, strict=True):
         rows.append((upstream.name, ms, limits, listed, redactor.clean(result)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=True)]).rstrip() for row in rows]
+    table = format_table(rows, len(rows[0]))
     return tell("\n".join(table), 0 if all(result == "ok" for result, *_ in results) else 1)
+
+
+def format_table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
+    """Return lines with aligned columns: the first `texts` to the left, the others, which are numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [[f"{cell:{'<' if n < texts else '>'}{widths[n]}}" for n, cell in enumerate(row)] for row in rows]
+    return ["  ".join(row).rstrip() for row in aligned]
 
 
 def show_usage(config: Config, since: str, by: str) -> int:
@@ -9687,15 +9703,7 @@ def show_usage(config: Config, since: str, by: str) -> int:
     for group in (*groups, total):
         texts = [plain(group[name]) or "-" if group is not total else group[name] for name in columns]
         rows.append([*texts, *[f"{group[name]:,}" for name in USAGE_SUMS[:-1]], f"{group['cost']:,.4f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts_to = len(columns)
-    lines = [
-        "  ".join(
-            cell.ljust(width) if place < texts_to else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = format_table(rows, len(columns))
     return tell("\n".join([f"since {first_day} (UTC)", *lines]))
 
 

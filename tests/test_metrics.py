@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import chatgpt_apiserver as app
 
 from .support import ANSWER, KEY, Running, Upstream, answers, controller, error_reply, json_reply
+from .test_deployment import tool
 
 CONFIG = Path(app.__file__).parent / "config"
 ADMIN = "client-key-of-an-admin"
@@ -153,3 +155,19 @@ async def test_the_expressions_of_dashboard_and_alerts(expression: str) -> None:
             assert set(re.findall(r"(\w+)\s*[=!]", matchers)) <= labels[name] | {"job", "instance"}
     grouped = {label for names in re.findall(r"\bby \(([^)]*)\)", expression) for label in re.split(r",\s*", names)}
     assert grouped <= known | {"job", "instance"}, expression
+
+
+async def test_prometheus_accepts_metrics_and_expressions(tmp_path: Path) -> None:
+    """Its own tool finds nothing to say of a scrape, the alerts, and the expressions of the dashboard."""
+    promtool = tool("promtool")
+    rules = [{"record": f"panel_{number}", "expr": expression} for number, expression in enumerate(expressions())]
+    # JSON is YAML.
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
+    async with Running() as server:
+        await server.post("echo")
+        body = (await server.ask("GET", "/metrics")).body
+    files = (str(CONFIG / "alerts.yml"), str(tmp_path / "rules.yml"))
+    for words, given in ((("check", "metrics"), body), (("check", "rules", *files), b"")):
+        command = [promtool, *words]
+        ended = await asyncio.to_thread(subprocess.run, command, input=given, capture_output=True, timeout=60, check=False)
+        assert (ended.returncode, ended.stderr) == (0, b""), ended

@@ -16,7 +16,7 @@ import pytest
 
 import chatgpt_apiserver as app
 
-from .support import ANSWER, Running, Upstream, answers, controller, json_reply, until
+from .support import ANSWER, Running, Upstream, answers, controller, error_reply, json_reply, until
 
 KEY = "sk-proj-" + "Abcd1234" * 6 + "wxyz"
 WAIT_MS = 10_000  # real time that the log thread may take
@@ -100,6 +100,20 @@ async def test_which_requests_are_logged(log: dict[str, Any], statuses: list[int
         await server.post("nothing")
         await server.status()
         assert [int(re.findall(r" status=(\d+) ", text)[0]) for text in server.access_lines()] == statuses
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+async def test_prompts_are_never_logged(as_json: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a prompt nor an answer, nor an account's message that quotes the prompt, is in any line."""
+    monkeypatch.setattr(app.formatter, "as_json", as_json)
+    quoted = error_reply(400, "invalid_prompt", "this is not allowed: SECRET-PROMPT")
+    answer = json_reply(200, {**ANSWER, "choices": [{**ANSWER["choices"][0], "message": {"content": "SECRET-ANSWER"}}]})
+    messages = [{"role": "user", "content": "SECRET-PROMPT"}]
+    with caplog.at_level(logging.DEBUG, "chatgpt_apiserver"):
+        async with Upstream(answers(quoted, answer)) as upstream, Running(controller("a", upstream.url)) as server:
+            statuses = [(await server.post("m", messages=messages)).status for _ in range(2)]
+            text = "".join(server.access_lines())
+    assert statuses == [400, 200] and "SECRET" not in text and "SECRET" not in caplog.text and "client" in text
 
 
 async def test_ids_of_a_request() -> None:

@@ -253,7 +253,10 @@ def test_what_is_named_exists() -> None:
     paths = set(re.findall(r"(?:tests|config|\.ci)/[\w./-]*\w", README))
     assert {"tests/run.py", ".ci/run"} <= paths and not [path for path in paths if not (ROOT / path).exists()]
     source = PROGRAM.read_text()
-    for code in "model_not_found invalid_api_key host_not_allowed origin_not_allowed model_not_allowed upstream_account_refused".split():
+    for code in (
+        "model_not_found invalid_api_key host_not_allowed origin_not_allowed model_not_allowed upstream_account_refused"
+        " expired_api_key admin_required insufficient_quota"
+    ).split():
         assert f"`{code}`" in README and f'"{code}"' in source
     told, lines = re.search(r"about ([\d,]+) lines long", README), source.count("\n")
     assert told and README.count("\n") <= 640
@@ -339,7 +342,7 @@ async def test_status(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monk
     caplog.set_level(logging.INFO, "chatgpt_apiserver")
     refused = error_reply(401, "invalid_api_key")
     async with Upstream(answers(refused, refused, json_reply(200, ANSWER, *LIMITS))) as up:
-        async with Running(controller("a", up.url, limits={"rpm": 100, "tpm": 100_000})) as server:
+        async with Running(controller("a", up.url, limits={"rpm": 100, "tpm": 100_000, "rpd": 900, "tpd": 10**7})) as server:
             await server.post()
             await server.post()
             out = await server.status()

@@ -187,6 +187,20 @@ async def test_a_broken_file_stops_no_answer(kind: str, tmp_path: Path, caplog: 
         assert path.read_bytes() == b"x" * 5000
 
 
+@pytest.mark.parametrize("name", ["nonsense", '["limit","a"]', '["out","account","a"]', "7"])
+async def test_a_file_with_foreign_rows(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is not understood is logged; the server starts and counts."""
+    path = str(tmp_path / "state.sqlite")
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.executescript(app.STATE_SCHEMA)
+        file.execute("INSERT INTO state VALUES (?, 'null', 1.0)", (name,))
+        file.commit()
+    async with Upstream(answers(GOOD)) as up, Running(controller("a", up.url), state_file=path) as server:
+        assert (await server.post("m-1")).status == 200
+        assert (await usage(server))[0]["requests"] == 1
+    assert "is not understood" in caplog.text
+
+
 def test_what_cannot_be_written_is_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A batch stays in memory until the file can be written again; two processes add to the same rows."""
     folder = tmp_path / "mount"
