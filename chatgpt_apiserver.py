@@ -9335,6 +9335,7 @@ class Server:
 LOOKUP_THREADS = 64
 FIRST_SOCKET = 3  # the number of the first file that systemd passes on (SD_LISTEN_FDS_START)
 PROBE_TIMEOUT_S = 30.0
+PROBE_MODEL = "gpt-4.1-mini"  # for --probe=chat, where neither `models` nor the account's list names another
 STORM_CLIENTS = 12
 EXAMPLE = """# chatgpt-apiserver.toml. Check it with: python3 chatgpt_apiserver.py -c chatgpt-apiserver.toml --check
 host = "127.0.0.1"            # "0.0.0.0" is every address; then client_keys should be set
@@ -9423,10 +9424,11 @@ def raise_open_files() -> None:
 
 def inherited_sockets(env: Mapping[str, str]) -> list[socket.socket]:
     """Return the listening sockets that systemd opened for this process (sd_listen_fds(3)). Raise ConfigError."""
-    if env.get("LISTEN_PID") != str(os.getpid()):
+    count = env.get("LISTEN_FDS", "")
+    if env.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return []
     sockets = []
-    for number in range(FIRST_SOCKET, FIRST_SOCKET + int(env.get("LISTEN_FDS", "0"))):
+    for number in range(FIRST_SOCKET, FIRST_SOCKET + int(count)):
         try:
             listener = socket.socket(fileno=number)
             if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -9480,7 +9482,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-async def storm_client(host: str, port: int, number: int) -> None:
+async def storm_client(host: str, port: int) -> None:
     """Send one streamed chat after another, with pauses, until cancelled."""
     words = "Ten rate-limited accounts behave like one that never says 429 while any of them has room.".split()
     while True:
@@ -9496,14 +9498,14 @@ async def storm_client(host: str, port: int, number: int) -> None:
             finally:
                 writer.close()
         except OSError as error:
-            log.debug("storm: client %d: %s", number, reason_of(error))
+            log.debug("storm: %s", reason_of(error))
         await asyncio.sleep(random.uniform(0.2, 1.0))
 
 
 async def run_storm(host: str, port: int) -> None:
     """Put the server under a load that its accounts can hardly bear."""
     log.info("storm: %d clients send chats to three limited accounts and a failing one; Ctrl-C ends it", STORM_CLIENTS)
-    await asyncio.gather(*[storm_client(host, port, number) for number in range(STORM_CLIENTS)])
+    await asyncio.gather(*[storm_client(host, port) for _ in range(STORM_CLIENTS)])
 
 
 async def serve(config: Config, load: Callable[[], Config], inherited: Sequence[socket.socket]) -> NoReturn:
@@ -9629,17 +9631,16 @@ def show_difference(config: Config) -> int:
     return tell("\n".join(lines) or "a reload would change nothing")
 
 
-async def probe_one(upstream: Upstream, links: ConnectionPool, chat: bool) -> tuple[str, str, str, str]:
-    """Ask an account for its models, or for one token; return what came of it, limits, and models in words."""
-    models = [name for name in upstream.config.models if {"*", "?"}.isdisjoint(name)]
+async def ask_account(upstream: Upstream, links: ConnectionPool, model: str) -> tuple[str, str, list[str]]:
+    """Ask an account for its models, or with a `model` for one token.
+
+    Return what came of it ("ok" or the reason), what its limits leave, and the models that it lists.
+    """
     request = ApiRequest("GET", "/models", "", b"Accept: application/json\r\n", b"")
-    if chat:
-        model = models[0] if models else "gpt-4.1-mini"
+    if model:
         data = {"model": model, "messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 1}
         request = ApiRequest("POST", CHAT_PATH, "", JSON_TYPE, compact_json(data))
         request.data, request.model = data, model
-    since = time.monotonic()
-    result, limits, listed = "", "-", "-"
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
             exchange = upstream.controller.exchange(request, links, ignore_write, True)
@@ -9648,19 +9649,34 @@ async def probe_one(upstream: Upstream, links: ConnectionPool, chat: bool) -> tu
                 body = await read_all(exchange, LIST_BYTES)
             finally:
                 exchange.abort()
-        status, index = exchange.head.status, exchange.head.index
-        told = [allowance for allowance in read_allowances(index, time.time) if allowance is not None]
-        limits = ", ".join([f"{one.remaining:g} of {one.limit:g}" for one in told]) or "-"
-        verdict = judge_reply(status, index, body, request, frozenset(), time.time()) if status >= 300 else None
-        result = "ok" if verdict is None else f"{status} {verdict.outcome.value}: {verdict.message[:100]}"
-        if verdict is None and not chat:
-            value = json.loads(body)
-            listed = str(len(value if isinstance(value, list) else value["data"]))
     except (UpstreamError, Untranslatable, TimeoutError) as error:
-        result = f"not reachable: {str(error) or 'no answer in time'}"
-    except (ValueError, KeyError, TypeError):
-        result = "no list of models"
-    return result, limits, listed, f"{(time.monotonic() - since) * 1e3:.0f} ms"
+        return f"not reachable: {str(error) or 'no answer in time'}", "-", []
+    status, index = exchange.head.status, exchange.head.index
+    told = [allowance for allowance in read_allowances(index, time.time) if allowance is not None]
+    limits = ", ".join([f"{one.remaining:g} of {one.limit:g}" for one in told]) or "-"
+    if status >= 300:
+        verdict = judge_reply(status, index, body, request, frozenset(), time.time())
+        return f"{status} {verdict.outcome.value}: {verdict.message[:100]}", limits, []
+    try:
+        value = {} if model else json.loads(body)
+        listed = value if isinstance(value, list) else value.get("data", ())
+        return "ok", limits, [str(one["id"]) for one in listed]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "no list of models", limits, []
+
+
+async def probe_account(upstream: Upstream, links: ConnectionPool, chat: bool) -> tuple[str, str, str, str]:
+    """Return a row of the table: time, limits, number of models, result."""
+    since = time.monotonic()
+    names = [name for name in upstream.config.models if {"*", "?"}.isdisjoint(name)]
+    result, limits, listed = "ok", "-", list[str]()
+    # An echo controller has no list.
+    if not (chat and names) and upstream.config.type != "echo":
+        result, limits, listed = await ask_account(upstream, links, "")
+    if chat and result == "ok":
+        model = PROBE_MODEL if PROBE_MODEL in listed or not listed else listed[0]
+        result, limits, _ = await ask_account(upstream, links, names[0] if names else model)
+    return f"{(time.monotonic() - since) * 1e3:.0f} ms", limits, str(len(listed) or "-"), redactor.clean(result)
 
 
 async def probe_accounts(config: Config, chat: bool) -> int:
@@ -9668,14 +9684,12 @@ async def probe_accounts(config: Config, chat: bool) -> int:
     redactor.watch(secrets_of(config))
     pool, links = UpstreamPool([], config.pool, asyncio.get_running_loop()), ConnectionPool()
     rebuild_pool(pool, config)
-    results = await asyncio.gather(*[probe_one(upstream, links, chat) for upstream in pool.upstreams])
+    rows = await asyncio.gather(*[probe_account(upstream, links, chat) for upstream in pool.upstreams])
     links.close()
     pool.close()
-    rows = [("account", "time", "limits left", "models", "result")]
-    for upstream, (result, limits, listed, ms) in zip(pool.upstreams, results, strict=True):
-        rows.append((upstream.name, ms, limits, listed, redactor.clean(result)))
-    table = format_table(rows, len(rows[0]))
-    return tell("\n".join(table), 0 if all(result == "ok" for result, *_ in results) else 1)
+    named = [(upstream.name, *row) for upstream, row in zip(pool.upstreams, rows, strict=True)]
+    tell("\n".join(format_table([("account", "time", "limits left", "models", "result"), *named], 5)))
+    return 0 if all(row[-1] == "ok" for row in rows) else 1
 
 
 def format_table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:

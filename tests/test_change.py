@@ -112,21 +112,31 @@ async def test_the_probe(tmp_path: Path) -> None:
     """Each account has a row: what came of it, its limits, its models. One that fails makes the exit status 1."""
     chat = json_reply(200, ANSWER)
     with refusing() as dead:
-        async with Upstream(answers(LISTED, chat)) as good, Upstream(answers(error_reply(401, "invalid_api_key"))) as bad:
+        async with Upstream(answers(LISTED, LISTED, chat)) as good, Upstream(answers(error_reply(401, "invalid_api_key"))) as bad:
             accounts = [controller("good", good.url), controller("bad", bad.url), controller("dead", dead)]
             (tmp_path / "c.json").write_text(json.dumps({"controllers": accounts}))
             command = [sys.executable, str(PROGRAM), "-c", str(tmp_path / "c.json")]
-            for flag, models in (("--probe", "2"), ("--probe=chat", "-")):
+            for flag, models in (("--probe", "2"), ("--probe=chat", "2")):
                 ended = await asyncio.to_thread(
                     subprocess.run, [*command, flag], capture_output=True, text=True, timeout=30, check=False
                 )
-                rows = [line.split() for line in ended.stderr.splitlines()]
+                rows = [line.split() for line in ended.stdout.splitlines()]
                 assert ended.returncode == 1 and rows[1][0] == "good" and rows[1][-2:] == [models, "ok"], ended
                 assert rows[2][0] == "bad" and "401" in rows[2] and "auth:" in rows[2]
-                assert rows[3][0] == "dead" and "reachable:" in rows[3] and "sk-secret" not in ended.stderr
-            assert "80 of 90" in ended.stderr or flag == "--probe=chat"
-            assert [seen.start.split()[0] for seen in good.seen] == ["GET", "POST"]
-            assert good.seen[1].json()["max_tokens"] == 1
+                assert rows[3][0] == "dead" and "reachable:" in rows[3] and "sk-secret" not in ended.stdout + ended.stderr
+            assert "80 of 90" in ended.stdout or flag == "--probe=chat"
+            # The account names no model, so the first of its list is asked.
+            assert [seen.start.split()[0] for seen in good.seen] == ["GET", "GET", "POST"]
+            asked = good.seen[2].json()
+            assert (asked["model"], asked["max_tokens"]) == ("m", 1)
+
+
+@pytest.mark.parametrize("flag", ["--probe", "--probe=chat"])
+def test_a_probe_of_the_demo(flag: str) -> None:
+    """Echo controllers are well."""
+    command = [sys.executable, str(PROGRAM), "--demo", flag]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stderr, ended.stdout.count(" ok\n")) == (0, "", 2)
 
 
 async def test_a_disabled_account_gets_nothing() -> None:
