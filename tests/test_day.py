@@ -160,12 +160,15 @@ class Day:
         """Wait until that many lines of the log have all of `words`."""
         await until(lambda: sum(all(word in line["body"] for word in words) for line in self.log()) >= times)
 
+    def select(self, query: str) -> list[Any]:
+        """Return what a query of the state_file finds."""
+        with closing(sqlite3.connect(self.folder / "state.sqlite")) as file:
+            return file.execute(query).fetchall()
+
     def stored(self, column: str) -> dict[str, list[int]]:
         """Return requests and tokens in the state_file, by the values of a column."""
-        with closing(sqlite3.connect(self.folder / "state.sqlite")) as file:
-            rows = file.execute("SELECT * FROM usage").fetchall()
         sums: dict[str, list[int]] = {}
-        for row in rows:
+        for row in self.select("SELECT * FROM usage"):
             place = row[app.USAGE_COLUMNS.index(column)]
             sums[place] = [old + new for old, new in zip(sums.get(place, [0] * 4), row[4:8], strict=True)]
         return sums
@@ -320,7 +323,7 @@ async def rotation(day: Day) -> None:
 async def replacement(day: Day, old: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
     """A new process serves beside the old one, which then ends its answers. It knows that west is closed."""
     await day.compare()
-    await until(lambda: day.stored("controller") == day.counted())
+    await until(lambda: day.select("SELECT * FROM state WHERE name LIKE '%out%west%'"))
     held = await day.open()
     await held.post("m", "X-Hold: replaced", "api-key: " + KEYS["bob"], stream=True)
     await held.reader.readuntil(event("a"))
@@ -344,6 +347,7 @@ async def replacement(day: Day, old: "subprocess.Popen[bytes]") -> "subprocess.P
 
 async def crash(day: Day, old: "subprocess.Popen[bytes]") -> None:
     """kill -9 takes one answer that was under way. What comes before the next process runs is answered by that one."""
+    await day.visit("alice", (4).__le__, True)
     await until(lambda: day.stored("controller") == day.counted())
     doomed = await day.open()
     await doomed.post("m", "X-Hold: killed", "api-key: " + KEYS["bob"])
