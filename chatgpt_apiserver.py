@@ -9631,6 +9631,13 @@ def show_difference(config: Config) -> int:
     return tell("\n".join(lines) or "a reload would change nothing")
 
 
+def format_table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
+    """Return lines with aligned columns: the first `texts` to the left, the others, which are numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [[f"{cell:{'<' if n < texts else '>'}{widths[n]}}" for n, cell in enumerate(row)] for row in rows]
+    return ["  ".join(row).rstrip() for row in aligned]
+
+
 async def ask_account(upstream: Upstream, links: ConnectionPool, model: str) -> tuple[str, str, list[str]]:
     """Ask an account for its models, or with a `model` for one token.
 
@@ -9690,13 +9697,6 @@ async def probe_accounts(config: Config, chat: bool) -> int:
     named = [(upstream.name, *row) for upstream, row in zip(pool.upstreams, rows, strict=True)]
     tell("\n".join(format_table([("account", "time", "limits left", "models", "result"), *named], 5)))
     return 0 if all(row[-1] == "ok" for row in rows) else 1
-
-
-def format_table(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
-    """Return lines with aligned columns: the first `texts` to the left, the others, which are numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[f"{cell:{'<' if n < texts else '>'}{widths[n]}}" for n, cell in enumerate(row)] for row in rows]
-    return ["  ".join(row).rstrip() for row in aligned]
 
 
 def show_usage(config: Config, since: str, by: str) -> int:
