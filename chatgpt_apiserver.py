@@ -6859,10 +6859,10 @@ class Relay:
             attempt.exchange.finish()
             if makes_objects(request):
                 self.remember(attempt.held, lease.upstream.name)
-            meter = self._meter(attempt, request)
-            if meter is not None:
+            meter, usage = self._meter(attempt, request), read_usage(attempt.held)
+            if meter is not None and usage is None:
                 meter.feed(attempt.held)
-            self._take_usage(attempt, trip, read_usage(attempt.held) if meter is None else meter.usage, meter)
+            self._take_usage(attempt, trip, usage, meter)
             self._settle(attempt, trip)
             return Answer(attempt.head.status, self._lines(attempt, trip), attempt.held, len(attempt.held))
         size = None if attempt.stream else attempt.head.index.get(b"content-length")
